@@ -1,0 +1,36 @@
+// The two backends behind the C API. Both answer the same five questions; flash.cu asks the one that
+// holds the memory. cuda_backend.cu is replaced by cuda_none.cpp in a build without nvcc.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+#include "status.h"
+
+namespace flashtile {
+
+// A kernel's name, e.g. "forward_sm80_d64_bf16_causal" or "forward_cpu_avx2_fp32".
+struct PlanName {
+  char text[96] = "";
+};
+
+namespace cpu {
+Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes);
+Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes);
+Status forward(const ForwardParams& params);
+Status backward(const BackwardParams& params);
+const char* instruction_sets();      // "portable,avx2,avx512,amx-bf16": compiled in
+const char* instruction_set_used();  // "avx2": chosen on this machine
+}  // namespace cpu
+
+namespace cuda {
+// device_index: -1 is the calling thread's current device.
+Status forward_plan(const ForwardParams& params, int device_index, PlanName& name, size_t& workspace_bytes);
+Status backward_plan(const BackwardParams& params, int device_index, PlanName& name, size_t& workspace_bytes);
+Status forward(const ForwardParams& params, int device_index, CUstream_st* stream);
+Status backward(const BackwardParams& params, int device_index, CUstream_st* stream);
+const char* architectures();  // "80,89,90"; "" without CUDA
+const char* head_dims();      // "64,128"; "" without CUDA
+}  // namespace cuda
+
+}  // namespace flashtile

@@ -1,0 +1,44 @@
+// run<Kernel>: the only __global__ function. A Kernel is a struct with kThreads, kBlocksPerSm,
+// kSharedBytes, Params and `static void run(const Params&, char* shared)`.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "ptx/common.cuh"
+#include "status.h"
+
+namespace flashtile {
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
+    run(const __grid_constant__ typename Kernel::Params params) {
+  extern __shared__ __align__(1024) char shared[];
+  Kernel::run(params, shared);
+}
+
+inline Status check_cuda(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return FLASHTILE_OK;
+  return fail(FLASHTILE_DEVICE_ERROR, "%s failed: %s", call, cudaGetErrorString(error));
+}
+
+// Launches `blocks` thread blocks on the caller's stream; nothing to do when blocks is 0.
+template <class Kernel>
+[[nodiscard]] Status launch(const typename Kernel::Params& params, int64_t blocks, CUstream_st* stream) {
+  if (blocks == 0) return FLASHTILE_OK;
+  if (blocks > INT32_MAX) {
+    return fail(FLASHTILE_UNSUPPORTED, "the problem needs %lld thread blocks; allowed: 1 to 2147483647",
+                static_cast<long long>(blocks));
+  }
+  if constexpr (Kernel::kSharedBytes > 48 * 1024) {
+    const Status status = check_cuda(
+        cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes),
+        "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    if (status != FLASHTILE_OK) return status;
+  }
+  run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(params);
+  return check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+}  // namespace flashtile

@@ -1,0 +1,73 @@
+// What the kernels and the CPU op are given: plain structs, already checked by check.cpp.
+//
+// The same structs go to the device as one __grid_constant__ parameter, so they hold no type that
+// only a host compiler knows. All strides are in elements; head_dim has stride 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashtile {
+
+enum class Dtype : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+
+// (batch, seqlen, heads, head_dim); with cu_seqlens (total, heads, head_dim) and stride_batch unread.
+struct View {
+  void* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_seq = 0;
+  int64_t stride_head = 0;
+};
+
+// fp32 per query row: dense [batch, heads, seqlen_q], varlen [heads, total_q] (stride_batch unread).
+struct RowView {
+  float* data = nullptr;  // null: absent
+  int64_t stride_batch = 0;
+  int64_t stride_head = 0;
+};
+
+// Which keys a query sees, relative to the bottom-right aligned diagonal j == i + seqlen_k - seqlen_q.
+// -1 is unlimited. Causal is {-1, 0}, full is {-1, -1}; this version admits no other band.
+struct Band {
+  int64_t left = -1;
+  int64_t right = -1;
+};
+
+struct Problem {
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t num_heads_kv = 0;
+  int64_t head_dim = 0;
+  int64_t seqlen_q = 0;  // varlen: a hint, never relied on
+  int64_t seqlen_k = 0;  // varlen: a hint, never relied on
+  const int32_t* cu_seqlens_q = nullptr;  // [batch + 1] or null
+  const int32_t* cu_seqlens_k = nullptr;  // [batch + 1] or null
+  int64_t total_q = 0;  // varlen: rows of q; dense: batch * seqlen_q
+  int64_t total_k = 0;  // varlen: rows of k; dense: batch * seqlen_k
+  float softmax_scale = 0.0f;
+  Band band;
+  Dtype dtype = Dtype::kFloat16;
+  bool deterministic = false;
+
+  constexpr bool is_varlen() const { return cu_seqlens_q != nullptr; }
+  constexpr bool is_causal() const { return band.right == 0; }
+};
+
+struct ForwardParams {
+  Problem problem;
+  View q, k, v, out;
+  RowView lse;  // data may be null
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
+};
+
+struct BackwardParams {
+  Problem problem;
+  View q, k, v, out, dout, dq, dk, dv;
+  RowView lse;
+  RowView dlse;  // data may be null: zero
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
+};
+
+}  // namespace flashtile

@@ -1,0 +1,23 @@
+// The functions that the slices instantiate: one per (pass, head_dim, memory class). Each picks dtype
+// and mask at run time, launches, and returns. flash.cu and cuda_backend.cu need only this.
+#pragma once
+
+#include <cstddef>
+
+#include "config.cuh"
+#include "params.h"
+#include "status.h"
+
+namespace flashtile {
+
+template <int kHeadDim, Memory kMemory>
+Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream);
+
+template <int kHeadDim, Memory kMemory>
+Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream);
+
+// Bytes of params.workspace that launch_backward_sm80 uses.
+template <int kHeadDim, Memory kMemory>
+size_t backward_workspace_sm80(const Problem& problem);
+
+}  // namespace flashtile

@@ -1,0 +1,58 @@
+// Which rows a thread block works on: (block of rows, head, sequence) from one linear block index.
+//
+// Varlen needs no list of tiles and no longest length: with cu = cu_seqlens, sequence b owns the slots
+// start(b) = cu[b] / kBlock + b onwards. start grows by at least ceil(length / kBlock) per sequence,
+// so slots never collide, and a slot finds its sequence by binary search. Slots past a sequence's
+// end have nothing to do. Padded workspace rows use the same slots: row = slot * kBlock + r.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "../ptx/common.cuh"
+
+namespace flashtile {
+
+// Rows [row, row + length) of a tensor, offset by `batch` strides when dense.
+struct Sequence {
+  int64_t batch = 0;   // index of the dense batch; 0 in varlen
+  int64_t row_q = 0;   // first row in q
+  int64_t row_k = 0;   // first row in k
+  int seqlen_q = 0;
+  int seqlen_k = 0;
+};
+
+// Slots that cover every row once: grid size and padded workspace length, in blocks of `block` rows.
+FLASHTILE_HOST_DEVICE int64_t slot_count(bool varlen, int64_t batch, int64_t seqlen, int64_t total, int block) {
+  return varlen ? total / block + batch : batch * ((seqlen + block - 1) / block);
+}
+
+// Slot of a sequence's first block.
+FLASHTILE_HOST_DEVICE int64_t first_slot(int64_t row, int64_t index, int block) { return row / block + index; }
+
+// The last sequence whose first slot is <= slot.
+FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t slot, int block) {
+  int low = 0, high = batch - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first_slot(cu_seqlens[middle], middle, block) <= slot) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Rows of sequence `index` in varlen. Clamped to the tensor, so wrong offsets cannot leave it.
+FLASHTILE_DEVICE Sequence varlen_sequence(const Problem& problem, int index) {
+  const auto clamp = [](int64_t x, int64_t low, int64_t high) { return min(max(x, low), high); };
+  Sequence s;
+  s.row_q = clamp(problem.cu_seqlens_q[index], 0, problem.total_q);
+  s.row_k = clamp(problem.cu_seqlens_k[index], 0, problem.total_k);
+  s.seqlen_q = static_cast<int>(clamp(problem.cu_seqlens_q[index + 1], s.row_q, problem.total_q) - s.row_q);
+  s.seqlen_k = static_cast<int>(clamp(problem.cu_seqlens_k[index + 1], s.row_k, problem.total_k) - s.row_k);
+  return s;
+}
+
+}  // namespace flashtile
