@@ -1,0 +1,77 @@
+# Finds nvcc without insisting on it and decides what is compiled for which architecture.
+#
+#   FLASHTILE_HAS_CUDA            whether CUDA is enabled
+#   FLASHTILE_LARGE_ARCHITECTURES for kernels of the 163 KB shared memory class
+#   FLASHTILE_SMALL_ARCHITECTURES for kernels of the 99 KB class
+
+include(CheckLanguage)
+
+set(FLASHTILE_HAS_CUDA FALSE)
+set(FLASHTILE_LARGE_ARCHITECTURES "")
+set(FLASHTILE_SMALL_ARCHITECTURES "")
+
+if(FLASHTILE_CUDA STREQUAL "OFF")
+  message(STATUS "flashtile: CUDA kernels off (FLASHTILE_CUDA=OFF)")
+  return()
+endif()
+
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;89-real;90a-real;90-virtual" CACHE STRING "" FORCE)
+endif()
+
+# check_language tests what CUDACXX names; CMAKE_CUDA_COMPILER would skip the test.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(
+    FLASHTILE_NVCC nvcc
+    HINTS ENV CUDA_HOME
+    PATHS /usr/local/cuda
+    PATH_SUFFIXES bin
+  )
+  mark_as_advanced(FLASHTILE_NVCC)
+  if(FLASHTILE_NVCC)
+    set(ENV{CUDACXX} "${FLASHTILE_NVCC}")
+  endif()
+endif()
+check_language(CUDA)
+
+if(NOT CMAKE_CUDA_COMPILER)
+  if(FLASHTILE_CUDA STREQUAL "ON")
+    message(
+      FATAL_ERROR
+      "FLASHTILE_CUDA is ON and no working nvcc was found. Set CUDACXX or CUDA_HOME, or: pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'"
+    )
+  endif()
+  message(STATUS "flashtile: no nvcc, CUDA kernels are left out (CUDA calls will say so)")
+  return()
+endif()
+
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+if(CUDAToolkit_VERSION VERSION_LESS 13.0)
+  message(FATAL_ERROR "flashtile needs nvcc 13.0 or later, found ${CUDAToolkit_VERSION}. Set CUDACXX, or -DFLASHTILE_CUDA=OFF")
+endif()
+set(FLASHTILE_HAS_CUDA TRUE)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
+
+# sm_80 machine code also runs on sm_86 (99 KB) and sm_87 (163 KB), PTX on both classes.
+foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
+  string(REGEX REPLACE "^90a" "90" arch "${arch}")
+  if(NOT arch MATCHES "^([0-9]+)(-real|-virtual)?$")
+    message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES has '${arch}'; allowed: numbers from 80 on, with -real or -virtual")
+  endif()
+  set(number "${CMAKE_MATCH_1}")
+  if(number LESS 80)
+    message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES has '${arch}'; allowed: 80 and later")
+  endif()
+  if(arch MATCHES "-virtual$" OR NOT arch MATCHES "-real$" OR number EQUAL 80)
+    list(APPEND FLASHTILE_LARGE_ARCHITECTURES "${arch}")
+    list(APPEND FLASHTILE_SMALL_ARCHITECTURES "${arch}")
+  elseif(number MATCHES "^(86|89|120|121)$")
+    list(APPEND FLASHTILE_SMALL_ARCHITECTURES "${arch}")
+  else()
+    list(APPEND FLASHTILE_LARGE_ARCHITECTURES "${arch}")
+  endif()
+endforeach()
+list(REMOVE_DUPLICATES FLASHTILE_LARGE_ARCHITECTURES)
+list(REMOVE_DUPLICATES FLASHTILE_SMALL_ARCHITECTURES)
+message(STATUS "flashtile: CUDA ${CUDAToolkit_VERSION}, 163 KB class: ${FLASHTILE_LARGE_ARCHITECTURES}; 99 KB class: ${FLASHTILE_SMALL_ARCHITECTURES}")

@@ -1,0 +1,60 @@
+# cmake --install: libraries, headers, CMake package (components core and torch), pkg-config file.
+include(GNUInstallDirs)
+include(CMakePackageConfigHelpers)
+
+set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/flashtile")
+
+install(
+  TARGETS flashtile_shared flashtile_static
+  EXPORT flashtile_core
+  LIBRARY COMPONENT runtime NAMELINK_COMPONENT dev
+  ARCHIVE COMPONENT dev
+  FILE_SET HEADERS COMPONENT dev
+)
+install(
+  EXPORT flashtile_core
+  NAMESPACE flashtile::
+  FILE flashtileCoreTargets.cmake
+  DESTINATION "${package_dir}"
+  COMPONENT dev
+)
+
+set(FLASHTILE_PC_PRIVATE "-lstdc++ -lm")
+if(OpenMP_CXX_FOUND)
+  string(APPEND FLASHTILE_PC_PRIVATE " -lgomp")
+endif()
+if(FLASHTILE_HAS_CUDA)
+  string(APPEND FLASHTILE_PC_PRIVATE " -L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lpthread -ldl -lrt")
+endif()
+configure_file(cmake/flashtile.pc.in flashtile.pc @ONLY)
+install(
+  FILES "${PROJECT_BINARY_DIR}/flashtile.pc"
+  DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig"
+  COMPONENT dev
+)
+
+configure_package_config_file(
+  cmake/flashtileConfig.cmake.in
+  "${PROJECT_BINARY_DIR}/flashtileConfig.cmake"
+  INSTALL_DESTINATION "${package_dir}"
+  PATH_VARS CMAKE_INSTALL_LIBDIR CMAKE_INSTALL_INCLUDEDIR
+)
+write_basic_package_version_file(
+  "${PROJECT_BINARY_DIR}/flashtileConfigVersion.cmake"
+  COMPATIBILITY SameMinorVersion
+)
+install(
+  FILES
+    "${PROJECT_BINARY_DIR}/flashtileConfig.cmake"
+    "${PROJECT_BINARY_DIR}/flashtileConfigVersion.cmake"
+    cmake/FindTorchLib.cmake
+  DESTINATION "${package_dir}"
+  COMPONENT dev
+)
+
+if(FLASHTILE_TORCH)
+  # The torch component: the operator library and the header-only C++ API. The consumer's own torch
+  # is found by its find_package(Torch) or by FindTorchLib.
+  install(FILES include/flashtile/torch.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/flashtile" COMPONENT dev)
+  install(FILES $<TARGET_FILE:flashtile_torch> DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT runtime)
+endif()

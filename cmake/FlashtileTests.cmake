@@ -1,0 +1,30 @@
+# flashtile_add_tests(<target> [LABELS label...] [TIMEOUT seconds] [ENVIRONMENT VAR=value...])
+#
+# Registers every TEST("name") of the target's sources with ctest as <target>/<name>. Reading the
+# sources needs no run of the executable at build time; editing one reconfigures.
+function(flashtile_add_tests target)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  get_target_property(sources ${target} SOURCES)
+  foreach(source IN LISTS sources)
+    if(NOT source MATCHES "_test\\.(cpp|cu)$")
+      continue()
+    endif()
+    get_filename_component(source "${source}" ABSOLUTE)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${source}")
+    file(STRINGS "${source}" lines REGEX "^TEST\\(\"")
+    foreach(line IN LISTS lines)
+      string(REGEX REPLACE "^TEST\\(\"([^\"]*)\".*" "\\1" name "${line}")
+      add_test(NAME "${target}/${name}" COMMAND ${target} "${name}")
+      set_tests_properties(
+        "${target}/${name}"
+        PROPERTIES SKIP_RETURN_CODE 77
+                   TIMEOUT ${ARG_TIMEOUT}
+                   LABELS "${ARG_LABELS}"
+                   ENVIRONMENT "${ARG_ENVIRONMENT}"
+      )
+    endforeach()
+  endforeach()
+endfunction()

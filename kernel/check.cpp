@@ -1,0 +1,307 @@
+// Argument checks. One sentence per refusal: the argument, what it was, what is allowed.
+#include "check.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace flashtile {
+namespace {
+
+using I64 = long long;
+
+// A tensor argument with the extents that its strides run over.
+struct TensorArgument {
+  const char* name;
+  const flashtile_tensor& tensor;
+  int64_t rows_per_batch;  // seqlen; varlen: total
+  int64_t heads;
+  bool written;
+};
+
+// Copies what the caller's version of a struct has over our defaults. Fields that a newer caller
+// added must be zero: they ask for something that this version would silently ignore.
+template <class T>
+Status read_struct(const T* user, T& out, const char* name) {
+  if (user == nullptr) return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL; allowed: a pointer to the struct", name);
+  uint32_t size = 0;
+  std::memcpy(&size, user, sizeof size);
+  if (size < sizeof(T)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.struct_size is %u; allowed: %zu (its sizeof) and more", name, size,
+                sizeof(T));
+  }
+  const auto* bytes = reinterpret_cast<const unsigned char*>(user);
+  for (size_t i = sizeof(T); i < size; ++i) {
+    if (bytes[i] != 0) {
+      return fail(FLASHTILE_UNSUPPORTED,
+                  "%s.struct_size is %u and a field past byte %zu is set; allowed: fields of version %d.%d.%d", name,
+                  size, sizeof(T), FLASHTILE_VERSION_MAJOR, FLASHTILE_VERSION_MINOR, FLASHTILE_VERSION_PATCH);
+    }
+  }
+  std::memcpy(&out, user, sizeof(T));
+  return FLASHTILE_OK;
+}
+
+Status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return FLASHTILE_OK;
+  return fail(FLASHTILE_INVALID_ARGUMENT, "%s is %lld; allowed: %lld to %lld", name, static_cast<I64>(value),
+              static_cast<I64>(low), static_cast<I64>(high));
+}
+
+Status check_dtypes(const flashtile_problem& p) {
+  const auto known = [](flashtile_dtype dtype) { return dtype >= FLASHTILE_FLOAT16 && dtype <= FLASHTILE_FLOAT64; };
+  const struct {
+    const char* name;
+    flashtile_dtype value;
+  } dtypes[] = {{"dtype", p.dtype}, {"dtype_kv", p.dtype_kv}, {"dtype_out", p.dtype_out}};
+  for (const auto& [name, value] : dtypes) {
+    if (!known(value)) {
+      return fail(FLASHTILE_INVALID_ARGUMENT, "%s is %d; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64", name,
+                  static_cast<int>(value));
+    }
+    if (value != p.dtype) {
+      return fail(FLASHTILE_UNSUPPORTED, "%s is %s; allowed: %s, the dtype of q", name,
+                  dtype_name(static_cast<Dtype>(value)), dtype_name(static_cast<Dtype>(p.dtype)));
+    }
+  }
+  return FLASHTILE_OK;
+}
+
+Status check_heads(const flashtile_problem& p) {
+  constexpr int64_t kMost = INT32_MAX;
+  if (Status s = check_range("num_heads", p.num_heads, 1, kMost)) return s;
+  if (Status s = check_range("num_heads_kv", p.num_heads_kv, 1, kMost)) return s;
+  if (p.num_heads % p.num_heads_kv != 0) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "num_heads_kv is %lld; allowed: a divisor of num_heads, %lld",
+                static_cast<I64>(p.num_heads_kv), static_cast<I64>(p.num_heads));
+  }
+  if (Status s = check_range("head_dim", p.head_dim, 1, 65536)) return s;
+  if (p.head_dim_v != 0 && p.head_dim_v != p.head_dim) {
+    return fail(FLASHTILE_UNSUPPORTED, "head_dim_v is %lld; allowed: head_dim, %lld", static_cast<I64>(p.head_dim_v),
+                static_cast<I64>(p.head_dim));
+  }
+  return FLASHTILE_OK;
+}
+
+Status check_lengths(const flashtile_problem& p) {
+  constexpr int64_t kMost = INT32_MAX;
+  if (Status s = check_range("batch", p.batch, 0, kMost - 1)) return s;
+  if (Status s = check_range("seqlen_q", p.seqlen_q, 0, kMost)) return s;
+  if (Status s = check_range("seqlen_k", p.seqlen_k, 0, kMost)) return s;
+  if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL and %s is not; allowed: both NULL (dense) or both set (varlen)",
+                p.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q", p.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
+  }
+  if (p.cu_seqlens_q == nullptr) return FLASHTILE_OK;
+  if (Status s = check_range("total_q", p.total_q, 0, kMost)) return s;
+  return check_range("total_k", p.total_k, 0, kMost);
+}
+
+Status check_options(const flashtile_problem& p) {
+  if (!std::isfinite(p.softmax_scale)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "softmax_scale is %g; allowed: a finite number",
+                static_cast<double>(p.softmax_scale));
+  }
+  if (p.window_left != FLASHTILE_UNLIMITED) {
+    return fail(p.window_left < 0 ? FLASHTILE_INVALID_ARGUMENT : FLASHTILE_UNSUPPORTED,
+                "window_left is %lld; allowed: -1 (unlimited)", static_cast<I64>(p.window_left));
+  }
+  if (p.window_right != FLASHTILE_UNLIMITED && p.window_right != 0) {
+    return fail(p.window_right < 0 ? FLASHTILE_INVALID_ARGUMENT : FLASHTILE_UNSUPPORTED,
+                "window_right is %lld; allowed: 0 (causal) and -1 (unlimited)", static_cast<I64>(p.window_right));
+  }
+  if (p.alignment != FLASHTILE_BOTTOM_RIGHT) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "alignment is %d; allowed: FLASHTILE_BOTTOM_RIGHT",
+                static_cast<int>(p.alignment));
+  }
+  if ((p.flags & ~static_cast<uint32_t>(FLASHTILE_DETERMINISTIC)) != 0) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "flags is 0x%x; allowed: 0 and FLASHTILE_DETERMINISTIC", p.flags);
+  }
+  return FLASHTILE_OK;
+}
+
+Status check_target(const flashtile_problem& p, Target& target) {
+  if (p.device != FLASHTILE_CPU && p.device != FLASHTILE_CUDA) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "device is %d; allowed: FLASHTILE_CPU and FLASHTILE_CUDA",
+                static_cast<int>(p.device));
+  }
+  if (p.device_index < -1 || (p.device == FLASHTILE_CPU && p.device_index > 0)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "device_index is %d; allowed: %s", p.device_index,
+                p.device == FLASHTILE_CPU ? "-1 on the CPU" : "-1 (current device) or a CUDA device ordinal");
+  }
+  target.device = p.device;
+  target.device_index = p.device_index;
+  return FLASHTILE_OK;
+}
+
+Status convert_problem(const flashtile_problem* user, Target& target, Problem& out) {
+  flashtile_problem p = FLASHTILE_PROBLEM_INIT;
+  if (Status s = read_struct(user, p, "problem")) return s;
+  if (Status s = check_target(p, target)) return s;
+  if (Status s = check_dtypes(p)) return s;
+  if (Status s = check_lengths(p)) return s;
+  if (Status s = check_heads(p)) return s;
+  if (Status s = check_options(p)) return s;
+  out.batch = p.batch;
+  out.num_heads = p.num_heads;
+  out.num_heads_kv = p.num_heads_kv;
+  out.head_dim = p.head_dim;
+  out.seqlen_q = p.seqlen_q;
+  out.seqlen_k = p.seqlen_k;
+  out.cu_seqlens_q = p.cu_seqlens_q;
+  out.cu_seqlens_k = p.cu_seqlens_k;
+  const bool varlen = p.cu_seqlens_q != nullptr;
+  if (!varlen && (__builtin_mul_overflow(p.batch, p.seqlen_q, &out.total_q) ||
+                  __builtin_mul_overflow(p.batch, p.seqlen_k, &out.total_k))) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "batch is %lld; allowed: batch * seqlen below 2^63",
+                static_cast<I64>(p.batch));
+  }
+  if (varlen) {
+    out.total_q = p.total_q;
+    out.total_k = p.total_k;
+  }
+  out.softmax_scale = p.softmax_scale;
+  out.band = {p.window_left, p.window_right};
+  out.dtype = static_cast<Dtype>(p.dtype);
+  out.deterministic = (p.flags & FLASHTILE_DETERMINISTIC) != 0;
+  return FLASHTILE_OK;
+}
+
+// Host memory can be read, so on the CPU the offsets themselves are checked.
+Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t batch, int64_t total) {
+  if (cu[0] != 0) return fail(FLASHTILE_INVALID_ARGUMENT, "%s[0] is %d; allowed: 0", name, cu[0]);
+  for (int64_t b = 0; b < batch; ++b) {
+    if (cu[b + 1] < cu[b]) {
+      return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: at least %d, the value before it", name,
+                  static_cast<I64>(b + 1), cu[b + 1], cu[b]);
+    }
+  }
+  if (cu[batch] != total) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: %lld, the number of rows", name,
+                static_cast<I64>(batch), cu[batch], static_cast<I64>(total));
+  }
+  return FLASHTILE_OK;
+}
+
+Status check_tensor(const TensorArgument& argument, const Problem& problem) {
+  const auto& [name, tensor, rows, heads, written] = argument;
+  const bool empty = rows == 0 || problem.batch == 0;
+  if (!empty && tensor.data == nullptr) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.data is NULL; allowed: a pointer to %lld rows", name,
+                static_cast<I64>(rows));
+  }
+  const struct {
+    const char* name;
+    int64_t stride, extent;
+  } dims[] = {{"stride_batch", tensor.stride_batch, problem.is_varlen() ? 1 : problem.batch},
+              {"stride_seq", tensor.stride_seq, rows},
+              {"stride_head", tensor.stride_head, heads}};
+  for (const auto& dim : dims) {
+    if (written && dim.stride == 0 && dim.extent > 1 && !empty) {
+      return fail(FLASHTILE_INVALID_ARGUMENT, "%s.%s is 0 over %lld entries; allowed: any other value, it is written",
+                  name, dim.name, static_cast<I64>(dim.extent));
+    }
+  }
+  return FLASHTILE_OK;
+}
+
+View view(const flashtile_tensor& t) { return {t.data, t.stride_batch, t.stride_seq, t.stride_head}; }
+
+Status check_offsets(const Target& target, const Problem& problem) {
+  if (target.device != FLASHTILE_CPU || !problem.is_varlen()) return FLASHTILE_OK;
+  if (Status s = check_cu_seqlens("cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.total_q)) return s;
+  return check_cu_seqlens("cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.total_k);
+}
+
+template <size_t kCount>
+Status check_tensors(const TensorArgument (&arguments)[kCount], const Problem& problem) {
+  for (const TensorArgument& argument : arguments) {
+    if (Status s = check_tensor(argument, problem)) return s;
+  }
+  return FLASHTILE_OK;
+}
+
+}  // namespace
+
+const char* dtype_name(Dtype dtype) {
+  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+Status check_problem(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
+  flashtile_forward_params p = {};
+  if (Status s = read_struct(user, p, "params")) return s;
+  return convert_problem(p.problem, target, params.problem);
+}
+
+Status check_problem(const flashtile_backward_params* user, Target& target, BackwardParams& params) {
+  flashtile_backward_params p = {};
+  if (Status s = read_struct(user, p, "params")) return s;
+  return convert_problem(p.problem, target, params.problem);
+}
+
+Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
+  if (Status s = check_problem(user, target, params)) return s;
+  const flashtile_forward_params& p = *user;
+  const Problem& problem = params.problem;
+  const int64_t q = problem.rows_q(), k = problem.rows_k();
+  const TensorArgument arguments[] = {{"q", p.q, q, problem.num_heads, false},
+                                      {"k", p.k, k, problem.num_heads_kv, false},
+                                      {"v", p.v, k, problem.num_heads_kv, false},
+                                      {"out", p.out, q, problem.num_heads, true}};
+  if (Status s = check_tensors(arguments, problem)) return s;
+  if (Status s = check_offsets(target, problem)) return s;
+  params.q = view(p.q);
+  params.k = view(p.k);
+  params.v = view(p.v);
+  params.out = view(p.out);
+  params.lse = {p.softmax_lse, p.lse_stride_batch, p.lse_stride_head};
+  params.workspace = p.workspace;
+  params.workspace_bytes = p.workspace_bytes;
+  return FLASHTILE_OK;
+}
+
+Status check_backward(const flashtile_backward_params* user, Target& target, BackwardParams& params) {
+  if (Status s = check_problem(user, target, params)) return s;
+  const flashtile_backward_params& p = *user;
+  const Problem& problem = params.problem;
+  const int64_t q = problem.rows_q(), k = problem.rows_k();
+  const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
+  const TensorArgument arguments[] = {{"q", p.q, q, heads, false},       {"k", p.k, k, heads_kv, false},
+                                      {"v", p.v, k, heads_kv, false},    {"out", p.out, q, heads, false},
+                                      {"dout", p.dout, q, heads, false}, {"dq", p.dq, q, heads, true},
+                                      {"dk", p.dk, k, heads_kv, true},   {"dv", p.dv, k, heads_kv, true}};
+  if (Status s = check_tensors(arguments, problem)) return s;
+  if (p.softmax_lse == nullptr && q > 0 && problem.batch > 0) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "softmax_lse is NULL; allowed: the softmax_lse of the forward call");
+  }
+  if (Status s = check_offsets(target, problem)) return s;
+  params.q = view(p.q);
+  params.k = view(p.k);
+  params.v = view(p.v);
+  params.out = view(p.out);
+  params.dout = view(p.dout);
+  params.dq = view(p.dq);
+  params.dk = view(p.dk);
+  params.dv = view(p.dv);
+  params.lse = {const_cast<float*>(p.softmax_lse), p.lse_stride_batch, p.lse_stride_head};
+  params.dlse = {const_cast<float*>(p.dsoftmax_lse), p.dlse_stride_batch, p.dlse_stride_head};
+  params.workspace = p.workspace;
+  params.workspace_bytes = p.workspace_bytes;
+  return FLASHTILE_OK;
+}
+
+Status check_workspace(const void* workspace, size_t bytes, size_t needed) {
+  if (bytes < needed) {
+    return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
+                "workspace_bytes is %zu; allowed: %zu (flashtile_workspace_size) and more", bytes, needed);
+  }
+  if (needed > 0 && workspace == nullptr) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is NULL; allowed: a pointer to %zu bytes", needed);
+  }
+  if (needed > 0 && reinterpret_cast<uintptr_t>(workspace) % 64 != 0) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is %p; allowed: a multiple of 64", workspace);
+  }
+  return FLASHTILE_OK;
+}
+
+}  // namespace flashtile

@@ -1,0 +1,29 @@
+// From the caller's structs to the kernels' structs: every check that needs no device.
+#pragma once
+
+#include "flashtile/flashtile.h"
+#include "params.h"
+#include "status.h"
+
+namespace flashtile {
+
+// Where a checked call runs.
+struct Target {
+  flashtile_device device = FLASHTILE_CPU;
+  int device_index = -1;  // CUDA ordinal; -1: current device
+};
+
+// Whole call: the problem, every pointer and stride. Does not look at the workspace.
+Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params);
+Status check_backward(const flashtile_backward_params* user, Target& target, BackwardParams& params);
+
+// The problem alone, for queries before anything is allocated: pointers stay null.
+Status check_problem(const flashtile_forward_params* user, Target& target, ForwardParams& params);
+Status check_problem(const flashtile_backward_params* user, Target& target, BackwardParams& params);
+
+Status check_workspace(const void* workspace, size_t bytes, size_t needed);
+
+// "float16", "bfloat16", ...
+const char* dtype_name(Dtype dtype);
+
+}  // namespace flashtile

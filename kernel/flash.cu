@@ -1,0 +1,206 @@
+// START HERE. flashtile's entry points: check, choose the backend, run.
+//
+//   include/flashtile/flashtile.h   the C API that this file implements
+//   check.cpp                       the caller's structs -> params.h, every refusal has its sentence
+//   backend.h                       what a backend answers: plan (name, workspace) and run
+//   cpu/                            the CPU backend: same semantics, one object per instruction set
+//   cuda_backend.cu                 the CUDA backend: device -> memory class, head_dim -> slice
+//   slices/*.cu                     a slice = (pass, head_dim, memory class), compiled on its own
+//   forward_sm80.cuh                forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
+//   backward_sm80.cuh               backward main loop; before it backward_delta.cuh, after it
+//                                   backward_dq.cuh
+//   config.cuh, launch.cuh          tuning table; the only __global__ function
+//   tile/, ptx/                     the words the loops are written in; one function = one instruction
+//   torch/                          the same op for PyTorch, on top of the C API
+#include <cstdio>
+
+#include "backend.h"
+#include "check.h"
+#include "flashtile/flashtile.h"
+#include "status.h"
+
+namespace flashtile {
+namespace {
+
+struct Plan {
+  PlanName name;
+  size_t workspace_bytes = 0;
+};
+
+Status plan(const Target& target, const ForwardParams& params, Plan& plan) {
+  return target.device == FLASHTILE_CPU
+             ? cpu::forward_plan(params.problem, plan.name, plan.workspace_bytes)
+             : cuda::forward_plan(params, target.device_index, plan.name, plan.workspace_bytes);
+}
+
+Status plan(const Target& target, const BackwardParams& params, Plan& plan) {
+  return target.device == FLASHTILE_CPU
+             ? cpu::backward_plan(params.problem, plan.name, plan.workspace_bytes)
+             : cuda::backward_plan(params, target.device_index, plan.name, plan.workspace_bytes);
+}
+
+Status check(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
+  return check_forward(user, target, params);
+}
+
+Status check(const flashtile_backward_params* user, Target& target, BackwardParams& params) {
+  return check_backward(user, target, params);
+}
+
+Status run(const Target& target, const ForwardParams& params, CUstream_st* stream) {
+  return target.device == FLASHTILE_CPU ? cpu::forward(params)
+                                        : cuda::forward(params, target.device_index, stream);
+}
+
+Status run(const Target& target, const BackwardParams& params, CUstream_st* stream) {
+  return target.device == FLASHTILE_CPU ? cpu::backward(params)
+                                        : cuda::backward(params, target.device_index, stream);
+}
+
+template <class Params, class UserParams>
+Status checked_plan(const UserParams* user, Target& target, Params& params, Plan& out) {
+  if (Status s = check(user, target, params)) return s;
+  return plan(target, params, out);
+}
+
+void copy_text(const char* text, char* out, size_t size) {
+  if (out != nullptr && size > 0) std::snprintf(out, size, "%s", text);
+}
+
+template <class Params, class UserParams>
+Status can_run(const UserParams* user, char* why, size_t why_size) {
+  Target target;
+  Params params;
+  Plan unused;
+  const Status status = checked_plan(user, target, params, unused);
+  copy_text(status == FLASHTILE_OK ? "" : last_error(), why, why_size);
+  return status;
+}
+
+template <class Params, class UserParams>
+Status plan_name(const UserParams* user, char* name, size_t name_size) {
+  Target target;
+  Params params;
+  Plan chosen;
+  if (Status s = checked_plan(user, target, params, chosen)) return s;
+  copy_text(chosen.name.text, name, name_size);
+  return FLASHTILE_OK;
+}
+
+template <class Params, class UserParams>
+Status workspace_size(const UserParams* user, size_t* bytes) {
+  if (bytes == nullptr) return fail(FLASHTILE_INVALID_ARGUMENT, "bytes is NULL; allowed: a pointer to the result");
+  Target target;
+  Params params;
+  Plan chosen;
+  if (Status s = check_problem(user, target, params)) return s;
+  if (Status s = plan(target, params, chosen)) return s;
+  *bytes = chosen.workspace_bytes;
+  return FLASHTILE_OK;
+}
+
+template <class Params, class UserParams>
+Status execute(const UserParams* user, CUstream_st* stream) {
+  Target target;
+  Params params;
+  Plan chosen;
+  if (Status s = checked_plan(user, target, params, chosen)) return s;
+  if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace_bytes)) return s;
+  if (target.device == FLASHTILE_CPU && stream != nullptr) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU", static_cast<void*>(stream));
+  }
+  return run(target, params, stream);
+}
+
+}  // namespace
+}  // namespace flashtile
+
+using flashtile::BackwardParams;
+using flashtile::ForwardParams;
+
+extern "C" {
+
+void flashtile_problem_init(flashtile_problem* problem) { *problem = FLASHTILE_PROBLEM_INIT; }
+
+void flashtile_forward_init(flashtile_forward_params* params) {
+  *params = flashtile_forward_params{};
+  params->struct_size = sizeof *params;
+}
+
+void flashtile_backward_init(flashtile_backward_params* params) {
+  *params = flashtile_backward_params{};
+  params->struct_size = sizeof *params;
+}
+
+flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why, size_t why_size) {
+  return flashtile::can_run<ForwardParams>(params, why, why_size);
+}
+
+flashtile_status flashtile_can_run_backward(const flashtile_backward_params* params, char* why, size_t why_size) {
+  return flashtile::can_run<BackwardParams>(params, why, why_size);
+}
+
+flashtile_status flashtile_plan(const flashtile_forward_params* params, char* name, size_t name_size) {
+  return flashtile::plan_name<ForwardParams>(params, name, name_size);
+}
+
+flashtile_status flashtile_plan_backward(const flashtile_backward_params* params, char* name, size_t name_size) {
+  return flashtile::plan_name<BackwardParams>(params, name, name_size);
+}
+
+flashtile_status flashtile_workspace_size(const flashtile_forward_params* params, size_t* bytes) {
+  return flashtile::workspace_size<ForwardParams>(params, bytes);
+}
+
+flashtile_status flashtile_workspace_size_backward(const flashtile_backward_params* params, size_t* bytes) {
+  return flashtile::workspace_size<BackwardParams>(params, bytes);
+}
+
+flashtile_status flashtile_forward(const flashtile_forward_params* params, CUstream_st* stream) {
+  return flashtile::execute<ForwardParams>(params, stream);
+}
+
+flashtile_status flashtile_backward(const flashtile_backward_params* params, CUstream_st* stream) {
+  return flashtile::execute<BackwardParams>(params, stream);
+}
+
+const char* flashtile_last_error(void) { return flashtile::last_error(); }
+
+const char* flashtile_status_string(flashtile_status status) {
+  switch (status) {
+    case FLASHTILE_OK: return "ok";
+    case FLASHTILE_INVALID_ARGUMENT: return "invalid argument";
+    case FLASHTILE_UNSUPPORTED: return "unsupported";
+    case FLASHTILE_NOT_BUILT: return "not built";
+    case FLASHTILE_WORKSPACE_TOO_SMALL: return "workspace too small";
+    case FLASHTILE_DEVICE_ERROR: return "device error";
+  }
+  return "unknown status";
+}
+
+#define FLASHTILE_TEXT_OF(x) #x
+#define FLASHTILE_TEXT(x) FLASHTILE_TEXT_OF(x)
+const char* flashtile_version(void) {
+  return FLASHTILE_TEXT(FLASHTILE_VERSION_MAJOR) "." FLASHTILE_TEXT(FLASHTILE_VERSION_MINOR) "." FLASHTILE_TEXT(
+      FLASHTILE_VERSION_PATCH);
+}
+#undef FLASHTILE_TEXT
+#undef FLASHTILE_TEXT_OF
+
+flashtile_status flashtile_get_build_info(flashtile_build_info* info) {
+  if (info == nullptr) {
+    return flashtile::fail(FLASHTILE_INVALID_ARGUMENT, "info is NULL; allowed: a pointer to the struct");
+  }
+  if (info->struct_size < sizeof *info) {
+    return flashtile::fail(FLASHTILE_INVALID_ARGUMENT, "info.struct_size is %u; allowed: %zu (its sizeof) and more",
+                           info->struct_size, sizeof *info);
+  }
+  info->version = flashtile_version();
+  info->cuda_architectures = flashtile::cuda::architectures();
+  info->cuda_head_dims = flashtile::cuda::head_dims();
+  info->cpu_instruction_sets = flashtile::cpu::instruction_sets();
+  info->cpu_instruction_set_used = flashtile::cpu::instruction_set_used();
+  return FLASHTILE_OK;
+}
+
+}  // extern "C"
