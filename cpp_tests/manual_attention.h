@@ -1,0 +1,166 @@
+// Manual attention in plain loops: softmax(scale * Q K^T + mask) V and its gradients, one sequence and
+// head at a time, the score matrix written out. It shares no code with the library.
+//
+// One function computes both sides of the error bound. In fp64 it is the truth. In another dtype it
+// rounds where plain torch does: after each product, after scaling, after softmax, with products
+// accumulated exactly. GQA repeats the kv heads and sums their gradients before rounding them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "numbers.h"
+
+namespace flashtile::test {
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// [rows, cols] of doubles, zero at first.
+struct Matrix {
+  int64_t rows = 0, cols = 0;
+  std::vector<double> data;
+
+  Matrix() = default;
+  Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), data(static_cast<size_t>(rows * cols)) {}
+  double& operator()(int64_t r, int64_t c) { return data[static_cast<size_t>(r * cols + c)]; }
+  double operator()(int64_t r, int64_t c) const { return data[static_cast<size_t>(r * cols + c)]; }
+};
+
+// Where a sequence's rows lie in the tensors below.
+struct Span {
+  int64_t row_q = 0, seqlen_q = 0, row_k = 0, seqlen_k = 0;
+};
+
+// Dense copies of the tensors: index (row * heads + head) * head_dim + d; rows of all sequences.
+struct AttentionInput {
+  std::vector<Span> sequences;
+  int heads = 1, heads_kv = 1, head_dim = 1;
+  double softmax_scale = 1.0;
+  bool causal = false;
+  std::vector<double> q, k, v;
+  std::vector<double> dout;  // empty: forward only
+  std::vector<double> dlse;  // index row * heads + head; empty: zero
+};
+
+struct AttentionOutput {
+  std::vector<double> out, lse, dq, dk, dv;  // lse: index row * heads + head
+};
+
+inline Matrix transposed(const Matrix& a) {
+  Matrix t(a.cols, a.rows);
+  for (int64_t r = 0; r < a.rows; ++r) {
+    for (int64_t c = 0; c < a.cols; ++c) t(c, r) = a(r, c);
+  }
+  return t;
+}
+
+inline void round_all(Matrix& a, Dtype dtype) {
+  if (dtype == Dtype::kFloat64) return;
+  for (double& x : a.data) x = round_to(dtype, x);
+}
+
+// round(a b)
+inline Matrix product(const Matrix& a, const Matrix& b, Dtype dtype) {
+  Matrix c(a.rows, b.cols);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    double* __restrict row = c.data.data() + i * c.cols;
+    for (int64_t k = 0; k < a.cols; ++k) {
+      const double factor = a(i, k);
+      const double* __restrict other = b.data.data() + k * b.cols;
+      for (int64_t j = 0; j < b.cols; ++j) row[j] += factor * other[j];
+    }
+  }
+  round_all(c, dtype);
+  return c;
+}
+
+// Rows [first, first + count) of one head.
+inline Matrix rows_of(const std::vector<double>& tensor, int64_t first, int64_t count, int heads, int head, int dim) {
+  Matrix m(count, dim);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int d = 0; d < dim; ++d) m(r, d) = tensor[static_cast<size_t>(((first + r) * heads + head) * dim + d)];
+  }
+  return m;
+}
+
+inline void add_rows(const Matrix& m, int64_t first, int heads, int head, std::vector<double>& tensor) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    for (int64_t d = 0; d < m.cols; ++d) {
+      tensor[static_cast<size_t>(((first + r) * heads + head) * m.cols + d)] += m(r, d);
+    }
+  }
+}
+
+// Scores, masked with -inf, become probabilities in place; returns the log of each row's sum. A row
+// that sees no key gets zeros and -inf.
+inline std::vector<double> softmax_rows(Matrix& s, bool causal, Dtype dtype) {
+  std::vector<double> lse(static_cast<size_t>(s.rows), -kInfinity);
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const int64_t visible = causal ? std::max<int64_t>(0, std::min(s.cols, i + s.cols - s.rows + 1)) : s.cols;
+    double top = -kInfinity, sum = 0.0;
+    for (int64_t j = 0; j < visible; ++j) top = s(i, j) > top || std::isnan(s(i, j)) ? s(i, j) : top;
+    for (int64_t j = 0; j < visible; ++j) sum += std::exp(s(i, j) - top);
+    for (int64_t j = 0; j < s.cols; ++j) {
+      s(i, j) = j < visible ? round_to(dtype, std::exp(s(i, j) - top) / sum) : 0.0;
+    }
+    if (visible > 0) lse[static_cast<size_t>(i)] = top + std::log(sum);
+  }
+  return lse;
+}
+
+// dS = P * (dP - rowsum(P * dP) + dLSE), in place of dP.
+inline void softmax_backward(const Matrix& p, const std::vector<double>& dlse, Dtype dtype, Matrix& dp) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    double delta = -dlse[static_cast<size_t>(i)];
+    for (int64_t j = 0; j < p.cols; ++j) delta += p(i, j) * dp(i, j);
+    for (int64_t j = 0; j < p.cols; ++j) dp(i, j) = round_to(dtype, p(i, j) * (dp(i, j) - delta));
+  }
+}
+
+inline void attend(const AttentionInput& in, const Span& span, int head, Dtype dtype, AttentionOutput& result) {
+  const int kv_head = head / (in.heads / in.heads_kv), dim = in.head_dim;
+  const Matrix q = rows_of(in.q, span.row_q, span.seqlen_q, in.heads, head, dim);
+  const Matrix k = rows_of(in.k, span.row_k, span.seqlen_k, in.heads_kv, kv_head, dim);
+  const Matrix v = rows_of(in.v, span.row_k, span.seqlen_k, in.heads_kv, kv_head, dim);
+  const auto scaled = [&](Matrix m) {
+    for (double& x : m.data) x = round_to(dtype, x * in.softmax_scale);
+    return m;
+  };
+  Matrix p = scaled(product(q, transposed(k), dtype));
+  const std::vector<double> lse = softmax_rows(p, in.causal, dtype);
+  add_rows(product(p, v, dtype), span.row_q, in.heads, head, result.out);
+  const auto row_index = [&](int64_t i) { return static_cast<size_t>((span.row_q + i) * in.heads + head); };
+  for (int64_t i = 0; i < span.seqlen_q; ++i) result.lse[row_index(i)] = lse[static_cast<size_t>(i)];
+  if (in.dout.empty()) return;
+
+  std::vector<double> dlse(static_cast<size_t>(span.seqlen_q), 0.0);
+  for (int64_t i = 0; i < span.seqlen_q && !in.dlse.empty(); ++i) dlse[static_cast<size_t>(i)] = in.dlse[row_index(i)];
+  const Matrix dout = rows_of(in.dout, span.row_q, span.seqlen_q, in.heads, head, dim);
+  add_rows(product(transposed(p), dout, dtype), span.row_k, in.heads_kv, kv_head, result.dv);
+  Matrix ds = product(dout, transposed(v), dtype);
+  softmax_backward(p, dlse, dtype, ds);
+  ds = scaled(ds);
+  add_rows(product(ds, k, dtype), span.row_q, in.heads, head, result.dq);
+  add_rows(product(transposed(ds), q, dtype), span.row_k, in.heads_kv, kv_head, result.dk);
+}
+
+// Everything above, computed in `dtype`. lse has the scores of `dtype` in it; it is not rounded.
+inline AttentionOutput manual_attention(const AttentionInput& in, Dtype dtype) {
+  AttentionOutput result;
+  result.out.assign(in.q.size(), 0.0);
+  result.lse.assign(in.q.size() / static_cast<size_t>(in.head_dim), -kInfinity);
+  result.dq.assign(in.dout.empty() ? 0 : in.q.size(), 0.0);
+  result.dk.assign(in.dout.empty() ? 0 : in.k.size(), 0.0);
+  result.dv.assign(in.dout.empty() ? 0 : in.v.size(), 0.0);
+  for (const Span& span : in.sequences) {
+    for (int head = 0; head < in.heads; ++head) attend(in, span, head, dtype, result);
+  }
+  for (std::vector<double>* gradient : {&result.dk, &result.dv}) {  // sums over the heads of a group
+    for (double& x : *gradient) x = round_to(dtype, x);
+  }
+  return result;
+}
+
+}  // namespace flashtile::test
