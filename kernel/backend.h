@@ -1,5 +1,5 @@
-// The two backends behind the C API. Both answer the same five questions; flash.cu asks the one that
-// holds the memory. cuda_backend.cu is replaced by cuda_none.cpp in a build without nvcc.
+// The two backends behind the C API. Both answer the same five questions; flash.cu asks the one
+// that holds the memory. cuda_backend.cu is replaced by cuda_none.cpp in a build without nvcc.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,10 @@ const char* instruction_set_used();  // "avx2": chosen on this machine
 
 namespace cuda {
 // device_index: -1 is the calling thread's current device.
-Status forward_plan(const ForwardParams& params, int device_index, PlanName& name, size_t& workspace_bytes);
-Status backward_plan(const BackwardParams& params, int device_index, PlanName& name, size_t& workspace_bytes);
+Status forward_plan(const ForwardParams& params, int device_index, PlanName& name,
+                    size_t& workspace_bytes);
+Status backward_plan(const BackwardParams& params, int device_index, PlanName& name,
+                     size_t& workspace_bytes);
 Status forward(const ForwardParams& params, int device_index, CUstream_st* stream);
 Status backward(const BackwardParams& params, int device_index, CUstream_st* stream);
 const char* architectures();  // "80,89,90"; "" without CUDA

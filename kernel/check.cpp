@@ -22,19 +22,22 @@ struct TensorArgument {
 // added must be zero: they ask for something that this version would silently ignore.
 template <class T>
 Status read_struct(const T* user, T& out, const char* name) {
-  if (user == nullptr) return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL; allowed: a pointer to the struct", name);
+  if (user == nullptr)
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL; allowed: a pointer to the struct", name);
   uint32_t size = 0;
   std::memcpy(&size, user, sizeof size);
   if (size < sizeof(T)) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.struct_size is %u; allowed: %zu (its sizeof) and more", name, size,
-                sizeof(T));
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "%s.struct_size is %u; allowed: %zu (its sizeof) and more", name, size, sizeof(T));
   }
   const auto* bytes = reinterpret_cast<const unsigned char*>(user);
   for (size_t i = sizeof(T); i < size; ++i) {
     if (bytes[i] != 0) {
       return fail(FLASHTILE_UNSUPPORTED,
-                  "%s.struct_size is %u and a field past byte %zu is set; allowed: fields of version %d.%d.%d", name,
-                  size, sizeof(T), FLASHTILE_VERSION_MAJOR, FLASHTILE_VERSION_MINOR, FLASHTILE_VERSION_PATCH);
+                  "%s.struct_size is %u and a field past byte %zu is set; allowed: fields of "
+                  "version %d.%d.%d",
+                  name, size, sizeof(T), FLASHTILE_VERSION_MAJOR, FLASHTILE_VERSION_MINOR,
+                  FLASHTILE_VERSION_PATCH);
     }
   }
   std::memcpy(&out, user, sizeof(T));
@@ -43,19 +46,22 @@ Status read_struct(const T* user, T& out, const char* name) {
 
 Status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return FLASHTILE_OK;
-  return fail(FLASHTILE_INVALID_ARGUMENT, "%s is %lld; allowed: %lld to %lld", name, static_cast<I64>(value),
-              static_cast<I64>(low), static_cast<I64>(high));
+  return fail(FLASHTILE_INVALID_ARGUMENT, "%s is %lld; allowed: %lld to %lld", name,
+              static_cast<I64>(value), static_cast<I64>(low), static_cast<I64>(high));
 }
 
 Status check_dtypes(const flashtile_problem& p) {
-  const auto known = [](flashtile_dtype dtype) { return dtype >= FLASHTILE_FLOAT16 && dtype <= FLASHTILE_FLOAT64; };
+  const auto known = [](flashtile_dtype dtype) {
+    return dtype >= FLASHTILE_FLOAT16 && dtype <= FLASHTILE_FLOAT64;
+  };
   const struct {
     const char* name;
     flashtile_dtype value;
   } dtypes[] = {{"dtype", p.dtype}, {"dtype_kv", p.dtype_kv}, {"dtype_out", p.dtype_out}};
   for (const auto& [name, value] : dtypes) {
     if (!known(value)) {
-      return fail(FLASHTILE_INVALID_ARGUMENT, "%s is %d; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64", name,
+      return fail(FLASHTILE_INVALID_ARGUMENT,
+                  "%s is %d; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64", name,
                   static_cast<int>(value));
     }
     if (value != p.dtype) {
@@ -71,13 +77,14 @@ Status check_heads(const flashtile_problem& p) {
   if (Status s = check_range("num_heads", p.num_heads, 1, kMost)) return s;
   if (Status s = check_range("num_heads_kv", p.num_heads_kv, 1, kMost)) return s;
   if (p.num_heads % p.num_heads_kv != 0) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "num_heads_kv is %lld; allowed: a divisor of num_heads, %lld",
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "num_heads_kv is %lld; allowed: a divisor of num_heads, %lld",
                 static_cast<I64>(p.num_heads_kv), static_cast<I64>(p.num_heads));
   }
   if (Status s = check_range("head_dim", p.head_dim, 1, 65536)) return s;
   if (p.head_dim_v != 0 && p.head_dim_v != p.head_dim) {
-    return fail(FLASHTILE_UNSUPPORTED, "head_dim_v is %lld; allowed: head_dim, %lld", static_cast<I64>(p.head_dim_v),
-                static_cast<I64>(p.head_dim));
+    return fail(FLASHTILE_UNSUPPORTED, "head_dim_v is %lld; allowed: head_dim, %lld",
+                static_cast<I64>(p.head_dim_v), static_cast<I64>(p.head_dim));
   }
   return FLASHTILE_OK;
 }
@@ -88,8 +95,10 @@ Status check_lengths(const flashtile_problem& p) {
   if (Status s = check_range("seqlen_q", p.seqlen_q, 0, kMost)) return s;
   if (Status s = check_range("seqlen_k", p.seqlen_k, 0, kMost)) return s;
   if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr)) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL and %s is not; allowed: both NULL (dense) or both set (varlen)",
-                p.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q", p.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "%s is NULL and %s is not; allowed: both NULL (dense) or both set (varlen)",
+                p.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
+                p.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
   }
   if (p.cu_seqlens_q == nullptr) return FLASHTILE_OK;
   if (Status s = check_range("total_q", p.total_q, 0, kMost)) return s;
@@ -107,26 +116,30 @@ Status check_options(const flashtile_problem& p) {
   }
   if (p.window_right != FLASHTILE_UNLIMITED && p.window_right != 0) {
     return fail(p.window_right < 0 ? FLASHTILE_INVALID_ARGUMENT : FLASHTILE_UNSUPPORTED,
-                "window_right is %lld; allowed: 0 (causal) and -1 (unlimited)", static_cast<I64>(p.window_right));
+                "window_right is %lld; allowed: 0 (causal) and -1 (unlimited)",
+                static_cast<I64>(p.window_right));
   }
   if (p.alignment != FLASHTILE_BOTTOM_RIGHT) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "alignment is %d; allowed: FLASHTILE_BOTTOM_RIGHT",
                 static_cast<int>(p.alignment));
   }
   if ((p.flags & ~static_cast<uint32_t>(FLASHTILE_DETERMINISTIC)) != 0) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "flags is 0x%x; allowed: 0 and FLASHTILE_DETERMINISTIC", p.flags);
+    return fail(FLASHTILE_INVALID_ARGUMENT, "flags is 0x%x; allowed: 0 and FLASHTILE_DETERMINISTIC",
+                p.flags);
   }
   return FLASHTILE_OK;
 }
 
 Status check_target(const flashtile_problem& p, Target& target) {
   if (p.device != FLASHTILE_CPU && p.device != FLASHTILE_CUDA) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "device is %d; allowed: FLASHTILE_CPU and FLASHTILE_CUDA",
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "device is %d; allowed: FLASHTILE_CPU and FLASHTILE_CUDA",
                 static_cast<int>(p.device));
   }
   if (p.device_index < -1 || (p.device == FLASHTILE_CPU && p.device_index > 0)) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "device_index is %d; allowed: %s", p.device_index,
-                p.device == FLASHTILE_CPU ? "-1 on the CPU" : "-1 (current device) or a CUDA device ordinal");
+                p.device == FLASHTILE_CPU ? "-1 on the CPU"
+                                          : "-1 (current device) or a CUDA device ordinal");
   }
   target.device = p.device;
   target.device_index = p.device_index;
@@ -171,13 +184,14 @@ Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t batch, int6
   if (cu[0] != 0) return fail(FLASHTILE_INVALID_ARGUMENT, "%s[0] is %d; allowed: 0", name, cu[0]);
   for (int64_t b = 0; b < batch; ++b) {
     if (cu[b + 1] < cu[b]) {
-      return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: at least %d, the value before it", name,
+      return fail(FLASHTILE_INVALID_ARGUMENT,
+                  "%s[%lld] is %d; allowed: at least %d, the value before it", name,
                   static_cast<I64>(b + 1), cu[b + 1], cu[b]);
     }
   }
   if (cu[batch] != total) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: %lld, the number of rows", name,
-                static_cast<I64>(batch), cu[batch], static_cast<I64>(total));
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: %lld, the number of rows",
+                name, static_cast<I64>(batch), cu[batch], static_cast<I64>(total));
   }
   return FLASHTILE_OK;
 }
@@ -186,8 +200,8 @@ Status check_tensor(const TensorArgument& argument, const Problem& problem) {
   const auto& [name, tensor, rows, heads, written] = argument;
   const bool empty = rows == 0 || problem.batch == 0;
   if (!empty && tensor.data == nullptr) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.data is NULL; allowed: a pointer to %lld rows", name,
-                static_cast<I64>(rows));
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.data is NULL; allowed: a pointer to %lld rows",
+                name, static_cast<I64>(rows));
   }
   const struct {
     const char* name;
@@ -197,18 +211,23 @@ Status check_tensor(const TensorArgument& argument, const Problem& problem) {
               {"stride_head", tensor.stride_head, heads}};
   for (const auto& dim : dims) {
     if (written && dim.stride == 0 && dim.extent > 1 && !empty) {
-      return fail(FLASHTILE_INVALID_ARGUMENT, "%s.%s is 0 over %lld entries; allowed: any other value, it is written",
-                  name, dim.name, static_cast<I64>(dim.extent));
+      return fail(FLASHTILE_INVALID_ARGUMENT,
+                  "%s.%s is 0 over %lld entries; allowed: any other value, it is written", name,
+                  dim.name, static_cast<I64>(dim.extent));
     }
   }
   return FLASHTILE_OK;
 }
 
-View view(const flashtile_tensor& t) { return {t.data, t.stride_batch, t.stride_seq, t.stride_head}; }
+View view(const flashtile_tensor& t) {
+  return {t.data, t.stride_batch, t.stride_seq, t.stride_head};
+}
 
 Status check_offsets(const Target& target, const Problem& problem) {
   if (target.device != FLASHTILE_CPU || !problem.is_varlen()) return FLASHTILE_OK;
-  if (Status s = check_cu_seqlens("cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.total_q)) return s;
+  if (Status s =
+          check_cu_seqlens("cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.total_q))
+    return s;
   return check_cu_seqlens("cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.total_k);
 }
 
@@ -233,7 +252,8 @@ Status check_problem(const flashtile_forward_params* user, Target& target, Forwa
   return convert_problem(p.problem, target, params.problem);
 }
 
-Status check_problem(const flashtile_backward_params* user, Target& target, BackwardParams& params) {
+Status check_problem(const flashtile_backward_params* user, Target& target,
+                     BackwardParams& params) {
   flashtile_backward_params p = {};
   if (Status s = read_struct(user, p, "params")) return s;
   return convert_problem(p.problem, target, params.problem);
@@ -260,19 +280,22 @@ Status check_forward(const flashtile_forward_params* user, Target& target, Forwa
   return FLASHTILE_OK;
 }
 
-Status check_backward(const flashtile_backward_params* user, Target& target, BackwardParams& params) {
+Status check_backward(const flashtile_backward_params* user, Target& target,
+                      BackwardParams& params) {
   if (Status s = check_problem(user, target, params)) return s;
   const flashtile_backward_params& p = *user;
   const Problem& problem = params.problem;
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
-  const TensorArgument arguments[] = {{"q", p.q, q, heads, false},       {"k", p.k, k, heads_kv, false},
-                                      {"v", p.v, k, heads_kv, false},    {"out", p.out, q, heads, false},
-                                      {"dout", p.dout, q, heads, false}, {"dq", p.dq, q, heads, true},
-                                      {"dk", p.dk, k, heads_kv, true},   {"dv", p.dv, k, heads_kv, true}};
+  const TensorArgument arguments[] = {
+      {"q", p.q, q, heads, false},       {"k", p.k, k, heads_kv, false},
+      {"v", p.v, k, heads_kv, false},    {"out", p.out, q, heads, false},
+      {"dout", p.dout, q, heads, false}, {"dq", p.dq, q, heads, true},
+      {"dk", p.dk, k, heads_kv, true},   {"dv", p.dv, k, heads_kv, true}};
   if (Status s = check_tensors(arguments, problem)) return s;
   if (p.softmax_lse == nullptr && q > 0 && problem.batch > 0) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "softmax_lse is NULL; allowed: the softmax_lse of the forward call");
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "softmax_lse is NULL; allowed: the softmax_lse of the forward call");
   }
   if (Status s = check_offsets(target, problem)) return s;
   params.q = view(p.q);
@@ -293,13 +316,16 @@ Status check_backward(const flashtile_backward_params* user, Target& target, Bac
 Status check_workspace(const void* workspace, size_t bytes, size_t needed) {
   if (bytes < needed) {
     return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
-                "workspace_bytes is %zu; allowed: %zu (flashtile_workspace_size) and more", bytes, needed);
+                "workspace_bytes is %zu; allowed: %zu (flashtile_workspace_size) and more", bytes,
+                needed);
   }
   if (needed > 0 && workspace == nullptr) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is NULL; allowed: a pointer to %zu bytes", needed);
+    return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is NULL; allowed: a pointer to %zu bytes",
+                needed);
   }
   if (needed > 0 && reinterpret_cast<uintptr_t>(workspace) % 64 != 0) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is %p; allowed: a multiple of 64", workspace);
+    return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is %p; allowed: a multiple of 64",
+                workspace);
   }
   return FLASHTILE_OK;
 }

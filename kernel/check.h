@@ -15,7 +15,8 @@ struct Target {
 
 // Whole call: the problem, every pointer and stride. Does not look at the workspace.
 Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params);
-Status check_backward(const flashtile_backward_params* user, Target& target, BackwardParams& params);
+Status check_backward(const flashtile_backward_params* user, Target& target,
+                      BackwardParams& params);
 
 // The problem alone, for queries before anything is allocated: pointers stay null.
 Status check_problem(const flashtile_forward_params* user, Target& target, ForwardParams& params);

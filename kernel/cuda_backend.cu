@@ -1,7 +1,7 @@
 // The CUDA backend: current device -> memory class, head_dim -> slice. Host code only.
 //
-// Everything about the device is asked per call (the runtime keeps these attributes), so there is no
-// state to initialise, to lock or to get wrong with several devices.
+// Everything about the device is asked per call (the runtime keeps these attributes), so there is
+// no state to initialise, to lock or to get wrong with several devices.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -20,8 +20,8 @@ namespace {
 using I64 = long long;
 
 struct Device {
-  int capability = 0;      // 80, 89, 90
-  int shared_memory = 0;   // bytes per block, opt-in
+  int capability = 0;     // 80, 89, 90
+  int shared_memory = 0;  // bytes per block, opt-in
   Memory memory = Memory::kSmall;
 };
 
@@ -67,28 +67,33 @@ bool has_image(int capability) {
 Status query_device(Device& device) {
   int index = 0, major = 0, minor = 0;
   if (Status s = check_cuda(cudaGetDevice(&index), "cudaGetDevice")) return s;
-  if (Status s = check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
-                            "cudaDeviceGetAttribute(ComputeCapabilityMajor)")) {
+  if (Status s =
+          check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+                     "cudaDeviceGetAttribute(ComputeCapabilityMajor)")) {
     return s;
   }
-  if (Status s = check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
-                            "cudaDeviceGetAttribute(ComputeCapabilityMinor)")) {
+  if (Status s =
+          check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
+                     "cudaDeviceGetAttribute(ComputeCapabilityMinor)")) {
     return s;
   }
-  if (Status s = check_cuda(
-          cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-          "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)")) {
+  if (Status s = check_cuda(cudaDeviceGetAttribute(&device.shared_memory,
+                                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                            "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)")) {
     return s;
   }
   device.capability = 10 * major + minor;
-  device.memory = device.shared_memory >= shared_memory_limit(Memory::kLarge) ? Memory::kLarge : Memory::kSmall;
+  device.memory =
+      device.shared_memory >= shared_memory_limit(Memory::kLarge) ? Memory::kLarge : Memory::kSmall;
   if (device.capability < 80) {
-    return fail(FLASHTILE_UNSUPPORTED, "the device has compute capability %d.%d; allowed: 8.0 and later", major, minor);
+    return fail(FLASHTILE_UNSUPPORTED,
+                "the device has compute capability %d.%d; allowed: 8.0 and later", major, minor);
   }
   const bool class_built = device.memory == Memory::kLarge ? kHasLargeMemory : kHasSmallMemory;
   if (!class_built || !has_image(device.capability)) {
     return fail(FLASHTILE_NOT_BUILT,
-                "the device has compute capability %d.%d; allowed: those of this build, %s (set CMAKE_CUDA_ARCHITECTURES)",
+                "the device has compute capability %d.%d; allowed: those of this build, %s (set "
+                "CMAKE_CUDA_ARCHITECTURES)",
                 major, minor, kArchitectureList);
   }
   return FLASHTILE_OK;
@@ -98,11 +103,13 @@ Status query_device(Device& device) {
 template <int... kDims, class F>
 Status visit_head_dim(std::integer_sequence<int, kDims...>, int64_t head_dim, F f) {
   Status status = FLASHTILE_OK;
-  const bool found = ((head_dim == kDims && (status = f(std::integral_constant<int, kDims>()), true)) || ...);
+  const bool found =
+      ((head_dim == kDims && (status = f(std::integral_constant<int, kDims>()), true)) || ...);
   if (found) return status;
   const bool family_has_it = head_dim == 64 || head_dim == 128;
   return fail(family_has_it ? FLASHTILE_NOT_BUILT : FLASHTILE_UNSUPPORTED,
-              "head_dim is %lld; allowed on CUDA in this build: %s", static_cast<I64>(head_dim), kHeadDimList);
+              "head_dim is %lld; allowed on CUDA in this build: %s", static_cast<I64>(head_dim),
+              kHeadDimList);
 }
 
 // Calls f(integral_constant<head_dim>, integral_constant<memory>).
@@ -121,7 +128,8 @@ Status visit_slice(int64_t head_dim, Memory memory, F f) {
 
 Status check_dtype(const Problem& problem) {
   if (problem.dtype == Dtype::kFloat16 || problem.dtype == Dtype::kBFloat16) return FLASHTILE_OK;
-  return fail(FLASHTILE_UNSUPPORTED, "dtype is %s; allowed on CUDA: float16, bfloat16", dtype_name(problem.dtype));
+  return fail(FLASHTILE_UNSUPPORTED, "dtype is %s; allowed on CUDA: float16, bfloat16",
+              dtype_name(problem.dtype));
 }
 
 struct NamedView {
@@ -136,7 +144,8 @@ Status check_alignment(const NamedView& argument, const Problem& problem) {
   const auto& [name, view, rows, heads] = argument;
   if (rows == 0 || problem.batch == 0) return FLASHTILE_OK;
   if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) {
-    return fail(FLASHTILE_UNSUPPORTED, "%s.data is %p; allowed on CUDA: a multiple of 16 bytes", name, view.data);
+    return fail(FLASHTILE_UNSUPPORTED, "%s.data is %p; allowed on CUDA: a multiple of 16 bytes",
+                name, view.data);
   }
   const struct {
     const char* name;
@@ -146,7 +155,8 @@ Status check_alignment(const NamedView& argument, const Problem& problem) {
               {"stride_head", view.stride_head, heads}};
   for (const auto& dim : dims) {
     if (dim.extent > 1 && dim.stride % 8 != 0) {
-      return fail(FLASHTILE_UNSUPPORTED, "%s.%s is %lld; allowed on CUDA: a multiple of 8 elements (16 bytes)", name,
+      return fail(FLASHTILE_UNSUPPORTED,
+                  "%s.%s is %lld; allowed on CUDA: a multiple of 8 elements (16 bytes)", name,
                   dim.name, static_cast<I64>(dim.stride));
     }
   }
@@ -162,14 +172,16 @@ Status check_alignments(const NamedView (&arguments)[kCount], const Problem& pro
 }
 
 void write_name(PlanName& name, const char* pass, const Problem& problem, Memory memory) {
-  std::snprintf(name.text, sizeof name.text, "%s_sm80_%s_d%d_%s_%s", pass, memory == Memory::kLarge ? "large" : "small",
-                static_cast<int>(problem.head_dim), problem.dtype == Dtype::kFloat16 ? "fp16" : "bf16",
+  std::snprintf(name.text, sizeof name.text, "%s_sm80_%s_d%d_%s_%s", pass,
+                memory == Memory::kLarge ? "large" : "small", static_cast<int>(problem.head_dim),
+                problem.dtype == Dtype::kFloat16 ? "fp16" : "bf16",
                 problem.is_causal() ? "causal" : "full");
 }
 
 }  // namespace
 
-Status forward_plan(const ForwardParams& params, int device_index, PlanName& name, size_t& workspace_bytes) {
+Status forward_plan(const ForwardParams& params, int device_index, PlanName& name,
+                    size_t& workspace_bytes) {
   const Problem& problem = params.problem;
   if (Status s = check_dtype(problem)) return s;
   const int64_t q = problem.rows_q(), k = problem.rows_k();
@@ -189,12 +201,14 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
   });
 }
 
-Status backward_plan(const BackwardParams& params, int device_index, PlanName& name, size_t& workspace_bytes) {
+Status backward_plan(const BackwardParams& params, int device_index, PlanName& name,
+                     size_t& workspace_bytes) {
   const Problem& problem = params.problem;
   if (Status s = check_dtype(problem)) return s;
   if (problem.deterministic) {
-    return fail(FLASHTILE_UNSUPPORTED, "flags is FLASHTILE_DETERMINISTIC; allowed on CUDA in this version: 0 "
-                                       "(dq is accumulated by atomic additions)");
+    return fail(FLASHTILE_UNSUPPORTED,
+                "flags is FLASHTILE_DETERMINISTIC; allowed on CUDA in this version: 0 "
+                "(dq is accumulated by atomic additions)");
   }
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;

@@ -6,7 +6,8 @@ namespace {
 
 Status not_built() {
   return fail(FLASHTILE_NOT_BUILT,
-              "device is FLASHTILE_CUDA; allowed: FLASHTILE_CPU, because this library was built without CUDA "
+              "device is FLASHTILE_CUDA; allowed: FLASHTILE_CPU, because this library was built "
+              "without CUDA "
               "(configure with nvcc on PATH and -DFLASHTILE_CUDA=ON)");
 }
 

@@ -1,8 +1,8 @@
 // START HERE. flashtile's entry points: check, choose the backend, run.
 //
 //   include/flashtile/flashtile.h   the C API that this file implements
-//   check.cpp                       the caller's structs -> params.h, every refusal has its sentence
-//   backend.h                       what a backend answers: plan (name, workspace) and run
+//   check.cpp                       the caller's structs -> params.h, every refusal has its
+//   sentence backend.h                       what a backend answers: plan (name, workspace) and run
 //   cpu/                            the CPU backend: same semantics, one object per instruction set
 //   cuda_backend.cu                 the CUDA backend: device -> memory class, head_dim -> slice
 //   slices/*.cu                     a slice = (pass, head_dim, memory class), compiled on its own
@@ -10,8 +10,8 @@
 //   backward_sm80.cuh               backward main loop; before it backward_delta.cuh, after it
 //                                   backward_dq.cuh
 //   config.cuh, launch.cuh          tuning table; the only __global__ function
-//   tile/, ptx/                     the words the loops are written in; one function = one instruction
-//   torch/                          the same op for PyTorch, on top of the C API
+//   tile/, ptx/                     the words the loops are written in; one function = one
+//   instruction torch/                          the same op for PyTorch, on top of the C API
 #include <cstdio>
 
 #include "backend.h"
@@ -89,7 +89,8 @@ Status plan_name(const UserParams* user, char* name, size_t name_size) {
 
 template <class Params, class UserParams>
 Status workspace_size(const UserParams* user, size_t* bytes) {
-  if (bytes == nullptr) return fail(FLASHTILE_INVALID_ARGUMENT, "bytes is NULL; allowed: a pointer to the result");
+  if (bytes == nullptr)
+    return fail(FLASHTILE_INVALID_ARGUMENT, "bytes is NULL; allowed: a pointer to the result");
   Target target;
   Params params;
   Plan chosen;
@@ -105,9 +106,11 @@ Status execute(const UserParams* user, CUstream_st* stream) {
   Params params;
   Plan chosen;
   if (Status s = checked_plan(user, target, params, chosen)) return s;
-  if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace_bytes)) return s;
+  if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace_bytes))
+    return s;
   if (target.device == FLASHTILE_CPU && stream != nullptr) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU", static_cast<void*>(stream));
+    return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
+                static_cast<void*>(stream));
   }
   return run(target, params, stream);
 }
@@ -132,19 +135,23 @@ void flashtile_backward_init(flashtile_backward_params* params) {
   params->struct_size = sizeof *params;
 }
 
-flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why, size_t why_size) {
+flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why,
+                                   size_t why_size) {
   return flashtile::can_run<ForwardParams>(params, why, why_size);
 }
 
-flashtile_status flashtile_can_run_backward(const flashtile_backward_params* params, char* why, size_t why_size) {
+flashtile_status flashtile_can_run_backward(const flashtile_backward_params* params, char* why,
+                                            size_t why_size) {
   return flashtile::can_run<BackwardParams>(params, why, why_size);
 }
 
-flashtile_status flashtile_plan(const flashtile_forward_params* params, char* name, size_t name_size) {
+flashtile_status flashtile_plan(const flashtile_forward_params* params, char* name,
+                                size_t name_size) {
   return flashtile::plan_name<ForwardParams>(params, name, name_size);
 }
 
-flashtile_status flashtile_plan_backward(const flashtile_backward_params* params, char* name, size_t name_size) {
+flashtile_status flashtile_plan_backward(const flashtile_backward_params* params, char* name,
+                                         size_t name_size) {
   return flashtile::plan_name<BackwardParams>(params, name, name_size);
 }
 
@@ -152,7 +159,8 @@ flashtile_status flashtile_workspace_size(const flashtile_forward_params* params
   return flashtile::workspace_size<ForwardParams>(params, bytes);
 }
 
-flashtile_status flashtile_workspace_size_backward(const flashtile_backward_params* params, size_t* bytes) {
+flashtile_status flashtile_workspace_size_backward(const flashtile_backward_params* params,
+                                                   size_t* bytes) {
   return flashtile::workspace_size<BackwardParams>(params, bytes);
 }
 
@@ -181,18 +189,20 @@ const char* flashtile_status_string(flashtile_status status) {
 #define FLASHTILE_TEXT_OF(x) #x
 #define FLASHTILE_TEXT(x) FLASHTILE_TEXT_OF(x)
 const char* flashtile_version(void) {
-  return FLASHTILE_TEXT(FLASHTILE_VERSION_MAJOR) "." FLASHTILE_TEXT(FLASHTILE_VERSION_MINOR) "." FLASHTILE_TEXT(
-      FLASHTILE_VERSION_PATCH);
+  return FLASHTILE_TEXT(FLASHTILE_VERSION_MAJOR) "." FLASHTILE_TEXT(
+      FLASHTILE_VERSION_MINOR) "." FLASHTILE_TEXT(FLASHTILE_VERSION_PATCH);
 }
 #undef FLASHTILE_TEXT
 #undef FLASHTILE_TEXT_OF
 
 flashtile_status flashtile_get_build_info(flashtile_build_info* info) {
   if (info == nullptr) {
-    return flashtile::fail(FLASHTILE_INVALID_ARGUMENT, "info is NULL; allowed: a pointer to the struct");
+    return flashtile::fail(FLASHTILE_INVALID_ARGUMENT,
+                           "info is NULL; allowed: a pointer to the struct");
   }
   if (info->struct_size < sizeof *info) {
-    return flashtile::fail(FLASHTILE_INVALID_ARGUMENT, "info.struct_size is %u; allowed: %zu (its sizeof) and more",
+    return flashtile::fail(FLASHTILE_INVALID_ARGUMENT,
+                           "info.struct_size is %u; allowed: %zu (its sizeof) and more",
                            info->struct_size, sizeof *info);
   }
   info->version = flashtile_version();

@@ -25,19 +25,23 @@ inline Status check_cuda(cudaError_t error, const char* call) {
 
 // Launches `blocks` thread blocks on the caller's stream; nothing to do when blocks is 0.
 template <class Kernel>
-[[nodiscard]] Status launch(const typename Kernel::Params& params, int64_t blocks, CUstream_st* stream) {
+[[nodiscard]] Status launch(const typename Kernel::Params& params, int64_t blocks,
+                            CUstream_st* stream) {
   if (blocks == 0) return FLASHTILE_OK;
   if (blocks > INT32_MAX) {
-    return fail(FLASHTILE_UNSUPPORTED, "the problem needs %lld thread blocks; allowed: 1 to 2147483647",
+    return fail(FLASHTILE_UNSUPPORTED,
+                "the problem needs %lld thread blocks; allowed: 1 to 2147483647",
                 static_cast<long long>(blocks));
   }
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
-    const Status status = check_cuda(
-        cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes),
-        "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    const Status status =
+        check_cuda(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        Kernel::kSharedBytes),
+                   "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
     if (status != FLASHTILE_OK) return status;
   }
-  run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(params);
+  run<Kernel>
+      <<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(params);
   return check_cuda(cudaGetLastError(), "kernel launch");
 }
 

@@ -11,7 +11,8 @@ namespace flashtile {
 
 enum class Dtype : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
-// (batch, seqlen, heads, head_dim); with cu_seqlens (total, heads, head_dim) and stride_batch unread.
+// (batch, seqlen, heads, head_dim); with cu_seqlens (total, heads, head_dim) and stride_batch
+// unread.
 struct View {
   void* data = nullptr;
   int64_t stride_batch = 0;
@@ -19,15 +20,17 @@ struct View {
   int64_t stride_head = 0;
 };
 
-// fp32 per query row: dense [batch, heads, seqlen_q], varlen [heads, total_q] (stride_batch unread).
+// fp32 per query row: dense [batch, heads, seqlen_q], varlen [heads, total_q] (stride_batch
+// unread).
 struct RowView {
   float* data = nullptr;  // null: absent
   int64_t stride_batch = 0;
   int64_t stride_head = 0;
 };
 
-// Which keys a query sees, relative to the bottom-right aligned diagonal j == i + seqlen_k - seqlen_q.
-// -1 is unlimited. Causal is {-1, 0}, full is {-1, -1}; this version admits no other band.
+// Which keys a query sees, relative to the bottom-right aligned diagonal j == i + seqlen_k -
+// seqlen_q. -1 is unlimited. Causal is {-1, 0}, full is {-1, -1}; this version admits no other
+// band.
 struct Band {
   int64_t left = -1;
   int64_t right = -1;
@@ -38,12 +41,12 @@ struct Problem {
   int64_t num_heads = 0;
   int64_t num_heads_kv = 0;
   int64_t head_dim = 0;
-  int64_t seqlen_q = 0;  // varlen: a hint, never relied on
-  int64_t seqlen_k = 0;  // varlen: a hint, never relied on
+  int64_t seqlen_q = 0;                   // varlen: a hint, never relied on
+  int64_t seqlen_k = 0;                   // varlen: a hint, never relied on
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1] or null
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1] or null
-  int64_t total_q = 0;  // varlen: rows of q; dense: batch * seqlen_q
-  int64_t total_k = 0;  // varlen: rows of k; dense: batch * seqlen_k
+  int64_t total_q = 0;                    // varlen: rows of q; dense: batch * seqlen_q
+  int64_t total_k = 0;                    // varlen: rows of k; dense: batch * seqlen_k
   float softmax_scale = 0.0f;
   Band band;
   Dtype dtype = Dtype::kFloat16;

@@ -1,5 +1,5 @@
-// The functions that the slices instantiate: one per (pass, head_dim, memory class). Each picks dtype
-// and mask at run time, launches, and returns. flash.cu and cuda_backend.cu need only this.
+// The functions that the slices instantiate: one per (pass, head_dim, memory class). Each picks
+// dtype and mask at run time, launches, and returns. flash.cu and cuda_backend.cu need only this.
 #pragma once
 
 #include <cstddef>

@@ -11,7 +11,8 @@ namespace flashtile {
 using Status = flashtile_status;
 
 // Writes the sentence for flashtile_last_error() and returns `code`.
-[[nodiscard]] Status fail(Status code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+[[nodiscard]] Status fail(Status code, const char* format, ...)
+    __attribute__((format(printf, 2, 3)));
 
 const char* last_error();
 

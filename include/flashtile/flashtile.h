@@ -6,8 +6,8 @@
  * tensor and never synchronises: on CUDA memory it launches on the stream that it is given and can
  * be captured into a CUDA graph.
  *
- * Contract: softmax_lse is the natural logarithm of the sum of exp(scores). A query row that sees no
- * key has out = 0, softmax_lse = -inf and gradients 0. The causal mask is aligned bottom-right:
+ * Contract: softmax_lse is the natural logarithm of the sum of exp(scores). A query row that sees
+ * no key has out = 0, softmax_lse = -inf and gradients 0. The causal mask is aligned bottom-right:
  * query i sees key j when j <= i + seqlen_k - seqlen_q.
  *
  * Every error is a status plus one sentence (flashtile_last_error) that names the argument, its
@@ -40,9 +40,9 @@ struct CUstream_st; /* cudaStream_t is `struct CUstream_st*`; NULL is the defaul
 
 typedef enum {
   FLASHTILE_OK = 0,
-  FLASHTILE_INVALID_ARGUMENT = 1,    /* a value that can never work */
-  FLASHTILE_UNSUPPORTED = 2,         /* a valid problem that this version or this GPU does not serve */
-  FLASHTILE_NOT_BUILT = 3,           /* served by flashtile, but left out of this build */
+  FLASHTILE_INVALID_ARGUMENT = 1, /* a value that can never work */
+  FLASHTILE_UNSUPPORTED = 2,      /* a valid problem that this version or this GPU does not serve */
+  FLASHTILE_NOT_BUILT = 3,        /* served by flashtile, but left out of this build */
   FLASHTILE_WORKSPACE_TOO_SMALL = 4, /* workspace_bytes is below flashtile_workspace_size */
   FLASHTILE_DEVICE_ERROR = 5         /* the CUDA runtime reported an error */
 } flashtile_status;
@@ -74,42 +74,44 @@ typedef struct {
 
 /* What is computed. Forward and backward of one attention share one problem. */
 typedef struct {
-  uint32_t struct_size;     /* sizeof(flashtile_problem); set by FLASHTILE_PROBLEM_INIT */
-  flashtile_device device;  /* where every pointer below and in the params lives */
-  int32_t device_index;     /* CUDA device ordinal; -1: the calling thread's current device */
-  flashtile_dtype dtype;    /* q, dq, dout */
-  flashtile_dtype dtype_kv; /* k, v, dk, dv; must equal dtype in this version */
+  uint32_t struct_size;      /* sizeof(flashtile_problem); set by FLASHTILE_PROBLEM_INIT */
+  flashtile_device device;   /* where every pointer below and in the params lives */
+  int32_t device_index;      /* CUDA device ordinal; -1: the calling thread's current device */
+  flashtile_dtype dtype;     /* q, dq, dout */
+  flashtile_dtype dtype_kv;  /* k, v, dk, dv; must equal dtype in this version */
   flashtile_dtype dtype_out; /* out; must equal dtype in this version */
-  int64_t batch;            /* sequences; >= 0 */
-  int64_t num_heads;        /* query heads; >= 1 */
-  int64_t num_heads_kv;     /* key/value heads; divides num_heads (GQA, MQA) */
-  int64_t head_dim;         /* of q and k */
-  int64_t head_dim_v;       /* of v and out; 0: as head_dim; must equal head_dim in this version */
-  int64_t seqlen_q;         /* varlen: the longest sequence, a hint */
-  int64_t seqlen_k;         /* varlen: the longest sequence, a hint */
-  const int32_t* cu_seqlens_q; /* [batch + 1], on `device`, rows of sequence b are [b] .. [b+1]-1; */
-  const int32_t* cu_seqlens_k; /* both NULL: dense; both set: varlen */
-  int64_t total_q;          /* varlen: rows of q, out, dout, dq */
-  int64_t total_k;          /* varlen: rows of k, v, dk, dv */
-  float softmax_scale;      /* factor on q k^T; usually 1 / sqrt(head_dim) */
-  int64_t window_left;      /* keys left of the diagonal that a query sees; FLASHTILE_UNLIMITED only */
-  int64_t window_right;     /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED is full */
+  int64_t batch;             /* sequences; >= 0 */
+  int64_t num_heads;         /* query heads; >= 1 */
+  int64_t num_heads_kv;      /* key/value heads; divides num_heads (GQA, MQA) */
+  int64_t head_dim;          /* of q and k */
+  int64_t head_dim_v;        /* of v and out; 0: as head_dim; must equal head_dim in this version */
+  int64_t seqlen_q;          /* varlen: the longest sequence, a hint */
+  int64_t seqlen_k;          /* varlen: the longest sequence, a hint */
+  /* [batch + 1], int32, on `device`: sequence b has rows cu[b] to cu[b + 1] - 1; both or neither */
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  int64_t total_q;      /* varlen: rows of q, out, dout, dq */
+  int64_t total_k;      /* varlen: rows of k, v, dk, dv */
+  float softmax_scale;  /* factor on q k^T; usually 1 / sqrt(head_dim) */
+  int64_t window_left;  /* keys left of the diagonal that a query sees; FLASHTILE_UNLIMITED only */
+  int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED is full */
   flashtile_alignment alignment;
-  uint32_t flags;           /* FLASHTILE_DETERMINISTIC or 0 */
+  uint32_t flags; /* FLASHTILE_DETERMINISTIC or 0 */
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
 typedef struct {
   uint32_t struct_size; /* sizeof(flashtile_forward_params) */
   const flashtile_problem* problem;
-  flashtile_tensor q;         /* (batch, seqlen_q, num_heads, head_dim) */
-  flashtile_tensor k;         /* (batch, seqlen_k, num_heads_kv, head_dim) */
-  flashtile_tensor v;         /* (batch, seqlen_k, num_heads_kv, head_dim_v) */
-  flashtile_tensor out;       /* (batch, seqlen_q, num_heads, head_dim_v) */
-  float* softmax_lse;         /* dense [batch, num_heads, seqlen_q], varlen [num_heads, total_q]; may be NULL */
-  int64_t lse_stride_batch;   /* in elements; the last dimension has stride 1 */
+  flashtile_tensor q;   /* (batch, seqlen_q, num_heads, head_dim) */
+  flashtile_tensor k;   /* (batch, seqlen_k, num_heads_kv, head_dim) */
+  flashtile_tensor v;   /* (batch, seqlen_k, num_heads_kv, head_dim_v) */
+  flashtile_tensor out; /* (batch, seqlen_q, num_heads, head_dim_v) */
+  /* dense [batch, num_heads, seqlen_q], varlen [num_heads, total_q]; natural log; may be NULL */
+  float* softmax_lse;
+  int64_t lse_stride_batch; /* in elements; the last dimension has stride 1 */
   int64_t lse_stride_head;
-  void* workspace;            /* on `device`, 256-byte aligned, holds nothing between calls */
+  void* workspace; /* on `device`, 64-byte aligned, holds nothing between calls */
   size_t workspace_bytes;
 } flashtile_forward_params;
 
@@ -118,12 +120,12 @@ typedef struct {
   uint32_t struct_size; /* sizeof(flashtile_backward_params) */
   const flashtile_problem* problem;
   flashtile_tensor q, k, v, out;
-  flashtile_tensor dout;      /* shaped like out */
+  flashtile_tensor dout;       /* shaped like out */
   flashtile_tensor dq, dk, dv; /* shaped like q, k, v */
-  const float* softmax_lse;   /* from forward */
+  const float* softmax_lse;    /* from forward */
   int64_t lse_stride_batch;
   int64_t lse_stride_head;
-  const float* dsoftmax_lse;  /* gradient of softmax_lse, same shape; may be NULL (zero) */
+  const float* dsoftmax_lse; /* gradient of softmax_lse, same shape; may be NULL (zero) */
   int64_t dlse_stride_batch;
   int64_t dlse_stride_head;
   void* workspace;
@@ -142,32 +144,35 @@ FLASHTILE_API void flashtile_problem_init(flashtile_problem* problem);
 FLASHTILE_API void flashtile_forward_init(flashtile_forward_params* params);
 FLASHTILE_API void flashtile_backward_init(flashtile_backward_params* params);
 
-/* Exactly the checks and the dispatch of the call, on the host, without touching data. On refusal
- * the sentence is copied to `why` (NUL-terminated, cut at why_size; why may be NULL). */
-FLASHTILE_API flashtile_status flashtile_can_run(
-    const flashtile_forward_params* params, char* why, size_t why_size);
-FLASHTILE_API flashtile_status flashtile_can_run_backward(
-    const flashtile_backward_params* params, char* why, size_t why_size);
+/* Exactly the checks and the dispatch of the call, on the host, without touching data; only the
+ * workspace is not looked at. On refusal the sentence is copied to `why` (NUL-terminated, cut at
+ * why_size; why may be NULL). */
+FLASHTILE_API flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why,
+                                                 size_t why_size);
+FLASHTILE_API flashtile_status flashtile_can_run_backward(const flashtile_backward_params* params,
+                                                          char* why, size_t why_size);
 
 /* The name of the kernel that the call would run, e.g. "forward_sm80_d64_bf16_causal". */
-FLASHTILE_API flashtile_status flashtile_plan(
-    const flashtile_forward_params* params, char* name, size_t name_size);
-FLASHTILE_API flashtile_status flashtile_plan_backward(
-    const flashtile_backward_params* params, char* name, size_t name_size);
+FLASHTILE_API flashtile_status flashtile_plan(const flashtile_forward_params* params, char* name,
+                                              size_t name_size);
+FLASHTILE_API flashtile_status flashtile_plan_backward(const flashtile_backward_params* params,
+                                                       char* name, size_t name_size);
 
 /* Bytes of workspace the call needs; from the problem alone, pointers are not read. */
-FLASHTILE_API flashtile_status flashtile_workspace_size(
-    const flashtile_forward_params* params, size_t* bytes);
-FLASHTILE_API flashtile_status flashtile_workspace_size_backward(
-    const flashtile_backward_params* params, size_t* bytes);
+FLASHTILE_API flashtile_status flashtile_workspace_size(const flashtile_forward_params* params,
+                                                        size_t* bytes);
+FLASHTILE_API flashtile_status
+flashtile_workspace_size_backward(const flashtile_backward_params* params, size_t* bytes);
 
-/* On CUDA: enqueues on `stream` and returns. On CPU: computes and returns; `stream` must be NULL. */
-FLASHTILE_API flashtile_status flashtile_forward(
-    const flashtile_forward_params* params, struct CUstream_st* stream);
-FLASHTILE_API flashtile_status flashtile_backward(
-    const flashtile_backward_params* params, struct CUstream_st* stream);
+/* On CUDA: enqueues on `stream` and returns. On CPU: computes and returns; `stream` must be NULL.
+ */
+FLASHTILE_API flashtile_status flashtile_forward(const flashtile_forward_params* params,
+                                                 struct CUstream_st* stream);
+FLASHTILE_API flashtile_status flashtile_backward(const flashtile_backward_params* params,
+                                                  struct CUstream_st* stream);
 
-/* The sentence of this thread's last failing call; "" before the first. Valid until the next one. */
+/* The sentence of this thread's last failing call; "" before the first. Valid until the next one.
+ */
 FLASHTILE_API const char* flashtile_last_error(void);
 FLASHTILE_API const char* flashtile_status_string(flashtile_status status);
 

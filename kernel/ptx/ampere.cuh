@@ -6,10 +6,12 @@
 
 namespace flashtile::ptx {
 
-// 16 bytes global -> shared, past L1. Zero bytes instead where `valid` is false: `global` is then not read.
+// 16 bytes global -> shared, past L1. Zero bytes instead where `valid` is false: `global` is then
+// not read.
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
 }
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global) {
@@ -42,27 +44,27 @@ FLASHTILE_DEVICE void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t address) {
 // d = a b + c: a 16x16 (row), b 16x8 (col), c and d 16x8 fp32.
 // Lane l, g = l/4, t = l%4: d[0..1] = row g, columns 2t, 2t+1; d[2..3] = row g+8.
 template <class T>
-FLASHTILE_DEVICE void mma_m16n8k16(
-    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]);
+FLASHTILE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   const float (&c)[4]);
 template <>
-FLASHTILE_DEVICE void mma_m16n8k16<__nv_bfloat16>(
-    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+FLASHTILE_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                  uint32_t b0, uint32_t b1, const float (&c)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-        "f"(c[3]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 template <>
-FLASHTILE_DEVICE void mma_m16n8k16<__half>(
-    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+FLASHTILE_DEVICE void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                           uint32_t b1, const float (&c)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-        "f"(c[3]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 }  // namespace flashtile::ptx

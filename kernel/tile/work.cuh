@@ -1,9 +1,10 @@
 // Which rows a thread block works on: (block of rows, head, sequence) from one linear block index.
 //
-// Varlen needs no list of tiles and no longest length: with cu = cu_seqlens, sequence b owns the slots
-// start(b) = cu[b] / kBlock + b onwards. start grows by at least ceil(length / kBlock) per sequence,
-// so slots never collide, and a slot finds its sequence by binary search. Slots past a sequence's
-// end have nothing to do. Padded workspace rows use the same slots: row = slot * kBlock + r.
+// Varlen needs no list of tiles and no longest length: with cu = cu_seqlens, sequence b owns the
+// slots start(b) = cu[b] / kBlock + b onwards. start grows by at least ceil(length / kBlock) per
+// sequence, so slots never collide, and a slot finds its sequence by binary search. Slots past a
+// sequence's end have nothing to do. Padded workspace rows use the same slots: row = slot * kBlock
+// + r.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +16,24 @@ namespace flashtile {
 
 // Rows [row, row + length) of a tensor, offset by `batch` strides when dense.
 struct Sequence {
-  int64_t batch = 0;   // index of the dense batch; 0 in varlen
-  int64_t row_q = 0;   // first row in q
-  int64_t row_k = 0;   // first row in k
+  int64_t batch = 0;  // index of the dense batch; 0 in varlen
+  int64_t row_q = 0;  // first row in q
+  int64_t row_k = 0;  // first row in k
   int seqlen_q = 0;
   int seqlen_k = 0;
 };
 
-// Slots that cover every row once: grid size and padded workspace length, in blocks of `block` rows.
-FLASHTILE_HOST_DEVICE int64_t slot_count(bool varlen, int64_t batch, int64_t seqlen, int64_t total, int block) {
+// Slots that cover every row once: grid size and padded workspace length, in blocks of `block`
+// rows.
+FLASHTILE_HOST_DEVICE int64_t slot_count(bool varlen, int64_t batch, int64_t seqlen, int64_t total,
+                                         int block) {
   return varlen ? total / block + batch : batch * ((seqlen + block - 1) / block);
 }
 
 // Slot of a sequence's first block.
-FLASHTILE_HOST_DEVICE int64_t first_slot(int64_t row, int64_t index, int block) { return row / block + index; }
+FLASHTILE_HOST_DEVICE int64_t first_slot(int64_t row, int64_t index, int block) {
+  return row / block + index;
+}
 
 // The last sequence whose first slot is <= slot.
 FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t slot, int block) {
@@ -50,9 +55,61 @@ FLASHTILE_DEVICE Sequence varlen_sequence(const Problem& problem, int index) {
   Sequence s;
   s.row_q = clamp(problem.cu_seqlens_q[index], 0, problem.total_q);
   s.row_k = clamp(problem.cu_seqlens_k[index], 0, problem.total_k);
-  s.seqlen_q = static_cast<int>(clamp(problem.cu_seqlens_q[index + 1], s.row_q, problem.total_q) - s.row_q);
-  s.seqlen_k = static_cast<int>(clamp(problem.cu_seqlens_k[index + 1], s.row_k, problem.total_k) - s.row_k);
+  s.seqlen_q =
+      static_cast<int>(clamp(problem.cu_seqlens_q[index + 1], s.row_q, problem.total_q) - s.row_q);
+  s.seqlen_k =
+      static_cast<int>(clamp(problem.cu_seqlens_k[index + 1], s.row_k, problem.total_k) - s.row_k);
   return s;
+}
+
+// Rows of the sequence of a dense problem.
+FLASHTILE_DEVICE Sequence dense_sequence(const Problem& problem, int64_t batch) {
+  return {.batch = batch,
+          .seqlen_q = static_cast<int>(problem.seqlen_q),
+          .seqlen_k = static_cast<int>(problem.seqlen_k)};
+}
+
+// Forward's work: queries [q0, q0 + block) of one head. Nothing to do when q0 >= seqlen_q.
+struct QueryTile {
+  Sequence sequence;
+  int head = 0;
+  int q0 = 0;
+};
+
+// Blocks of queries per head and, when dense, per batch.
+FLASHTILE_HOST_DEVICE int64_t query_blocks(const Problem& problem, int block) {
+  return problem.is_varlen() ? slot_count(true, problem.batch, 0, problem.total_q, block)
+                             : slot_count(false, 1, problem.seqlen_q, 0, block);
+}
+FLASHTILE_HOST_DEVICE int64_t query_tile_count(const Problem& problem, int block) {
+  return query_blocks(problem, block) * problem.num_heads *
+         (problem.is_varlen() ? 1 : problem.batch);
+}
+
+// Blocks of one head run together, so that its keys and values stay in the L2 cache; the last
+// queries, which see the most keys under a causal mask, start first.
+FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blocks, int block) {
+  const int heads = static_cast<int>(problem.num_heads);
+  const int outer = index / blocks;
+  const int slot = blocks - 1 - index % blocks;
+  QueryTile tile;
+  tile.head = outer % heads;
+  if (!problem.is_varlen()) {
+    tile.sequence = dense_sequence(problem, outer / heads);
+    tile.q0 = slot * block;
+    return tile;
+  }
+  const int b = find_sequence(problem.cu_seqlens_q, static_cast<int>(problem.batch), slot, block);
+  tile.sequence = varlen_sequence(problem, b);
+  tile.q0 = static_cast<int>(slot - first_slot(problem.cu_seqlens_q[b], b, block)) * block;
+  return tile;
+}
+
+// Row `row` of a tensor in this sequence, where rows of the sequence start at `first`.
+FLASHTILE_DEVICE char* row_address(const View& view, const Sequence& sequence, int64_t row,
+                                   int head) {
+  return static_cast<char*>(view.data) +
+         2 * (sequence.batch * view.stride_batch + row * view.stride_seq + head * view.stride_head);
 }
 
 }  // namespace flashtile
