@@ -14,4 +14,44 @@ FLASHTILE_HOST_DEVICE int shared_memory_limit(Memory memory) {
   return memory == Memory::kLarge ? 163 * 1024 : 99 * 1024;
 }
 
+struct ForwardConfig {
+  int block_q;         // queries per thread block
+  int block_k;         // keys per step
+  int warps;           // each owns block_q / warps rows
+  int blocks_per_sm;   // what registers and shared memory are planned for
+  bool q_in_registers;
+};
+
+// instructions per HMMA of the clean loop, and registers: benchmarks/sass_report.py
+FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) {
+  if (head_dim == 64) {
+    return {.block_q = 128, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false};
+  }
+  // 32 rows per warp read shared memory half as often as 16; 16 rows suffice for the slower tensor
+  // cores of the small class, whose shared memory holds two such blocks.
+  if (memory == Memory::kLarge) {
+    return {.block_q = 128, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false};
+  }
+  return {.block_q = 64, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
+}
+
+// One thread block of the backward: block_k keys against blocks of block_q queries. warps_k x warps_q
+// warps share the scores; each keeps dK and dV of its keys in registers.
+struct BackwardConfig {
+  int block_q, block_k;
+  int warps_k, warps_q;
+  int dq_warps_q;       // rows of the warp grid for the dQ product
+  bool split_head_dim;  // warps_q warps split the columns of dK, dV and exchange P, dS; else each
+                        // sums over its own queries and the partial sums are added at the end
+  bool v_in_registers;  // V is read from shared memory once, and its place reused
+
+  FLASHTILE_HOST_DEVICE int warps() const { return warps_k * warps_q; }
+};
+
+FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory) {
+  if (head_dim == 64) return {64, 128, 4, 2, 4, false, false};
+  if (memory == Memory::kLarge) return {64, 128, 4, 2, 2, true, false};
+  return {32, 128, 8, 1, 2, false, true};
+}
+
 }  // namespace flashtile

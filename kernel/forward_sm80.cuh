@@ -1,0 +1,231 @@
+// Forward for compute capability 8.0 and later: one thread block computes one tile of queries against
+// all the keys it sees, O = softmax(scale * Q K^T) V and the logarithm of the softmax's denominator.
+//
+// FlashAttention-2, Algorithm 1, over mma.sync and cp.async. Keys are visited from the last block to
+// the first, so that the ragged end is loaded before the loop. One buffer for K and one for V: while
+// one is multiplied, the other is on its way (the time line is in README.md).
+#pragma once
+
+#include <type_traits>
+
+#include "config.cuh"
+#include "launch.cuh"
+#include "params.h"
+#include "slices.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/load_sm80.cuh"
+#include "tile/mask.cuh"
+#include "tile/product_sm80.cuh"
+#include "tile/softmax.cuh"
+#include "tile/work.cuh"
+
+namespace flashtile {
+
+struct ForwardSm80Params {
+  ForwardParams forward;
+  int32_t query_blocks;  // see query_blocks()
+  float scale_log2;      // positive_scale_log2(softmax_scale)
+  bool negate_q;         // softmax_scale < 0
+};
+
+template <int kHeadDim, Memory kMemory, class T, MaskPolicy Mask>
+struct ForwardSm80 {
+  using Params = ForwardSm80Params;
+  static constexpr ForwardConfig kConfig = forward_config(kMemory, kHeadDim);
+  static constexpr int kThreads = kConfig.warps * 32;
+  static constexpr int kBlocksPerSm = kConfig.blocks_per_sm;
+  static constexpr int kQueries = kConfig.block_q;
+  static constexpr int kKeys = kConfig.block_k;
+  static constexpr int kRows = kQueries / kConfig.warps;  // of a warp
+
+  using QTile = SmemTile<kQueries, kHeadDim>;
+  using KvTile = SmemTile<kKeys, kHeadDim>;
+  using QOperand = std::conditional_t<
+      kConfig.q_in_registers, RegisterOperand<QTile, kRows>, SharedOperand<QTile, kRows>>;
+  using QLoader = TileLoader<QTile, kThreads>;
+  using KvLoader = TileLoader<KvTile, kThreads>;
+
+  // Shared memory: Q, later O; then K; then V.
+  static constexpr int kSharedBytes = QTile::kBytes + 2 * KvTile::kBytes;
+  static constexpr int kFromKToV = KvTile::kBytes;
+  static_assert(kSharedBytes <= shared_memory_limit(kMemory));
+
+  FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
+    const Problem& problem = params.forward.problem;
+    const QueryTile work = query_tile(problem, ptx::block_index(), params.query_blocks, kQueries);
+    if (work.q0 >= work.sequence.seqlen_q) return;
+    const Mask mask{work.sequence.seqlen_q, work.sequence.seqlen_k};
+    const KvRange range = key_blocks(mask, work.q0, kQueries, kKeys);
+
+    const int thread = ptx::thread_index();
+    const int lane = thread % 32;
+    const int warp_row = thread / 32 * kRows;
+    const uint32_t q_tile = ptx::shared_address(shared);
+    const uint32_t k_tile = q_tile + QTile::kBytes;
+
+    Accumulator<kRows, kHeadDim> o;  // not yet divided by the row sums
+    clear(o);
+    OnlineSoftmax<kRows> softmax(params.scale_log2);
+
+    if (!range.empty()) {
+      const typename KvLoader::Target target(k_tile, thread);
+      KvLoader k_loader = kv_loader(params.forward.k, problem, work, range, thread);
+      KvLoader v_loader = kv_loader(params.forward.v, problem, work, range, thread);
+      start(params, work, range, q_tile, thread, target, k_loader, v_loader);
+
+      QOperand q(q_tile, lane, warp_row);
+      const LaneAddress<KvTile> k(k_tile, Lanes::kColsFirst, lane);
+      const LaneAddress<KvTile> v(k_tile + kFromKToV, Lanes::kRowsFirst, lane);
+      q.load();
+      for (int j = range.end - 1;; --j) {
+        Accumulator<kRows, kKeys> s;
+        mma_ABt<T>(s, q, k);  // S = Q K_j^T
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // V_j has landed; nobody reads K_j any more
+        if (j > range.begin) load_previous<0>(k_loader, target);
+        if (range.is_edge(j)) apply_mask(s, mask, work.q0 + warp_row, j * kKeys, lane);
+        softmax.raise_maximum(s, o);
+        FLASHTILE_UNROLL
+        for (int step = 0; step < kKeys / 16; ++step) {
+          softmax.exponentiate(s, step);  // S -> P
+          uint32_t p[kRows / 16][4];
+          FLASHTILE_UNROLL
+          for (int m = 0; m < kRows / 16; ++m) to_operand<T>(p[m], s, m, step);
+          mma_AB_step<T>(o, p, v, step);  // O += P V_j
+        }
+        if (j == range.begin) break;
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // K_{j-1} has landed; nobody reads V_j any more
+        load_previous<kFromKToV>(v_loader, target);
+      }
+    }
+    finish(params, o, softmax, q_tile);
+  }
+
+ private:
+  // At the last block of keys.
+  FLASHTILE_DEVICE static KvLoader kv_loader(
+      const View& view, const Problem& problem, const QueryTile& work, const KvRange& range, int thread) {
+    const int head = work.head / static_cast<int>(problem.num_heads / problem.num_heads_kv);
+    const int64_t row = work.sequence.row_k + static_cast<int64_t>(range.end - 1) * kKeys;
+    return KvLoader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
+  }
+
+  // Loads Q and the last blocks of K and V; returns when Q and K have landed.
+  FLASHTILE_DEVICE static void start(
+      const Params& params, const QueryTile& work, const KvRange& range, uint32_t q_tile, int thread,
+      const typename KvLoader::Target& target, const KvLoader& k_loader, const KvLoader& v_loader) {
+    const View& q = params.forward.q;
+    const typename QLoader::Target q_target(q_tile, thread);
+    const QLoader q_loader(
+        row_address(q, work.sequence, work.sequence.row_q + work.q0, work.head), q.stride_seq, thread);
+    const int keys = work.sequence.seqlen_k - (range.end - 1) * kKeys;
+    q_loader.load_ragged(q_target, work.sequence.seqlen_q - work.q0);
+    k_loader.template load_ragged<0>(target, keys);
+    ptx::cp_async_commit();
+    v_loader.template load_ragged<kFromKToV>(target, keys);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    if (params.negate_q) negate(q_target);
+    __syncthreads();  // Q and K have landed, and Q has its sign
+  }
+
+  template <int kTileBytes>
+  FLASHTILE_DEVICE static void load_previous(KvLoader& loader, const typename KvLoader::Target& target) {
+    loader.step_back();
+    loader.template load<kTileBytes>(target);
+    ptx::cp_async_commit();
+  }
+
+  // Scores that the mask hides become -inf. q0, k0: this warp's first query, the block's first key.
+  FLASHTILE_DEVICE static void apply_mask(
+      Accumulator<kRows, kKeys>& s, const Mask& mask, int q0, int k0, int lane) {
+    FLASHTILE_UNROLL
+    for (int m = 0; m < s.kRowBlocks; ++m) {
+      FLASHTILE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int query = q0 + accumulator_row(lane, m, 2 * half);
+        const int first = k0 + accumulator_col(lane, 0, 0);
+        const int end = mask.key_end(query) - first;
+        const int begin = Mask::kHasBegin ? mask.key_begin(query) - first : 0;
+        FLASHTILE_UNROLL
+        for (int n = 0; n < s.kColBlocks; ++n) {
+          FLASHTILE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const bool hidden = n * 8 + i >= end || (Mask::kHasBegin && n * 8 + i < begin);
+            if (hidden) s.d[m][n][2 * half + i] = negative_infinity();
+          }
+        }
+      }
+    }
+  }
+
+  // A row without keys is 0, also where a value that its neighbours see is NaN.
+  FLASHTILE_DEVICE static void clear_row(
+      Accumulator<kRows, kHeadDim>& o, int m, int half, float& factor) {
+    factor = 0.0f;
+    FLASHTILE_UNROLL
+    for (int n = 0; n < o.kColBlocks; ++n) o.d[m][n][2 * half] = o.d[m][n][2 * half + 1] = 0.0f;
+  }
+
+  // O / row sum and the LSE to global memory. Works out its tile again: kept across the main loop,
+  // it would take registers there.
+  FLASHTILE_DEVICE static void finish(const Params& params, Accumulator<kRows, kHeadDim>& o,
+                                      const OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
+    const QueryTile work =
+        query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
+    const Mask mask{work.sequence.seqlen_q, work.sequence.seqlen_k};
+    const int thread = ptx::thread_index();
+    const int lane = thread % 32;
+    const int warp_row = thread / 32 * kRows;
+    const int rows = work.sequence.seqlen_q - work.q0;
+    const RowView& lse = params.forward.lse;
+    float* const lse_rows = lse.data + work.sequence.batch * lse.stride_batch +
+                            work.head * lse.stride_head + work.sequence.row_q + work.q0;
+    float factor[kRows / 16][2];
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kRows / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + accumulator_row(lane, m, 2 * half);
+        const float sum = softmax.row_sum(m, half);
+        const bool empty = sees_no_key(mask, work.q0 + row);
+        factor[m][half] = 1.0f / sum;
+        if (empty) clear_row(o, m, half, factor[m][half]);
+        if (lse.data != nullptr && lane % 4 == 0 && row < rows) {
+          lse_rows[row] = empty ? negative_infinity() : softmax.logsumexp(m, half, sum);
+        }
+      }
+    }
+    store_shared<T, QTile>(q_tile, warp_row, lane, o, factor);  // this warp's own rows of Q
+    __syncwarp();
+    store_global<QTile, kRows>(
+        row_address(params.forward.out, work.sequence, work.sequence.row_q + work.q0, work.head),
+        params.forward.out.stride_seq, rows, q_tile, warp_row, lane);
+  }
+};
+
+template <int kHeadDim, Memory kMemory, class T, class Mask>
+Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
+  using Kernel = ForwardSm80<kHeadDim, kMemory, T, Mask>;
+  const Problem& problem = params.problem;
+  const ForwardSm80Params kernel_params{
+      .forward = params,
+      .query_blocks = static_cast<int32_t>(query_blocks(problem, Kernel::kQueries)),
+      .scale_log2 = positive_scale_log2(problem.softmax_scale),
+      .negate_q = problem.softmax_scale < 0.0f};
+  return launch<Kernel>(kernel_params, query_tile_count(problem, Kernel::kQueries), stream);
+}
+
+template <int kHeadDim, Memory kMemory>
+Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream) {
+  const bool causal = params.problem.is_causal();
+  if (params.problem.dtype == Dtype::kBFloat16) {
+    return causal ? launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, CausalMask>(params, stream)
+                  : launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, FullMask>(params, stream);
+  }
+  return causal ? launch_forward_kernel<kHeadDim, kMemory, __half, CausalMask>(params, stream)
+                : launch_forward_kernel<kHeadDim, kMemory, __half, FullMask>(params, stream);
+}
+
+}  // namespace flashtile

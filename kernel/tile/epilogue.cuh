@@ -1,0 +1,48 @@
+// Stores a warp's fp32 tile as 16-bit rows: through shared memory, so that global stores are 16 bytes
+// per lane and whole rows per warp.
+#pragma once
+
+#include "accumulator.cuh"
+#include "smem_tile.cuh"
+
+namespace flashtile {
+
+// x * factor, rounded to T, into this warp's rows of a tile that nobody else touches.
+template <class T, class Tile, int kRows, int kCols>
+FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane, const Accumulator<kRows, kCols>& x,
+                                   const float (&factor)[kRows / 16][2]) {
+  FLASHTILE_UNROLL
+  for (int m = 0; m < kRows / 16; ++m) {
+    FLASHTILE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + accumulator_row(lane, m, 2 * half);
+      const float f = factor[m][half];
+      FLASHTILE_UNROLL
+      for (int n = 0; n < kCols / 8; ++n) {
+        ptx::sts_u32(tile + Tile::offset(row, n) + lane % 4 * 4,
+                     ptx::pack<T>(x.d[m][n][2 * half] * f, x.d[m][n][2 * half + 1] * f));
+      }
+    }
+  }
+}
+
+// The warp's rows [row0, row0 + kRows) of the tile to global memory; rows from `rows` on do not exist.
+// `first_row`: the tile's row 0; `stride` in elements.
+template <class Tile, int kRows>
+FLASHTILE_DEVICE void store_global(
+    void* first_row, int64_t stride, int rows, uint32_t tile, int row0, int lane) {
+  constexpr int kChunksPerRow = Tile::kCols / 8;
+  constexpr int kRowsPerPass = 32 / kChunksPerRow;
+  char* const target = static_cast<char*>(first_row);
+  const int chunk = lane % kChunksPerRow;
+  FLASHTILE_UNROLL
+  for (int i = 0; i < kRows; i += kRowsPerPass) {
+    const int row = row0 + i + lane / kChunksPerRow;
+    if (row < rows) {
+      const uint4 x = ptx::lds_u32x4(tile + Tile::offset(row, chunk));
+      *reinterpret_cast<uint4*>(target + row * stride * 2 + chunk * kChunkBytes) = x;
+    }
+  }
+}
+
+}  // namespace flashtile

@@ -1,0 +1,71 @@
+// A tile in shared memory: [rows, cols] of 16-bit elements, and the addresses a lane uses in it.
+//
+// Columns are cut into panels of 64 (128 bytes), stored one after another. Inside a panel the eight
+// 16-byte chunks of a row are permuted by the row, so that eight rows of one logical chunk (what one
+// ldmatrix phase reads) lie in eight different bank groups:
+//
+//   byte = panel * rows * 128 + row * 128 + ((chunk ^ (row % 8)) * 16)
+//
+// It is the permutation of TMA's 128-byte swizzle. Tiles start at multiples of 1024 bytes.
+#pragma once
+
+#include "../ptx/common.cuh"
+
+namespace flashtile {
+
+inline constexpr int kPanelCols = 64;     // elements
+inline constexpr int kPanelRowBytes = 128;
+inline constexpr int kChunkBytes = 16;    // one cp.async, one row of an ldmatrix matrix
+
+template <int kRowsValue, int kColsValue>
+struct SmemTile {
+  static constexpr int kRows = kRowsValue;
+  static constexpr int kCols = kColsValue;
+  static constexpr int kPanels = kCols / kPanelCols;
+  static constexpr int kPanelBytes = kRows * kPanelRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;
+  static_assert(kCols % kPanelCols == 0 && kRows % 8 == 0);
+
+  // Byte offset of 16-byte chunk `chunk` (0 .. kCols / 8 - 1) of row `row`.
+  static FLASHTILE_HOST_DEVICE uint32_t offset(int row, int chunk) {
+    return (chunk / 8) * kPanelBytes + row * kPanelRowBytes + (((chunk % 8) ^ (row % 8)) * kChunkBytes);
+  }
+};
+
+// Which row and chunk of a 16 x 16 block a lane addresses in ldmatrix_x4.
+//   kRowsFirst: matrices (rows 0-7, cols 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15):
+//               an A operand, or with _trans the B operands of two n8 tiles stored [k, n].
+//   kColsFirst: matrices (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15):
+//               the B operands of two n8 tiles stored [n, k], or with _trans an A operand stored [k, m].
+enum class Lanes { kRowsFirst, kColsFirst };
+
+FLASHTILE_HOST_DEVICE int lane_row(Lanes lanes, int lane) {
+  return lanes == Lanes::kRowsFirst ? lane % 16 : lane % 8 + lane / 16 * 8;
+}
+FLASHTILE_HOST_DEVICE int lane_chunk(Lanes lanes, int lane) {
+  return lanes == Lanes::kRowsFirst ? lane / 16 : lane / 8 % 2;
+}
+
+// A lane's addresses of the 16 x 16 blocks of a tile, from row `row0` (a multiple of 8) down.
+// The four blocks of a panel differ by an XOR of 32, 64, 96 bytes, which is kept in four registers;
+// panels and rows are immediates of the instruction.
+template <class Tile>
+struct LaneAddress {
+  uint32_t base[4];
+
+  FLASHTILE_DEVICE LaneAddress(uint32_t tile, Lanes lanes, int lane, int row0 = 0) {
+    const uint32_t first = tile + Tile::offset(row0 + lane_row(lanes, lane), lane_chunk(lanes, lane));
+    FLASHTILE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      base[i] = first ^ (i * 2 * kChunkBytes);
+      ptx::hide(base[i]);
+    }
+  }
+
+  // The block at rows row0 + row, columns 16 * column_block.
+  FLASHTILE_DEVICE uint32_t at(int row, int column_block) const {
+    return base[column_block % 4] + (column_block / 4) * Tile::kPanelBytes + row * kPanelRowBytes;
+  }
+};
+
+}  // namespace flashtile
