@@ -1,0 +1,54 @@
+// What the torch ops share: their arguments as one struct, the checks on tensors that the C API cannot
+// make because it sees only pointers, and the translation to the C structs. No tensor is copied.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "flashtile/flashtile.h"
+
+namespace flashtile::ops {
+
+using torch::stable::Tensor;
+
+// Dense: q (batch, seqlen_q, num_heads, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim).
+// Varlen: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_kv, head_dim).
+struct Arguments {
+  Tensor q, k, v;
+  std::optional<Tensor> cu_seqlens_q = std::nullopt;  // [batch + 1], int32; both set: varlen
+  std::optional<Tensor> cu_seqlens_k = std::nullopt;  // [batch + 1], int32
+  int64_t max_seqlen_q = 0;                           // varlen only
+  int64_t max_seqlen_k = 0;                           // varlen only
+  std::optional<double> softmax_scale = std::nullopt;  // unset: 1 / sqrt(head_dim)
+  int64_t window_left = FLASHTILE_UNLIMITED;
+  int64_t window_right = FLASHTILE_UNLIMITED;
+
+  bool is_varlen() const { return cu_seqlens_q.has_value(); }
+};
+
+struct BackwardArguments {
+  Arguments forward;
+  Tensor dout;                                        // shaped like out
+  Tensor out;                                         // shaped like q
+  Tensor softmax_lse;                                 // fp32, see lse_sizes
+  std::optional<Tensor> dsoftmax_lse = std::nullopt;  // shaped like softmax_lse
+  bool deterministic = false;
+};
+
+// One sentence that names the argument, what it was and what is allowed; empty when all is well.
+std::string refusal(const Arguments& args);
+std::string refusal(const BackwardArguments& args);
+
+flashtile_problem to_problem(const Arguments& args);
+flashtile_tensor to_view(const Tensor& tensor, void* data);
+inline flashtile_tensor read_view(const Tensor& tensor) {
+  return to_view(tensor, const_cast<void*>(tensor.const_data_ptr()));
+}
+inline flashtile_tensor write_view(const Tensor& tensor) {
+  return to_view(tensor, tensor.mutable_data_ptr());
+}
+
+}  // namespace flashtile::ops

@@ -1,0 +1,366 @@
+// The torch ops flashtile::{forward, backward}[_varlen], can_run and build_info, on the libtorch stable
+// ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its tensors,
+// allocates outputs and workspace through torch, fills the C structs and calls the C API.
+//
+// Outputs are contiguous. On CUDA nobody reads cu_seqlens on the host, so rows may belong to no
+// sequence: they get out 0, LSE -inf and gradients 0, and padding never carries garbage on.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+
+// Lives in libtorch_cuda.so, which a CPU-only torch does not have: hence weak, and asked for below.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
+    int32_t device_index, void** ret_stream);
+
+namespace flashtile::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+void raise_unless_empty(const std::string& sentence) {
+  STD_TORCH_CHECK(sentence.empty(), "flashtile: ", sentence);
+}
+
+void raise_unless_ok(flashtile_status status) {
+  STD_TORCH_CHECK(status == FLASHTILE_OK, "flashtile: ", flashtile_last_error());
+}
+
+// Makes the tensor's device current for its lifetime and names torch's current stream on it.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) {
+    if (!tensor.is_cuda()) return;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "flashtile: this torch was built without CUDA");
+    guard_.emplace(tensor.get_device_index());
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<CUstream_st*>(stream);
+  }
+  CUstream_st* stream() const { return stream_; }
+
+ private:
+  std::optional<DeviceGuard> guard_;
+  CUstream_st* stream_ = nullptr;  // null on CPU
+};
+
+// Scratch memory from torch's allocator, aligned to 64 bytes and more. Freed when the call returns; on
+// CUDA the caching allocator keeps it for work enqueued later on the same stream.
+struct Workspace {
+  Workspace(const Tensor& like, size_t bytes) : size(bytes) {
+    if (bytes == 0) return;
+    memory = torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    data = memory->mutable_data_ptr();
+  }
+  size_t size;
+  void* data = nullptr;
+  std::optional<Tensor> memory;
+};
+
+std::vector<int64_t> out_sizes(const Arguments& args) {
+  std::vector<int64_t> sizes(args.q.sizes().begin(), args.q.sizes().end());
+  sizes.back() = args.v.size(args.v.dim() - 1);
+  return sizes;
+}
+
+std::vector<int64_t> lse_sizes(const Arguments& args) {
+  const Tensor& q = args.q;
+  if (args.is_varlen()) return {q.size(1), q.size(0)};
+  return {q.size(0), q.size(2), q.size(1)};
+}
+
+// On the CPU the core refuses cu_seqlens that leave rows out.
+bool may_leave_rows_out(const Arguments& args) { return args.is_varlen() && args.q.is_cuda(); }
+
+// Contiguous, in the dtype of q.
+Tensor new_output(const Arguments& args, const std::vector<int64_t>& sizes) {
+  return may_leave_rows_out(args) ? torch::stable::new_zeros(args.q, sizes)
+                                  : torch::stable::new_empty(args.q, sizes);
+}
+
+Tensor new_lse(const Arguments& args) {
+  Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), ScalarType::Float);
+  if (may_leave_rows_out(args)) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  return lse;
+}
+
+int64_t lse_stride_batch(const Tensor& lse) { return lse.dim() == 3 ? lse.stride(0) : 0; }
+int64_t lse_stride_head(const Tensor& lse) { return lse.stride(lse.dim() - 2); }
+
+flashtile_forward_params forward_params(const Arguments& args, const flashtile_problem& problem) {
+  flashtile_forward_params params;
+  flashtile_forward_init(&params);
+  params.problem = &problem;
+  params.q = read_view(args.q);
+  params.k = read_view(args.k);
+  params.v = read_view(args.v);
+  return params;
+}
+
+std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
+  raise_unless_empty(refusal(args));
+  const DeviceScope device(args.q);
+  const flashtile_problem problem = to_problem(args);
+  flashtile_forward_params params = forward_params(args, problem);
+
+  size_t bytes = 0;
+  raise_unless_ok(flashtile_workspace_size(&params, &bytes));
+  const Tensor out = new_output(args, out_sizes(args));
+  const Tensor lse = new_lse(args);
+  const Workspace workspace(args.q, bytes);
+  params.out = write_view(out);
+  params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
+  params.lse_stride_batch = lse_stride_batch(lse);
+  params.lse_stride_head = lse_stride_head(lse);
+  params.workspace = workspace.data;
+  params.workspace_bytes = workspace.size;
+  raise_unless_ok(flashtile_forward(&params, device.stream()));
+  return {out, lse};
+}
+
+flashtile_backward_params backward_params(const BackwardArguments& args,
+                                          const flashtile_problem& problem) {
+  flashtile_backward_params params;
+  flashtile_backward_init(&params);
+  params.problem = &problem;
+  params.q = read_view(args.forward.q);
+  params.k = read_view(args.forward.k);
+  params.v = read_view(args.forward.v);
+  params.out = read_view(args.out);
+  params.dout = read_view(args.dout);
+  params.softmax_lse = static_cast<const float*>(args.softmax_lse.const_data_ptr());
+  params.lse_stride_batch = lse_stride_batch(args.softmax_lse);
+  params.lse_stride_head = lse_stride_head(args.softmax_lse);
+  if (args.dsoftmax_lse.has_value()) {
+    const Tensor& dlse = *args.dsoftmax_lse;
+    params.dsoftmax_lse = static_cast<const float*>(dlse.const_data_ptr());
+    params.dlse_stride_batch = lse_stride_batch(dlse);
+    params.dlse_stride_head = lse_stride_head(dlse);
+  }
+  return params;
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
+  raise_unless_empty(refusal(args));
+  const Arguments& forward = args.forward;
+  const DeviceScope device(forward.q);
+  flashtile_problem problem = to_problem(forward);
+  if (args.deterministic) problem.flags |= FLASHTILE_DETERMINISTIC;
+  flashtile_backward_params params = backward_params(args, problem);
+
+  size_t bytes = 0;
+  raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes));
+  auto gradient_of = [&](const Tensor& tensor) {
+    return new_output(forward, {tensor.sizes().begin(), tensor.sizes().end()});
+  };
+  const Tensor dq = gradient_of(forward.q);
+  const Tensor dk = gradient_of(forward.k);
+  const Tensor dv = gradient_of(forward.v);
+  const Workspace workspace(forward.q, bytes);
+  params.dq = write_view(dq);
+  params.dk = write_view(dk);
+  params.dv = write_view(dv);
+  params.workspace = workspace.data;
+  params.workspace_bytes = workspace.size;
+  raise_unless_ok(flashtile_backward(&params, device.stream()));
+  return {dq, dk, dv};
+}
+
+flashtile_tensor contiguous_view(const Tensor& tensor) {
+  flashtile_tensor view = read_view(tensor);
+  const int64_t seq_dim = tensor.dim() - 3;
+  view.stride_head = tensor.size(seq_dim + 2);
+  view.stride_seq = view.stride_head * tensor.size(seq_dim + 1);
+  view.stride_batch = view.stride_seq * tensor.size(seq_dim);
+  return view;
+}
+
+// The answer of the C API: whether the call would run, and the kernel's name or the sentence why not.
+// Outputs do not exist yet: contiguous views of q, k, v and one float stand in, no data is read.
+std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
+  std::string text = refusal(args);
+  if (!text.empty()) return {false, text};
+  const DeviceScope device(args.q);
+  const flashtile_problem problem = to_problem(args);
+  char name[256] = "";
+  float lse = 0.0f;
+  const flashtile_tensor like_q = contiguous_view(args.q);
+  flashtile_status status = FLASHTILE_OK;
+  if (backward) {
+    flashtile_backward_params params;
+    flashtile_backward_init(&params);
+    params.problem = &problem;
+    params.q = params.out = params.dout = params.dq = like_q;
+    params.k = params.dk = contiguous_view(args.k);
+    params.v = params.dv = contiguous_view(args.v);
+    params.softmax_lse = &lse;
+    status = flashtile_plan_backward(&params, name, sizeof(name));
+  } else {
+    flashtile_forward_params params = forward_params(args, problem);
+    params.out = like_q;
+    params.softmax_lse = &lse;
+    status = flashtile_plan(&params, name, sizeof(name));
+  }
+  return {status == FLASHTILE_OK, status == FLASHTILE_OK ? name : flashtile_last_error()};
+}
+
+// From here on one function per op. Their parameters are the op's schema, one to one.
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   std::optional<double> softmax_scale, int64_t window_left,
+                                   int64_t window_right) {
+  return run_forward({.q = q,
+                      .k = k,
+                      .v = v,
+                      .softmax_scale = softmax_scale,
+                      .window_left = window_left,
+                      .window_right = window_right});
+}
+
+std::tuple<Tensor, Tensor> forward_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                          int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                          std::optional<double> softmax_scale, int64_t window_left,
+                                          int64_t window_right) {
+  return run_forward({.q = q,
+                      .k = k,
+                      .v = v,
+                      .cu_seqlens_q = cu_seqlens_q,
+                      .cu_seqlens_k = cu_seqlens_k,
+                      .max_seqlen_q = max_seqlen_q,
+                      .max_seqlen_k = max_seqlen_k,
+                      .softmax_scale = softmax_scale,
+                      .window_left = window_left,
+                      .window_right = window_right});
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& out,
+                                            const Tensor& softmax_lse,
+                                            std::optional<Tensor> dsoftmax_lse,
+                                            std::optional<double> softmax_scale,
+                                            int64_t window_left, int64_t window_right,
+                                            bool deterministic) {
+  return run_backward({.forward = {.q = q,
+                                   .k = k,
+                                   .v = v,
+                                   .softmax_scale = softmax_scale,
+                                   .window_left = window_left,
+                                   .window_right = window_right},
+                       .dout = dout,
+                       .out = out,
+                       .softmax_lse = softmax_lse,
+                       .dsoftmax_lse = dsoftmax_lse,
+                       .deterministic = deterministic});
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_varlen(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& softmax_lse, std::optional<Tensor> dsoftmax_lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+    bool deterministic) {
+  return run_backward({.forward = {.q = q,
+                                   .k = k,
+                                   .v = v,
+                                   .cu_seqlens_q = cu_seqlens_q,
+                                   .cu_seqlens_k = cu_seqlens_k,
+                                   .max_seqlen_q = max_seqlen_q,
+                                   .max_seqlen_k = max_seqlen_k,
+                                   .softmax_scale = softmax_scale,
+                                   .window_left = window_left,
+                                   .window_right = window_right},
+                       .dout = dout,
+                       .out = out,
+                       .softmax_lse = softmax_lse,
+                       .dsoftmax_lse = dsoftmax_lse,
+                       .deterministic = deterministic});
+}
+
+std::tuple<bool, std::string> can_run(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      std::optional<Tensor> cu_seqlens_q,
+                                      std::optional<Tensor> cu_seqlens_k, int64_t max_seqlen_q,
+                                      int64_t max_seqlen_k, std::optional<double> softmax_scale,
+                                      int64_t window_left, int64_t window_right, bool backward) {
+  return answer({.q = q,
+                 .k = k,
+                 .v = v,
+                 .cu_seqlens_q = cu_seqlens_q,
+                 .cu_seqlens_k = cu_seqlens_k,
+                 .max_seqlen_q = max_seqlen_q,
+                 .max_seqlen_k = max_seqlen_k,
+                 .softmax_scale = softmax_scale,
+                 .window_left = window_left,
+                 .window_right = window_right},
+                backward);
+}
+
+// Lines "name=value"; the lists among the values are comma-separated.
+std::string build_info() {
+  flashtile_build_info info = {};
+  info.struct_size = sizeof(info);
+  raise_unless_ok(flashtile_get_build_info(&info));
+  return std::string("version=") + info.version +
+         "\ncuda_architectures=" + info.cuda_architectures +
+         "\ncuda_head_dims=" + info.cuda_head_dims +
+         "\ncpu_instruction_sets=" + info.cpu_instruction_sets +
+         "\ncpu_instruction_set_used=" + info.cpu_instruction_set_used +
+         "\ntorch_headers=" FLASHTILE_TORCH_HEADERS;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(flashtile, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, float? softmax_scale, int window_left, "
+      "int window_right) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "forward_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, int window_left, "
+      "int window_right) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dsoftmax_lse, float? softmax_scale, int window_left, int window_right, "
+      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "backward_varlen(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dsoftmax_lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+      "SymInt max_seqlen_k, float? softmax_scale, int window_left, int window_right, "
+      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "can_run(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, int window_left, "
+      "int window_right, bool backward) -> (bool, str)");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashtile, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("forward_varlen", TORCH_BOX(&forward_varlen));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("backward_varlen", TORCH_BOX(&backward_varlen));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("forward_varlen", TORCH_BOX(&forward_varlen));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("backward_varlen", TORCH_BOX(&backward_varlen));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashtile, CompositeExplicitAutograd, m) {
+  m.impl("can_run", TORCH_BOX(&can_run));
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
+
+}  // namespace flashtile::ops

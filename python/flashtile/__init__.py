@@ -1,0 +1,17 @@
+"""flashtile: exact attention, forward and backward, for CPU and CUDA tensors.
+
+>>> import torch, flashtile
+>>> q = k = v = torch.randn(1, 128, 8, 64)  # (batch, seqlen, heads, head_dim)
+>>> out = flashtile.attention(q, k, v, causal=True)
+"""
+
+from flashtile import _loader, _registration
+
+_loader.load(__path__)
+_registration.register()
+
+from flashtile.ops import attention, attention_varlen, build_info, can_run  # noqa: E402
+
+__version__: str = str(build_info()["version"])
+
+__all__ = ["__version__", "attention", "attention_varlen", "build_info", "can_run"]

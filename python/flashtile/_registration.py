@@ -1,0 +1,126 @@
+"""What torch needs to know about the ops beside their kernels: shapes (fake kernels) and gradients.
+
+A fake kernel answers from shapes alone, so lengths stay symbolic under ``torch.compile``.
+"""
+
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flashtile import _checks
+
+UNLIMITED = -1  # window_left, window_right: no limit on this side (FLASHTILE_UNLIMITED)
+
+Gradients: TypeAlias = tuple[Tensor | None, ...]
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]:
+    _checks.check_tensors(q, k, v)
+    batch, seqlen_q, num_heads, _ = q.shape
+    out = q.new_empty((batch, seqlen_q, num_heads, v.shape[-1]))
+    return out, q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+
+
+def _fake_forward_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]:
+    _checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    total_q, num_heads, _ = q.shape
+    out = q.new_empty((total_q, num_heads, v.shape[-1]))
+    return out, q.new_empty((num_heads, total_q), dtype=torch.float32)
+
+
+def _fake_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Dense and varlen: tensors first, then numbers, in the order of the schema."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.options = inputs[len(tensors) :]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _incoming(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of out and LSE as the op takes them: dout always there, last stride 1.
+
+    The copies are only made for gradients like those of ``out.sum()``, which are one number
+    expanded over the whole shape.
+    """
+    out, lse = ctx.saved_tensors[:2]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.shape[-1] > 1 and dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if dlse is not None and lse.shape[-1] > 1 and dlse.stride(-1) != 1:
+        dlse = dlse.contiguous()
+    return dout, dlse
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+    if dout is None and dlse is None:
+        return (None,) * 6
+    dout, dlse = _incoming(ctx, dout, dlse)
+    out, lse, q, k, v = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = torch.ops.flashtile.backward(
+        dout, q, k, v, out, lse, dlse, *ctx.options, deterministic
+    )
+    return dq, dk, dv, None, None, None
+
+
+def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+    if dout is None and dlse is None:
+        return (None,) * 10
+    dout, dlse = _incoming(ctx, dout, dlse)
+    out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = torch.ops.flashtile.backward_varlen(
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options, deterministic
+    )
+    return dq, dk, dv, *(None,) * 7
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError(
+        "flashtile: attention was differentiated twice; allowed: first derivatives only "
+        "(use torch's math attention for second derivatives)"
+    )
+
+
+def register() -> None:
+    """Registers everything in this file with torch. Once per process."""
+    namespace = torch.ops.flashtile
+    if getattr(namespace, "python_registered", False):  # by another copy of this package
+        return
+    library = torch.library
+    library.register_fake("flashtile::forward", _fake_forward)
+    library.register_fake("flashtile::forward_varlen", _fake_forward_varlen)
+    library.register_fake("flashtile::backward", _fake_backward)
+    library.register_fake("flashtile::backward_varlen", _fake_backward)
+    for op, backward in (("forward", _backward), ("forward_varlen", _backward_varlen)):
+        library.register_autograd(f"flashtile::{op}", backward, setup_context=_setup_context)
+    # Without these a second derivative would only warn and be missing.
+    library.register_autograd("flashtile::backward", _no_second_derivative)
+    library.register_autograd("flashtile::backward_varlen", _no_second_derivative)
+    namespace.python_registered = True
