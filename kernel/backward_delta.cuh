@@ -1,0 +1,104 @@
+// First launch of the backward: delta_i = sum_c dO_ic O_ic - dLSE_i for every query, in fp32
+// (FlashAttention-2, Algorithm 2, line 4; dLSE enters dS = P (dP - delta) with the opposite sign).
+//
+// Also rewrites lse in base 2 and clears the fp32 dQ that the main kernel adds to. One block per slot
+// and head; kLanes neighbouring lanes read one row, 16 bytes each. A query that sees no key, and a row
+// past the sequence's end, gets lse = +inf: its probabilities exp2(s - lse) are exactly 0.
+#pragma once
+
+#include "backward_layout.cuh"
+
+namespace flashtile {
+
+// A pair of 16-bit elements as fp32.
+template <class T>
+FLASHTILE_DEVICE float2 unpack(uint32_t x);
+template <>
+FLASHTILE_DEVICE float2 unpack<__nv_bfloat16>(uint32_t x) {
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+template <>
+FLASHTILE_DEVICE float2 unpack<__half>(uint32_t x) {
+  const __half2_raw raw = {static_cast<unsigned short>(x), static_cast<unsigned short>(x >> 16)};
+  return __half22float2(__half2(raw));
+}
+
+template <class T, int kHeadDim, Memory kMemory>
+struct BackwardDelta {
+  using Params = BackwardLaunch;
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kBlockQ = backward_config(kHeadDim, kMemory).block_q;
+  static constexpr int kLanes = kHeadDim / 8;
+  static constexpr int kRowsPerPass = kThreads / kLanes;
+  using Slot = BackwardSlot<kBlockQ, kHeadDim>;
+
+  static FLASHTILE_DEVICE void run(const Params& launch, char*) {
+    const BackwardParams& p = launch.params;
+    const int thread = ptx::thread_index();
+    const RowBlock block =
+        row_block<Rows::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
+    if (block.empty()) return;
+    const int64_t tile = block.head * launch.slots_q + block.slot;
+    clear_dq(launch.dq_accumulator + tile * Slot::kDq, thread);
+    FLASHTILE_UNROLL
+    for (int row = thread / kLanes; row < kBlockQ; row += kRowsPerPass) {
+      const float sum = row < block.rows ? row_dot(p, block, block.row0 + row, thread % kLanes) : 0.0f;
+      float delta = sum_over_lanes(sum);
+      float lse = INFINITY;
+      if (row < block.rows) {
+        const Sequence& s = block.sequence;
+        const int64_t query = s.row_q + block.row0 + row;
+        lse = *row_pointer(p.lse, s.batch, query, block.head);
+        if (p.dlse.data != nullptr) delta -= *row_pointer(p.dlse, s.batch, query, block.head);
+        if (lse == -INFINITY) {
+          lse = INFINITY;
+          delta = 0.0f;
+        }
+      }
+      if (thread % kLanes == 0) {
+        float* statistics = launch.statistics + tile * Slot::kStatistics;
+        statistics[Slot::lse(row)] = lse * kLog2e;
+        statistics[Slot::minus_delta(row)] = -delta;
+        statistics[Slot::minus_delta(row) + 2] = -delta;
+      }
+    }
+  }
+
+  static FLASHTILE_DEVICE void clear_dq(float* dq, int thread) {
+    FLASHTILE_UNROLL
+    for (int i = 4 * thread; i < Slot::kDq; i += 4 * kThreads) {
+      *reinterpret_cast<float4*>(dq + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
+
+  // This lane's eight columns of dO . O in one row.
+  static FLASHTILE_DEVICE float row_dot(const BackwardParams& p, const RowBlock& block, int row, int lane) {
+    const Sequence& s = block.sequence;
+    const T* out = static_cast<const T*>(p.out.data) +
+                   element_offset(p.out, s.batch, s.row_q + row, block.head) + 8 * lane;
+    const T* dout = static_cast<const T*>(p.dout.data) +
+                    element_offset(p.dout, s.batch, s.row_q + row, block.head) + 8 * lane;
+    const uint4 x = *reinterpret_cast<const uint4*>(out);
+    const uint4 y = *reinterpret_cast<const uint4*>(dout);
+    const uint32_t xs[4] = {x.x, x.y, x.z, x.w};  // pairs of T
+    const uint32_t ys[4] = {y.x, y.y, y.z, y.w};
+    float sum = 0.0f;
+    FLASHTILE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = unpack<T>(xs[i]);
+      const float2 b = unpack<T>(ys[i]);
+      sum += a.x * b.x + a.y * b.y;
+    }
+    return sum;
+  }
+
+  static FLASHTILE_DEVICE float sum_over_lanes(float x) {
+    FLASHTILE_UNROLL
+    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  }
+};
+
+}  // namespace flashtile

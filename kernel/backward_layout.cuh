@@ -1,0 +1,117 @@
+// What the three backward kernels hand to each other: the workspace and the order of its elements.
+//
+// Queries are cut into slots of block_q rows (tile/work.cuh). Per head and slot the workspace holds
+//
+//   statistics [block_q / 16][3][4][4], fp32: for 16 queries, lane l reads at l % 4 one float4 of
+//     lse * log2(e) (queries 2t, 2t+1, 2t+8, 2t+9, t = l % 4) and two of -delta (2t, 2t+1, 2t, 2t+1,
+//     then the same 8 queries on): what an n8 accumulator tile of dP^T starts from.
+//   dq [block_q * head_dim], fp32: dQ / scale in accumulator order, [warp][register][lane]: every
+//     addition of a warp goes to 128 neighbouring bytes.
+#pragma once
+
+#include "config.cuh"
+#include "params.h"
+#include "tile/mask.cuh"
+#include "tile/work.cuh"
+
+namespace flashtile {
+
+// The arguments of the three kernels.
+struct BackwardLaunch {
+  BackwardParams params;
+  float* statistics = nullptr;    // [num_heads, slots_q, 3 block_q]
+  float* dq_accumulator = nullptr;  // [num_heads, slots_q, block_q * head_dim]
+  int64_t slots_q = 0;
+  int64_t slots_k = 0;
+  float scale_log2 = 0.0f;        // softmax_scale * log2(e)
+  int64_t q_pass_bytes = 0;       // from a row that a thread copies to its next one, in q
+  int64_t dout_pass_bytes = 0;    // and in dout
+};
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+template <int kBlockQ, int kHeadDim>
+struct BackwardSlot {
+  static constexpr int kStatistics = 3 * kBlockQ;   // floats
+  static constexpr int kDq = kBlockQ * kHeadDim;    // floats
+
+  // Floats from the start of the statistics to the lse of `query`, 0 <= query < kBlockQ.
+  static FLASHTILE_HOST_DEVICE int lse(int query) {
+    return query / 16 * 48 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
+  }
+  // The same for the first -delta of `query`; the second lies two floats further.
+  static FLASHTILE_HOST_DEVICE int minus_delta(int query) {
+    return query / 16 * 48 + 16 + query % 16 / 2 * 4 + query % 2;
+  }
+};
+
+// Where dQ's accumulators lie: warp (row, column) of the warp grid, kRegisters per lane.
+template <int kHeadDim, Memory kMemory>
+struct DqOrder {
+  static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  static constexpr int kWarpCols = kConfig.warps() / kConfig.dq_warps_q;
+  static constexpr int kRows = kConfig.block_q / kConfig.dq_warps_q;  // of one warp
+  static constexpr int kCols = kHeadDim / kWarpCols;                  // of one warp
+  static constexpr int kRegisters = kRows * kCols / 32;
+
+  // Floats from the start of the slot to (row, col), col a multiple of 8. Columns col + 2 i and
+  // col + 2 i + 1 lie i and 32 + i floats further, i < 4.
+  static FLASHTILE_HOST_DEVICE int offset(int row, int col) {
+    const int warp = row / kRows * kWarpCols + col / kCols;
+    const int block = row % kRows / 16 * (kCols / 8) + col % kCols / 8;
+    const int first_register = block * 4 + row / 8 % 2 * 2;
+    return (warp * kRegisters + first_register) * 32 + row % 8 * 4;
+  }
+};
+
+// A block of rows of one head of one sequence; nothing to do where it is empty.
+struct RowBlock {
+  Sequence sequence;
+  int64_t first_slot_q = 0;  // slot of the sequence's first queries
+  int64_t slot = 0;
+  int head = 0;
+  int row0 = 0;  // first row, within the sequence
+  int rows = 0;  // from row0 to the sequence's end
+
+  FLASHTILE_DEVICE bool empty() const { return rows <= 0 || row0 < 0; }
+};
+
+enum class Rows { kQueries, kKeys };
+
+// Block `index` of a grid of heads x slots, slots fastest.
+template <Rows kRows, int kBlock, int kBlockQ>
+FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int index) {
+  constexpr bool kQueries = kRows == Rows::kQueries;
+  RowBlock block;
+  Sequence& sequence = block.sequence;
+  block.head = index / static_cast<int>(slots);
+  const int slot = index % static_cast<int>(slots);
+  block.slot = slot;
+  if (problem.is_varlen()) {
+    const int32_t* cu_seqlens = kQueries ? problem.cu_seqlens_q : problem.cu_seqlens_k;
+    const int b = find_sequence(cu_seqlens, static_cast<int>(problem.batch), slot, kBlock);
+    sequence = varlen_sequence(problem, b);
+    const int64_t first = first_slot(kQueries ? sequence.row_q : sequence.row_k, b, kBlock);
+    block.row0 = static_cast<int>(slot - first) * kBlock;
+    block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);
+  } else {
+    sequence.seqlen_q = static_cast<int>(problem.seqlen_q);
+    sequence.seqlen_k = static_cast<int>(problem.seqlen_k);
+    const int per_sequence = ceil_div(kQueries ? sequence.seqlen_q : sequence.seqlen_k, kBlock);
+    sequence.batch = slot / per_sequence;
+    block.row0 = slot % per_sequence * kBlock;
+    block.first_slot_q = sequence.batch * ceil_div(sequence.seqlen_q, kBlockQ);
+  }
+  block.rows = (kQueries ? sequence.seqlen_q : sequence.seqlen_k) - block.row0;
+  return block;
+}
+
+// Element `row` (within the sequence) of a head, first column.
+FLASHTILE_DEVICE int64_t element_offset(const View& view, int64_t batch, int64_t row, int64_t head) {
+  return batch * view.stride_batch + row * view.stride_seq + head * view.stride_head;
+}
+FLASHTILE_DEVICE float* row_pointer(const RowView& view, int64_t batch, int64_t row, int64_t head) {
+  return view.data + batch * view.stride_batch + head * view.stride_head + row;
+}
+
+}  // namespace flashtile

@@ -1,0 +1,332 @@
+// Main launch of the backward (FlashAttention-2, Algorithm 2): one block of keys against all queries
+// that see it, with cp.async, ldmatrix and mma.sync m16n8k16.
+//
+// Scores are computed transposed, S^T = K Q^T: their accumulators, rounded to 16 bits, already are the
+// A operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, to be the A operand
+// of dQ = dS K, which is added to an fp32 buffer in global memory. dK and dV stay in registers over all
+// query heads that share the keys. kernel/README.md has the pictures.
+#pragma once
+
+#include <type_traits>
+
+#include "backward_sm80_store.cuh"
+#include "backward_sm80_tile.cuh"
+
+namespace flashtile {
+
+// Blocks of queries that see keys [k0, k0 + block_k): [begin, full_begin) tested per element,
+// [full_begin, end) see every key of the block.
+struct QueryRange {
+  int begin, full_begin, end;
+};
+
+FLASHTILE_DEVICE QueryRange query_blocks(
+    bool causal, const Sequence& s, int k0, int block_q, int block_k) {
+  const int shift = s.seqlen_q - s.seqlen_k;  // key j is seen from query j + shift on when causal
+  QueryRange range;
+  range.end = ceil_div(s.seqlen_q, block_q);
+  range.begin = causal ? min(max(k0 + shift, 0) / block_q, range.end) : 0;
+  range.full_begin = causal ? ceil_div(max(k0 + shift + block_k - 1, 0), block_q) : 0;
+  range.full_begin = min(max(range.full_begin, range.begin), range.end);
+  if (k0 + block_k > s.seqlen_k) range.full_begin = range.end;
+  return range;
+}
+
+template <class T, int kHeadDim, Memory kMemory>
+struct BackwardSm80 {
+  using Params = BackwardLaunch;
+  using Smem = BackwardSmem<kHeadDim, kMemory>;
+  using Dq = DqOrder<kHeadDim, kMemory>;
+  using QueryTile = typename Smem::QueryTile;
+  using KeyTile = typename Smem::KeyTile;
+  using ScoreTile = typename Smem::ScoreTile;
+  static constexpr BackwardConfig kConfig = Smem::kConfig;
+  static constexpr int kThreads = 32 * kConfig.warps();
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kSharedBytes = Smem::kBytes;
+  static constexpr int kBlockQ = kConfig.block_q;
+  static constexpr int kBlockK = kConfig.block_k;
+  static constexpr int kKeys = kBlockK / kConfig.warps_k;      // of one warp
+  static constexpr int kQueries = kBlockQ / kConfig.warps_q;   // of one warp's scores
+  static constexpr int kGradCols = kConfig.split_head_dim ? kHeadDim / kConfig.warps_q : kHeadDim;
+  static constexpr int kHalfBytes = kQueries * kPanelRowBytes;  // from one warp's queries to the next's
+  using Scores = Accumulator<kKeys, kQueries>;       // S^T, P^T, dP^T, dS^T: [key, query]
+  using Packed = PackedScores<kKeys, kQueries>;
+  using Gradient = Accumulator<kKeys, kGradCols>;    // dK, dV: [key, head_dim]
+  using QueryCopy = RowCopy<QueryTile, kThreads>;
+  using KeyCopy = RowCopy<KeyTile, kThreads>;
+  using Slot = BackwardSlot<kBlockQ, kHeadDim>;
+
+  // Places of a warp in the three warp grids: keys x queries of the scores, queries x columns of dQ.
+  struct Warp {
+    int lane, index, key, query, dq_row, dq_col;
+
+    FLASHTILE_DEVICE explicit Warp(int thread)
+        : lane(thread % 32),
+          index(thread / 32),
+          key(index / kConfig.warps_q),
+          query(index % kConfig.warps_q),
+          dq_row(index / Dq::kWarpCols),
+          dq_col(index % Dq::kWarpCols) {}
+  };
+
+  // This thread's part in copying Q, dO and the statistics of one block of queries.
+  struct QueryLoader {
+    const char *q, *dout, *statistics;  // first source of the next block
+    uint32_t fill;                      // its place in the stage that the next block goes to
+    int rows_left;                      // from the thread's first row to the end of the sequence
+
+    FLASHTILE_DEVICE void load(const BackwardLaunch& launch) {
+      QueryCopy::copy(fill, q, launch.q_pass_bytes, rows_left);
+      QueryCopy::copy(fill + Smem::kDout, dout, launch.dout_pass_bytes, rows_left);
+      if (QueryCopy::offset(ptx::thread_index()) < Smem::kStatisticsBytes) {
+        ptx::cp_async_16(fill + Smem::kStatistics, statistics);
+      }
+      statistics += Smem::kStatisticsBytes;
+      rows_left -= kBlockQ;
+      ptx::cp_async_commit();
+    }
+  };
+
+  // The lane's shared memory addresses of one stage; flip() moves them to the other stage.
+  struct Stage {
+    Cursor<QueryTile> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, kDout further)
+    Cursor<QueryTile> cols;  // the same queries, and the warp's columns: B of dK += dS^T Q
+    uint32_t statistics;
+    int step;
+
+    FLASHTILE_DEVICE Stage(uint32_t stage, const Warp& warp)
+        : rows(stage, Lanes::kColsFirst, warp.lane, warp.query * kQueries),
+          cols(stage, Lanes::kRowsFirst, warp.lane, warp.query * kQueries,
+               kConfig.split_head_dim ? warp.query * kGradCols / 8 : 0),
+          statistics(stage + Smem::kStatistics + warp.query * kQueries * 12 + warp.lane % 4 * 16),
+          step(-Smem::kStageBytes) {}
+
+    FLASHTILE_DEVICE void flip(uint32_t& fill) {
+      rows.base += step;
+      cols.base += step;
+      statistics += step;
+      fill -= step;
+      step = -step;
+      ptx::hide(rows.base);
+      ptx::hide(cols.base);
+    }
+    FLASHTILE_DEVICE float4 lse(int n16) const { return ptx::lds_f32x4(statistics + n16 * 192); }
+    FLASHTILE_DEVICE float4 minus_delta(int n8) const {
+      return ptx::lds_f32x4(statistics + n8 / 2 * 192 + 64 + n8 % 2 * 64);
+    }
+  };
+
+  // For each of the lane's keys the first of the warp's queries that sees it, minus the lane's column.
+  struct EdgeTest {
+    int first[kKeys / 16][2];
+
+    FLASHTILE_DEVICE EdgeTest(bool causal, const Sequence& s, int k0, int q0, int lane) {
+      FLASHTILE_UNROLL
+      for (int m = 0; m < kKeys / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int key = k0 + accumulator_row(lane, m, 2 * half);
+          const int query = causal ? key - s.seqlen_k + s.seqlen_q : -(1 << 30);
+          first[m][half] = (key < s.seqlen_k ? query : INT32_MAX) - q0 - accumulator_col(lane, 0, 0);
+        }
+      }
+    }
+    FLASHTILE_DEVICE bool visible(int m, int n, int i) const { return first[m][i / 2] <= n * 8 + i % 2; }
+  };
+
+  // gradient += scores b: over the warp's own queries, and where warps share the columns of the
+  // gradient among them also over the partner's, whose scores are at `exchange`.
+  static FLASHTILE_DEVICE void accumulate(
+      Gradient& gradient, const Packed& scores, const Cursor<QueryTile>& b, int b_offset,
+      const Cursor<ScoreTile>& exchange, int exchange_offset, int partner) {
+    FLASHTILE_UNROLL
+    for (int k = 0; k < kQueries / 16; ++k) {
+      product_AB_step<T>(gradient, scores.x[k], b, 16 * k, b_offset);
+    }
+    if constexpr (kConfig.split_head_dim) {
+      Cursor<QueryTile> partner_b = b;
+      partner_b.base += partner;
+      FLASHTILE_UNROLL
+      for (int k = 0; k < kQueries / 16; ++k) {
+        uint32_t a[kKeys / 16][4];
+        FLASHTILE_UNROLL
+        for (int m = 0; m < kKeys / 16; ++m) {
+          ptx::ldmatrix_x4(a[m], exchange.at(16 * m, k, exchange_offset));
+        }
+        product_AB_step<T>(gradient, a, partner_b, 16 * k, b_offset);
+      }
+    }
+  }
+
+  // dQ of the whole block of queries, the warp's rows and columns of it.
+  static FLASHTILE_DEVICE void add_dq(float* dq, const Cursor<ScoreTile>& ds, const Cursor<KeyTile>& k_cols) {
+    Accumulator<Dq::kRows, Dq::kCols> sum;
+    clear(sum);
+    FLASHTILE_UNROLL
+    for (int k = 0; k < kBlockK / 16; ++k) {
+      uint32_t a[Dq::kRows / 16][4];
+      FLASHTILE_UNROLL
+      for (int m = 0; m < Dq::kRows / 16; ++m) ptx::ldmatrix_x4_trans(a[m], ds.at(16 * k, m));
+      product_AB_step<T>(sum, a, k_cols, 16 * k, 0);
+    }
+    FLASHTILE_UNROLL
+    for (int m = 0; m < Dq::kRows / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int n = 0; n < Dq::kCols / 8; ++n) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) ptx::red_add(dq + ((m * (Dq::kCols / 8) + n) * 4 + i) * 32, sum.d[m][n][i]);
+      }
+    }
+  }
+
+  static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {
+    const BackwardParams& p = launch.params;
+    const int thread = ptx::thread_index();
+    const Warp warp(thread);
+    const RowBlock block =
+        row_block<Rows::kKeys, kBlockK, kBlockQ>(p.problem, launch.slots_k, ptx::block_index());
+    if (block.empty()) return;
+    const Sequence& s = block.sequence;
+    const uint32_t smem = ptx::shared_address(shared);
+
+    const Cursor<KeyTile> k_rows(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, warp.key * kKeys);
+    const Cursor<KeyTile> k_cols(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, 0, warp.dq_col * Dq::kCols / 8);
+    const Cursor<ScoreTile> ds_queries(
+        smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0, warp.dq_row * Dq::kRows / 8);
+    const Cursor<ScoreTile> exchange(
+        smem + Smem::kScores, Lanes::kRowsFirst, warp.lane, warp.key * kKeys, (1 - warp.query) * kQueries / 8);
+    const uint32_t own_scores =
+        smem + Smem::kScores +
+        ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8) + warp.lane % 4 * 4;
+    const int partner = warp.query == 0 ? kHalfBytes : -kHalfBytes;
+
+    load_keys(p, block, smem, thread);
+    using V = std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
+    V v;
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // K and V have landed, for every thread
+    if constexpr (kConfig.v_in_registers) {
+      v.load(k_rows, Smem::kV - Smem::kK);
+      __syncthreads();  // V is in registers: the stages are free
+    } else {
+      v = {k_rows, Smem::kV - Smem::kK};
+    }
+
+    Gradient dk, dv;
+    clear(dk);
+    clear(dv);
+    Stage stage(smem + Smem::kStages + Smem::kStageBytes, warp);
+    QueryLoader loader;
+    loader.fill = smem + Smem::kStages + QueryCopy::offset(thread);
+    const bool causal = p.problem.is_causal();
+    const QueryRange range = query_blocks(causal, s, block.row0, kBlockQ, kBlockK);
+    const int group = static_cast<int>(p.problem.num_heads / p.problem.num_heads_kv);
+
+    for (int g = 0; g < group; ++g) {
+      if (range.begin >= range.end) break;
+      const int head = block.head * group + g;
+      const int64_t row0 = s.row_q + static_cast<int64_t>(range.begin) * kBlockQ;
+      const int64_t slot = head * launch.slots_q + block.first_slot_q + range.begin;
+      loader.q = QueryCopy::source(p.q, s.batch, row0, head, thread);
+      loader.dout = QueryCopy::source(p.dout, s.batch, row0, head, thread);
+      loader.statistics =
+          reinterpret_cast<const char*>(launch.statistics + slot * Slot::kStatistics) + QueryCopy::offset(thread);
+      loader.rows_left = s.seqlen_q - range.begin * kBlockQ - QueryCopy::row(thread);
+      loader.load(launch);  // into the stage that nobody reads: see step
+      float* dq = launch.dq_accumulator + slot * Slot::kDq + warp.index * Dq::kRegisters * 32 + warp.lane;
+
+      int i = range.begin;  // block of queries
+      auto step = [&](auto edge) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // block i has landed; nobody reads block i - 1 or its dS any more
+        stage.flip(loader.fill);
+        if (i + 1 < range.end) loader.load(launch);
+        const EdgeTest test(causal, s, block.row0 + warp.key * kKeys, i * kBlockQ + warp.query * kQueries, warp.lane);
+
+        Scores scores;
+        product_ABt<T>(scores, SharedRows<KeyTile>{k_rows, 0}, stage.rows, 0,
+                       [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
+        probabilities(scores, stage, launch.scale_log2);
+        if constexpr (edge.value) clear_hidden(scores, test);
+        Packed packed;
+        packed.template pack<T>(scores);
+        if constexpr (kConfig.split_head_dim) {
+          packed.store(own_scores + (Smem::kExchange - Smem::kScores));
+          ptx::named_barrier_sync(1 + warp.key, 32 * kConfig.warps_q);  // P^T of these keys is complete
+        }
+        accumulate(dv, packed, stage.cols, Smem::kDout, exchange, Smem::kExchange - Smem::kScores, partner);
+
+        Scores ds;
+        product_ABt<T>(ds, v, stage.rows, Smem::kDout,
+                       [&](int n) { return stage.minus_delta(n); });  // dP^T - delta = V dO^T - delta
+        multiply(ds, scores);
+        if constexpr (edge.value) clear_hidden(ds, test);
+        packed.template pack<T>(ds);
+        packed.store(own_scores);
+        __syncthreads();  // dS of block i is complete
+        accumulate(dk, packed, stage.cols, 0, exchange, 0, partner);
+        add_dq(dq, ds_queries, k_cols);
+        dq += Slot::kDq;
+      };
+      for (; i < range.full_begin; ++i) step(std::true_type());
+      for (; i < range.end; ++i) step(std::false_type());
+    }
+    store_gradients<T, kHeadDim, kMemory>(launch, smem, dk, dv);
+  }
+
+  static FLASHTILE_DEVICE void load_keys(const BackwardParams& p, const RowBlock& block, uint32_t smem, int thread) {
+    const Sequence& s = block.sequence;
+    const uint32_t offset = KeyCopy::offset(thread);
+    const int64_t row0 = s.row_k + block.row0;
+    const char* k = KeyCopy::source(p.k, s.batch, row0, block.head, thread);
+    const char* v = KeyCopy::source(p.v, s.batch, row0, block.head, thread);
+    const int rows_left = block.rows - KeyCopy::row(thread);
+    KeyCopy::copy(smem + Smem::kK + offset, k, 2 * KeyCopy::kRowsPerPass * p.k.stride_seq, rows_left);
+    KeyCopy::copy(smem + Smem::kV + offset, v, 2 * KeyCopy::kRowsPerPass * p.v.stride_seq, rows_left);
+    ptx::cp_async_commit();
+  }
+
+  // S^T -> P^T = exp2(S^T scale_log2 - lse)
+  static FLASHTILE_DEVICE void probabilities(Scores& s, const Stage& stage, float scale_log2) {
+    FLASHTILE_UNROLL
+    for (int n16 = 0; n16 < kQueries / 16; ++n16) {
+      const float4 lse = stage.lse(n16);
+      FLASHTILE_UNROLL
+      for (int m = 0; m < kKeys / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float& first = s.d[m][2 * n16][i];
+          float& second = s.d[m][2 * n16 + 1][i];
+          first = ptx::ex2(first * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+          second = ptx::ex2(second * scale_log2 - (i % 2 == 0 ? lse.z : lse.w));
+        }
+      }
+    }
+  }
+
+  static FLASHTILE_DEVICE void multiply(Scores& x, const Scores& y) {
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kKeys / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int n = 0; n < kQueries / 8; ++n) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) x.d[m][n][i] *= y.d[m][n][i];
+      }
+    }
+  }
+
+  // A selection, not a product: hidden scores may be anything, infinite included.
+  static FLASHTILE_DEVICE void clear_hidden(Scores& x, const EdgeTest& test) {
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kKeys / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int n = 0; n < kQueries / 8; ++n) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) x.d[m][n][i] = test.visible(m, n, i) ? x.d[m][n][i] : 0.0f;
+      }
+    }
+  }
+};
+
+}  // namespace flashtile
