@@ -1,0 +1,409 @@
+"""What the compiler made of the kernels: instructions per tensor-core instruction in the hot loops.
+
+    python benchmarks/sass_report.py build/kernel/libflashtile.so
+    python benchmarks/sass_report.py --classes forward.cubin
+
+Disassembles cubins, objects or libraries with cuobjdump, finds the natural loops of every kernel by
+dominators, and takes as hot loop the innermost one with the most HMMA per iteration. Counted is its
+clean path: the way round the loop that executes every HMMA and every copy, and otherwise the fewest
+instructions, so blocks that are jumped over (masking, rescaling) do not count.
+
+Exit status 1 when a kernel exceeds its budget or accesses local memory in its hot loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+# Instructions per HMMA, by (pass, head dim, memory class).
+BUDGETS: dict[tuple[str, int, str], float] = {
+    ("forward", 64, "large"): 4.05,
+    ("forward", 64, "small"): 4.05,
+    ("forward", 128, "large"): 2.75,
+    ("forward", 128, "small"): 3.15,
+    ("backward", 64, "large"): 3.05,
+    ("backward", 64, "small"): 3.05,
+    ("backward", 128, "large"): 2.45,
+    ("backward", 128, "small"): 2.75,
+}
+
+MEMORY_CLASSES = ("large", "small")  # flashtile::Memory
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "mma": ("HMMA",),
+    "ldmatrix": ("LDSM",),
+    "copy": ("LDGSTS", "LDGDEPBAR", "DEPBAR"),
+    "shared": ("LDS", "STS"),
+    "global": ("LDG", "STG", "RED", "ATOM", "ATOMG", "LD", "ST"),
+    "local": ("LDL", "STL"),
+    "exp": ("MUFU",),
+    "float": ("FFMA", "FADD", "FMUL", "FMNMX"),
+    "convert": ("F2F", "F2FP", "HADD2", "HMUL2", "HFMA2", "I2F", "F2I"),
+    "select": ("FSETP", "FSEL", "ISETP", "SEL", "PLOP3", "VOTE", "VOTEU", "R2P", "P2R"),
+    "integer": ("IMAD", "IADD3", "LOP3", "SHF", "LEA", "IABS", "IMNMX", "UIADD3", "ULOP3", "UIMAD"),
+    "move": ("MOV", "UMOV", "R2UR", "S2R", "S2UR", "CS2R", "ULDC"),
+    "control": ("BRA", "BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "EXIT"),
+}
+CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
+
+COPIES = ("LDGSTS", "RED", "ATOMG", "STS", "LDSM", "BAR")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # without modifiers
+    text: str
+    predicated: bool
+    target: int | None  # of a branch
+
+    @property
+    def falls_through(self) -> bool:
+        return self.predicated or self.opcode not in ("BRA", "EXIT", "RET", "BRX", "JMP")
+
+    @property
+    def class_name(self) -> str:
+        # IMAD.MOV and IMAD.SHL are what a move and a shift are written as.
+        if self.text.startswith("IMAD.MOV"):
+            return "move"
+        return CLASS_OF.get(self.opcode, "other")
+
+
+@dataclasses.dataclass
+class Kernel:
+    symbol: str
+    architecture: str
+    instructions: list[Instruction]
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+
+    def key(self) -> tuple[str, int, str] | None:
+        """(pass, head dim, memory class), or None for a kernel without a budget."""
+        match = re.search(r"\d(Forward|Backward)Sm80I", self.symbol)
+        head_dim = re.search(r"Li(\d+)E", self.symbol)
+        memory = re.search(r"MemoryE(\d)E", self.symbol)
+        if not (match and head_dim and memory):
+            return None
+        return match[1].lower(), int(head_dim[1]), MEMORY_CLASSES[int(memory[1])]
+
+    @property
+    def name(self) -> str:
+        key = self.key()
+        if key is None:
+            inner = re.search(r"run\w*?I\w*?NS_\d+(\w+?)I?L?i?\d*E", self.symbol)
+            return inner[1] if inner else self.symbol
+        dtype = "bf16" if "nv_bfloat16" in self.symbol else "fp16"
+        mask = re.search(r"\d(Full|Causal|Band)Mask", self.symbol)
+        return f"{key[0]} d{key[1]} {key[2]} {dtype} {mask[1].lower() if mask else ''}".rstrip()
+
+
+@dataclasses.dataclass
+class Loop:
+    """The clean path round a natural loop."""
+
+    path: list[Instruction]
+
+    def count(self, *opcodes: str) -> int:
+        return sum(i.opcode in opcodes for i in self.path)
+
+    @property
+    def mma(self) -> int:
+        return self.count("HMMA")
+
+    @property
+    def per_mma(self) -> float:
+        return len(self.path) / self.mma
+
+    @property
+    def local(self) -> int:
+        return self.count("LDL", "STL")
+
+    def by_class(self) -> dict[str, int]:
+        counts = collections.Counter(i.class_name for i in self.path)
+        return {name: counts[name] for name in [*CLASSES, "other"] if counts[name]}
+
+
+def find_cuobjdump(given: str | None) -> str:
+    """The tool from the command line, PATH, the CUDA toolkit, or a Python package that ships it."""
+    if given:
+        return given
+    site = pathlib.Path(sysconfig.get_paths()["purelib"])
+    candidates = [
+        pathlib.Path("/usr/local/cuda/bin/cuobjdump"),
+        *sorted(site.glob("nvidia/cu*/bin/cuobjdump")),
+        *sorted(site.glob("nvidia/cuda_cuobjdump/bin/cuobjdump")),
+        *sorted(site.glob("triton/backends/nvidia/bin/cuobjdump")),
+    ]
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    for candidate in candidates:
+        if candidate.exists():
+            return str(candidate)
+    sys.exit("cuobjdump not found: install the CUDA toolkit or `pip install nvidia-cuda-cuobjdump`")
+
+
+INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE
+)
+
+
+def parse_instruction(match: re.Match[str]) -> Instruction:
+    address, predicate, mnemonic, operands = match.groups()
+    opcode = mnemonic.split(".")[0]
+    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode == "BRA" else None
+    conditional_operands = opcode == "BRA" and "," in operands  # BRA P0, 0x10; BRA.DIV ~URZ, 0x10
+    return Instruction(
+        address=int(address, 16),
+        opcode=opcode,
+        text=mnemonic + operands,
+        predicated=(predicate is not None and predicate != "@PT") or conditional_operands,
+        target=int(target[1], 16) if target else None,
+    )
+
+
+def read_kernels(cuobjdump: str, path: pathlib.Path) -> list[Kernel]:
+    def dump(option: str) -> str:
+        command = [cuobjdump, option, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    kernels = []
+    architecture = "?"
+    for section in re.split(
+        r"^(?=\s*(?:code for sm_|Function : ))", dump("-sass"), flags=re.MULTILINE
+    ):
+        if code := re.match(r"\s*code for (sm_\w+)", section):
+            architecture = code[1]
+        elif function := re.match(r"\s*Function : (\S+)", section):
+            body = [parse_instruction(m) for m in INSTRUCTION.finditer(section)]
+            kernels.append(Kernel(function[1], architecture, body))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", dump("-res-usage"))
+    # Both listings go through the device binaries in the same order.
+    remaining: dict[str, list[tuple[str, ...]]] = collections.defaultdict(list)
+    for symbol, *values in usage:
+        remaining[symbol].append(tuple(values))
+    for kernel in kernels:
+        if remaining[kernel.symbol]:
+            values = remaining[kernel.symbol].pop(0)
+            kernel.registers, kernel.stack, kernel.shared = (int(v) for v in values)
+    return kernels
+
+
+Option = tuple[tuple[int, int, int], list[int]]  # cost of a way through a loop, and its blocks
+
+
+class FlowGraph:
+    """Basic blocks of a kernel."""
+
+    def __init__(self, instructions: list[Instruction]) -> None:
+        leaders = {instructions[0].address} if instructions else set()
+        for before, after in itertools.pairwise(instructions):
+            if before.target is not None or not before.falls_through:
+                leaders.add(after.address)
+        leaders.update(i.target for i in instructions if i.target is not None)
+        self.blocks: list[list[Instruction]] = []
+        for instruction in instructions:
+            if instruction.address in leaders or not self.blocks:
+                self.blocks.append([])
+            self.blocks[-1].append(instruction)
+        index = {block[0].address: n for n, block in enumerate(self.blocks)}
+        self.successors: list[list[int]] = []
+        for n, block in enumerate(self.blocks):
+            last = block[-1]
+            next_blocks = []
+            if last.target in index:
+                next_blocks.append(index[last.target])
+            if last.falls_through and n + 1 < len(self.blocks):
+                next_blocks.append(n + 1)
+            self.successors.append(next_blocks)
+        self.predecessors: list[list[int]] = [[] for _ in self.blocks]
+        for n, next_blocks in enumerate(self.successors):
+            for successor in next_blocks:
+                self.predecessors[successor].append(n)
+
+    def dominators(self) -> list[set[int]]:
+        everything = set(range(len(self.blocks)))
+        dominators = [everything.copy() for _ in self.blocks]
+        dominators[0] = {0}
+        changed = True
+        while changed:
+            changed = False
+            for n in range(1, len(self.blocks)):
+                before = [dominators[p] for p in self.predecessors[n]]
+                new = {n} | (set.intersection(*before) if before else set())
+                if new != dominators[n]:
+                    dominators[n] = new
+                    changed = True
+        return dominators
+
+    def loops(self) -> dict[int, set[int]]:
+        """Header -> blocks of the natural loop."""
+        dominators = self.dominators()
+        loops: dict[int, set[int]] = {}
+        for tail, next_blocks in enumerate(self.successors):
+            for header in next_blocks:
+                if header not in dominators[tail]:
+                    continue
+                body = loops.setdefault(header, {header})
+                stack = [tail]
+                while stack:
+                    block = stack.pop()
+                    if block not in body:
+                        body.add(block)
+                        stack.extend(self.predecessors[block])
+        return loops
+
+    def clean_path(self, header: int, body: set[int]) -> list[Instruction]:
+        """Header to back edge: most HMMA, then most copies, then fewest instructions."""
+        best: dict[int, Option | None] = {}
+
+        def cost(block: int) -> tuple[int, int, int]:
+            instructions = self.blocks[block]
+            mma = sum(i.opcode == "HMMA" for i in instructions)
+            copies = sum(i.opcode in COPIES for i in instructions)
+            return -mma, -copies, len(instructions)
+
+        def visit(
+            block: int, active: frozenset[int]
+        ) -> tuple[tuple[int, int, int], list[int]] | None:
+            if block in best:
+                return best[block]
+            options: list[Option] = []
+            for successor in self.successors[block]:
+                if successor == header:
+                    options.append(((0, 0, 0), []))
+                elif successor in body and successor not in active:
+                    rest = visit(successor, active | {successor})
+                    if rest is not None:
+                        options.append(rest)
+            if not options:
+                return None
+            rest_cost, rest_path = min(options)
+            own = cost(block)
+            total = (own[0] + rest_cost[0], own[1] + rest_cost[1], own[2] + rest_cost[2])
+            option = total, [block, *rest_path]
+            best[block] = option
+            return option
+
+        sys.setrecursionlimit(100_000)
+        found = visit(header, frozenset({header}))
+        return [i for block in found[1] for i in self.blocks[block]] if found else []
+
+
+def hot_loop(kernel: Kernel) -> Loop | None:
+    """The innermost loop with the most HMMA; of equals (a masked twin) the shortest path."""
+    graph = FlowGraph(kernel.instructions)
+
+    def has_mma(blocks: set[int]) -> bool:
+        return any(i.opcode == "HMMA" for n in blocks for i in graph.blocks[n])
+
+    bodies = {header: body for header, body in graph.loops().items() if has_mma(body)}
+    innermost = {
+        header: body
+        for header, body in bodies.items()
+        if not any(other < body for other in bodies.values())
+    }
+    loops = [Loop(graph.clean_path(header, body)) for header, body in innermost.items()]
+    loops = [loop for loop in loops if loop.mma]
+    return min(loops, key=lambda loop: (-loop.mma, len(loop.path)), default=None)
+
+
+def report(kernel: Kernel, loop: Loop) -> dict[str, object]:
+    key = kernel.key()
+    return {
+        "kernel": kernel.name,
+        "architecture": kernel.architecture,
+        "registers": kernel.registers,
+        "stack_bytes": kernel.stack,
+        "static_shared_bytes": kernel.shared,
+        "hmma": loop.mma,
+        "instructions": len(loop.path),
+        "per_hmma": round(loop.per_mma, 3),
+        "budget": BUDGETS.get(key) if key else None,
+        "local_in_loop": loop.local,
+        "local_in_kernel": sum(i.opcode in ("LDL", "STL") for i in kernel.instructions),
+        "classes": loop.by_class(),
+    }
+
+
+def failures(row: dict[str, object]) -> list[str]:
+    where = f"{row['kernel']} {row['architecture']}"
+    found = []
+    if row["local_in_loop"]:
+        found.append(f"{where}: {row['local_in_loop']} local-memory instructions in the hot loop")
+    per_hmma, budget = row["per_hmma"], row["budget"]
+    if isinstance(budget, float) and isinstance(per_hmma, float) and per_hmma > budget:
+        found.append(f"{where}: {per_hmma} instructions per HMMA, budget {budget}")
+    return found
+
+
+def print_table(rows: list[dict[str, object]], classes: bool) -> None:
+    print(
+        "| kernel | arch | registers | stack B | HMMA | instructions | per HMMA | budget "
+        "| local ops: loop, kernel |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['kernel']} | {row['architecture']} "
+            f"| {row['registers']} | {row['stack_bytes']} "
+            f"| {row['hmma']} | {row['instructions']} | {row['per_hmma']:.2f} "
+            f"| {row['budget'] or '-'} | {row['local_in_loop']}, {row['local_in_kernel']} |"
+        )
+        if classes:
+            counts = row["classes"]
+            assert isinstance(counts, dict)
+            print("|   | " + ", ".join(f"{name} {n}" for name, n in counts.items()) + " |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=pathlib.Path, help="cubins, objects, libraries")
+    parser.add_argument("--filter", default="", help="only kernels whose name contains this")
+    parser.add_argument("--classes", action="store_true", help="counts by instruction class")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--dump", action="store_true", help="print the clean path of each kernel")
+    parser.add_argument("--cuobjdump", help="path of the disassembler")
+    arguments = parser.parse_args()
+
+    cuobjdump = find_cuobjdump(arguments.cuobjdump)
+    rows = []
+    for path in arguments.files:
+        for kernel in read_kernels(cuobjdump, path):
+            if arguments.filter not in f"{kernel.name} {kernel.architecture}":
+                continue
+            loop = hot_loop(kernel)
+            if loop is None:
+                continue
+            rows.append(report(kernel, loop))
+            if arguments.dump:
+                print(f"\n{kernel.name} {kernel.architecture}")
+                print("\n".join(f"  {i.address:05x}  {i.text}" for i in loop.path))
+    rows.sort(key=lambda row: (str(row["architecture"]), str(row["kernel"])))
+    if not rows:
+        print("no kernel with tensor-core instructions found", file=sys.stderr)
+        return 1
+    print_table(rows, arguments.classes)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    problems = [problem for row in rows for problem in failures(row)]
+    for problem in problems:
+        print(f"FAILED {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
