@@ -1,0 +1,171 @@
+// The error bound: in every block of 16 rows of every head,
+//
+//   max |result - truth| <= 2 * max |dtype - truth| + floor
+//
+// truth is manual attention in fp64, dtype the same computation rounded like plain torch in the
+// tensors' dtype. Blocks, because a late causal row averages many values and an error there drowns in
+// the rounding of the first rows. NaN and infinities must stand exactly where they stand in truth.
+//
+//   floor = epsilon / 2 * max |truth in the block| + 1e-5 * magnitude
+//
+// half a unit of the largest value, so that a block whose dtype error happens to be 0 is no trap, and
+// fp32 noise of the products (magnitude: the largest value that enters the sum, 1 for out).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "manual_attention.h"
+#include "setup.h"
+
+namespace flashtile::test {
+
+inline constexpr double kAllowedRatio = 2.0;
+inline constexpr int64_t kBlockRows = 16;
+
+// Largest (error - floor) / dtype error; infinity when NaN or infinities stand elsewhere.
+struct Comparison {
+  double ratio = 0.0;
+  double error = 0.0;  // largest absolute error
+  std::string where;   // of the largest ratio
+  bool passed() const { return ratio <= kAllowedRatio; }
+};
+
+struct RowTensor {
+  const char* name;
+  const std::vector<double>& result;
+  const std::vector<double>& truth;
+  const std::vector<double>& rounded;
+  int heads, dim;
+  bool keys;  // rows are keys
+  double epsilon;
+  double magnitude;
+};
+
+inline bool same_kind(double a, double b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
+  if (std::isinf(a) || std::isinf(b)) return a == b;
+  return true;
+}
+
+inline void compare_block(const RowTensor& t, int64_t first, int64_t count, int head, Comparison& worst) {
+  double error = 0.0, rounding = 0.0, largest = 0.0;
+  for (int64_t r = first; r < first + count; ++r) {
+    for (int d = 0; d < t.dim; ++d) {
+      const auto i = static_cast<size_t>((r * t.heads + head) * t.dim + d);
+      if (!same_kind(t.result[i], t.truth[i])) {
+        worst.ratio = worst.error = kInfinity;
+        worst.where = std::string(t.name) + "[row " + std::to_string(r) + ", head " + std::to_string(head) + ", " +
+                      std::to_string(d) + "] is " + std::to_string(t.result[i]) + ", not " +
+                      std::to_string(t.truth[i]);
+        return;
+      }
+      if (!std::isfinite(t.truth[i])) continue;
+      error = std::max(error, std::fabs(t.result[i] - t.truth[i]));
+      const double one = std::fabs(t.rounded[i] - t.truth[i]);
+      if (std::isfinite(one)) rounding = std::max(rounding, one);
+      largest = std::max(largest, std::fabs(t.truth[i]));
+    }
+  }
+  worst.error = std::max(worst.error, error);
+  const double floor = t.epsilon / 2 * largest + 1e-5 * t.magnitude;
+  const double excess = std::max(0.0, error - floor);
+  const double ratio = excess == 0.0 ? 0.0 : rounding == 0.0 ? kInfinity : excess / rounding;
+  if (ratio > worst.ratio) {
+    worst.ratio = ratio;
+    worst.where = std::string(t.name) + " rows " + std::to_string(first) + ".., head " + std::to_string(head) +
+                  ": error " + std::to_string(error) + ", in the dtype " + std::to_string(rounding) + ", largest value " +
+                  std::to_string(largest);
+  }
+}
+
+inline Comparison compare_rows(const RowTensor& t, const std::vector<Span>& spans) {
+  Comparison worst;
+  for (const Span& span : spans) {
+    const int64_t begin = t.keys ? span.row_k : span.row_q, rows = t.keys ? span.seqlen_k : span.seqlen_q;
+    for (int64_t r = 0; r < rows; r += kBlockRows) {
+      for (int head = 0; head < t.heads; ++head) {
+        compare_block(t, begin + r, std::min(kBlockRows, rows - r), head, worst);
+      }
+    }
+  }
+  return worst;
+}
+
+// LSE is fp32 in every dtype, so it is held to fp32: 1e-5 + 2e-6 * max |score| and nothing times 2.
+// The ratio is error / this.
+inline Comparison compare_lse(const std::vector<double>& result, const std::vector<double>& truth) {
+  Comparison worst;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const double error = std::fabs(result[i] - truth[i]);
+    const bool same = same_kind(result[i], truth[i]);
+    const double allowed = 1e-5 + 2e-6 * std::fabs(truth[i]);
+    const double ratio = !same ? kInfinity : std::isfinite(truth[i]) ? error / allowed : 0.0;
+    if (ratio <= worst.ratio) continue;
+    worst.ratio = ratio;
+    worst.error = error;
+    worst.where = "lse[" + std::to_string(i) + "] is " + std::to_string(result[i]) + ", not " + std::to_string(truth[i]);
+  }
+  return worst;
+}
+
+// Both sides of the bound for a setup; computed once, used for every device and schedule.
+struct Truth {
+  AttentionInput input;
+  AttentionOutput exact, rounded;
+  double gradient_magnitude = 1.0;  // of the products that dq, dk sum up
+
+  explicit Truth(const Setup& setup)
+      : input(manual_input(setup)),
+        exact(manual_attention(input, Dtype::kFloat64)),
+        rounded(manual_attention(input, setup.dtype)) {
+    const auto largest = [](const std::vector<double>& values) {
+      double top = 0.0;
+      for (const double x : values) top = std::max(top, std::isfinite(x) ? std::fabs(x) : 0.0);
+      return top;
+    };
+    const double dp = std::sqrt(static_cast<double>(setup.head_dim)) * largest(input.v);
+    gradient_magnitude =
+        std::max(1.0, dp * std::fabs(input.softmax_scale) * std::max(largest(input.k), largest(input.q)));
+  }
+};
+
+// Compares what a backend computed: forward (out, lse), backward (dq, dk, dv) when there is one.
+struct Verdict {
+  Comparison forward, lse, backward;
+  bool passed() const { return forward.passed() && lse.ratio <= 1.0 && backward.passed(); }
+  std::string text() const {
+    std::string all;
+    if (!forward.passed()) all += "\n    " + forward.where;
+    if (lse.ratio > 1.0) all += "\n    " + lse.where;
+    if (!backward.passed()) all += "\n    " + backward.where;
+    return all;
+  }
+};
+
+inline Verdict compare(const Setup& setup, const Truth& truth, const AttentionOutput& result) {
+  const double epsilon = epsilon_of(setup.dtype), magnitude = truth.gradient_magnitude;
+  const int heads = truth.input.heads, heads_kv = truth.input.heads_kv, dim = setup.head_dim;
+  const auto& [exact, rounded] = std::tie(truth.exact, truth.rounded);
+  const std::vector<Span>& spans = truth.input.sequences;
+  Verdict verdict;
+  verdict.forward =
+      compare_rows({"out", result.out, exact.out, rounded.out, heads, dim, false, epsilon, 1.0}, spans);
+  verdict.lse = compare_lse(result.lse, exact.lse);
+  if (setup.forward_only()) return verdict;
+  const RowTensor gradients[] = {
+      {"dq", result.dq, exact.dq, rounded.dq, heads, dim, false, epsilon, magnitude},
+      {"dk", result.dk, exact.dk, rounded.dk, heads_kv, dim, true, epsilon, magnitude},
+      {"dv", result.dv, exact.dv, rounded.dv, heads_kv, dim, true, epsilon, 1.0},
+  };
+  for (const RowTensor& gradient : gradients) {
+    const Comparison one = compare_rows(gradient, spans);
+    if (one.ratio > verdict.backward.ratio) verdict.backward = one;
+  }
+  return verdict;
+}
+
+}  // namespace flashtile::test

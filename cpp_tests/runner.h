@@ -1,0 +1,221 @@
+// Runs a setup through the C API on any backend: copies the poisoned buffers there, calls forward and
+// backward, copies everything back, and looks at the gaps.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "flashtile/flashtile.h"
+#include "manual_attention.h"
+#include "setup.h"
+
+namespace flashtile::test {
+
+// Where a backend's memory comes from. `bytes` is never 0.
+struct Backend {
+  flashtile_device device = FLASHTILE_CPU;
+  void* (*allocate)(size_t bytes) = nullptr;
+  void (*release)(void* memory) = nullptr;
+  void (*copy_in)(void* device, const void* host, size_t bytes) = nullptr;
+  void (*copy_out)(void* host, const void* device, size_t bytes) = nullptr;
+};
+
+inline Backend cpu_backend() {
+  return {.device = FLASHTILE_CPU,
+          .allocate = [](size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); },
+          .release = [](void* memory) { std::free(memory); },
+          .copy_in = [](void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); },
+          .copy_out = [](void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }};
+}
+
+// Memory of a backend with the bytes of a host vector; NULL when there are none.
+class DeviceBytes {
+ public:
+  DeviceBytes(const Backend& backend, const void* host, size_t bytes) : backend_(backend), bytes_(bytes) {
+    if (bytes == 0) return;
+    memory_ = backend.allocate(bytes);
+    backend.copy_in(memory_, host, bytes);
+  }
+  DeviceBytes(const DeviceBytes&) = delete;
+  DeviceBytes& operator=(const DeviceBytes&) = delete;
+  ~DeviceBytes() {
+    if (memory_ != nullptr) backend_.release(memory_);
+  }
+  void copy_out(void* host) const {
+    if (bytes_ > 0) backend_.copy_out(host, memory_, bytes_);
+  }
+  uint8_t* data() const { return static_cast<uint8_t*>(memory_); }
+
+ private:
+  const Backend& backend_;
+  size_t bytes_;
+  void* memory_ = nullptr;
+};
+
+// A host tensor together with its copy on the backend.
+struct DeviceTensor {
+  HostTensor host;
+  DeviceBytes bytes;
+
+  DeviceTensor(const Backend& backend, const HostTensor& tensor)
+      : host(tensor), bytes(backend, tensor.bytes().data(), tensor.bytes().size()) {}
+  uint8_t* data() const { return bytes.data() == nullptr ? nullptr : bytes.data() + host.start_byte(); }
+  flashtile_tensor view() const {
+    return {data(), host.strides().batch, host.strides().seq, host.strides().head};
+  }
+  const HostTensor& fetch() {
+    bytes.copy_out(host.bytes().data());
+    return host;
+  }
+};
+
+struct RunResult {
+  AttentionOutput values;
+  std::string error;  // "" when everything ran and only tensor elements were written
+  std::string forward_plan, backward_plan;
+};
+
+class Run {
+ public:
+  Run(const Setup& setup, const Backend& backend)
+      : setup_(setup),
+        backend_(backend),
+        cu_q_(backend, setup.cu_seqlens_q.data(), setup.cu_seqlens_q.size() * sizeof(int32_t)),
+        cu_k_(backend, setup.cu_seqlens_k.data(), setup.cu_seqlens_k.size() * sizeof(int32_t)),
+        q_(backend, setup.q),
+        k_(backend, setup.k),
+        v_(backend, setup.v),
+        dout_(backend, setup.dout),
+        dlse_(backend, setup.dlse),
+        lse_(backend, make_row_tensor(setup.extents_q)),
+        out_(backend, empty(setup.extents_q, Role::kOut)),
+        dq_(backend, empty(setup.extents_q, Role::kGradient)),
+        dk_(backend, empty(setup.extents_k, Role::kGradient)),
+        dv_(backend, empty(setup.extents_k, Role::kGradient)) {
+    fill_problem();
+    fill_params();
+  }
+
+  // Forward, and backward unless the setup is forward only.
+  RunResult operator()() {
+    forward();
+    if (result_.error.empty() && !setup_.forward_only()) backward();
+    return result_;
+  }
+
+  RunResult forward() {
+    char name[128] = "";
+    size_t bytes = 0;
+    if (!ok(flashtile_workspace_size(&forward_, &bytes))) return result_;
+    const std::vector<uint8_t> poison(bytes, kPoison);
+    const DeviceBytes workspace(backend_, poison.data(), bytes);
+    forward_.workspace = workspace.data();
+    forward_.workspace_bytes = bytes;
+    if (!ok(flashtile_plan(&forward_, name, sizeof name))) return result_;
+    result_.forward_plan = name;
+    if (!ok(flashtile_forward(&forward_, nullptr))) return result_;
+    result_.values.out = fetch(out_, "out");
+    result_.values.lse = fetch(lse_, "softmax_lse");
+    return result_;
+  }
+
+  RunResult backward() {
+    char name[128] = "";
+    size_t bytes = 0;
+    if (!ok(flashtile_workspace_size_backward(&backward_, &bytes))) return result_;
+    const std::vector<uint8_t> poison(bytes, kPoison);
+    const DeviceBytes workspace(backend_, poison.data(), bytes);
+    backward_.workspace = workspace.data();
+    backward_.workspace_bytes = bytes;
+    if (!ok(flashtile_plan_backward(&backward_, name, sizeof name))) return result_;
+    result_.backward_plan = name;
+    if (!ok(flashtile_backward(&backward_, nullptr))) return result_;
+    result_.values.dq = fetch(dq_, "dq");
+    result_.values.dk = fetch(dk_, "dk");
+    result_.values.dv = fetch(dv_, "dv");
+    return result_;
+  }
+
+ private:
+  HostTensor empty(const Extents& extents, Role role) const {
+    return HostTensor(setup_.dtype, extents, layout_of(setup_.spec, role));
+  }
+
+  bool ok(flashtile_status status) {
+    if (status != FLASHTILE_OK) result_.error = flashtile_last_error();
+    return status == FLASHTILE_OK;
+  }
+
+  std::vector<double> fetch(DeviceTensor& tensor, const char* name) {
+    if (!tensor.fetch().gaps_are_untouched()) result_.error += std::string(name) + ": written outside the tensor; ";
+    return tensor.host.dense();
+  }
+
+  void fill_problem() {
+    flashtile_problem_init(&problem_);
+    problem_.device = backend_.device;
+    problem_.dtype = problem_.dtype_kv = problem_.dtype_out = static_cast<flashtile_dtype>(setup_.dtype);
+    problem_.batch = setup_.batch;
+    problem_.num_heads = setup_.extents_q.heads;
+    problem_.num_heads_kv = setup_.extents_k.heads;
+    problem_.head_dim = setup_.head_dim;
+    problem_.softmax_scale = static_cast<float>(setup_.softmax_scale);
+    problem_.window_right = setup_.causal ? 0 : FLASHTILE_UNLIMITED;
+    problem_.flags = setup_.spec.deterministic ? FLASHTILE_DETERMINISTIC : 0;
+    if (setup_.spec.is_varlen()) {
+      problem_.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_q_.data());
+      problem_.cu_seqlens_k = reinterpret_cast<const int32_t*>(cu_k_.data());
+      problem_.total_q = setup_.extents_q.seq;
+      problem_.total_k = setup_.extents_k.seq;
+      // The longest length is a hint: here a useful one, a useless one with odd strides.
+      const bool useful = setup_.spec.layout != Layout::kOdd;
+      problem_.seqlen_q = useful ? *std::max_element(setup_.spec.lengths_q.begin(), setup_.spec.lengths_q.end()) : 0;
+      problem_.seqlen_k = useful ? *std::max_element(setup_.spec.lengths_k.begin(), setup_.spec.lengths_k.end()) : 1;
+    } else {
+      problem_.seqlen_q = setup_.extents_q.seq;
+      problem_.seqlen_k = setup_.extents_k.seq;
+    }
+  }
+
+  void fill_params() {
+    flashtile_forward_init(&forward_);
+    forward_.problem = &problem_;
+    forward_.q = q_.view();
+    forward_.k = k_.view();
+    forward_.v = v_.view();
+    forward_.out = out_.view();
+    forward_.softmax_lse = reinterpret_cast<float*>(lse_.data());
+    forward_.lse_stride_batch = lse_.host.strides().batch;
+    forward_.lse_stride_head = lse_.host.strides().head;
+    flashtile_backward_init(&backward_);
+    backward_.problem = &problem_;
+    backward_.q = q_.view();
+    backward_.k = k_.view();
+    backward_.v = v_.view();
+    backward_.out = out_.view();
+    backward_.dout = dout_.view();
+    backward_.dq = dq_.view();
+    backward_.dk = dk_.view();
+    backward_.dv = dv_.view();
+    backward_.softmax_lse = forward_.softmax_lse;
+    backward_.lse_stride_batch = forward_.lse_stride_batch;
+    backward_.lse_stride_head = forward_.lse_stride_head;
+    if (setup_.spec.dlse) backward_.dsoftmax_lse = reinterpret_cast<const float*>(dlse_.data());
+    backward_.dlse_stride_batch = dlse_.host.strides().batch;
+    backward_.dlse_stride_head = dlse_.host.strides().head;
+  }
+
+  const Setup& setup_;
+  const Backend& backend_;
+  DeviceBytes cu_q_, cu_k_;
+  DeviceTensor q_, k_, v_, dout_, dlse_, lse_, out_, dq_, dk_, dv_;
+  flashtile_problem problem_ = {};
+  flashtile_forward_params forward_ = {};
+  flashtile_backward_params backward_ = {};
+  RunResult result_;
+};
+
+}  // namespace flashtile::test

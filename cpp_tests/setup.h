@@ -1,0 +1,189 @@
+// A case with dtype, head dim and mask chosen: its tensors in poisoned memory, filled from a seed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cases.h"
+#include "host_tensor.h"
+#include "manual_attention.h"
+
+namespace flashtile::test {
+
+// Standard normal numbers that depend on the seed alone (splitmix64, Box-Muller).
+class Normal {
+ public:
+  explicit Normal(uint64_t seed) : state_(seed) {}
+  double operator()() {
+    const double radius = std::sqrt(-2.0 * std::log(uniform()));
+    return radius * std::cos(6.283185307179586 * uniform());
+  }
+
+ private:
+  double uniform() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return (static_cast<double>((z ^ (z >> 31)) >> 11) + 0.5) * 0x1p-53;
+  }
+  uint64_t state_;
+};
+
+struct Setup {
+  Case spec;
+  Dtype dtype = Dtype::kFloat16;
+  int head_dim = 64;
+  bool causal = false;
+  double softmax_scale = 1.0;
+  int64_t batch = 1;                        // sequences
+  std::vector<int32_t> cu_seqlens_q, cu_seqlens_k;  // varlen, else empty
+  Extents extents_q, extents_k;
+  HostTensor q, k, v, dout;
+  HostTensor dlse;  // fp32, dim 1: seq runs fastest
+
+  bool forward_only() const { return spec.values == Values::kHuge || spec.values == Values::kNan; }
+  std::string name() const {
+    return std::string(spec.name) + ", " + std::to_string(spec.seqlen_q) + "x" + std::to_string(spec.seqlen_k) + ", " +
+           name_of(dtype) + " d" + std::to_string(head_dim) + (causal ? " causal" : " full");
+  }
+};
+
+enum class Role { kQ, kK, kV, kOut, kDout, kGradient };
+
+inline Layout layout_of(const Case& spec, Role role) {
+  if (spec.layout == Layout::kBroadcast) return Layout::kDense;  // strides are overridden below
+  if (spec.layout != Layout::kMixed) return spec.layout;
+  switch (role) {
+    case Role::kK: return Layout::kPadded;
+    case Role::kV: case Role::kDout: return Layout::kHeadMajor;
+    case Role::kGradient: return Layout::kOdd;
+    default: return Layout::kDense;
+  }
+}
+
+inline HostTensor make_tensor(const Setup& setup, Role role) {
+  const bool is_key = role == Role::kK || role == Role::kV;
+  const Extents& extents = is_key ? setup.extents_k : setup.extents_q;
+  if (setup.spec.layout == Layout::kBroadcast && role == Role::kDout) {
+    return HostTensor(setup.dtype, extents, Strides{0, 0, 0}, 0);
+  }
+  if (setup.spec.layout == Layout::kBroadcast && is_key) {
+    return HostTensor(setup.dtype, extents, Strides{extents.seq * extents.dim, extents.dim, 0}, 0);
+  }
+  return HostTensor(setup.dtype, extents, layout_of(setup.spec, role));
+}
+
+// softmax_lse and dsoftmax_lse: [batch, heads, seq] with gaps after every head and batch.
+inline HostTensor make_row_tensor(const Extents& q) {
+  const int64_t head = q.seq + 3;
+  return HostTensor(Dtype::kFloat32, {q.batch, q.seq, q.heads, 1}, Strides{q.heads * head + 5, 1, head}, 1);
+}
+
+inline std::vector<int32_t> cumulative(const std::vector<int>& lengths) {
+  std::vector<int32_t> sums = {0};
+  for (const int length : lengths) sums.push_back(sums.back() + length);
+  return sums;
+}
+
+inline void fill(HostTensor& tensor, Normal& normal, double factor) {
+  tensor.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) { tensor.set(b, s, h, d, factor * normal()); });
+}
+
+// Changes the normal q, k, v into the case's special ones.
+inline void apply_values(Setup& setup) {
+  const Extents q = setup.extents_q, k = setup.extents_k;
+  const auto set_all = [](HostTensor& t, auto value) {
+    t.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) { t.set(b, s, h, d, value(b, s, h, d)); });
+  };
+  switch (setup.spec.values) {
+    case Values::kVeryNegative: {
+      const double key = -120.0 / setup.softmax_scale;
+      set_all(setup.q, [&](auto b, auto s, auto h, auto d) { return d == 0 ? 1.0 : setup.q.get(b, s, h, d); });
+      set_all(setup.k, [&](auto b, auto s, auto h, auto d) { return d == 0 ? key : setup.k.get(b, s, h, d); });
+      break;
+    }
+    case Values::kPeaked: {
+      const int64_t peak = k.seq / 2;
+      set_all(setup.q, [&](auto b, auto s, auto h, auto d) { return 1.0 + 0.3 * setup.q.get(b, s, h, d); });
+      set_all(setup.k, [&](auto b, auto s, auto h, auto d) { return s == peak ? 2.5 : setup.k.get(b, s, h, d); });
+      break;
+    }
+    case Values::kHuge:
+      for (HostTensor* t : {&setup.q, &setup.k, &setup.v}) set_all(*t, [](auto...) { return 24576.0; });
+      break;
+    case Values::kNan:
+      setup.q.set(0, q.seq / 2, 0, 3, std::nan(""));
+      setup.v.set(0, k.seq / 3, 0, 5, kInfinity);
+      break;
+    default: break;
+  }
+}
+
+inline Setup make_setup(const Case& spec, Dtype dtype, int head_dim, bool causal, uint64_t seed = 1) {
+  Setup setup;
+  setup.spec = spec;
+  setup.dtype = dtype;
+  setup.head_dim = head_dim;
+  setup.causal = causal;
+  // A float, as the library gets it.
+  setup.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  if (spec.values == Values::kZeroScale) setup.softmax_scale = 0.0;
+  if (spec.values == Values::kNegativeScale) setup.softmax_scale *= -1.0;
+  setup.batch = spec.batch;
+  setup.extents_q = {spec.batch, spec.seqlen_q, spec.heads, head_dim};
+  setup.extents_k = {spec.batch, spec.seqlen_k, spec.heads_kv, head_dim};
+  if (spec.is_varlen()) {
+    setup.cu_seqlens_q = cumulative(spec.lengths_q);
+    setup.cu_seqlens_k = cumulative(spec.lengths_k);
+    setup.batch = static_cast<int64_t>(spec.lengths_q.size());
+    setup.extents_q.batch = setup.extents_k.batch = 1;
+    setup.extents_q.seq = setup.cu_seqlens_q.back();
+    setup.extents_k.seq = setup.cu_seqlens_k.back();
+  }
+  setup.q = make_tensor(setup, Role::kQ);
+  setup.k = make_tensor(setup, Role::kK);
+  setup.v = make_tensor(setup, Role::kV);
+  setup.dout = make_tensor(setup, Role::kDout);
+  setup.dlse = make_row_tensor(setup.extents_q);
+  Normal normal(seed * 1000003 + static_cast<uint64_t>(head_dim));
+  const double factor = spec.values == Values::kTriple ? 3.0 : 1.0;
+  for (HostTensor* tensor : {&setup.q, &setup.k, &setup.v}) fill(*tensor, normal, factor);
+  fill(setup.dout, normal, 1.0);
+  fill(setup.dlse, normal, 1.0);
+  if (!setup.extents_q.empty() && !setup.extents_k.empty()) apply_values(setup);
+  return setup;
+}
+
+inline std::vector<Span> spans_of(const Setup& setup) {
+  std::vector<Span> spans;
+  for (int64_t b = 0; b < setup.batch; ++b) {
+    if (setup.spec.is_varlen()) {
+      const auto i = static_cast<size_t>(b);
+      spans.push_back({setup.cu_seqlens_q[i], setup.cu_seqlens_q[i + 1] - setup.cu_seqlens_q[i],
+                       setup.cu_seqlens_k[i], setup.cu_seqlens_k[i + 1] - setup.cu_seqlens_k[i]});
+    } else {
+      spans.push_back({b * setup.extents_q.seq, setup.extents_q.seq, b * setup.extents_k.seq, setup.extents_k.seq});
+    }
+  }
+  return spans;
+}
+
+inline AttentionInput manual_input(const Setup& setup) {
+  AttentionInput input;
+  input.sequences = spans_of(setup);
+  input.heads = static_cast<int>(setup.extents_q.heads);
+  input.heads_kv = static_cast<int>(setup.extents_k.heads);
+  input.head_dim = setup.head_dim;
+  input.softmax_scale = setup.softmax_scale;
+  input.causal = setup.causal;
+  input.q = setup.q.dense();
+  input.k = setup.k.dense();
+  input.v = setup.v.dense();
+  if (!setup.forward_only()) input.dout = setup.dout.dense();
+  if (!setup.forward_only() && setup.spec.dlse) input.dlse = setup.dlse.dense();
+  return input;
+}
+
+}  // namespace flashtile::test
