@@ -1,0 +1,193 @@
+// The CPU backend's entry points: choose the instruction set, then the pass, then as many threads as
+// the workspace has room for. Nothing is remembered between calls.
+//
+// The environment variable FLASHTILE_CPU_ISA forces an instruction set by its name, for tests and
+// measurements; a name that this build or this machine does not have is an error.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "backend.h"
+#include "engine.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace flashtile::cpu {
+namespace {
+
+// Query rows per key/value head (the whole group's) up to which the decode pass is faster.
+constexpr int64_t kDecodeRows = 16;
+
+struct InstructionSet {
+  const char* name;
+  const EngineTable* engines;
+  bool (*runs_here)();
+};
+
+bool always() { return true; }
+#if defined(FLASHTILE_CPU_HAVE_AVX2)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+#endif
+#if defined(FLASHTILE_CPU_HAVE_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// The best first.
+constexpr InstructionSet kInstructionSets[] = {
+#if defined(FLASHTILE_CPU_HAVE_AVX512)
+    {"avx512", &avx512::kEngines, has_avx512},
+#endif
+#if defined(FLASHTILE_CPU_HAVE_AVX2)
+    {"avx2", &avx2::kEngines, has_avx2},
+#endif
+    {"portable", &portable::kEngines, always},
+};
+
+const InstructionSet* choose() {
+  const char* wanted = std::getenv("FLASHTILE_CPU_ISA");
+  for (const InstructionSet& set : kInstructionSets) {
+    const bool named = wanted == nullptr || *wanted == 0 || std::strcmp(wanted, set.name) == 0;
+    if (named && set.runs_here()) return &set;
+  }
+  return nullptr;
+}
+
+Status no_instruction_set() {
+  const char* wanted = std::getenv("FLASHTILE_CPU_ISA");
+  return fail(FLASHTILE_UNSUPPORTED,
+              "environment variable FLASHTILE_CPU_ISA is \"%s\"; this build has %s, and the "
+              "processor must support the one that is named",
+              wanted == nullptr ? "" : wanted, instruction_sets());
+}
+
+int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+const char* dtype_name(Dtype dtype) {
+  constexpr const char* kNames[] = {"fp16", "bf16", "fp32", "fp64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+bool is_decode(const Problem& problem, const Extent& extent) {
+  return problem.num_heads / problem.num_heads_kv * extent.max_q <= kDecodeRows;
+}
+
+Extent exact_extent(const Problem& problem) {
+  if (!problem.is_varlen()) return {problem.seqlen_q, problem.seqlen_k};
+  Extent extent;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const int64_t q = int64_t{problem.cu_seqlens_q[b + 1]} - problem.cu_seqlens_q[b];
+    const int64_t k = int64_t{problem.cu_seqlens_k[b + 1]} - problem.cu_seqlens_k[b];
+    if (q > extent.max_q) extent.max_q = q;
+    if (k > extent.max_k) extent.max_k = k;
+  }
+  return extent;
+}
+
+int64_t clamp_hint(int64_t hint, int64_t total) {
+  return hint <= 0 || hint > total ? total : hint;
+}
+
+// Without reading cu_seqlens: room for all threads if the longest lengths were told truly, and for
+// one thread if they were not.
+template <class Params>
+size_t planned_bytes(const Pass<Params>& pass, const Problem& problem) {
+  if (!problem.is_varlen()) {
+    return pass.scratch(problem, {problem.seqlen_q, problem.seqlen_k}, max_threads()).wanted;
+  }
+  const Extent hint = {clamp_hint(problem.seqlen_q, problem.total_q),
+                       clamp_hint(problem.seqlen_k, problem.total_k)};
+  const size_t wanted = pass.scratch(problem, hint, max_threads()).wanted;
+  const size_t needed = pass.scratch(problem, {problem.total_q, problem.total_k}, 1).minimum;
+  return wanted > needed ? wanted : needed;
+}
+
+template <class Params>
+Status run(const Pass<Params>& pass, const Params& params, const Extent& extent) {
+  int threads = max_threads();
+  while (threads > 1 &&
+         pass.scratch(params.problem, extent, threads).minimum > params.workspace_bytes) {
+    --threads;
+  }
+  const size_t needed = pass.scratch(params.problem, extent, threads).minimum;
+  if (needed > params.workspace_bytes || params.workspace == nullptr) {
+    return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
+                "workspace_bytes is %zu; this call needs at least %zu bytes, see "
+                "flashtile_workspace_size",
+                params.workspace == nullptr ? size_t{0} : params.workspace_bytes, needed);
+  }
+  pass.run(params, extent, threads);
+  return FLASHTILE_OK;
+}
+
+}  // namespace
+
+Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes) {
+  const InstructionSet* set = choose();
+  if (set == nullptr) return no_instruction_set();
+  const Engine& engine = set->engines->engine[static_cast<int>(problem.dtype)];
+  const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
+  std::snprintf(name.text, sizeof name.text, "%s_cpu_%s_%s", decode ? "decode" : "forward",
+                set->name, dtype_name(problem.dtype));
+  workspace_bytes = planned_bytes(decode ? engine.decode : engine.forward, problem);
+  if (problem.is_varlen()) {  // the lengths may turn out to need the other pass
+    const size_t other = planned_bytes(decode ? engine.forward : engine.decode, problem);
+    if (other > workspace_bytes) workspace_bytes = other;
+  }
+  return FLASHTILE_OK;
+}
+
+Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes) {
+  const InstructionSet* set = choose();
+  if (set == nullptr) return no_instruction_set();
+  const Engine& engine = set->engines->engine[static_cast<int>(problem.dtype)];
+  std::snprintf(name.text, sizeof name.text, "backward_cpu_%s_%s", set->name,
+                dtype_name(problem.dtype));
+  workspace_bytes = planned_bytes(engine.backward, problem);
+  return FLASHTILE_OK;
+}
+
+Status forward(const ForwardParams& params) {
+  const InstructionSet* set = choose();
+  if (set == nullptr) return no_instruction_set();
+  const Engine& engine = set->engines->engine[static_cast<int>(params.problem.dtype)];
+  const Extent extent = exact_extent(params.problem);
+  return run(is_decode(params.problem, extent) ? engine.decode : engine.forward, params, extent);
+}
+
+Status backward(const BackwardParams& params) {
+  const InstructionSet* set = choose();
+  if (set == nullptr) return no_instruction_set();
+  const Engine& engine = set->engines->engine[static_cast<int>(params.problem.dtype)];
+  return run(engine.backward, params, exact_extent(params.problem));
+}
+
+const char* instruction_sets() {
+  return "portable"
+#if defined(FLASHTILE_CPU_HAVE_AVX2)
+         ",avx2"
+#endif
+#if defined(FLASHTILE_CPU_HAVE_AVX512)
+         ",avx512"
+#endif
+      ;
+}
+
+const char* instruction_set_used() {
+  const InstructionSet* set = choose();
+  return set == nullptr ? "" : set->name;
+}
+
+}  // namespace flashtile::cpu

@@ -1,0 +1,49 @@
+// What dispatch.cpp sees of the code that is compiled once per instruction set.
+#pragma once
+
+#include "params.h"
+
+namespace flashtile::cpu {
+
+// Longest sequences: exact when a call runs, upper bounds or hints when a workspace is planned.
+struct Extent {
+  int64_t max_q = 0;
+  int64_t max_k = 0;
+};
+
+// Scratch memory of a pass: with `minimum` it runs on the given number of threads, anything up to
+// `wanted` makes it faster.
+struct Scratch {
+  size_t minimum = 0;
+  size_t wanted = 0;
+};
+
+template <class Params>
+struct Pass {
+  Scratch (*scratch)(const Problem& problem, const Extent& extent, int threads);
+  void (*run)(const Params& params, const Extent& extent, int threads);
+};
+
+// The passes for one dtype. `decode` is the forward pass for few query rows per key/value head.
+struct Engine {
+  Pass<ForwardParams> forward;
+  Pass<ForwardParams> decode;
+  Pass<BackwardParams> backward;
+};
+
+// One instruction set; engines are indexed by Dtype.
+struct EngineTable {
+  Engine engine[4];
+};
+
+namespace portable {
+extern const EngineTable kEngines;
+}
+namespace avx2 {
+extern const EngineTable kEngines;
+}
+namespace avx512 {
+extern const EngineTable kEngines;
+}
+
+}  // namespace flashtile::cpu
