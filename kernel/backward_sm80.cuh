@@ -75,13 +75,12 @@ struct BackwardSm80 {
     const char *q, *dout, *statistics;  // first source of the next block
     uint32_t fill;                      // its place in the stage that the next block goes to
     int rows_left;                      // from the thread's first row to the end of the sequence
+    bool copies_statistics;
 
     FLASHTILE_DEVICE void load(const BackwardLaunch& launch) {
       QueryCopy::copy(fill, q, launch.q_pass_bytes, rows_left);
       QueryCopy::copy(fill + Smem::kDout, dout, launch.dout_pass_bytes, rows_left);
-      if (QueryCopy::offset(ptx::thread_index()) < Smem::kStatisticsBytes) {
-        ptx::cp_async_16(fill + Smem::kStatistics, statistics);
-      }
+      if (copies_statistics) ptx::cp_async_16(fill + Smem::kStatistics, statistics);
       statistics += Smem::kStatisticsBytes;
       rows_left -= kBlockQ;
       ptx::cp_async_commit();
@@ -203,15 +202,10 @@ struct BackwardSm80 {
 
     load_keys(p, block, smem, thread);
     using V = std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
-    V v;
     ptx::cp_async_wait<0>();
     __syncthreads();  // K and V have landed, for every thread
-    if constexpr (kConfig.v_in_registers) {
-      v.load(k_rows, Smem::kV - Smem::kK);
-      __syncthreads();  // V is in registers: the stages are free
-    } else {
-      v = {k_rows, Smem::kV - Smem::kK};
-    }
+    const V v(k_rows, Smem::kV - Smem::kK);
+    if constexpr (kConfig.v_in_registers) __syncthreads();  // V has been read: the stages are free
 
     Gradient dk, dv;
     clear(dk);
@@ -219,6 +213,7 @@ struct BackwardSm80 {
     Stage stage(smem + Smem::kStages + Smem::kStageBytes, warp);
     QueryLoader loader;
     loader.fill = smem + Smem::kStages + QueryCopy::offset(thread);
+    loader.copies_statistics = QueryCopy::offset(thread) < Smem::kStatisticsBytes;
     const bool causal = p.problem.is_causal();
     const QueryRange range = query_blocks(causal, s, block.row0, kBlockQ, kBlockK);
     const int group = static_cast<int>(p.problem.num_heads / p.problem.num_heads_kv);
@@ -245,7 +240,7 @@ struct BackwardSm80 {
         const EdgeTest test(causal, s, block.row0 + warp.key * kKeys, i * kBlockQ + warp.query * kQueries, warp.lane);
 
         Scores scores;
-        product_ABt<T>(scores, SharedRows<KeyTile>{k_rows, 0}, stage.rows, 0,
+        product_ABt<T>(scores, SharedRows<KeyTile>(k_rows, 0), stage.rows, 0,
                        [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
         probabilities(scores, stage, launch.scale_log2);
         if constexpr (edge.value) clear_hidden(scores, test);

@@ -92,7 +92,11 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, uint32_t sme
     constexpr int kWarpBytes = kKeys * kHeadDim * 4;
     static_assert(kConfig.warps() * kWarpBytes <= Smem::kBytes);
     const uint32_t own = smem + warp * kWarpBytes, other = smem + (warp ^ 1) * kWarpBytes;
-    put_registers(own, warp_query == 0 ? dv : dk, lane);
+    if (warp_query == 0) {
+      put_registers(own, dv, lane);
+    } else {
+      put_registers(own, dk, lane);
+    }
     __syncthreads();  // the partial sums are in shared memory
     if (warp_query == 0) {
       add_registers(dk, other, lane);

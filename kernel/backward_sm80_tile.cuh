@@ -130,6 +130,7 @@ struct SharedRows {
   Cursor<Tile> cursor;
   int offset;
 
+  FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset) : cursor(cursor), offset(offset) {}
   FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
     ptx::ldmatrix_x4(a, cursor.at(16 * m, k, offset));
   }
@@ -140,7 +141,7 @@ template <class Tile, int kRows>
 struct RegisterRows {
   uint32_t x[kRows / 16][Tile::kCols / 16][4];  // pairs of 16-bit elements
 
-  FLASHTILE_DEVICE void load(const Cursor<Tile>& cursor, int offset) {
+  FLASHTILE_DEVICE RegisterRows(const Cursor<Tile>& cursor, int offset) {
     FLASHTILE_UNROLL
     for (int m = 0; m < kRows / 16; ++m) {
       FLASHTILE_UNROLL
