@@ -7,12 +7,11 @@
 #pragma once
 
 #include "accumulator.cuh"
+#include "constants.cuh"
 
 namespace flashtile {
 
 inline constexpr float kSlack = 8.0f;
-inline constexpr float kLn2 = 0.693147180559945309f;
-inline constexpr float kLog2e = 1.442695040888963407f;
 
 FLASHTILE_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
 
