@@ -59,7 +59,7 @@ FLASHTILE_INLINE void store(C* to, Vec<C> v) {
 
 template <class C>
 FLASHTILE_INLINE Vec<C> splat(C x) {
-  return Vec<C>{} + x;
+  return x - Vec<C>{};  // x - 0 is x for every x, -0 included, so this costs one broadcast
 }
 
 template <class To, class From>
