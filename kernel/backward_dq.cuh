@@ -35,7 +35,7 @@ struct BackwardDq {
       if (row >= block.rows) break;
       const float* source = accumulator + Order::offset(row, col);
       const float4 even = *reinterpret_cast<const float4*>(source);
-      const float4 odd = *reinterpret_cast<const float4*>(source + 32);
+      const float4 odd = *reinterpret_cast<const float4*>(source + Order::kThreads);
       uint4 x;
       x.x = ptx::pack<T>(even.x * scale, odd.x * scale);
       x.y = ptx::pack<T>(even.y * scale, odd.y * scale);

@@ -2,15 +2,16 @@
 //
 // Queries are cut into slots of block_q rows (tile/work.cuh). Per head and slot the workspace holds
 //
-//   statistics [block_q / 16][3][4][4], fp32: for 16 queries, lane l reads at l % 4 one float4 of
+//   statistics [block_q / 16][3][4][4], fp32, padded to 4 floats a query: for 16 queries, lane l reads at l % 4 one float4 of
 //     lse * log2(e) (queries 2t, 2t+1, 2t+8, 2t+9, t = l % 4) and two of -delta (2t, 2t+1, 2t, 2t+1,
 //     then the same 8 queries on): what an n8 accumulator tile of dP^T starts from.
-//   dq [block_q * head_dim], fp32: dQ / scale in accumulator order, [warp][register][lane]: every
-//     addition of a warp goes to 128 neighbouring bytes.
+//   dq [block_q * head_dim], fp32: dQ / scale in accumulator order, [register][thread]: every addition
+//     of a warp goes to 128 neighbouring bytes.
 #pragma once
 
 #include "config.cuh"
 #include "params.h"
+#include "tile/constants.cuh"
 #include "tile/mask.cuh"
 #include "tile/work.cuh"
 
@@ -19,7 +20,7 @@ namespace flashtile {
 // The arguments of the three kernels.
 struct BackwardLaunch {
   BackwardParams params;
-  float* statistics = nullptr;    // [num_heads, slots_q, 3 block_q]
+  float* statistics = nullptr;    // [num_heads, slots_q, 4 block_q]
   float* dq_accumulator = nullptr;  // [num_heads, slots_q, block_q * head_dim]
   int64_t slots_q = 0;
   int64_t slots_k = 0;
@@ -28,11 +29,9 @@ struct BackwardLaunch {
   int64_t dout_pass_bytes = 0;    // and in dout
 };
 
-inline constexpr float kLog2e = 1.4426950408889634f;
-
 template <int kBlockQ, int kHeadDim>
 struct BackwardSlot {
-  static constexpr int kStatistics = 3 * kBlockQ;   // floats
+  static constexpr int kStatistics = 4 * kBlockQ;   // floats
   static constexpr int kDq = kBlockQ * kHeadDim;    // floats
 
   // Floats from the start of the statistics to the lse of `query`, 0 <= query < kBlockQ.
@@ -45,22 +44,22 @@ struct BackwardSlot {
   }
 };
 
-// Where dQ's accumulators lie: warp (row, column) of the warp grid, kRegisters per lane.
+// Where dQ's accumulators lie: [register][thread], for warps (row, column) of the dQ warp grid.
 template <int kHeadDim, Memory kMemory>
 struct DqOrder {
   static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
   static constexpr int kWarpCols = kConfig.warps() / kConfig.dq_warps_q;
   static constexpr int kRows = kConfig.block_q / kConfig.dq_warps_q;  // of one warp
   static constexpr int kCols = kHeadDim / kWarpCols;                  // of one warp
-  static constexpr int kRegisters = kRows * kCols / 32;
+  static constexpr int kThreads = 32 * kConfig.warps();
 
   // Floats from the start of the slot to (row, col), col a multiple of 8. Columns col + 2 i and
-  // col + 2 i + 1 lie i and 32 + i floats further, i < 4.
+  // col + 2 i + 1 lie i and kThreads + i floats further, i < 4.
   static FLASHTILE_HOST_DEVICE int offset(int row, int col) {
     const int warp = row / kRows * kWarpCols + col / kCols;
     const int block = row % kRows / 16 * (kCols / 8) + col % kCols / 8;
     const int first_register = block * 4 + row / 8 % 2 * 2;
-    return (warp * kRegisters + first_register) * 32 + row % 8 * 4;
+    return first_register * kThreads + warp * 32 + row % 8 * 4;
   }
 };
 

@@ -116,36 +116,48 @@ struct BackwardSm80 {
     }
   };
 
-  // For each of the lane's keys the first of the warp's queries that sees it, minus the lane's column.
+  // Which of the lane's scores are hidden by the mask or by the end of the keys. Hidden probabilities
+  // are written as -0, which exp2 never gives: they add nothing, and carry the outcome to dS.
   struct EdgeTest {
-    int first[kKeys / 16][2];
+    int diagonal;   // first query that sees the lane's first key, minus the lane's first query
+    int keys_left;  // from the lane's first key to the end of the sequence
 
-    FLASHTILE_DEVICE EdgeTest(bool causal, const Sequence& s, int k0, int q0, int lane) {
+    FLASHTILE_DEVICE EdgeTest(bool causal, const RowBlock& block, int query_block, const Warp& warp) {
+      const int key = warp.key * kKeys + warp.lane / 4;
+      const int query = query_block * kBlockQ + warp.query * kQueries + warp.lane % 4 * 2;
+      const int shift = block.sequence.seqlen_q - block.sequence.seqlen_k;
+      diagonal = (causal ? block.row0 + key + shift : -(1 << 30)) - query;
+      keys_left = block.rows - key;
+    }
+    FLASHTILE_DEVICE void hide(Scores& p) const {
       FLASHTILE_UNROLL
       for (int m = 0; m < kKeys / 16; ++m) {
         FLASHTILE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int key = k0 + accumulator_row(lane, m, 2 * half);
-          const int query = causal ? key - s.seqlen_k + s.seqlen_q : -(1 << 30);
-          first[m][half] = (key < s.seqlen_k ? query : INT32_MAX) - q0 - accumulator_col(lane, 0, 0);
+        for (int i = 0; i < 4; ++i) {
+          const int key = 16 * m + 8 * (i / 2);
+          const int first = key < keys_left ? diagonal + key : INT32_MAX;
+          FLASHTILE_UNROLL
+          for (int n = 0; n < kQueries / 8; ++n) {
+            p.d[m][n][i] = first <= 8 * n + i % 2 ? p.d[m][n][i] : -0.0f;
+          }
         }
       }
     }
-    FLASHTILE_DEVICE bool visible(int m, int n, int i) const { return first[m][i / 2] <= n * 8 + i % 2; }
+    static FLASHTILE_DEVICE bool hidden(float p) { return __float_as_int(p) < 0; }
   };
 
   // gradient += scores b: over the warp's own queries, and where warps share the columns of the
   // gradient among them also over the partner's, whose scores are at `exchange`.
   static FLASHTILE_DEVICE void accumulate(
       Gradient& gradient, const Packed& scores, const Cursor<QueryTile>& b, int b_offset,
-      const Cursor<ScoreTile>& exchange, int exchange_offset, int partner) {
+      const Cursor<ScoreTile>& exchange, int exchange_offset) {
     FLASHTILE_UNROLL
     for (int k = 0; k < kQueries / 16; ++k) {
       product_AB_step<T>(gradient, scores.x[k], b, 16 * k, b_offset);
     }
     if constexpr (kConfig.split_head_dim) {
       Cursor<QueryTile> partner_b = b;
-      partner_b.base += partner;
+      partner_b.base += Warp(ptx::thread_index()).query == 0 ? kHalfBytes : -kHalfBytes;
       FLASHTILE_UNROLL
       for (int k = 0; k < kQueries / 16; ++k) {
         uint32_t a[kKeys / 16][4];
@@ -174,7 +186,7 @@ struct BackwardSm80 {
       FLASHTILE_UNROLL
       for (int n = 0; n < Dq::kCols / 8; ++n) {
         FLASHTILE_UNROLL
-        for (int i = 0; i < 4; ++i) ptx::red_add(dq + ((m * (Dq::kCols / 8) + n) * 4 + i) * 32, sum.d[m][n][i]);
+        for (int i = 0; i < 4; ++i) ptx::red_add(dq + ((m * (Dq::kCols / 8) + n) * 4 + i) * kThreads, sum.d[m][n][i]);
       }
     }
   }
@@ -198,7 +210,6 @@ struct BackwardSm80 {
     const uint32_t own_scores =
         smem + Smem::kScores +
         ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8) + warp.lane % 4 * 4;
-    const int partner = warp.query == 0 ? kHalfBytes : -kHalfBytes;
 
     load_keys(p, block, smem, thread);
     using V = std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
@@ -229,38 +240,40 @@ struct BackwardSm80 {
           reinterpret_cast<const char*>(launch.statistics + slot * Slot::kStatistics) + QueryCopy::offset(thread);
       loader.rows_left = s.seqlen_q - range.begin * kBlockQ - QueryCopy::row(thread);
       loader.load(launch);  // into the stage that nobody reads: see step
-      float* dq = launch.dq_accumulator + slot * Slot::kDq + warp.index * Dq::kRegisters * 32 + warp.lane;
+      float* dq = launch.dq_accumulator + slot * Slot::kDq + thread;
 
+      EdgeTest test(causal, block, range.begin, warp);
       int i = range.begin;  // block of queries
       auto step = [&](auto edge) {
         ptx::cp_async_wait<0>();
         __syncthreads();  // block i has landed; nobody reads block i - 1 or its dS any more
         stage.flip(loader.fill);
         if (i + 1 < range.end) loader.load(launch);
-        const EdgeTest test(causal, s, block.row0 + warp.key * kKeys, i * kBlockQ + warp.query * kQueries, warp.lane);
 
         Scores scores;
         product_ABt<T>(scores, SharedRows<KeyTile>(k_rows, 0), stage.rows, 0,
                        [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
         probabilities(scores, stage, launch.scale_log2);
-        if constexpr (edge.value) clear_hidden(scores, test);
+        if constexpr (edge.value) {
+          test.hide(scores);
+          test.diagonal -= kBlockQ;
+        }
         Packed packed;
         packed.template pack<T>(scores);
         if constexpr (kConfig.split_head_dim) {
           packed.store(own_scores + (Smem::kExchange - Smem::kScores));
-          ptx::named_barrier_sync(1 + warp.key, 32 * kConfig.warps_q);  // P^T of these keys is complete
+          ptx::named_barrier_sync(1 + Warp(ptx::thread_index()).key, 32 * kConfig.warps_q);  // P^T of these keys is complete
         }
-        accumulate(dv, packed, stage.cols, Smem::kDout, exchange, Smem::kExchange - Smem::kScores, partner);
+        accumulate(dv, packed, stage.cols, Smem::kDout, exchange, Smem::kExchange - Smem::kScores);
 
         Scores ds;
         product_ABt<T>(ds, v, stage.rows, Smem::kDout,
                        [&](int n) { return stage.minus_delta(n); });  // dP^T - delta = V dO^T - delta
-        multiply(ds, scores);
-        if constexpr (edge.value) clear_hidden(ds, test);
+        multiply<edge.value>(ds, scores);
         packed.template pack<T>(ds);
         packed.store(own_scores);
         __syncthreads();  // dS of block i is complete
-        accumulate(dk, packed, stage.cols, 0, exchange, 0, partner);
+        accumulate(dk, packed, stage.cols, 0, exchange, 0);
         add_dq(dq, ds_queries, k_cols);
         dq += Slot::kDq;
       };
@@ -300,25 +313,19 @@ struct BackwardSm80 {
     }
   }
 
-  static FLASHTILE_DEVICE void multiply(Scores& x, const Scores& y) {
+  // dP^T - delta -> dS^T. A selection where hidden: what stands there may be infinite.
+  template <bool kEdge>
+  static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {
     FLASHTILE_UNROLL
     for (int m = 0; m < kKeys / 16; ++m) {
       FLASHTILE_UNROLL
       for (int n = 0; n < kQueries / 8; ++n) {
         FLASHTILE_UNROLL
-        for (int i = 0; i < 4; ++i) x.d[m][n][i] *= y.d[m][n][i];
-      }
-    }
-  }
-
-  // A selection, not a product: hidden scores may be anything, infinite included.
-  static FLASHTILE_DEVICE void clear_hidden(Scores& x, const EdgeTest& test) {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kKeys / 16; ++m) {
-      FLASHTILE_UNROLL
-      for (int n = 0; n < kQueries / 8; ++n) {
-        FLASHTILE_UNROLL
-        for (int i = 0; i < 4; ++i) x.d[m][n][i] = test.visible(m, n, i) ? x.d[m][n][i] : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          float& x = ds.d[m][n][i];
+          x *= p.d[m][n][i];
+          if (kEdge && EdgeTest::hidden(p.d[m][n][i])) x = 0.0f;
+        }
       }
     }
   }

@@ -16,7 +16,7 @@ struct BackwardSmem {
   using ScoreTile = SmemTile<kConfig.block_k, 64>;        // P^T, dS^T: [key, query], 16 bit
   static_assert(kConfig.block_q <= ScoreTile::kCols);
 
-  static constexpr int kStatisticsBytes = 12 * kConfig.block_q;
+  static constexpr int kStatisticsBytes = 16 * kConfig.block_q;
   static constexpr int kDout = QueryTile::kBytes;             // within a stage
   static constexpr int kStatistics = 2 * QueryTile::kBytes;   // within a stage
   static constexpr int kStageBytes = kStatistics + 1024;      // a multiple of 1024, as tiles need
@@ -127,7 +127,7 @@ FLASHTILE_DEVICE void product_AB_step(
 // A's rows in shared memory, read where they are used.
 template <class Tile>
 struct SharedRows {
-  Cursor<Tile> cursor;
+  const Cursor<Tile>& cursor;
   int offset;
 
   FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset) : cursor(cursor), offset(offset) {}
