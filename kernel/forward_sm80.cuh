@@ -1,9 +1,10 @@
-// Forward for compute capability 8.0 and later: one thread block computes one tile of queries against
-// all the keys it sees, O = softmax(scale * Q K^T) V and the logarithm of the softmax's denominator.
+// Forward for compute capability 8.0 and later: one thread block computes one tile of queries
+// against all the keys it sees, O = softmax(scale * Q K^T) V and the logarithm of the softmax's
+// denominator.
 //
-// FlashAttention-2, Algorithm 1, over mma.sync and cp.async. Keys are visited from the last block to
-// the first, so that the ragged end is loaded before the loop. One buffer for K and one for V: while
-// one is multiplied, the other is on its way (the time line is in README.md).
+// FlashAttention-2, Algorithm 1, over mma.sync and cp.async. Keys are visited from the last block
+// to the first, so that the ragged end is loaded before the loop. One buffer for K and one for V:
+// while one is multiplied, the other is on its way (the time line is in README.md).
 #pragma once
 
 #include <type_traits>
@@ -40,8 +41,8 @@ struct ForwardSm80 {
 
   using QTile = SmemTile<kQueries, kHeadDim>;
   using KvTile = SmemTile<kKeys, kHeadDim>;
-  using QOperand = std::conditional_t<
-      kConfig.q_in_registers, RegisterOperand<QTile, kRows>, SharedOperand<QTile, kRows>>;
+  using QOperand = std::conditional_t<kConfig.q_in_registers, RegisterOperand<QTile, kRows>,
+                                      SharedOperand<QTile, kRows>>;
   using QLoader = TileLoader<QTile, kThreads>;
   using KvLoader = TileLoader<KvTile, kThreads>;
 
@@ -51,8 +52,8 @@ struct ForwardSm80 {
   static_assert(kSharedBytes <= shared_memory_limit(kMemory));
 
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
-    const Problem& problem = params.forward.problem;
-    const QueryTile work = query_tile(problem, ptx::block_index(), params.query_blocks, kQueries);
+    const QueryTile work =
+        query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
     if (work.q0 >= work.sequence.seqlen_q) return;
     const Mask mask{work.sequence.seqlen_q, work.sequence.seqlen_k};
     const KvRange range = key_blocks(mask, work.q0, kQueries, kKeys);
@@ -68,10 +69,8 @@ struct ForwardSm80 {
     OnlineSoftmax<kRows> softmax(params.scale_log2);
 
     if (!range.empty()) {
-      const typename KvLoader::Target target(k_tile, thread);
-      KvLoader k_loader = kv_loader(params.forward.k, problem, work, range, thread);
-      KvLoader v_loader = kv_loader(params.forward.v, problem, work, range, thread);
-      start(params, work, range, q_tile, thread, target, k_loader, v_loader);
+      KvStream stream(params.forward, work, range.end - 1, k_tile, thread);
+      start(params, work, range.end - 1, q_tile, thread, stream);
 
       QOperand q(q_tile, lane, warp_row);
       const LaneAddress<KvTile> k(k_tile, Lanes::kColsFirst, lane);
@@ -82,7 +81,7 @@ struct ForwardSm80 {
         mma_ABt<T>(s, q, k);  // S = Q K_j^T
         ptx::cp_async_wait<0>();
         __syncthreads();  // V_j has landed; nobody reads K_j any more
-        if (j > range.begin) load_previous<0>(k_loader, target);
+        if (j > range.begin) stream.load_previous_k();
         if (range.is_edge(j)) apply_mask(s, mask, work.q0 + warp_row, j * kKeys, lane);
         softmax.raise_maximum(s, o);
         FLASHTILE_UNROLL
@@ -96,50 +95,65 @@ struct ForwardSm80 {
         if (j == range.begin) break;
         ptx::cp_async_wait<0>();
         __syncthreads();  // K_{j-1} has landed; nobody reads V_j any more
-        load_previous<kFromKToV>(v_loader, target);
+        stream.load_previous_v();
       }
     }
     finish(params, o, softmax, q_tile);
   }
 
  private:
-  // At the last block of keys.
-  FLASHTILE_DEVICE static KvLoader kv_loader(
-      const View& view, const Problem& problem, const QueryTile& work, const KvRange& range, int thread) {
-    const int head = work.head / static_cast<int>(problem.num_heads / problem.num_heads_kv);
-    const int64_t row = work.sequence.row_k + static_cast<int64_t>(range.end - 1) * kKeys;
-    return KvLoader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
-  }
+  // The keys and values of one head on their way to shared memory, block after block.
+  struct KvStream {
+    typename KvLoader::Target target;
+    KvLoader k, v;
 
-  // Loads Q and the last blocks of K and V; returns when Q and K have landed.
-  FLASHTILE_DEVICE static void start(
-      const Params& params, const QueryTile& work, const KvRange& range, uint32_t q_tile, int thread,
-      const typename KvLoader::Target& target, const KvLoader& k_loader, const KvLoader& v_loader) {
+    FLASHTILE_DEVICE KvStream(const ForwardParams& params, const QueryTile& work, int block,
+                              uint32_t k_tile, int thread)
+        : target(k_tile, thread),
+          k(loader(params.k, params.problem, work, block, thread)),
+          v(loader(params.v, params.problem, work, block, thread)) {}
+
+    FLASHTILE_DEVICE void load_previous_k() {
+      k.step_back();
+      k.template load<0>(target);
+      ptx::cp_async_commit();
+    }
+    FLASHTILE_DEVICE void load_previous_v() {
+      v.step_back();
+      v.template load<kFromKToV>(target);
+      ptx::cp_async_commit();
+    }
+
+   private:
+    FLASHTILE_DEVICE static KvLoader loader(const View& view, const Problem& problem,
+                                            const QueryTile& work, int block, int thread) {
+      const int head = work.head / static_cast<int>(problem.num_heads / problem.num_heads_kv);
+      const int64_t row = work.sequence.row_k + static_cast<int64_t>(block) * kKeys;
+      return KvLoader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
+    }
+  };
+
+  // Loads Q and the last block of K and V; returns when Q and K have landed.
+  FLASHTILE_DEVICE static void start(const Params& params, const QueryTile& work, int block,
+                                     uint32_t q_tile, int thread, const KvStream& stream) {
     const View& q = params.forward.q;
     const typename QLoader::Target q_target(q_tile, thread);
-    const QLoader q_loader(
-        row_address(q, work.sequence, work.sequence.row_q + work.q0, work.head), q.stride_seq, thread);
-    const int keys = work.sequence.seqlen_k - (range.end - 1) * kKeys;
+    const QLoader q_loader(row_address(q, work.sequence, work.sequence.row_q + work.q0, work.head),
+                           q.stride_seq, thread);
+    const int keys = work.sequence.seqlen_k - block * kKeys;
     q_loader.load_ragged(q_target, work.sequence.seqlen_q - work.q0);
-    k_loader.template load_ragged<0>(target, keys);
+    stream.k.template load_ragged<0>(stream.target, keys);
     ptx::cp_async_commit();
-    v_loader.template load_ragged<kFromKToV>(target, keys);
+    stream.v.template load_ragged<kFromKToV>(stream.target, keys);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     if (params.negate_q) negate(q_target);
     __syncthreads();  // Q and K have landed, and Q has its sign
   }
 
-  template <int kTileBytes>
-  FLASHTILE_DEVICE static void load_previous(KvLoader& loader, const typename KvLoader::Target& target) {
-    loader.step_back();
-    loader.template load<kTileBytes>(target);
-    ptx::cp_async_commit();
-  }
-
   // Scores that the mask hides become -inf. q0, k0: this warp's first query, the block's first key.
-  FLASHTILE_DEVICE static void apply_mask(
-      Accumulator<kRows, kKeys>& s, const Mask& mask, int q0, int k0, int lane) {
+  FLASHTILE_DEVICE static void apply_mask(Accumulator<kRows, kKeys>& s, const Mask& mask, int q0,
+                                          int k0, int lane) {
     FLASHTILE_UNROLL
     for (int m = 0; m < s.kRowBlocks; ++m) {
       FLASHTILE_UNROLL
@@ -161,8 +175,8 @@ struct ForwardSm80 {
   }
 
   // A row without keys is 0, also where a value that its neighbours see is NaN.
-  FLASHTILE_DEVICE static void clear_row(
-      Accumulator<kRows, kHeadDim>& o, int m, int half, float& factor) {
+  FLASHTILE_DEVICE static void clear_row(Accumulator<kRows, kHeadDim>& o, int m, int half,
+                                         float& factor) {
     factor = 0.0f;
     FLASHTILE_UNROLL
     for (int n = 0; n < o.kColBlocks; ++n) o.d[m][n][2 * half] = o.d[m][n][2 * half + 1] = 0.0f;
@@ -221,8 +235,9 @@ template <int kHeadDim, Memory kMemory>
 Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream) {
   const bool causal = params.problem.is_causal();
   if (params.problem.dtype == Dtype::kBFloat16) {
-    return causal ? launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, CausalMask>(params, stream)
-                  : launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, FullMask>(params, stream);
+    return causal
+               ? launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, CausalMask>(params, stream)
+               : launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, FullMask>(params, stream);
   }
   return causal ? launch_forward_kernel<kHeadDim, kMemory, __half, CausalMask>(params, stream)
                 : launch_forward_kernel<kHeadDim, kMemory, __half, FullMask>(params, stream);

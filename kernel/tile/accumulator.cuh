@@ -21,8 +21,12 @@ struct Accumulator {
 };
 
 // Row of d[m][..][i] and column of d[..][n][i] within the warp's tile.
-FLASHTILE_HOST_DEVICE int accumulator_row(int lane, int m, int i) { return m * 16 + i / 2 * 8 + lane / 4; }
-FLASHTILE_HOST_DEVICE int accumulator_col(int lane, int n, int i) { return n * 8 + lane % 4 * 2 + i % 2; }
+FLASHTILE_HOST_DEVICE int accumulator_row(int lane, int m, int i) {
+  return m * 16 + i / 2 * 8 + lane / 4;
+}
+FLASHTILE_HOST_DEVICE int accumulator_col(int lane, int n, int i) {
+  return n * 8 + lane % 4 * 2 + i % 2;
+}
 
 template <int kRows, int kCols>
 FLASHTILE_DEVICE void clear(Accumulator<kRows, kCols>& x) {
@@ -38,7 +42,8 @@ FLASHTILE_DEVICE void clear(Accumulator<kRows, kCols>& x) {
 
 // The A operand made of the 16 x 16 block at row block m, columns 16 * k.
 template <class T, int kRows, int kCols>
-FLASHTILE_DEVICE void to_operand(uint32_t (&a)[4], const Accumulator<kRows, kCols>& x, int m, int k) {
+FLASHTILE_DEVICE void to_operand(uint32_t (&a)[4], const Accumulator<kRows, kCols>& x, int m,
+                                 int k) {
   a[0] = ptx::pack<T>(x.d[m][2 * k][0], x.d[m][2 * k][1]);
   a[1] = ptx::pack<T>(x.d[m][2 * k][2], x.d[m][2 * k][3]);
   a[2] = ptx::pack<T>(x.d[m][2 * k + 1][0], x.d[m][2 * k + 1][1]);

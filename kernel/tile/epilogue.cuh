@@ -1,5 +1,5 @@
-// Stores a warp's fp32 tile as 16-bit rows: through shared memory, so that global stores are 16 bytes
-// per lane and whole rows per warp.
+// Stores a warp's fp32 tile as 16-bit rows: through shared memory, so that global stores are 16
+// bytes per lane and whole rows per warp.
 #pragma once
 
 #include "accumulator.cuh"
@@ -9,7 +9,8 @@ namespace flashtile {
 
 // x * factor, rounded to T, into this warp's rows of a tile that nobody else touches.
 template <class T, class Tile, int kRows, int kCols>
-FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane, const Accumulator<kRows, kCols>& x,
+FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane,
+                                   const Accumulator<kRows, kCols>& x,
                                    const float (&factor)[kRows / 16][2]) {
   FLASHTILE_UNROLL
   for (int m = 0; m < kRows / 16; ++m) {
@@ -26,11 +27,11 @@ FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane, const Accu
   }
 }
 
-// The warp's rows [row0, row0 + kRows) of the tile to global memory; rows from `rows` on do not exist.
-// `first_row`: the tile's row 0; `stride` in elements.
+// The warp's rows [row0, row0 + kRows) of the tile to global memory; rows from `rows` on do not
+// exist. `first_row`: the tile's row 0; `stride` in elements.
 template <class Tile, int kRows>
-FLASHTILE_DEVICE void store_global(
-    void* first_row, int64_t stride, int rows, uint32_t tile, int row0, int lane) {
+FLASHTILE_DEVICE void store_global(void* first_row, int64_t stride, int rows, uint32_t tile,
+                                   int row0, int lane) {
   constexpr int kChunksPerRow = Tile::kCols / 8;
   constexpr int kRowsPerPass = 32 / kChunksPerRow;
   char* const target = static_cast<char*>(first_row);

@@ -1,7 +1,7 @@
 // Copies tiles from global to shared memory with cp.async, all threads of a block together.
 //
-// Four threads share a row: each moves every fourth 16-byte chunk, so that a thread needs one pointer
-// and few sums, and the chunks of a row are immediates of the instruction.
+// Four threads share a row: each moves every fourth 16-byte chunk, so that a thread needs one
+// pointer and few sums, and the chunks of a row are immediates of the instruction.
 #pragma once
 
 #include "../ptx/ampere.cuh"
@@ -11,8 +11,8 @@ namespace flashtile {
 
 inline constexpr int kThreadsPerRow = 4;
 
-// A thread's 16-byte chunks of a tile in shared memory. Tiles of one shape share it: `tile_bytes` is
-// then an immediate.
+// A thread's 16-byte chunks of a tile in shared memory. Tiles of one shape share it: `tile_bytes`
+// is then an immediate.
 template <class Tile, int kThreads>
 struct LoadTarget {
   static constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
@@ -39,14 +39,15 @@ template <class Tile, int kThreads>
 struct TileLoader {
   using Target = LoadTarget<Tile, kThreads>;
 
-  const char* source;    // this thread's first chunk in the current tile
-  int64_t pass_bytes;    // from row r to row r + kRowsPerPass
-  int row;               // this thread's first row in the tile
+  const char* source;  // this thread's first chunk in the current tile
+  int64_t pass_bytes;  // from row r to row r + kRowsPerPass
+  int row;             // this thread's first row in the tile
 
   // `first_row`: the tile's row 0, column 0. Rows are 16-byte aligned, `stride` is in elements.
   FLASHTILE_DEVICE TileLoader(const void* first_row, int64_t stride, int thread) {
     row = thread / kThreadsPerRow;
-    source = static_cast<const char*>(first_row) + row * stride * 2 + thread % kThreadsPerRow * kChunkBytes;
+    source = static_cast<const char*>(first_row) + row * stride * 2 +
+             thread % kThreadsPerRow * kChunkBytes;
     pass_bytes = stride * 2 * Target::kRowsPerPass;
   }
 
@@ -58,8 +59,9 @@ struct TileLoader {
   // All rows of the tile exist.
   template <int kTileBytes = 0>
   FLASHTILE_DEVICE void load(const Target& target) const {
-    copy<kTileBytes>([&](uint32_t shared, const char* global, int) { ptx::cp_async_16(shared, global); },
-                     target);
+    copy<kTileBytes>(
+        [&](uint32_t shared, const char* global, int) { ptx::cp_async_16(shared, global); },
+        target);
   }
 
   // Rows from `rows` on do not exist: they become zeros, and are not read.
@@ -79,7 +81,8 @@ struct TileLoader {
       FLASHTILE_UNROLL
       for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
         copy_16(target.at(pass, chunk) + kTileBytes,
-                row_source + chunk * kThreadsPerRow * kChunkBytes, row + pass * Target::kRowsPerPass);
+                row_source + chunk * kThreadsPerRow * kChunkBytes,
+                row + pass * Target::kRowsPerPass);
       }
       row_source += pass_bytes;
     }

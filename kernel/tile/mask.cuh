@@ -16,15 +16,17 @@ struct KvRange {
   int begin, full_begin, full_end, end;
 
   FLASHTILE_HOST_DEVICE bool empty() const { return begin >= end; }
-  FLASHTILE_HOST_DEVICE bool is_edge(int block) const { return block >= full_end || block < full_begin; }
+  FLASHTILE_HOST_DEVICE bool is_edge(int block) const {
+    return block >= full_end || block < full_begin;
+  }
 };
 
 FLASHTILE_HOST_DEVICE int ceil_div(int x, int y) { return x / y + (x % y > 0); }
 FLASHTILE_HOST_DEVICE int min_of(int x, int y) { return x < y ? x : y; }
 FLASHTILE_HOST_DEVICE int max_of(int x, int y) { return x > y ? x : y; }
 
-// key_begin(q), key_end(q): query q sees the keys in [key_begin, key_end), both within [0, seqlen_k]
-// for q < seqlen_q; an empty range may be given as key_end <= key_begin.
+// key_begin(q), key_end(q): query q sees the keys in [key_begin, key_end), both within [0,
+// seqlen_k] for q < seqlen_q; an empty range may be given as key_end <= key_begin.
 template <class Mask>
 concept MaskPolicy = requires(const Mask mask, int q) {
   { Mask::kHasBegin } -> std::convertible_to<bool>;  // false: key_begin is 0 for every query

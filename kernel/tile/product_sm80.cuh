@@ -1,4 +1,5 @@
-// Products of tiles with mma.sync m16n8k16: A from shared memory or registers, B from shared memory.
+// Products of tiles with mma.sync m16n8k16: A from shared memory or registers, B from shared
+// memory.
 #pragma once
 
 #include "../ptx/ampere.cuh"
@@ -43,15 +44,16 @@ struct RegisterOperand {
 
 // c += a b for one 16 x 16 block of A and the two n8 tiles that one ldmatrix_x4 brings.
 template <class T, int kRows, int kCols>
-FLASHTILE_DEVICE void mma_pair(
-    Accumulator<kRows, kCols>& c, int m, int n, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+FLASHTILE_DEVICE void mma_pair(Accumulator<kRows, kCols>& c, int m, int n, const uint32_t (&a)[4],
+                               const uint32_t (&b)[4]) {
   ptx::mma_m16n8k16<T>(c.d[m][2 * n], a, b[0], b[1], c.d[m][2 * n]);
   ptx::mma_m16n8k16<T>(c.d[m][2 * n + 1], a, b[2], b[3], c.d[m][2 * n + 1]);
 }
 
 // c = a b^T: b is a tile stored [n, k], `b` its kColsFirst addresses.
 template <class T, class Operand, class Tile, int kRows, int kCols>
-FLASHTILE_DEVICE void mma_ABt(Accumulator<kRows, kCols>& c, const Operand& a, const LaneAddress<Tile>& b) {
+FLASHTILE_DEVICE void mma_ABt(Accumulator<kRows, kCols>& c, const Operand& a,
+                              const LaneAddress<Tile>& b) {
   clear(c);
   FLASHTILE_UNROLL
   for (int k = 0; k < Tile::kCols / 16; ++k) {
@@ -71,8 +73,8 @@ FLASHTILE_DEVICE void mma_ABt(Accumulator<kRows, kCols>& c, const Operand& a, co
 // c += a b for 16 columns of A, in registers, and rows 16 * k of b, a tile stored [k, n]; `b` its
 // kRowsFirst addresses.
 template <class T, class Tile, int kRows, int kCols>
-FLASHTILE_DEVICE void mma_AB_step(
-    Accumulator<kRows, kCols>& c, const uint32_t (&a)[kRows / 16][4], const LaneAddress<Tile>& b, int k) {
+FLASHTILE_DEVICE void mma_AB_step(Accumulator<kRows, kCols>& c, const uint32_t (&a)[kRows / 16][4],
+                                  const LaneAddress<Tile>& b, int k) {
   FLASHTILE_UNROLL
   for (int n = 0; n < kCols / 16; ++n) {
     uint32_t b_kn[4];

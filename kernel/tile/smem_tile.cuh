@@ -1,8 +1,8 @@
 // A tile in shared memory: [rows, cols] of 16-bit elements, and the addresses a lane uses in it.
 //
 // Columns are cut into panels of 64 (128 bytes), stored one after another. Inside a panel the eight
-// 16-byte chunks of a row are permuted by the row, so that eight rows of one logical chunk (what one
-// ldmatrix phase reads) lie in eight different bank groups:
+// 16-byte chunks of a row are permuted by the row, so that eight rows of one logical chunk (what
+// one ldmatrix phase reads) lie in eight different bank groups:
 //
 //   byte = panel * rows * 128 + row * 128 + ((chunk ^ (row % 8)) * 16)
 //
@@ -13,9 +13,9 @@
 
 namespace flashtile {
 
-inline constexpr int kPanelCols = 64;     // elements
+inline constexpr int kPanelCols = 64;  // elements
 inline constexpr int kPanelRowBytes = 128;
-inline constexpr int kChunkBytes = 16;    // one cp.async, one row of an ldmatrix matrix
+inline constexpr int kChunkBytes = 16;  // one cp.async, one row of an ldmatrix matrix
 
 template <int kRowsValue, int kColsValue>
 struct SmemTile {
@@ -28,7 +28,8 @@ struct SmemTile {
 
   // Byte offset of 16-byte chunk `chunk` (0 .. kCols / 8 - 1) of row `row`.
   static FLASHTILE_HOST_DEVICE uint32_t offset(int row, int chunk) {
-    return (chunk / 8) * kPanelBytes + row * kPanelRowBytes + (((chunk % 8) ^ (row % 8)) * kChunkBytes);
+    return (chunk / 8) * kPanelBytes + row * kPanelRowBytes +
+           (((chunk % 8) ^ (row % 8)) * kChunkBytes);
   }
 };
 
@@ -36,7 +37,8 @@ struct SmemTile {
 //   kRowsFirst: matrices (rows 0-7, cols 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15):
 //               an A operand, or with _trans the B operands of two n8 tiles stored [k, n].
 //   kColsFirst: matrices (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15):
-//               the B operands of two n8 tiles stored [n, k], or with _trans an A operand stored [k, m].
+//               the B operands of two n8 tiles stored [n, k], or with _trans an A operand stored
+//               [k, m].
 enum class Lanes { kRowsFirst, kColsFirst };
 
 FLASHTILE_HOST_DEVICE int lane_row(Lanes lanes, int lane) {
@@ -54,7 +56,8 @@ struct LaneAddress {
   uint32_t base[4];
 
   FLASHTILE_DEVICE LaneAddress(uint32_t tile, Lanes lanes, int lane, int row0 = 0) {
-    const uint32_t first = tile + Tile::offset(row0 + lane_row(lanes, lane), lane_chunk(lanes, lane));
+    const uint32_t first =
+        tile + Tile::offset(row0 + lane_row(lanes, lane), lane_chunk(lanes, lane));
     FLASHTILE_UNROLL
     for (int i = 0; i < 4; ++i) {
       base[i] = first ^ (i * 2 * kChunkBytes);

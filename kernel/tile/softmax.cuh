@@ -1,9 +1,11 @@
-// Online softmax (FlashAttention-2, Algorithm 1) in base 2: P = 2^(scale_log2 * S - scale_log2 * max).
+// Online softmax (FlashAttention-2, Algorithm 1) in base 2: P = 2^(scale_log2 * S - scale_log2 *
+// max).
 //
 // O and the row sum are rescaled to a new maximum only when some score exceeds the old one by more
 // than 2^kSlack: until then P <= 2^kSlack, which fp32 and the 16-bit formats hold as exactly as 1,
-// and the final division makes it good. Rows start with a maximum of -1e30 / scale_log2, below every
-// score, so no value is special: -inf scores give P = 0, a NaN or +inf score makes its row NaN.
+// and the final division makes it good. Rows start with a maximum of -1e30 / scale_log2, below
+// every score, so no value is special: -inf scores give P = 0, a NaN or +inf score makes its row
+// NaN.
 #pragma once
 
 #include "accumulator.cuh"
@@ -20,11 +22,12 @@ template <int kRows>
 struct OnlineSoftmax {
   static constexpr int kRowBlocks = kRows / 16;
 
-  float scale_log2;                     // > 0
-  float offset[kRowBlocks][2];          // -max * scale_log2, equal in the four lanes of a row
-  float sum[kRowBlocks][2];             // of P, over this lane's columns
+  float scale_log2;             // > 0
+  float offset[kRowBlocks][2];  // -max * scale_log2, equal in the four lanes of a row
+  float sum[kRowBlocks][2];     // of P, over this lane's columns
 
-  FLASHTILE_DEVICE explicit OnlineSoftmax(float positive_scale_log2) : scale_log2(positive_scale_log2) {
+  FLASHTILE_DEVICE explicit OnlineSoftmax(float positive_scale_log2)
+      : scale_log2(positive_scale_log2) {
     FLASHTILE_UNROLL
     for (int m = 0; m < kRowBlocks; ++m) {
       FLASHTILE_UNROLL
@@ -37,7 +40,8 @@ struct OnlineSoftmax {
 
   // Makes room for the scores s: raises the maximum and rescales o where it is needed.
   template <int kKeys, int kCols>
-  FLASHTILE_DEVICE void raise_maximum(const Accumulator<kRows, kKeys>& s, Accumulator<kRows, kCols>& o) {
+  FLASHTILE_DEVICE void raise_maximum(const Accumulator<kRows, kKeys>& s,
+                                      Accumulator<kRows, kCols>& o) {
     float top[kRowBlocks][2];  // of this lane's columns
     bool exceeds = false;
     FLASHTILE_UNROLL
@@ -106,8 +110,8 @@ struct OnlineSoftmax {
   }
 };
 
-// A scale that is positive, normal and keeps the order of |scale| * scores. scale = 0 becomes 1e-38:
-// every finite score then counts as 0, and a masked one as -inf (0 * -inf would be NaN).
+// A scale that is positive, normal and keeps the order of |scale| * scores. scale = 0 becomes
+// 1e-38: every finite score then counts as 0, and a masked one as -inf (0 * -inf would be NaN).
 FLASHTILE_HOST_DEVICE float positive_scale_log2(float scale) {
   const float magnitude = (scale < 0.0f ? -scale : scale) * kLog2e;
   return magnitude > 1.2e-38f ? magnitude : 1.2e-38f;
