@@ -1,21 +1,20 @@
 """The build backend of the wheel: scikit-build-core, which is also asked to fetch what is missing.
 
-A wheel needs libtorch's headers and libraries to build. They are taken from the torch that is already
-installed, which may be several gigabytes; only where none is found does the build fetch one. With
-``FLASHTILE_CUDA=ON`` and no nvcc on the machine, the compiler is fetched as well.
+A wheel needs libtorch's headers and libraries to build. They are taken from the torch that is
+already installed, which may be several gigabytes; only where none is found does the build fetch
+one. With ``FLASHTILE_CUDA=ON`` and no nvcc on the machine, the compiler is fetched as well.
 """
 
 import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from scikit_build_core import build as _scikit
 
-Settings: TypeAlias = Mapping[str, str | list[str]] | None
+Settings: TypeAlias = dict[str, str | list[str]] | None
 
 TORCH = "torch>=2.11"
 NVCC = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"

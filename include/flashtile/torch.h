@@ -27,7 +27,7 @@ namespace flashtile {
 struct AttentionOptions {
   bool causal = false;  // query i sees key j only if j <= i + seqlen_k - seqlen_q
   std::optional<double> softmax_scale = std::nullopt;  // factor on q k^T; unset: 1 / sqrt(head_dim)
-  bool return_lse = false;  // also return softmax_lse
+  bool return_lse = false;                             // also return softmax_lse
 };
 
 // Where the packed sequences of attention_varlen begin and end.
@@ -72,13 +72,15 @@ using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 inline Forward call_forward(TensorRef q, TensorRef k, TensorRef v, const Call& call) {
   if (!call.sequences.has_value()) {
-    static const auto op = find_op<Forward(TensorRef, TensorRef, TensorRef, std::optional<double>,
-                                           int64_t, int64_t)>("flashtile::forward");
+    static const auto op =
+        find_op<Forward(TensorRef, TensorRef, TensorRef, std::optional<double>, int64_t, int64_t)>(
+            "flashtile::forward");
     return op.call(q, k, v, call.softmax_scale, call.window_left, call.window_right);
   }
   static const auto op =
-      find_op<Forward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, c10::SymInt, c10::SymInt,
-                      std::optional<double>, int64_t, int64_t)>("flashtile::forward_varlen");
+      find_op<Forward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, c10::SymInt,
+                      c10::SymInt, std::optional<double>, int64_t, int64_t)>(
+          "flashtile::forward_varlen");
   const Sequences& seq = *call.sequences;
   return op.call(q, k, v, seq.cu_seqlens_q, seq.cu_seqlens_k, seq.max_seqlen_q, seq.max_seqlen_k,
                  call.softmax_scale, call.window_left, call.window_right);
@@ -100,8 +102,8 @@ inline Backward call_backward(TensorRef dout, TensorRef q, TensorRef k, TensorRe
         find_op<Backward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
                          const std::optional<at::Tensor>&, std::optional<double>, int64_t, int64_t,
                          bool)>("flashtile::backward");
-    return op.call(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse,
-                   call.softmax_scale, call.window_left, call.window_right, deterministic);
+    return op.call(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse, call.softmax_scale,
+                   call.window_left, call.window_right, deterministic);
   }
   static const auto op =
       find_op<Backward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
@@ -109,9 +111,9 @@ inline Backward call_backward(TensorRef dout, TensorRef q, TensorRef k, TensorRe
                        c10::SymInt, std::optional<double>, int64_t, int64_t, bool)>(
           "flashtile::backward_varlen");
   const Sequences& seq = *call.sequences;
-  return op.call(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse,
-                 seq.cu_seqlens_q, seq.cu_seqlens_k, seq.max_seqlen_q, seq.max_seqlen_k,
-                 call.softmax_scale, call.window_left, call.window_right, deterministic);
+  return op.call(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse, seq.cu_seqlens_q,
+                 seq.cu_seqlens_k, seq.max_seqlen_q, seq.max_seqlen_k, call.softmax_scale,
+                 call.window_left, call.window_right, deterministic);
 }
 
 // The ops want stride 1 in the last dimension; the gradient of out.sum() has stride 0 there.
@@ -119,7 +121,8 @@ inline at::Tensor with_unit_stride(const at::Tensor& gradient) {
   return gradient.size(-1) > 1 && gradient.stride(-1) != 1 ? gradient.contiguous() : gradient;
 }
 
-// dq, dk, dv as a node of their own, so that a second derivative is an error and not a missing term.
+// dq, dk, dv as a node of their own, so that a second derivative is an error and not a missing
+// term.
 struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static Gradients forward(AutogradContext*, const at::Tensor& dout, const at::Tensor& q,
                            const at::Tensor& k, const at::Tensor& v, const Saved& saved) {
@@ -185,8 +188,7 @@ inline at::Tensor autocast(const at::Tensor& tensor) {
 
 inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v, const Call& call,
                               bool return_lse) {
-  const Gradients result =
-      ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call);
+  const Gradients result = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call);
   return {result[0], return_lse ? result[1] : at::Tensor()};
 }
 
@@ -194,12 +196,13 @@ inline int64_t window_right(const AttentionOptions& options) { return options.ca
 
 }  // namespace detail
 
-// out = softmax(softmax_scale * q k^T + mask) v, per batch and head, in memory linear in the length.
+// out = softmax(softmax_scale * q k^T + mask) v, per batch and head, in memory linear in the
+// length.
 //
-// q (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim), where
-// num_heads_kv divides num_heads and query head h reads key head h / (num_heads / num_heads_kv).
-// fp16, bf16, fp32, fp64 on the CPU, fp16 and bf16 on CUDA; any strides, 1 in the last dimension;
-// nothing is copied. CUDA work goes to the current stream and is not waited for.
+// q (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim),
+// where num_heads_kv divides num_heads and query head h reads key head h / (num_heads /
+// num_heads_kv). fp16, bf16, fp32, fp64 on the CPU, fp16 and bf16 on CUDA; any strides, 1 in the
+// last dimension; nothing is copied. CUDA work goes to the current stream and is not waited for.
 //
 // Differentiable once in q, k and v, through out and softmax_lse. Throws c10::Error or
 // std::runtime_error with a sentence that names the argument, its value and what is allowed.

@@ -1,5 +1,5 @@
-// Checks on torch tensors, each answered with a sentence, and the way from tensors to the C structs.
-// python/flashtile/_checks.py says the same sentences before an op is called.
+// Checks on torch tensors, each answered with a sentence, and the way from tensors to the C
+// structs. python/flashtile/_checks.py says the same sentences before an op is called.
 #include "arguments.h"
 
 #include <cmath>
@@ -23,61 +23,39 @@ std::string sentence(const Parts&... parts) {
 // The name torch prints in Python, without "torch.".
 std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default:
-      return torch::headeronly::toString(dtype);
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
   }
 }
 
 std::string device_name(const Tensor& tensor) {
   const torch::stable::Device device = tensor.device();
   switch (device.type()) {
-    case DeviceType::CPU:
-      return "cpu";
-    case DeviceType::CUDA:
-      return sentence("cuda:", device.index());
-    case DeviceType::Meta:
-      return "meta";
-    default:
-      return sentence("device type ", static_cast<int>(device.type()));
+    case DeviceType::CPU: return "cpu";
+    case DeviceType::CUDA: return sentence("cuda:", device.index());
+    case DeviceType::Meta: return "meta";
+    default: return sentence("device type ", static_cast<int>(device.type()));
   }
 }
 
 std::optional<flashtile_dtype> to_dtype(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Half:
-      return FLASHTILE_FLOAT16;
-    case ScalarType::BFloat16:
-      return FLASHTILE_BFLOAT16;
-    case ScalarType::Float:
-      return FLASHTILE_FLOAT32;
-    case ScalarType::Double:
-      return FLASHTILE_FLOAT64;
-    default:
-      return std::nullopt;
+    case ScalarType::Half: return FLASHTILE_FLOAT16;
+    case ScalarType::BFloat16: return FLASHTILE_BFLOAT16;
+    case ScalarType::Float: return FLASHTILE_FLOAT32;
+    case ScalarType::Double: return FLASHTILE_FLOAT64;
+    default: return std::nullopt;
   }
 }
 
@@ -132,11 +110,11 @@ std::string kind_refusal(const char* name, const Tensor& tensor, const Tensor& q
   }
   const ScalarType wanted = dtype.value_or(q.scalar_type());
   if (tensor.scalar_type() != wanted) {
-    return sentence(name, " has dtype ", dtype_name(tensor.scalar_type()), "; allowed: ",
-                    dtype_name(wanted), dtype.has_value() ? "" : ", the dtype of q");
+    return sentence(name, " has dtype ", dtype_name(tensor.scalar_type()),
+                    "; allowed: ", dtype_name(wanted), dtype.has_value() ? "" : ", the dtype of q");
   }
   const int64_t dims = tensor.dim();
-  if (dims > 0 && tensor.size(dims - 1) > 1 && tensor.stride(dims - 1) != 1) {
+  if (tensor.numel() > 1 && tensor.size(dims - 1) > 1 && tensor.stride(dims - 1) != 1) {
     return sentence(name, " has stride ", tensor.stride(dims - 1),
                     " in its last dimension; allowed: 1");
   }
@@ -151,8 +129,9 @@ std::string q_refusal(const Tensor& q, bool is_varlen) {
     return sentence("q has dtype ", dtype_name(q.scalar_type()),
                     "; allowed: float16, bfloat16, float32, float64");
   }
-  std::string text = is_varlen ? shape_refusal("q", q, {"total_q", "num_heads", "head_dim"})
-                               : shape_refusal("q", q, {"batch", "seqlen_q", "num_heads", "head_dim"});
+  std::string text = is_varlen
+                         ? shape_refusal("q", q, {"total_q", "num_heads", "head_dim"})
+                         : shape_refusal("q", q, {"batch", "seqlen_q", "num_heads", "head_dim"});
   return text.empty() ? kind_refusal("q", q, q) : text;
 }
 
@@ -173,8 +152,10 @@ std::string varlen_refusal(const Arguments& args) {
   }
   const Tensor& cu_q = *args.cu_seqlens_q;
   const Tensor& cu_k = *args.cu_seqlens_k;
-  if (std::string text = cu_seqlens_refusal("cu_seqlens_q", cu_q, args.q); !text.empty()) return text;
-  if (std::string text = cu_seqlens_refusal("cu_seqlens_k", cu_k, args.q); !text.empty()) return text;
+  if (std::string text = cu_seqlens_refusal("cu_seqlens_q", cu_q, args.q); !text.empty())
+    return text;
+  if (std::string text = cu_seqlens_refusal("cu_seqlens_k", cu_k, args.q); !text.empty())
+    return text;
   return shape_refusal("cu_seqlens_k", cu_k, {cu_q.size(0)});
 }
 
@@ -185,14 +166,13 @@ std::string refusal(const Arguments& args) {
   if (std::string text = q_refusal(args.q, is_varlen); !text.empty()) return text;
   const Tensor& k = args.k;
   const int64_t head_dim = args.q.size(args.q.dim() - 1);
-  std::string text = is_varlen
-                         ? shape_refusal("k", k, {"total_k", "num_heads_kv", head_dim})
-                         : shape_refusal("k", k, {args.q.size(0), "seqlen_k", "num_heads_kv", head_dim});
+  std::string text =
+      is_varlen ? shape_refusal("k", k, {"total_k", "num_heads_kv", head_dim})
+                : shape_refusal("k", k, {args.q.size(0), "seqlen_k", "num_heads_kv", head_dim});
   if (text.empty()) text = kind_refusal("k", k, args.q);
   if (text.empty()) {
-    text = is_varlen
-               ? shape_refusal("v", args.v, {k.size(0), k.size(1), "head_dim_v"})
-               : shape_refusal("v", args.v, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
+    text = is_varlen ? shape_refusal("v", args.v, {k.size(0), k.size(1), "head_dim_v"})
+                     : shape_refusal("v", args.v, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
   }
   if (text.empty()) text = kind_refusal("v", args.v, args.q);
   if (text.empty() && is_varlen) text = varlen_refusal(args);
@@ -217,7 +197,8 @@ std::string refusal(const BackwardArguments& args) {
                     : shape_refusal(name, tensor, {q.size(0), q.size(1), q.size(2), head_dim_v});
     }
     if (!text.empty()) return text;
-    return is_lse ? kind_refusal(name, tensor, q, ScalarType::Float) : kind_refusal(name, tensor, q);
+    return is_lse ? kind_refusal(name, tensor, q, ScalarType::Float)
+                  : kind_refusal(name, tensor, q);
   };
   if (std::string text = check("dout", args.dout, false); !text.empty()) return text;
   if (std::string text = check("out", args.out, false); !text.empty()) return text;

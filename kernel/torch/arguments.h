@@ -1,5 +1,6 @@
-// What the torch ops share: their arguments as one struct, the checks on tensors that the C API cannot
-// make because it sees only pointers, and the translation to the C structs. No tensor is copied.
+// What the torch ops share: their arguments as one struct, the checks on tensors that the C API
+// cannot make because it sees only pointers, and the translation to the C structs. No tensor is
+// copied.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,14 +15,14 @@ namespace flashtile::ops {
 
 using torch::stable::Tensor;
 
-// Dense: q (batch, seqlen_q, num_heads, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim).
-// Varlen: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_kv, head_dim).
+// Dense: q (batch, seqlen_q, num_heads, head_dim), k and v (batch, seqlen_k, num_heads_kv,
+// head_dim). Varlen: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_kv, head_dim).
 struct Arguments {
   Tensor q, k, v;
-  std::optional<Tensor> cu_seqlens_q = std::nullopt;  // [batch + 1], int32; both set: varlen
-  std::optional<Tensor> cu_seqlens_k = std::nullopt;  // [batch + 1], int32
-  int64_t max_seqlen_q = 0;                           // varlen only
-  int64_t max_seqlen_k = 0;                           // varlen only
+  std::optional<Tensor> cu_seqlens_q = std::nullopt;   // [batch + 1], int32; both set: varlen
+  std::optional<Tensor> cu_seqlens_k = std::nullopt;   // [batch + 1], int32
+  int64_t max_seqlen_q = 0;                            // varlen only
+  int64_t max_seqlen_k = 0;                            // varlen only
   std::optional<double> softmax_scale = std::nullopt;  // unset: 1 / sqrt(head_dim)
   int64_t window_left = FLASHTILE_UNLIMITED;
   int64_t window_right = FLASHTILE_UNLIMITED;

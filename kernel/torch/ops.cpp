@@ -1,6 +1,6 @@
-// The torch ops flashtile::{forward, backward}[_varlen], can_run and build_info, on the libtorch stable
-// ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its tensors,
-// allocates outputs and workspace through torch, fills the C structs and calls the C API.
+// The torch ops flashtile::{forward, backward}[_varlen], can_run and build_info, on the libtorch
+// stable ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its
+// tensors, allocates outputs and workspace through torch, fills the C structs and calls the C API.
 //
 // Outputs are contiguous. On CUDA nobody reads cu_seqlens on the host, so rows may belong to no
 // sequence: they get out 0, LSE -inf and gradients 0, and padding never carries garbage on.
@@ -17,8 +17,8 @@
 #include "arguments.h"
 
 // Lives in libtorch_cuda.so, which a CPU-only torch does not have: hence weak, and asked for below.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace flashtile::ops {
 namespace {
@@ -43,8 +43,7 @@ class DeviceScope {
                     "flashtile: this torch was built without CUDA");
     guard_.emplace(tensor.get_device_index());
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<CUstream_st*>(stream);
   }
   CUstream_st* stream() const { return stream_; }
@@ -54,8 +53,8 @@ class DeviceScope {
   CUstream_st* stream_ = nullptr;  // null on CPU
 };
 
-// Scratch memory from torch's allocator, aligned to 64 bytes and more. Freed when the call returns; on
-// CUDA the caching allocator keeps it for work enqueued later on the same stream.
+// Scratch memory from torch's allocator, aligned to 64 bytes and more. Freed when the call returns;
+// on CUDA the caching allocator keeps it for work enqueued later on the same stream.
 struct Workspace {
   Workspace(const Tensor& like, size_t bytes) : size(bytes) {
     if (bytes == 0) return;
@@ -185,8 +184,9 @@ flashtile_tensor contiguous_view(const Tensor& tensor) {
   return view;
 }
 
-// The answer of the C API: whether the call would run, and the kernel's name or the sentence why not.
-// Outputs do not exist yet: contiguous views of q, k, v and one float stand in, no data is read.
+// The answer of the C API: whether the call would run, and the kernel's name or the sentence why
+// not. Outputs do not exist yet: contiguous views of q, k, v and one float stand in, no data is
+// read.
 std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
   std::string text = refusal(args);
   if (!text.empty()) return {false, text};

@@ -1,5 +1,8 @@
-"""Checks made before an op is called. Every refusal names the argument, what it was and what is
-allowed, in the words of kernel/check.cpp and kernel/torch/arguments.cpp."""
+"""Checks made before an op is called.
+
+Every refusal names the argument, what it was and what is allowed, in the words of kernel/check.cpp
+and kernel/torch/arguments.cpp.
+"""
 
 import math
 from typing import TypeAlias
@@ -46,10 +49,8 @@ def _check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None 
     if tensor.dtype != (dtype or q.dtype):
         allowed = f"{_name(q.dtype)}, the dtype of q" if dtype is None else _name(dtype)
         raise ValueError(f"{name} has dtype {_name(tensor.dtype)}; allowed: {allowed}")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1"
-        )
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1")
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:

@@ -16,8 +16,8 @@ def find(folders: Iterable[str]) -> Path:
             return candidate
     searched = ", ".join(str(candidate) for candidate in candidates)
     raise ImportError(
-        f"flashtile's op library was not found; searched: {searched}. Build it with `pip install .` "
-        "in a checkout, or with `make` and use <build>/python as PYTHONPATH."
+        f"flashtile's op library was not found; searched: {searched}. Build it with "
+        "`pip install .` in a checkout, or with `make` and use <build>/python as PYTHONPATH."
     )
 
 
@@ -27,7 +27,7 @@ def load(folders: Iterable[str]) -> None:
         return
     path = find(folders)
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"{path} does not load into torch {torch.__version__}; flashtile needs torch >= 2.11. "

@@ -12,17 +12,12 @@ from flashtile import _checks
 
 UNLIMITED = -1  # window_left, window_right: no limit on this side (FLASHTILE_UNLIMITED)
 
+_REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
+
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    window_left: int,
-    window_right: int,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> tuple[Tensor, Tensor]:
     _checks.check_tensors(q, k, v)
     batch, seqlen_q, num_heads, _ = q.shape
     out = q.new_empty((batch, seqlen_q, num_heads, v.shape[-1]))
@@ -35,11 +30,7 @@ def _fake_forward_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None,
-    window_left: int,
-    window_right: int,
+    *_options: object,
 ) -> tuple[Tensor, Tensor]:
     _checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     total_q, num_heads, _ = q.shape
@@ -48,7 +39,7 @@ def _fake_forward_varlen(
 
 
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -61,13 +52,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*output, *tensors)
 
 
-def _incoming(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _incoming(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of out and LSE as the op takes them: dout always there, last stride 1.
 
     The copies are only made for gradients like those of ``out.sum()``, which are one number
     expanded over the whole shape.
     """
-    out, lse = ctx.saved_tensors[:2]
     if dout is None:
         dout = torch.zeros_like(out)
     elif dout.shape[-1] > 1 and dout.stride(-1) != 1:
@@ -80,8 +72,8 @@ def _incoming(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     if dout is None and dlse is None:
         return (None,) * 6
-    dout, dlse = _incoming(ctx, dout, dlse)
-    out, lse, q, k, v = ctx.saved_tensors
+    out, lse, q, k, v = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    dout, dlse = _incoming(dout, dlse, out, lse)
     deterministic = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv = torch.ops.flashtile.backward(
         dout, q, k, v, out, lse, dlse, *ctx.options, deterministic
@@ -92,8 +84,8 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
 def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     if dout is None and dlse is None:
         return (None,) * 10
-    dout, dlse = _incoming(ctx, dout, dlse)
     out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    dout, dlse = _incoming(dout, dlse, out, lse)
     deterministic = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv = torch.ops.flashtile.backward_varlen(
         dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options, deterministic
@@ -101,7 +93,7 @@ def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Grad
     return dq, dk, dv, *(None,) * 7
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+def _no_second_derivative(_ctx: Any, *_grads: Tensor | None) -> NoReturn:
     raise RuntimeError(
         "flashtile: attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)"
@@ -110,8 +102,7 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 def register() -> None:
     """Registers everything in this file with torch. Once per process."""
-    namespace = torch.ops.flashtile
-    if getattr(namespace, "python_registered", False):  # by another copy of this package
+    if hasattr(torch.ops.flashtile, _REGISTERED):  # by another copy of this package
         return
     library = torch.library
     library.register_fake("flashtile::forward", _fake_forward)
@@ -123,4 +114,4 @@ def register() -> None:
     # Without these a second derivative would only warn and be missing.
     library.register_autograd("flashtile::backward", _no_second_derivative)
     library.register_autograd("flashtile::backward_varlen", _no_second_derivative)
-    namespace.python_registered = True
+    setattr(torch.ops.flashtile, _REGISTERED, True)

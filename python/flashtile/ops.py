@@ -14,8 +14,7 @@ _LISTS = ("cuda_architectures", "cuda_head_dims", "cpu_instruction_sets")
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under ``torch.autocast`` float16, bfloat16 and float32 become its dtype, as in torch's own
-    attention; float64 stays."""
+    """Under ``torch.autocast`` 16 and 32 bit inputs become its dtype, as in torch's attention."""
     device = q.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, k, v
@@ -240,8 +239,15 @@ def can_run(
     Makes the checks and the choice of kernel that the call makes, and computes nothing.
 
     Args:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale:
-            As in the call that is asked about.
+        q: As in the call that is asked about, and so are the next eight.
+        k: Keys.
+        v: Values.
+        cu_seqlens_q: None asks about :func:`attention`.
+        cu_seqlens_k: None asks about :func:`attention`.
+        max_seqlen_q: Read with cu_seqlens only.
+        max_seqlen_k: Read with cu_seqlens only.
+        causal: Whether the mask is causal.
+        softmax_scale: None is ``1 / sqrt(head_dim)``.
         backward: Ask about the gradients instead of the result.
 
     Returns:

@@ -1,0 +1,143 @@
+"""The package itself: what it says about the build, how it loads, what the wheel holds."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashtile
+
+PACKAGE = Path(flashtile.__path__[0])
+SOURCES = {"__init__.py", "_checks.py", "_loader.py", "_registration.py", "ops.py", "py.typed"}
+
+
+def test_build_info() -> None:
+    info = flashtile.build_info()
+    assert info["version"] == flashtile.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", flashtile.__version__)
+    assert "portable" in info["cpu_instruction_sets"]
+    assert info["cpu_instruction_set_used"] in info["cpu_instruction_sets"]
+    assert bool(info["cuda_architectures"]) == bool(info["cuda_head_dims"])
+    assert re.match(r"2\.\d+", str(info["torch_headers"]))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_can_run(backward: bool) -> None:
+    q = torch.zeros(1, 3, 4, 64)
+    assert flashtile.can_run(q, q, q, causal=True, backward=backward) == (True, "")
+    packed, cu = q[0], torch.tensor([0, 1, 3], dtype=torch.int32)
+    assert flashtile.can_run(packed, packed, packed, cu, cu, 2, 2, backward=backward) == (True, "")
+
+
+def test_can_run_names_the_kernel() -> None:
+    q = torch.zeros(1, 3, 4, 64)
+    for backward, word in ((False, "forward"), (True, "backward")):
+        args = (q, q, q, None, None, 0, 0, None, -1, 0, backward)
+        ok, name = torch.ops.flashtile.can_run(*args)
+        assert ok
+        assert word in name
+
+
+def test_can_run_on_expanded_tensors() -> None:
+    """Stride 0 is fine for what is read, and nothing is written into q."""
+    q = torch.zeros(1, 1, 1, 64).expand(2, 3, 4, 64)
+    for backward in (False, True):
+        assert flashtile.can_run(q, q, q, backward=backward) == (True, "")
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+def test_can_run_cuda(device: str) -> None:
+    q = torch.zeros(1, 3, 4, 64, device=device, dtype=torch.bfloat16)
+    assert flashtile.can_run(q, q, q, backward=True) == (True, "")
+
+
+def run_python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def copy_package(folder: Path, *, library: bool) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__", *(() if library else ("lib",)))
+    for source in map(Path, flashtile.__path__):
+        shutil.copytree(source, folder / "flashtile", ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+def test_missing_library_says_how_to_build(tmp_path: Path) -> None:
+    result = run_python("import flashtile", copy_package(tmp_path, library=False))
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: flashtile's op library was not found; searched: ")
+    assert str(tmp_path / "flashtile" / "lib" / "libflashtile_torch.so") in last
+    assert "pip install ." in last
+
+
+def test_second_copy_in_one_process(tmp_path: Path) -> None:
+    """The ops are registered once: the second copy uses those of the first."""
+    for name in ("one", "two"):
+        copy_package(tmp_path / name, library=True)
+    code = f"""
+import sys, torch, flashtile
+first = flashtile.__path__[0]
+for name in [name for name in sys.modules if name.split(".")[0] == "flashtile"]:
+    del sys.modules[name]
+sys.path.insert(0, {str(tmp_path / "two")!r})
+import flashtile
+assert flashtile.__path__[0] != first
+q = torch.randn(1, 3, 2, 8, requires_grad=True)
+flashtile.attention(q, q, q).sum().backward()
+print("gradient", q.grad.shape)
+"""
+    result = run_python(code, tmp_path / "one")
+    assert result.returncode == 0, result.stderr
+    assert "gradient torch.Size([1, 3, 2, 8])" in result.stdout
+
+
+def test_errors_of_the_loader(tmp_path: Path) -> None:
+    copy_package(tmp_path, library=False)
+    library = tmp_path / "flashtile" / "lib" / "libflashtile_torch.so"
+    library.parent.mkdir()
+    library.write_bytes(b"not a library")
+    result = run_python("import flashtile", tmp_path)
+    assert result.returncode == 1
+    assert "flashtile needs torch >= 2.11" in result.stderr
+
+
+def find_wheel() -> Path:
+    """FLASHTILE_WHEEL, or the newest file that `make wheel` left in dist/."""
+    named = os.environ.get("FLASHTILE_WHEEL")
+    if named:
+        return Path(named)
+    root = Path(__file__).resolve().parents[2]
+    wheels = sorted(root.glob("dist/flashtile-*.whl"), key=lambda path: path.stat().st_mtime)
+    if not wheels:
+        pytest.skip("no wheel: run `make wheel`, or name one in FLASHTILE_WHEEL")
+    return wheels[-1]
+
+
+def test_wheel_content() -> None:
+    wheel = find_wheel()
+    assert re.fullmatch(r"flashtile-\d+\.\d+\.\d+-py3-none-\w+\.whl", wheel.name)
+    assert wheel.stat().st_size <= 5 * 2**20
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        library = archive.read("flashtile/lib/libflashtile_torch.so")
+    folder = f"flashtile-{flashtile.__version__}.dist-info"
+    package = {f"flashtile/{name}" for name in SOURCES} | {"flashtile/lib/libflashtile_torch.so"}
+    assert {name for name in names if not name.startswith(folder)} == package
+    assert any(name.startswith(folder) and name.endswith("LICENSE") for name in names)
+    assert str(Path(__file__).resolve().parents[2]).encode() not in library, "a build path"
+
+
+def test_sources_are_complete() -> None:
+    found = {path.name for folder in flashtile.__path__ for path in Path(folder).iterdir()}
+    assert found >= SOURCES
+    assert (PACKAGE / "py.typed").is_file()
