@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
@@ -16,7 +17,7 @@ constexpr Pass<Params> pass_of() {
 
 template <class T>
 constexpr Engine engine_of() {
-  return {pass_of<Forward<T>, ForwardParams>(), pass_of<Forward<T>, ForwardParams>(),
+  return {pass_of<Forward<T>, ForwardParams>(), pass_of<Decode<T>, ForwardParams>(),
           pass_of<Backward<T>, BackwardParams>()};
 }
 

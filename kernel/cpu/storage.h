@@ -127,14 +127,18 @@ template <class T>
 FLASHTILE_INLINE void widen(const T* from, int64_t count, Compute<T> factor, Compute<T>* to,
                             int64_t padded) {
   constexpr int kWidth = kLanes<Compute<T>>;
-  for (int64_t i = 0; i < padded; i += kWidth) store(to + i, read_some(from + i, count - i) * factor);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, read(from + i) * factor);
+  for (; i < padded; i += kWidth) store(to + i, read_some(from + i, count - i) * factor);
 }
 
 // to[0..count) = factor * from[0..count).
 template <class T>
 FLASHTILE_INLINE void narrow(const Compute<T>* from, int64_t count, Compute<T> factor, T* to) {
   constexpr int kWidth = kLanes<Compute<T>>;
-  for (int64_t i = 0; i < count; i += kWidth) write_some(to + i, load(from + i) * factor, count - i);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) write(to + i, load(from + i) * factor);
+  if (i < count) write_some(to + i, load(from + i) * factor, count - i);
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA
