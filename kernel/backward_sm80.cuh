@@ -61,7 +61,7 @@ struct BackwardSm80 {
   struct Warp {
     int lane, index, key, query, dq_row, dq_col;
 
-    FLASHTILE_DEVICE explicit Warp(int thread)
+    FLASHTILE_DEVICE explicit Warp(unsigned thread)
         : lane(thread % 32),
           index(thread / 32),
           key(index / kConfig.warps_q),

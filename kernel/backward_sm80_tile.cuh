@@ -75,6 +75,7 @@ struct RowCopy {
     for (int i = 0; i < kPasses; ++i) {
       ptx::cp_async_16(shared + i * kRowsPerPass * kPanelRowBytes, source, i * kRowsPerPass < rows_left);
       source += pass_bytes;
+      ptx::hide(source);
     }
   }
 };
