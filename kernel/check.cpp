@@ -186,7 +186,7 @@ Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t batch, int6
     if (cu[b + 1] < cu[b]) {
       return fail(FLASHTILE_INVALID_ARGUMENT,
                   "%s[%lld] is %d; allowed: at least %d, the value before it", name,
-                  static_cast<I64>(b + 1), cu[b + 1], cu[b]);
+                  static_cast<I64>(b) + 1, cu[b + 1], cu[b]);
     }
   }
   if (cu[batch] != total) {
