@@ -54,7 +54,7 @@ struct ForwardSm80 {
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
     const QueryTile work =
         query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
-    if (work.q0 >= work.sequence.seqlen_q) return;
+    if (work.empty()) return;
     const Mask mask{work.sequence.seqlen_q, work.sequence.seqlen_k};
     const KvRange range = key_blocks(mask, work.q0, kQueries, kKeys);
 

@@ -69,11 +69,14 @@ FLASHTILE_DEVICE Sequence dense_sequence(const Problem& problem, int64_t batch) 
           .seqlen_k = static_cast<int>(problem.seqlen_k)};
 }
 
-// Forward's work: queries [q0, q0 + block) of one head. Nothing to do when q0 >= seqlen_q.
+// Forward's work: queries [q0, q0 + block) of one head.
 struct QueryTile {
   Sequence sequence;
   int head = 0;
   int q0 = 0;
+
+  // A slot past its sequence's end, or before the first sequence.
+  FLASHTILE_DEVICE bool empty() const { return q0 < 0 || q0 >= sequence.seqlen_q; }
 };
 
 // Blocks of queries per head and, when dense, per batch.
@@ -82,8 +85,8 @@ FLASHTILE_HOST_DEVICE int64_t query_blocks(const Problem& problem, int block) {
                              : slot_count(false, 1, problem.seqlen_q, 0, block);
 }
 FLASHTILE_HOST_DEVICE int64_t query_tile_count(const Problem& problem, int block) {
-  return query_blocks(problem, block) * problem.num_heads *
-         (problem.is_varlen() ? 1 : problem.batch);
+  const int64_t per_head = problem.is_varlen() ? (problem.batch > 0 ? 1 : 0) : problem.batch;
+  return query_blocks(problem, block) * problem.num_heads * per_head;
 }
 
 // Blocks of one head run together, so that its keys and values stay in the L2 cache; the last
@@ -101,7 +104,7 @@ FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blo
   }
   const int b = find_sequence(problem.cu_seqlens_q, static_cast<int>(problem.batch), slot, block);
   tile.sequence = varlen_sequence(problem, b);
-  tile.q0 = static_cast<int>(slot - first_slot(problem.cu_seqlens_q[b], b, block)) * block;
+  tile.q0 = static_cast<int>(slot - first_slot(tile.sequence.row_q, b, block)) * block;
   return tile;
 }
 
