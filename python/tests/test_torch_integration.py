@@ -83,6 +83,7 @@ GRADCHECK_CASES = [
 ]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
 def test_gradcheck(case: Case) -> None:
     inputs = tuple(t.requires_grad_() for t in make_inputs(case, torch.float64, "cpu"))
@@ -93,6 +94,7 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_gradcheck_varlen() -> None:
     q = torch.randn(9, 4, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(11, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -105,6 +107,7 @@ def test_gradcheck_varlen() -> None:
     assert torch.autograd.gradcheck(function, (q, k, v))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_gradcheck_lse() -> None:
     """LSE is fp32, so its differences are taken over larger steps."""
     inputs = tuple(
