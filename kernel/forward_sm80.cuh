@@ -127,7 +127,8 @@ struct ForwardSm80 {
    private:
     FLASHTILE_DEVICE static KvLoader loader(const View& view, const Problem& problem,
                                             const QueryTile& work, int block, int thread) {
-      const int head = work.head / static_cast<int>(problem.num_heads / problem.num_heads_kv);
+      const int head = work.head / (static_cast<int>(problem.num_heads) /
+                                    static_cast<int>(problem.num_heads_kv));
       const int64_t row = work.sequence.row_k + static_cast<int64_t>(block) * kKeys;
       return KvLoader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
     }

@@ -64,7 +64,7 @@ FLASHTILE_HOST_DEVICE bool sees_no_key(const Mask& mask, int q) {
 // For queries [q0, q0 + block_q), q0 < seqlen_q. key_begin and key_end grow with q.
 template <MaskPolicy Mask>
 FLASHTILE_HOST_DEVICE KvRange key_blocks(const Mask& mask, int q0, int block_q, int block_k) {
-  const int last = min_of(q0 + block_q, mask.seqlen_q) - 1;
+  const int last = q0 + min_of(block_q, mask.seqlen_q - q0) - 1;
   KvRange range;
   range.begin = mask.key_begin(q0) / block_k;
   range.end = ceil_div(max_of(mask.key_end(last), 0), block_k);
