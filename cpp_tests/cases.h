@@ -12,9 +12,9 @@ enum class Layout {
   kDense,      // (batch, seq, heads, dim) without gaps; the allocation ends with the tensor
   kHeadMajor,  // (batch, heads, seq, dim) transposed
   kPadded,     // gaps after every head and every row, 16-byte aligned, as in a packed qkv
-  kOdd,        // gaps of an odd number of elements and an odd start: only element-aligned
+  kOdd,        // odd gaps and an odd start: only element-aligned, which CUDA refuses
   kSeqMajor,   // (seq, batch, heads, dim)
-  kMixed,      // q dense, k padded, v head-major, gradients odd
+  kMixed,      // q dense, k padded, v head-major, gradients seq-major
   kBroadcast,  // k and v with head stride 0 (MQA only), dout with every stride 0
 };
 

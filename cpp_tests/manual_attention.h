@@ -2,10 +2,12 @@
 // head at a time, the score matrix written out. It shares no code with the library.
 //
 // One function computes both sides of the error bound. In fp64 it is the truth. In another dtype it
-// rounds where plain torch does: after each product, after scaling, after softmax, with products
-// accumulated exactly. GQA repeats the kv heads and sums their gradients before rounding them.
+// rounds where plain torch does: after each product (accumulated in fp32), after scaling, after
+// softmax. The backward starts from the rounded out, which is all that a backward is given. GQA
+// repeats the kv heads and sums their gradients before rounding them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -40,7 +42,8 @@ struct AttentionInput {
   double softmax_scale = 1.0;
   bool causal = false;
   std::vector<double> q, k, v;
-  std::vector<double> dout;  // empty: forward only
+  bool backward = true;
+  std::vector<double> dout;
   std::vector<double> dlse;  // index row * heads + head; empty: zero
 };
 
@@ -61,17 +64,28 @@ inline void round_all(Matrix& a, Dtype dtype) {
   for (double& x : a.data) x = round_to(dtype, x);
 }
 
+// a b, summed in Sum.
+template <class Sum>
+Matrix product_in(const Matrix& a, const Matrix& b) {
+  Matrix c(a.rows, b.cols);
+  std::vector<Sum> row(static_cast<size_t>(c.cols)), other(b.data.begin(), b.data.end());
+  for (int64_t i = 0; i < a.rows; ++i) {
+    std::fill(row.begin(), row.end(), Sum{0});
+    for (int64_t k = 0; k < a.cols; ++k) {
+      const Sum factor = static_cast<Sum>(a(i, k));
+      const Sum* __restrict from = other.data() + k * b.cols;
+      Sum* __restrict to = row.data();
+      for (int64_t j = 0; j < b.cols; ++j) to[j] += factor * from[j];
+    }
+    std::copy(row.begin(), row.end(), c.data.begin() + i * c.cols);
+  }
+  return c;
+}
+
 // round(a b)
 inline Matrix product(const Matrix& a, const Matrix& b, Dtype dtype) {
-  Matrix c(a.rows, b.cols);
-  for (int64_t i = 0; i < a.rows; ++i) {
-    double* __restrict row = c.data.data() + i * c.cols;
-    for (int64_t k = 0; k < a.cols; ++k) {
-      const double factor = a(i, k);
-      const double* __restrict other = b.data.data() + k * b.cols;
-      for (int64_t j = 0; j < b.cols; ++j) row[j] += factor * other[j];
-    }
-  }
+  if (dtype == Dtype::kFloat64) return product_in<double>(a, b);
+  Matrix c = product_in<float>(a, b);
   round_all(c, dtype);
   return c;
 }
@@ -110,12 +124,15 @@ inline std::vector<double> softmax_rows(Matrix& s, bool causal, Dtype dtype) {
   return lse;
 }
 
-// dS = P * (dP - rowsum(P * dP) + dLSE), in place of dP.
-inline void softmax_backward(const Matrix& p, const std::vector<double>& dlse, Dtype dtype, Matrix& dp) {
+// dS = P * (dP - rowsum(out * dout) + dLSE), in place of dP. dlse: one number a row.
+inline void softmax_backward(const Matrix& p, const Matrix& out, const Matrix& dout,
+                             const std::vector<double>& dlse, Dtype dtype, Matrix& dp) {
   for (int64_t i = 0; i < p.rows; ++i) {
     double delta = -dlse[static_cast<size_t>(i)];
-    for (int64_t j = 0; j < p.cols; ++j) delta += p(i, j) * dp(i, j);
-    for (int64_t j = 0; j < p.cols; ++j) dp(i, j) = round_to(dtype, p(i, j) * (dp(i, j) - delta));
+    for (int64_t d = 0; d < out.cols; ++d) delta += out(i, d) * dout(i, d);
+    for (int64_t j = 0; j < p.cols; ++j) {
+      dp(i, j) = p(i, j) == 0.0 ? 0.0 : round_to(dtype, p(i, j) * (dp(i, j) - delta));
+    }
   }
 }
 
@@ -130,17 +147,18 @@ inline void attend(const AttentionInput& in, const Span& span, int head, Dtype d
   };
   Matrix p = scaled(product(q, transposed(k), dtype));
   const std::vector<double> lse = softmax_rows(p, in.causal, dtype);
-  add_rows(product(p, v, dtype), span.row_q, in.heads, head, result.out);
+  const Matrix out = product(p, v, dtype);
+  add_rows(out, span.row_q, in.heads, head, result.out);
   const auto row_index = [&](int64_t i) { return static_cast<size_t>((span.row_q + i) * in.heads + head); };
   for (int64_t i = 0; i < span.seqlen_q; ++i) result.lse[row_index(i)] = lse[static_cast<size_t>(i)];
-  if (in.dout.empty()) return;
+  if (!in.backward) return;
 
   std::vector<double> dlse(static_cast<size_t>(span.seqlen_q), 0.0);
   for (int64_t i = 0; i < span.seqlen_q && !in.dlse.empty(); ++i) dlse[static_cast<size_t>(i)] = in.dlse[row_index(i)];
   const Matrix dout = rows_of(in.dout, span.row_q, span.seqlen_q, in.heads, head, dim);
   add_rows(product(transposed(p), dout, dtype), span.row_k, in.heads_kv, kv_head, result.dv);
   Matrix ds = product(dout, transposed(v), dtype);
-  softmax_backward(p, dlse, dtype, ds);
+  softmax_backward(p, out, dout, dlse, dtype, ds);
   ds = scaled(ds);
   add_rows(product(ds, k, dtype), span.row_q, in.heads, head, result.dq);
   add_rows(product(transposed(ds), q, dtype), span.row_k, in.heads_kv, kv_head, result.dk);
@@ -151,9 +169,9 @@ inline AttentionOutput manual_attention(const AttentionInput& in, Dtype dtype) {
   AttentionOutput result;
   result.out.assign(in.q.size(), 0.0);
   result.lse.assign(in.q.size() / static_cast<size_t>(in.head_dim), -kInfinity);
-  result.dq.assign(in.dout.empty() ? 0 : in.q.size(), 0.0);
-  result.dk.assign(in.dout.empty() ? 0 : in.k.size(), 0.0);
-  result.dv.assign(in.dout.empty() ? 0 : in.v.size(), 0.0);
+  result.dq.assign(in.backward ? in.q.size() : 0, 0.0);
+  result.dk.assign(in.backward ? in.k.size() : 0, 0.0);
+  result.dv.assign(in.backward ? in.v.size() : 0, 0.0);
   for (const Span& span : in.sequences) {
     for (int head = 0; head < in.heads; ++head) attend(in, span, head, dtype, result);
   }

@@ -45,8 +45,8 @@ struct Setup {
 
   bool forward_only() const { return spec.values == Values::kHuge || spec.values == Values::kNan; }
   std::string name() const {
-    return std::string(spec.name) + ", " + std::to_string(spec.seqlen_q) + "x" + std::to_string(spec.seqlen_k) + ", " +
-           name_of(dtype) + " d" + std::to_string(head_dim) + (causal ? " causal" : " full");
+    const std::string lengths = std::to_string(spec.seqlen_q) + " x " + std::to_string(spec.seqlen_k);
+    return std::string(spec.name) + (spec.is_varlen() ? "" : " (" + lengths + ")") + ", " + name_of(dtype) + " d" + std::to_string(head_dim) + (causal ? " causal" : " full");
   }
 };
 
@@ -58,7 +58,7 @@ inline Layout layout_of(const Case& spec, Role role) {
   switch (role) {
     case Role::kK: return Layout::kPadded;
     case Role::kV: case Role::kDout: return Layout::kHeadMajor;
-    case Role::kGradient: return Layout::kOdd;
+    case Role::kGradient: return Layout::kSeqMajor;
     default: return Layout::kDense;
   }
 }
@@ -181,8 +181,9 @@ inline AttentionInput manual_input(const Setup& setup) {
   input.q = setup.q.dense();
   input.k = setup.k.dense();
   input.v = setup.v.dense();
-  if (!setup.forward_only()) input.dout = setup.dout.dense();
-  if (!setup.forward_only() && setup.spec.dlse) input.dlse = setup.dlse.dense();
+  input.backward = !setup.forward_only();
+  input.dout = setup.dout.dense();
+  if (setup.spec.dlse) input.dlse = setup.dlse.dense();
   return input;
 }
 

@@ -1,0 +1,39 @@
+// What the kernel tests run on: the PTX machine (machine_device.cpp) or a GPU (gpu_device.cpp). Both
+// provide the CUDA runtime, so memory and calls are the same; this is what differs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../runner.h"
+
+namespace flashtile::test {
+
+// One way to execute a case: a device model and the seed of its schedule. On a GPU there is one.
+struct Schedule {
+  std::string device;  // "machine sm_80", or the GPU's name
+  int shared_memory = 0;  // bytes a block may use
+  uint64_t seed = 0;
+};
+
+// Why nothing can run here; "" when it can.
+std::string device_unavailable();
+
+// The schedules that every case runs under: on the machine 3 seeds each with both memory classes.
+std::vector<Schedule> schedules();
+
+void begin(const Schedule& schedule);
+
+// Waits for the device. Returns what it reported since begin(), "" if nothing.
+std::string finish();
+
+// cudaMalloc, cudaMemcpy, cudaFree.
+Backend cuda_backend();
+
+// "large" or "small": the kernels' memory class on this device, as plan names spell it.
+inline const char* memory_class(const Schedule& schedule) {
+  return schedule.shared_memory >= 163 * 1024 ? "large" : "small";
+}
+
+}  // namespace flashtile::test

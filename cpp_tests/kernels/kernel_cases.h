@@ -1,0 +1,67 @@
+// Runs cases through the compiled CUDA kernels under every schedule and checks everything about them:
+// values, NaN, gaps, the device's reports, and that the kernel we think of is the one that ran.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "../compare.h"
+#include "../error_table.h"
+#include "../runner.h"
+#include "device.h"
+
+namespace flashtile::test {
+
+inline std::string expected_plan(const char* pass, const Setup& setup, const Schedule& schedule) {
+  return std::string(pass) + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(setup.head_dim) + "_" +
+         name_of(setup.dtype) + "_" + (setup.causal ? "causal" : "full");
+}
+
+// The kernels move 16 bytes at a time, and say so.
+inline void expect_refused(const Setup& setup, const Backend& backend) {
+  begin(schedules().front());
+  const RunResult result = Run(setup, backend)();
+  CHECK_MESSAGE(result.error.find("a multiple of") != std::string::npos, setup.name() + ": " + result.error);
+}
+
+inline void run_case(const Setup& setup, const Backend& backend, ErrorTable& table) {
+  const Truth truth(setup);
+  for (const Schedule& schedule : schedules()) {
+    const std::string where = setup.name() + " on " + schedule.device + ", seed " + std::to_string(schedule.seed);
+    begin(schedule);
+    const RunResult result = Run(setup, backend)();
+    const std::string reported = finish();
+    CHECK_MESSAGE(reported.empty(), where + ": " + reported);
+    CHECK_MESSAGE(result.error.empty(), where + ": " + result.error);
+    if (!reported.empty() || !result.error.empty()) return;
+    CHECK_EQ(result.forward_plan, expected_plan("forward", setup, schedule));
+    if (!setup.forward_only()) CHECK_EQ(result.backward_plan, expected_plan("backward", setup, schedule));
+    const Verdict verdict = compare(setup, truth, result.values);
+    CHECK_MESSAGE(verdict.passed(), where + verdict.text());
+    table.add(schedule.device, setup.dtype, setup.head_dim, verdict, setup.forward_only());
+  }
+}
+
+inline void run_cases(const std::vector<Case>& cases, Dtype dtype, int head_dim) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  const Backend backend = cuda_backend();
+  ErrorTable table;
+  uint64_t seed = 1;
+  for (const Case& spec : cases) {
+    if (spec.deterministic) continue;  // refused by the CUDA backward, see refused_test.cpp
+    for (const bool causal : {false, true}) {
+      if (!spec.has(causal)) continue;
+      const Setup setup = make_setup(spec, dtype, head_dim, causal, seed++);
+      if (spec.layout == Layout::kOdd) {
+        expect_refused(setup, backend);
+      } else {
+        run_case(setup, backend, table);
+      }
+    }
+  }
+  table.print();
+}
+
+}  // namespace flashtile::test

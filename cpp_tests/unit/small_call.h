@@ -1,0 +1,84 @@
+// A small attention call that every argument check accepts: what the refusal tests break one by one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flashtile/flashtile.h"
+
+namespace flashtile::test {
+
+// 2 sequences of 4 queries and 6 keys, 4 heads over 2, head dim 8, fp32 on the CPU.
+struct SmallCall {
+  static constexpr int64_t kBatch = 2, kHeads = 4, kHeadsKv = 2, kQ = 4, kK = 6, kDim = 8;
+  static constexpr int64_t kRowsQ = kBatch * kQ, kRowsK = kBatch * kK;
+
+  alignas(256) float q[kRowsQ * kHeads * kDim] = {};       // [batch, seqlen_q, heads, dim]
+  alignas(256) float k[kRowsK * kHeadsKv * kDim] = {};     // [batch, seqlen_k, heads_kv, dim]
+  alignas(256) float v[kRowsK * kHeadsKv * kDim] = {};
+  alignas(256) float out[kRowsQ * kHeads * kDim] = {};
+  alignas(256) float dout[kRowsQ * kHeads * kDim] = {};
+  alignas(256) float dq[kRowsQ * kHeads * kDim] = {};
+  alignas(256) float dk[kRowsK * kHeadsKv * kDim] = {};
+  alignas(256) float dv[kRowsK * kHeadsKv * kDim] = {};
+  alignas(256) float lse[kRowsQ * kHeads] = {};            // [batch, heads, seqlen_q]
+  alignas(256) unsigned char workspace[1 << 20] = {};
+  int32_t cu_q[3] = {0, 4, 8};
+  int32_t cu_k[3] = {0, 6, 12};
+  flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
+  flashtile_forward_params forward;
+  flashtile_backward_params backward;
+
+  SmallCall() {
+    problem.dtype = problem.dtype_kv = problem.dtype_out = FLASHTILE_FLOAT32;
+    problem.batch = kBatch;
+    problem.num_heads = kHeads;
+    problem.num_heads_kv = kHeadsKv;
+    problem.head_dim = kDim;
+    problem.seqlen_q = kQ;
+    problem.seqlen_k = kK;
+    problem.softmax_scale = 0.5f;
+    flashtile_forward_init(&forward);
+    forward.problem = &problem;
+    forward.q = queries(q);
+    forward.k = keys(k);
+    forward.v = keys(v);
+    forward.out = queries(out);
+    forward.softmax_lse = lse;
+    forward.lse_stride_batch = kHeads * kQ;
+    forward.lse_stride_head = kQ;
+    forward.workspace = workspace;
+    forward.workspace_bytes = sizeof workspace;
+    flashtile_backward_init(&backward);
+    backward.problem = &problem;
+    backward.q = forward.q;
+    backward.k = forward.k;
+    backward.v = forward.v;
+    backward.out = forward.out;
+    backward.dout = queries(dout);
+    backward.dq = queries(dq);
+    backward.dk = keys(dk);
+    backward.dv = keys(dv);
+    backward.softmax_lse = lse;
+    backward.lse_stride_batch = forward.lse_stride_batch;
+    backward.lse_stride_head = forward.lse_stride_head;
+    backward.workspace = workspace;
+    backward.workspace_bytes = sizeof workspace;
+  }
+  SmallCall(const SmallCall&) = delete;
+  SmallCall& operator=(const SmallCall&) = delete;
+
+  // The same tensors as two packed sequences.
+  void make_varlen() {
+    problem.cu_seqlens_q = cu_q;
+    problem.cu_seqlens_k = cu_k;
+    problem.total_q = kRowsQ;
+    problem.total_k = kRowsK;
+    forward.lse_stride_head = backward.lse_stride_head = kRowsQ;
+  }
+
+  static flashtile_tensor queries(float* data) { return {data, kQ * kHeads * kDim, kHeads * kDim, kDim}; }
+  static flashtile_tensor keys(float* data) { return {data, kK * kHeadsKv * kDim, kHeadsKv * kDim, kDim}; }
+};
+
+}  // namespace flashtile::test
