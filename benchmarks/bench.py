@@ -1,0 +1,119 @@
+"""What `make bench` runs: flashtile against torch's scaled_dot_product_attention, in one process.
+
+Every case times all contenders in turn (A B A B ...) on the same numbers, on one thread unless
+told otherwise. Writes results.json and results.md under benchmarks/results/<machine kind>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+# Before torch loads: idle OpenMP threads must not burn the processor time that is measured.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import bench_cases
+import bench_report
+import torch
+from bench_cases import OURS, Case
+from bench_timing import peak_memory, time_case
+
+MEMORY_LENGTHS = {False: (2048, 8192), True: (2048, 4096, 8192, 16384)}
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    """Runs the chosen cases, prints the tables and writes them."""
+    options = _parser().parse_args()
+    if options.peak_memory:  # the child process of _memory_rows
+        torch.set_num_threads(options.threads)
+        case, name = json.loads(options.peak_memory)
+        print(peak_memory(Case(**case), name))
+        return 0
+
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    all_cases = bench_cases.cuda_cases if device.type == "cuda" else bench_cases.cpu_cases
+    cases = [c for c in all_cases(options.full) if _selected(c, options)]
+    if not cases:
+        print("no case is left; see --dtype, --pass and --kind", file=sys.stderr)
+        return 2
+    seconds = options.seconds or (4.0 if options.full else 1.5)
+    if device.type == "cuda":
+        seconds = options.seconds or 0.5
+    facts = bench_report.machine_facts(device)
+    results = [time_case(case, device, seconds) for case in _progress(cases, "timing")]
+    memory = []
+    if device.type == "cpu" and not options.no_memory:
+        memory = _memory_rows(options.full, options.threads)
+
+    folder = options.output or HERE / "results" / bench_report.machine_kind(facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown = bench_report.to_markdown(facts, results, memory)
+    (folder / "results.json").write_text(bench_report.to_json(facts, results, memory) + "\n")
+    (folder / "results.md").write_text(markdown)
+    print(markdown)
+    print(f"written to {folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--full", action="store_true", help="more shapes, float64, more rounds")
+    parser.add_argument("--seconds", type=float, help="per case; default 1.5, with --full 4")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", help="only this one, for example bfloat16")
+    parser.add_argument("--pass", dest="direction", choices=("forward", "backward"))
+    parser.add_argument("--kind", choices=("dense", "decode"))
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--output", type=Path, help="folder of the two result files")
+    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
+    return parser
+
+
+def _selected(case: Case, options: argparse.Namespace) -> bool:
+    return (
+        options.dtype in (None, case.dtype)
+        and options.direction in (None, case.direction)
+        and options.kind in (None, "decode" if case.is_decode else "dense")
+    )
+
+
+def _memory_rows(full: bool, threads: int) -> list[bench_report.Memory]:
+    """Forward and backward together, each contender in a process of its own."""
+    cases = [
+        Case(dtype, 8, 8, length, length, 64, True, "backward")
+        for dtype in ("float32", "bfloat16")
+        for length in MEMORY_LENGTHS[full]
+    ]
+    rows = []
+    for case in _progress(cases, "memory"):
+        peaks = {}
+        for name in (OURS, "sdpa"):
+            argument = json.dumps([dataclasses.asdict(case), name])
+            command = [sys.executable, __file__, "--peak-memory", argument]
+            command += ["--threads", str(threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[name] = int(done.stdout)
+        rows.append(bench_report.Memory(case.label, case.dtype, "forward + backward", peaks))
+    return rows
+
+
+def _progress(cases: list[Case], title: str) -> Iterable[Case]:
+    try:
+        from tqdm import tqdm  # noqa: PLC0415, a comfort
+    except ImportError:
+        return cases
+    bar: Iterable[Case] = tqdm(cases, title)
+    return bar
+
+
+if __name__ == "__main__":
+    sys.exit(main())
