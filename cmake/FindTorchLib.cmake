@@ -25,8 +25,10 @@ print(next((p for p in c if os.path.isfile(os.path.join(p, 'lib', 'libtorch_cpu.
 endif()
 
 set(TorchLib_ROOT "${_torch_root}")
-find_path(TorchLib_INCLUDE_DIR torch/csrc/stable/library.h
-          PATHS "${TorchLib_ROOT}/include" NO_DEFAULT_PATH NO_CACHE)
+unset(TorchLib_INCLUDE_DIR)
+if(EXISTS "${TorchLib_ROOT}/include/torch/csrc/stable/library.h")
+  set(TorchLib_INCLUDE_DIR "${TorchLib_ROOT}/include")
+endif()
 foreach(_name torch torch_cpu c10)
   find_library(TorchLib_${_name} ${_name} PATHS "${TorchLib_ROOT}/lib" NO_DEFAULT_PATH NO_CACHE)
 endforeach()
