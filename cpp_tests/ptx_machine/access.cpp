@@ -1,0 +1,296 @@
+#include "access.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+
+namespace ptx {
+
+namespace {
+
+const char* verb(Access access) {
+  return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
+}
+
+std::string text(const char* format, auto... args) {
+  char buffer[512];
+  std::snprintf(buffer, sizeof(buffer), format, args...);
+  return buffer;
+}
+
+unsigned long long ull(uint64_t x) { return x; }
+
+[[noreturn]] void fail_bounds(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
+                              Access access) {
+  const Allocation* near = global_memory().nearest(address);
+  std::string message = text("%s of %u bytes at global address 0x%llx, outside every allocation", verb(access),
+                             bytes, ull(address));
+  if (near != nullptr && address >= near->begin && address < near->end) {
+    message += text(": it crosses the end of %s (%llu bytes) by %llu bytes", near->label.c_str(),
+                    ull(near->end - near->begin), ull(address + bytes - near->end));
+  } else if (near != nullptr) {
+    const bool below = address < near->begin;
+    message += text("; nearest: %s, %llu bytes, %llu bytes %s its %s", near->label.c_str(),
+                    ull(near->end - near->begin), ull(below ? near->begin - address : address - near->end),
+                    below ? "before" : "behind", below ? "begin" : "end");
+  }
+  warp.block->fail(Error::kOutOfBounds, warp, pc, lane, message);
+}
+
+[[noreturn]] void fail_alignment(Warp& warp, uint32_t pc, int lane, const char* space, uint64_t address,
+                                 uint32_t bytes, Access access) {
+  warp.block->fail(Error::kMisaligned, warp, pc, lane,
+                   text("%s of %u bytes at %s address 0x%llx, which is not a multiple of %u", verb(access), bytes,
+                        space, ull(address), bytes));
+}
+
+[[noreturn]] void fail_global_race(Warp& warp, uint32_t pc, int lane, Access access, uint64_t address,
+                                   const char* earlier, uint32_t thread, uint32_t earlier_pc, bool foreign) {
+  Block& block = *warp.block;
+  const Allocation* range = global_memory().find(address);
+  block.fail(Error::kRace, warp, pc, lane,
+             text("%s of global memory (%s + %llu) is not ordered after the %s by thread %u of %s at %s", verb(access),
+                  range->label.c_str(), ull(address - range->begin), earlier, thread,
+                  foreign ? "another block" : "this block", block.where(earlier_pc).c_str()));
+}
+
+// The 4-byte words of one lane's access against the shadow of their allocation.
+void check_global(Warp& warp, uint32_t pc, int lane, Allocation& range, uint64_t address, uint32_t bytes,
+                  Access access) {
+  Block& block = *warp.block;
+  const int thread = warp.index * kLanes + lane;
+  const uint32_t stamp = block.clocks.own(thread);
+  const uint64_t end = address + bytes;
+  for (uint64_t at = address & ~uint64_t{3}; at < end; at += 4) {
+    WordShadow& w = *range.word(at);
+    uint8_t covered = 0xF;
+    if (at < address || at + 4 > end) {
+      covered = 0;
+      for (int b = 0; b < 4; ++b) covered |= static_cast<uint8_t>((at + b >= address && at + b < end) << b);
+    }
+    if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0 &&
+        !(access == Access::kAtomic && w.atomic)) {
+      const bool foreign = w.write_stamp < block.block_stamp;
+      if (foreign || !block.clocks.knows(thread, w.write_thread, w.write_stamp)) {
+        fail_global_race(warp, pc, lane, access, at, w.atomic ? "atomic update" : "write", w.write_thread,
+                         w.write_pc, foreign);
+      }
+    }
+    if (access == Access::kRead) {
+      if (w.read_stamp >= block.launch_stamp && w.read_stamp < block.block_stamp) w.foreign_read_stamp = w.read_stamp;
+      w.read_stamp = stamp;
+      w.read_thread = static_cast<uint16_t>(thread);
+      w.read_pc = pc;
+      continue;
+    }
+    if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
+      const bool foreign = w.read_stamp < block.block_stamp || w.foreign_read_stamp >= block.launch_stamp;
+      if (foreign || !block.clocks.knows(thread, w.read_thread, w.read_stamp)) {
+        fail_global_race(warp, pc, lane, access, at, "read", w.read_thread, w.read_pc, foreign);
+      }
+    }
+    w.write_stamp = stamp;
+    w.write_thread = static_cast<uint16_t>(thread);
+    w.write_pc = pc;
+    w.write_bytes = covered;
+    w.atomic = access == Access::kAtomic;
+  }
+}
+
+char* resolve_shared(Request& r, int lane, uint64_t address) {
+  Block& block = *r.warp->block;
+  const uint32_t offset = shared_offset(*r.warp, r.pc, lane, address, r.bytes);
+  if (block.checks) {
+    const int thread = r.warp->index * kLanes + lane;
+    const bool good = r.access == Access::kRead
+                          ? block.shadow.read(block.clocks, thread, offset, r.bytes, r.pc)
+                          : block.shadow.write(block.clocks, thread, offset, r.bytes, r.pc,
+                                               r.access == Access::kAtomic);
+    if (!good) fail_shadow(*r.warp, r.pc, lane, r.access);
+  }
+  return block.shared.data() + offset;
+}
+
+char* resolve_local(Request& r, int lane, uint64_t address) {
+  Block& block = *r.warp->block;
+  const uint32_t size = block.kernel->local_bytes;
+  if (address + r.bytes > size) {
+    block.fail(Error::kOutOfBounds, *r.warp, r.pc, lane,
+               text("%s of %u bytes at local offset %llu; the thread has %u bytes of local memory", verb(r.access),
+                    r.bytes, ull(address), size));
+  }
+  if (address % r.bytes != 0) fail_alignment(*r.warp, r.pc, lane, "local", address, r.bytes, r.access);
+  ++block.counters->local_accesses;
+  return r.warp->local + static_cast<size_t>(lane) * size + address;
+}
+
+char* resolve_param(Request& r, int lane, uint64_t address) {
+  Block& block = *r.warp->block;
+  if (r.access != Access::kRead || address + r.bytes > block.params.size()) {
+    block.fail(Error::kOutOfBounds, *r.warp, r.pc, lane,
+               text("%s of %u bytes at parameter offset %llu; the parameters have %llu bytes", verb(r.access), r.bytes,
+                    ull(address), ull(block.params.size())));
+  }
+  return block.params.data() + address;
+}
+
+uint32_t max_words_per_bank(const uint32_t* words, int count) {
+  uint32_t seen = 0;
+  uint32_t tag[32];
+  bool conflict = false;
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bank = words[i] & 31;
+    const uint32_t bit = 1u << bank;
+    if ((seen & bit) == 0) {
+      seen |= bit;
+      tag[bank] = words[i];
+    } else if (tag[bank] != words[i]) {
+      conflict = true;
+      break;
+    }
+  }
+  if (!conflict) return count > 0 ? 1 : 0;
+  uint32_t sorted[128];
+  std::copy(words, words + count, sorted);
+  std::sort(sorted, sorted + count);
+  uint32_t per_bank[32] = {};
+  uint32_t most = 0;
+  for (int i = 0; i < count; ++i) {
+    if (i > 0 && sorted[i] == sorted[i - 1]) continue;
+    most = std::max(most, ++per_bank[sorted[i] & 31]);
+  }
+  return most;
+}
+
+}  // namespace
+
+void read_addresses(Warp& warp, const int32_t* operand, uint64_t (&address)[kLanes]) {
+  const int64_t displacement = operand[1];
+  if (operand[2] != 0) {
+    const uint64_t* base = warp.at<const uint64_t>(operand[0]);
+    for (int l = 0; l < kLanes; ++l) address[l] = base[l] + static_cast<uint64_t>(displacement);
+  } else {
+    const uint32_t* base = warp.at<const uint32_t>(operand[0]);
+    for (int l = 0; l < kLanes; ++l) address[l] = base[l] + static_cast<uint32_t>(displacement);
+  }
+}
+
+uint32_t shared_offset(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes) {
+  Block& block = *warp.block;
+  const uint64_t offset = address - kSharedBase;
+  if (offset > block.shared_bytes || offset + bytes > block.shared_bytes) {
+    block.fail(Error::kOutOfBounds, warp, pc, lane,
+               text("access of %u bytes at shared offset %lld; the block has %u bytes of shared memory", bytes,
+                    static_cast<long long>(offset), block.shared_bytes));
+  }
+  if (offset & (bytes - 1)) fail_alignment(warp, pc, lane, "shared", address, bytes, Access::kRead);
+  return static_cast<uint32_t>(offset);
+}
+
+const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes, Access access) {
+  Block& block = *warp.block;
+  Allocation*& range = block.range_cache[pc];
+  if (range == nullptr || address < range->begin || address + bytes > range->end) {
+    Allocation* found = global_memory().find(address);
+    if (found == nullptr) fail_bounds(warp, pc, lane, address, bytes, access);
+    if (address + bytes > found->end) fail_bounds(warp, pc, lane, address, bytes, access);
+    range = found;
+  }
+  if (address & (bytes - 1)) fail_alignment(warp, pc, lane, "global", address, bytes, access);
+  if (range->read_only && access != Access::kRead) {
+    block.fail(Error::kOutOfBounds, warp, pc, lane,
+               text("%s of %s, which is read-only", verb(access), range->label.c_str()));
+  }
+  if (block.checks) check_global(warp, pc, lane, *range, address, bytes, access);
+  return reinterpret_cast<const char*>(address);
+}
+
+void resolve(Request& r, Space space) {
+  Block& block = *r.warp->block;
+  bool global = space == Space::kGlobal || space == Space::kConst;
+  for (uint32_t lanes = r.mask; lanes != 0; lanes &= lanes - 1) {
+    const int l = __builtin_ctz(lanes);
+    const uint64_t address = r.address[l];
+    Space here = space;
+    uint64_t inside = address;
+    if (space == Space::kGeneric) {
+      const uint64_t window = address & kWindowMask;
+      inside = address & ~kWindowMask;
+      here = window == kSharedWindow  ? Space::kShared
+             : window == kLocalWindow ? Space::kLocal
+             : window == kParamWindow ? Space::kParam
+                                      : Space::kGlobal;
+      if (here == Space::kGlobal) inside = address, global = true;
+    }
+    switch (here) {
+      case Space::kShared: r.host[l] = resolve_shared(r, l, inside); break;
+      case Space::kLocal: r.host[l] = resolve_local(r, l, inside); break;
+      case Space::kParam: r.host[l] = resolve_param(r, l, inside); break;
+      default:
+        r.host[l] = const_cast<char*>(resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access));
+    }
+  }
+  if (global) {
+    if (r.access != Access::kWrite) count_global(block, r.address, r.mask, r.bytes, false);
+    if (r.access != Access::kRead) count_global(block, r.address, r.mask, r.bytes, true);
+  } else if (space == Space::kShared) {
+    count_shared(block, r.address, r.mask, r.bytes);
+  }
+}
+
+void count_global(Block& block, const uint64_t* address, uint32_t mask, uint32_t bytes, bool write) {
+  const uint32_t total = static_cast<uint32_t>(std::popcount(mask)) * bytes;
+  (write ? block.counters->global_written_bytes : block.counters->global_read_bytes) += total;
+  uint64_t sectors[kLanes];
+  int count = 0;
+  bool ascending = true;
+  for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
+    const uint64_t sector = address[__builtin_ctz(lanes)] >> 5;
+    if (count > 0 && sectors[count - 1] == sector) continue;
+    if (count > 0 && sectors[count - 1] > sector) ascending = false;
+    sectors[count++] = sector;
+  }
+  if (!ascending) {
+    std::sort(sectors, sectors + count);
+    count = static_cast<int>(std::unique(sectors, sectors + count) - sectors);
+  }
+  block.counters->sectors += count;
+  block.counters->sectors_ideal += (total + 31) / 32;
+}
+
+void count_shared(Block& block, const uint64_t* address, uint32_t mask, uint32_t bytes) {
+  const int lanes_per_pass = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
+  const uint32_t pass_bits = lanes_per_pass == 32 ? kAllLanes : (1u << lanes_per_pass) - 1;
+  uint32_t words[kLanes];
+  for (int first = 0; first < kLanes; first += lanes_per_pass) {
+    int count = 0;
+    for (uint32_t lanes = mask & (pass_bits << first); lanes != 0; lanes &= lanes - 1) {
+      const uint32_t word = static_cast<uint32_t>(address[__builtin_ctz(lanes)] >> 2);
+      for (uint32_t i = 0; i < std::max(bytes / 4, 1u); ++i) words[count++] = word + i;
+    }
+    if (count == 0) continue;
+    block.counters->wavefronts += max_words_per_bank(words, count);
+    block.counters->wavefronts_ideal += 1;
+  }
+}
+
+void fail_shadow(Warp& warp, uint32_t pc, int lane, Access access) {
+  Block& block = *warp.block;
+  const Conflict& c = block.shadow.conflict();
+  if (c.kind == Conflict::kUninitialised) {
+    block.fail(Error::kUninitialised, warp, pc, lane,
+               text("%s of shared memory at offset %u that nothing has written", verb(access), c.offset));
+  }
+  const std::string earlier = block.where(c.pc);
+  if (c.kind == Conflict::kInFlight) {
+    block.fail(Error::kInFlight, warp, pc, lane,
+               text("%s of shared memory at offset %u while the cp.async of thread %d at %s is in flight",
+                    verb(access), c.offset, c.thread, earlier.c_str()));
+  }
+  block.fail(Error::kRace, warp, pc, lane,
+             text("%s of shared memory at offset %u is not ordered after the %s by thread %d at %s", verb(access),
+                  c.offset, c.was_write ? "write" : "read", c.thread, earlier.c_str()));
+}
+
+}  // namespace ptx

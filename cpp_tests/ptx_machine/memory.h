@@ -1,0 +1,59 @@
+// Global memory: host ranges that kernels may access, with exact bounds and a shadow that remembers
+// who touched each 4-byte word last in the current launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+namespace ptx {
+
+// Of one 4-byte word. Stamps grow over the whole life of the process (see race.h), so a stamp from
+// an earlier launch never conflicts and the shadow is never cleared.
+struct WordShadow {
+  uint32_t write_stamp = 0;
+  uint32_t read_stamp = 0;          // of the last read
+  uint32_t foreign_read_stamp = 0;  // of the last read by an earlier block
+  uint32_t write_pc = 0;
+  uint32_t read_pc = 0;
+  uint16_t write_thread = 0;
+  uint16_t read_thread = 0;
+  uint8_t write_bytes = 0;  // which of the 4 bytes
+  bool atomic = false;      // the write was an atom or a red
+};
+
+struct Allocation {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  std::string label;
+  bool read_only = false;
+  void* owned = nullptr;               // freed with the allocation
+  std::unique_ptr<WordShadow[]> shadow;  // [(end - begin + 3) / 4 + 1], made on first access
+
+  WordShadow* word(uint64_t address) {
+    if (!shadow) shadow = std::make_unique<WordShadow[]>((end - begin) / 4 + 3);
+    return &shadow[(address >> 2) - (begin >> 2)];
+  }
+};
+
+class GlobalMemory {
+ public:
+  Allocation& add(const void* pointer, size_t bytes, const std::string& label, bool read_only);
+  void remove(uint64_t begin);
+  // The allocation that holds the byte at `address`, or null.
+  Allocation* find(uint64_t address);
+  // The allocation whose bounds are nearest, for a message; null when there is none.
+  Allocation* nearest(uint64_t address);
+  void* allocate(size_t bytes);
+  bool release(void* pointer);
+
+ private:
+  std::map<uint64_t, Allocation> ranges_;  // by begin
+  int next_label_ = 0;
+};
+
+GlobalMemory& global_memory();
+
+}  // namespace ptx
