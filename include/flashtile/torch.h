@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 namespace flashtile {
 
@@ -34,7 +35,7 @@ struct AttentionOptions {
 struct Sequences {
   at::Tensor cu_seqlens_q;   // (batch + 1), int32, contiguous, on q's device: first row of each
   at::Tensor cu_seqlens_k;   // (batch + 1), int32; both end with the number of rows
-  int64_t max_seqlen_q = 0;  // rows of the longest; never smaller than the truth on CUDA
+  int64_t max_seqlen_q = 0;  // rows of the longest; a hint, on which no result depends
   int64_t max_seqlen_k = 0;
 };
 
@@ -96,7 +97,9 @@ struct Saved {
 inline Backward call_backward(TensorRef dout, TensorRef q, TensorRef k, TensorRef v,
                               const Saved& saved) {
   const Call& call = saved.call;
-  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  const at::Context& context = at::globalContext();
+  const bool deterministic =
+      context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
   if (!call.sequences.has_value()) {
     static const auto op =
         find_op<Backward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
@@ -116,9 +119,18 @@ inline Backward call_backward(TensorRef dout, TensorRef q, TensorRef k, TensorRe
                  call.window_left, call.window_right, deterministic);
 }
 
-// The ops want stride 1 in the last dimension; the gradient of out.sum() has stride 0 there.
-inline at::Tensor with_unit_stride(const at::Tensor& gradient) {
-  return gradient.size(-1) > 1 && gradient.stride(-1) != 1 ? gradient.contiguous() : gradient;
+// A copy is made only of gradients whose layout torch chose badly: the ops want stride 1 in the
+// last dimension, where the gradient of out.sum() has 0, and on CUDA rows that begin at 16 bytes.
+inline at::Tensor readable(const at::Tensor& gradient) {
+  bool good = gradient.size(-1) <= 1 || gradient.stride(-1) == 1;
+  if (gradient.is_cuda()) {
+    const int64_t step = 16 / gradient.element_size();
+    good = good && gradient.storage_offset() % step == 0;
+    for (int64_t dim = 0; dim + 1 < gradient.dim(); ++dim) {
+      good = good && gradient.stride(dim) % step == 0;
+    }
+  }
+  return good ? gradient : gradient.clone(at::MemoryFormat::Contiguous);
 }
 
 // dq, dk, dv as a node of their own, so that a second derivative is an error and not a missing
@@ -171,8 +183,8 @@ struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
                               data["max_seqlen_k"].toInt()};
     }
     const at::Tensor dout = gradients[0].defined() ? gradients[0] : at::zeros_like(saved.out);
-    if (gradients[1].defined()) saved.dlse = with_unit_stride(gradients[1]);
-    Gradients result = BackwardFunction::apply(with_unit_stride(dout), t[0], t[1], t[2], saved);
+    if (gradients[1].defined()) saved.dlse = gradients[1].contiguous();
+    Gradients result = BackwardFunction::apply(readable(dout), t[0], t[1], t[2], saved);
     result.emplace_back();  // of call
     return result;
   }

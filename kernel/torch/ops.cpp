@@ -200,9 +200,12 @@ std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
     flashtile_backward_params params;
     flashtile_backward_init(&params);
     params.problem = &problem;
-    params.q = params.out = params.dout = params.dq = like_q;
-    params.k = params.dk = contiguous_view(args.k);
-    params.v = params.dv = contiguous_view(args.v);
+    params.q = read_view(args.q);
+    params.k = read_view(args.k);
+    params.v = read_view(args.v);
+    params.out = params.dout = params.dq = like_q;
+    params.dk = contiguous_view(args.k);
+    params.dv = contiguous_view(args.v);
     params.softmax_lse = &lse;
     status = flashtile_plan_backward(&params, name, sizeof(name));
   } else {

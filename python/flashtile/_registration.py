@@ -52,18 +52,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*output, *tensors)
 
 
+def _deterministic() -> bool:
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
+def _is_readable(gradient: Tensor) -> bool:
+    """Stride 1 in the last dimension; on CUDA rows that begin at 16 bytes, as they are loaded."""
+    if gradient.shape[-1] > 1 and gradient.stride(-1) != 1:
+        return False
+    if gradient.device.type != "cuda":
+        return True
+    step = 16 // gradient.element_size()
+    starts = (gradient.storage_offset(), *gradient.stride()[:-1])
+    return all(start % step == 0 for start in starts)
+
+
 def _incoming(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of out and LSE as the op takes them: dout always there, last stride 1.
+    """The gradients of out and LSE as the op takes them: dout always there, and readable.
 
-    The copies are only made for gradients like those of ``out.sum()``, which are one number
-    expanded over the whole shape.
+    A copy is made only of gradients whose layout torch chose badly, like that of ``out.sum()``,
+    which is one number expanded over the whole shape.
     """
     if dout is None:
         dout = torch.zeros_like(out)
-    elif dout.shape[-1] > 1 and dout.stride(-1) != 1:
-        dout = dout.contiguous()
+    elif not _is_readable(dout):
+        dout = dout.clone(memory_format=torch.contiguous_format)
     if dlse is not None and lse.shape[-1] > 1 and dlse.stride(-1) != 1:
         dlse = dlse.contiguous()
     return dout, dlse
@@ -74,9 +92,8 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         return (None,) * 6
     out, lse, q, k, v = ctx.saved_tensors  # once: checkpointing unpacks it only once
     dout, dlse = _incoming(dout, dlse, out, lse)
-    deterministic = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv = torch.ops.flashtile.backward(
-        dout, q, k, v, out, lse, dlse, *ctx.options, deterministic
+        dout, q, k, v, out, lse, dlse, *ctx.options, _deterministic()
     )
     return dq, dk, dv, None, None, None
 
@@ -86,9 +103,8 @@ def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Grad
         return (None,) * 10
     out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     dout, dlse = _incoming(dout, dlse, out, lse)
-    deterministic = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv = torch.ops.flashtile.backward_varlen(
-        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options, deterministic
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options, _deterministic()
     )
     return dq, dk, dv, *(None,) * 7
 

@@ -68,6 +68,18 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    return_lse: bool,
+) -> AttentionOutput: ...
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -103,12 +115,13 @@ def attention(
         ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
         RuntimeError, and forward-mode AD is not supported. ``torch.compile(fullgraph=True)`` traces
         it, with symbolic lengths. Under ``torch.autocast`` inputs are cast to its dtype. With
-        ``torch.use_deterministic_algorithms(True)`` the gradients are equal from run to run.
+        ``torch.use_deterministic_algorithms(True)`` gradients are equal from run to run, or
+        refused: on the CPU they always are equal, on CUDA this version adds dq atomically.
 
     Numerics:
         Scores, softmax and sums are float32 (float64 for float64 inputs), whatever the inputs are;
-        probabilities are rounded to the input dtype before they meet v. A row that sees no key has
-        out 0, lse -inf and gradients 0.
+        16 bit inputs may have their probabilities rounded to 16 bit before these meet v. A row that
+        sees no key has out 0, lse -inf and gradients 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -160,6 +173,22 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    return_lse: bool,
+) -> AttentionOutput: ...
+
+
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -188,9 +217,9 @@ def attention_varlen(
             host, wrong offsets are undefined behaviour, and rows of no sequence have out 0, lse
             -inf and gradients 0.
         cu_seqlens_k: The same for keys, ``(batch + 1,)``.
-        max_seqlen_q: Length of the longest query sequence, in rows. On CUDA it sizes the launch:
-            never smaller than the truth.
-        max_seqlen_k: Length of the longest key sequence, in rows.
+        max_seqlen_q: Length of the longest query sequence, in rows. A hint for the choice of
+            kernel, on which no result depends.
+        max_seqlen_k: The same for keys.
         causal: See :func:`attention`.
         softmax_scale: See :func:`attention`.
         return_lse: See :func:`attention`.

@@ -12,6 +12,7 @@ from reference import (
     Triple,
     assert_close,
     assert_lse_close,
+    assert_same_run,
     make_inputs,
     manual_attention,
     run_manual,
@@ -112,9 +113,11 @@ def poisoned(tensor: Tensor, layout: str) -> Tensor:
     elif layout == "packed":  # like a slice of one qkv projection
         memory = tensor.new_full((batch, seqlen, 3 * heads, head_dim), torch.nan)
         view = memory[:, :, heads : 2 * heads]
-    else:  # sequence first, an offset that is not aligned
-        memory = tensor.new_full((seqlen * batch * heads * (head_dim + 1) + 1,), torch.nan)
-        view = memory[1:].view(seqlen, batch, heads, head_dim + 1).transpose(0, 1)[..., :head_dim]
+    else:  # sequence first, at an offset
+        gap = 8 if tensor.is_cuda else 1  # elements; CUDA rows begin at 16 bytes
+        memory = tensor.new_full((seqlen * batch * heads * (head_dim + gap) + gap,), torch.nan)
+        view = memory[gap:].view(seqlen, batch, heads, head_dim + gap).transpose(0, 1)
+        view = view[..., :head_dim]
     view.copy_(tensor)
     return view
 
@@ -131,7 +134,7 @@ def test_strides_and_poison(device: str, dtype: torch.dtype, causal: bool, layou
     strided = run_flashtile((q, k, v), poisoned(dout, layout), dlse, causal=causal)
     contiguous = run_flashtile(inputs, dout, dlse, causal=causal)
     for name in ("out", "lse", "dq", "dk", "dv"):
-        assert torch.equal(getattr(strided, name), getattr(contiguous, name)), name
+        assert_same_run(name, getattr(strided, name), getattr(contiguous, name))
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
@@ -154,8 +157,23 @@ def test_gradient_of_sum(device: str, dtype: torch.dtype) -> None:
     out, lse = flashtile.attention(q, k, v, causal=True, return_lse=True)
     (out.sum() + lse.sum()).backward()
     ones = run_flashtile(inputs, torch.ones_like(out), torch.ones_like(lse), causal=True)
-    assert q.grad is not None
-    assert torch.equal(q.grad, ones.dq)
+    for name, tensor in (("dq", q), ("dk", k), ("dv", v)):
+        assert tensor.grad is not None
+        assert_same_run(name, tensor.grad, getattr(ones, name))
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+def test_gradient_with_unaligned_rows(device: str, dtype: torch.dtype) -> None:
+    """The gradient of a concatenation is a view whose rows begin anywhere."""
+    case = Case(1, 21, 34, 2, 1, 64, causal=True)
+    inputs = make_inputs(case, dtype, device)
+    dout, dlse = make_gradients(case, dtype, device)
+    view = torch.cat([dout[..., :3], dout], dim=-1)[..., 3:]
+    assert not view.is_contiguous()
+    unaligned = run_flashtile(inputs, view, dlse, causal=True)
+    aligned = run_flashtile(inputs, dout, dlse, causal=True)
+    for name in ("dq", "dk", "dv"):
+        assert_same_run(name, getattr(unaligned, name), getattr(aligned, name))
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
@@ -206,6 +224,10 @@ def test_deterministic(device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype, device)
     dout, dlse = make_gradients(case, dtype, device)
     torch.use_deterministic_algorithms(True)
+    if device == "cuda":
+        with pytest.raises(RuntimeError, match="FLASHTILE_DETERMINISTIC; allowed on CUDA"):
+            run_flashtile(inputs, dout, dlse, causal=True)
+        return
     first = run_flashtile(inputs, dout, dlse, causal=True)
     second = run_flashtile(inputs, dout, dlse, causal=True)
     for name in ("out", "lse", "dq", "dk", "dv"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from reference import TARGETS, Triple
+from reference import TARGETS, Triple, assert_same_run
 
 # (lengths of q, lengths of k): ragged, empty ones in every position, one only, none at all.
 LENGTHS = [
@@ -109,8 +109,8 @@ def test_strided_rows_with_poison_between(device: str, dtype: torch.dtype) -> No
         q, k, v = (make(t).detach().requires_grad_() for t in inputs)
         out = flashtile.attention_varlen(q, k, v, cu_q, cu_k, 30, 40, causal=True)
         results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
-    for strided, contiguous in zip(*results, strict=True):
-        assert torch.equal(strided, contiguous)
+    for name, strided, contiguous in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_same_run(name, strided, contiguous)
 
 
 @pytest.mark.parametrize("device", ["cuda"])
