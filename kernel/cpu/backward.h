@@ -238,18 +238,9 @@ class Backward {
       to.lse[q0 + i] = sees_keys ? static_cast<C>(lse[i]) * kLog2E<C> : kInfinity<C>;
       to.delta[q0 + i] = 0;
       if (!sees_keys) continue;
-      to.delta[q0 + i] = dot(out.row(i), dout.row(i));
+      to.delta[q0 + i] = dot(out.row(i), dout.row(i), dim);
       if (dlse != nullptr) to.delta[q0 + i] -= static_cast<C>(dlse[q0 + i]);
     }
-  }
-
-  C dot(const T* a, const T* b) const {
-    Vec<C> sum{};
-    for (int64_t d = 0; d < problem_.head_dim; d += kLanes<C>) {
-      const int64_t left = problem_.head_dim - d;
-      sum += read_some(a + d, left) * read_some(b + d, left);
-    }
-    return sum_of_lanes<C>(sum);
   }
 
   // Adds the shares of dq of one block of queries, in the order of the keys, and writes them.

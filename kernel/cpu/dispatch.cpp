@@ -9,6 +9,11 @@
 
 #include "backend.h"
 #include "engine.h"
+#if defined(FLASHTILE_CPU_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -22,7 +27,14 @@ constexpr int64_t kDecodeRows = 16;
 struct InstructionSet {
   const char* name;
   const EngineTable* engines;
+  const Engine* bfloat16;  // null: the table's
   bool (*runs_here)();
+  bool only_by_name;
+
+  const Engine& engine(Dtype dtype) const {
+    if (dtype == Dtype::kBFloat16 && bfloat16 != nullptr) return *bfloat16;
+    return engines->engine[static_cast<int>(dtype)];
+  }
 };
 
 bool always() { return true; }
@@ -39,21 +51,38 @@ bool has_avx512() {
 }
 #endif
 
-// The best first.
+#if defined(FLASHTILE_CPU_HAVE_AMX)
+// The processor has bf16 tiles and Linux lets this process use them.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
+  if (!has_avx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// The best first; "amx-emulated" is for tests and never chosen by itself.
 constexpr InstructionSet kInstructionSets[] = {
+#if defined(FLASHTILE_CPU_HAVE_AMX)
+    {"amx", &avx512::kEngines, &amx::kBFloat16Engine, has_amx, false},
+#endif
 #if defined(FLASHTILE_CPU_HAVE_AVX512)
-    {"avx512", &avx512::kEngines, has_avx512},
+    {"avx512", &avx512::kEngines, nullptr, has_avx512, false},
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AVX2)
-    {"avx2", &avx2::kEngines, has_avx2},
+    {"avx2", &avx2::kEngines, nullptr, has_avx2, false},
 #endif
-    {"portable", &portable::kEngines, always},
+    {"portable", &portable::kEngines, nullptr, always, false},
+    {"amx-emulated", &portable::kEngines, &amx_emulated::kBFloat16Engine, always, true},
 };
 
 const InstructionSet* choose() {
   const char* wanted = std::getenv("FLASHTILE_CPU_ISA");
   for (const InstructionSet& set : kInstructionSets) {
-    const bool named = wanted == nullptr || *wanted == 0 || std::strcmp(wanted, set.name) == 0;
+    const bool named = wanted == nullptr || *wanted == 0 ? !set.only_by_name
+                                                         : std::strcmp(wanted, set.name) == 0;
     if (named && set.runs_here()) return &set;
   }
   return nullptr;
@@ -137,7 +166,7 @@ Status run(const Pass<Params>& pass, const Params& params, const Extent& extent)
 Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engines->engine[static_cast<int>(problem.dtype)];
+  const Engine& engine = set->engine(problem.dtype);
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
   std::snprintf(name.text, sizeof name.text, "%s_cpu_%s_%s", decode ? "decode" : "forward",
                 set->name, dtype_name(problem.dtype));
@@ -152,7 +181,7 @@ Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_by
 Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engines->engine[static_cast<int>(problem.dtype)];
+  const Engine& engine = set->engine(problem.dtype);
   std::snprintf(name.text, sizeof name.text, "backward_cpu_%s_%s", set->name,
                 dtype_name(problem.dtype));
   workspace_bytes = planned_bytes(engine.backward, problem);
@@ -162,7 +191,7 @@ Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_b
 Status forward(const ForwardParams& params) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engines->engine[static_cast<int>(params.problem.dtype)];
+  const Engine& engine = set->engine(params.problem.dtype);
   const Extent extent = exact_extent(params.problem);
   return run(is_decode(params.problem, extent) ? engine.decode : engine.forward, params, extent);
 }
@@ -170,7 +199,7 @@ Status forward(const ForwardParams& params) {
 Status backward(const BackwardParams& params) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engines->engine[static_cast<int>(params.problem.dtype)];
+  const Engine& engine = set->engine(params.problem.dtype);
   return run(engine.backward, params, exact_extent(params.problem));
 }
 
@@ -181,6 +210,9 @@ const char* instruction_sets() {
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AVX512)
          ",avx512"
+#endif
+#if defined(FLASHTILE_CPU_HAVE_AMX)
+         ",amx"
 #endif
       ;
 }

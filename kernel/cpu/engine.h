@@ -45,5 +45,12 @@ extern const EngineTable kEngines;
 namespace avx512 {
 extern const EngineTable kEngines;
 }
+// bfloat16 alone, on AMX tiles and on tiles emulated in plain C++.
+namespace amx {
+extern const Engine kBFloat16Engine;
+}
+namespace amx_emulated {
+extern const Engine kBFloat16Engine;
+}
 
 }  // namespace flashtile::cpu

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "vec.h"
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -33,15 +33,38 @@ using Compute = typename ComputeType<T>::Type;
 typedef uint16_t ShortVec __attribute__((vector_size(kVecBytes / 2)));  // kLanes<float> of 16 bits
 typedef uint32_t WordVec __attribute__((vector_size(kVecBytes)));
 
+#if defined(__AVX512F__)
+// The forms with a mask: the plain ones read an uninitialised variable in GCC 12's header.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
+// Conversions between 16-bit and 32-bit integers; the compilers' own are slow with AVX2.
 FLASHTILE_INLINE WordVec load_shorts(const void* from) {
+#if defined(__AVX512F__)
+  return (WordVec)_mm512_maskz_cvtepu16_epi32(
+      kAllLanes, _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (WordVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
   ShortVec v;
   __builtin_memcpy(&v, from, sizeof v);
   return __builtin_convertvector(v, WordVec);
+#endif
 }
 
 FLASHTILE_INLINE void store_shorts(void* to, WordVec words) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(to), 
+                      _mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)words));
+#elif defined(__AVX2__)
+  const __m256i both = (__m256i)words;
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  _mm_storeu_si128(static_cast<__m128i*>(to), packed);
+#else
   const ShortVec v = __builtin_convertvector(words, ShortVec);
   __builtin_memcpy(to, &v, sizeof v);
+#endif
 }
 
 FLASHTILE_INLINE Vec<float> read(const float* from) { return load(from); }
@@ -64,7 +87,8 @@ FLASHTILE_INLINE void write(BFloat16* to, Vec<float> v) { store_shorts(to, bfloa
 
 FLASHTILE_INLINE Vec<float> read(const Half* from) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_maskz_cvtph_ps(
+      kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -82,7 +106,8 @@ FLASHTILE_INLINE Vec<float> read(const Half* from) {
 
 FLASHTILE_INLINE void write(Half* to, Vec<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), 
+                      _mm512_maskz_cvtps_ph(kAllLanes, v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -139,6 +164,16 @@ FLASHTILE_INLINE void narrow(const Compute<T>* from, int64_t count, Compute<T> f
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) write(to + i, load(from + i) * factor);
   if (i < count) write_some(to + i, load(from + i) * factor, count - i);
+}
+
+template <class T>
+FLASHTILE_INLINE Compute<T> dot(const T* a, const T* b, int64_t count) {
+  using C = Compute<T>;
+  Vec<C> sum{};
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    sum += read_some(a + i, count - i) * read_some(b + i, count - i);
+  }
+  return sum_of_lanes<C>(sum);
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA
