@@ -137,6 +137,23 @@ bool Machine::load_manifest(const std::string& path) {
   return good;
 }
 
+int Machine::decode_all() {
+  int count = 0;
+  bool good = true;
+  for (const auto& module : modules()) {
+    for (const auto& [name, kernel] : module->kernels) {
+      ++count;
+      if (decode_kernel(*kernel)) continue;
+      good = false;
+      Launch launch;
+      launch.kernel = name;
+      refuse(launch, Error::kUnsupported, kernel->decode_error + " in " + kernel->module->path,
+             kernel->decode_error_line);
+    }
+  }
+  return good ? count : -1;
+}
+
 void Machine::register_memory(const void* pointer, size_t bytes, const std::string& label, bool read_only) {
   global_memory().add(pointer, bytes, label, read_only);
 }

@@ -91,6 +91,10 @@ class Machine {
   // A text file with one PTX file a line, each "compute-capability path".
   bool load_manifest(const std::string& path);
 
+  // Decodes every kernel now; the number of kernels, or -1 with a report for each that has an opcode
+  // the machine does not know.
+  int decode_all();
+
   // Decides block order, warp order, preemption and the moments at which cp.async data lands.
   void set_seed(uint64_t seed);
   uint64_t seed() const { return seed_; }

@@ -107,7 +107,7 @@ class Parser {
       scopes_.pop_back();
       names_.pop_back();
       ranges_.pop_back();
-    } else if (text_.compare(at_, 4, ".loc") == 0) {
+    } else if (text_.compare(at_, 4, ".loc") == 0 && is_space(text_[at_ + 4])) {
       location(take_until('\n'));
     } else {
       label_or_statement();
