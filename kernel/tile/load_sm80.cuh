@@ -1,7 +1,9 @@
 // Copies tiles from global to shared memory with cp.async, all threads of a block together.
 //
 // Four threads share a row: each moves every fourth 16-byte chunk, so that a thread needs one
-// pointer and few sums, and the chunks of a row are immediates of the instruction.
+// pointer and few sums, and the chunks of a row are immediates of the instruction. Eight
+// neighbouring threads, whose 16 bytes go to shared memory at once, take rows r and r + 4: the
+// swizzle puts their chunks into different banks.
 #pragma once
 
 #include "../ptx/ampere.cuh"
@@ -10,6 +12,13 @@
 namespace flashtile {
 
 inline constexpr int kThreadsPerRow = 4;
+
+// Row of a thread in a pass over the tile. Of every eight rows, in the order of threads: 0 4 1 5 2
+// 6 3 7.
+FLASHTILE_HOST_DEVICE int load_row(int thread) {
+  const int group = thread / kThreadsPerRow;
+  return group / 8 * 8 + group % 2 * 4 + group % 8 / 2;
+}
 
 // A thread's 16-byte chunks of a tile in shared memory. Tiles of one shape share it: `tile_bytes`
 // is then an immediate.
@@ -23,7 +32,7 @@ struct LoadTarget {
   uint32_t base[2];  // chunks t and t + 4 of a panel, which differ by an XOR of 64 bytes
 
   FLASHTILE_DEVICE LoadTarget(uint32_t tile, int thread) {
-    base[0] = tile + Tile::offset(thread / kThreadsPerRow, thread % kThreadsPerRow);
+    base[0] = tile + Tile::offset(load_row(thread), thread % kThreadsPerRow);
     base[1] = base[0] ^ (kThreadsPerRow * kChunkBytes);
     ptx::hide(base[0]);
     ptx::hide(base[1]);
@@ -45,7 +54,7 @@ struct TileLoader {
 
   // `first_row`: the tile's row 0, column 0. Rows are 16-byte aligned, `stride` is in elements.
   FLASHTILE_DEVICE TileLoader(const void* first_row, int64_t stride, int thread) {
-    row = thread / kThreadsPerRow;
+    row = load_row(thread);
     source = static_cast<const char*>(first_row) + row * stride * 2 +
              thread % kThreadsPerRow * kChunkBytes;
     pass_bytes = stride * 2 * Target::kRowsPerPass;
