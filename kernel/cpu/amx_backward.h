@@ -1,8 +1,8 @@
-// Backward for bfloat16 on tiles: the plan of backward.h with the tile of amx_backward_tile.h. A task
-// is one (sequence, key/value head).
+// Backward for bfloat16 on tiles: the plan of backward.h with the tile of amx_backward_tile.h. A
+// task is one (sequence, key/value head).
 //
-// A tile product meets every number with every weight, so a causal call with an inf or NaN in q, k or
-// dout goes through backward.h, which keeps it from the rows that do not see it.
+// A tile product meets every number with every weight, so a causal call with an inf or NaN in q, k
+// or dout goes through backward.h, which keeps it from the rows that do not see it.
 #pragma once
 
 #include "amx_backward_tile.h"
@@ -197,8 +197,7 @@ class AmxBackward {
         for (int n = 0; n < kWidth; ++n) square[n] = load(sum.row(d + n) + i);
         transpose<float>(square);
         for (int n = 0; n < smaller_of(kWidth, queries - i); ++n) {
-          write_some(to.row(i + n) + d, square[n] * problem_.softmax_scale,
-                     problem_.head_dim - d);
+          write_some(to.row(i + n) + d, square[n] * problem_.softmax_scale, problem_.head_dim - d);
         }
       }
     }

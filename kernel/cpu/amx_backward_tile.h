@@ -49,8 +49,8 @@ inline void multiply_seen(Tiles& tiles, const TileRows& rows, const TilePanels& 
     const TilePanels panel{columns.at(0, i), columns.depth};
     const int64_t end = visible.end(i + kTilePair - 1);
     for (int64_t r = 0; r < end; r += kTilePair) {
-      multiply_tiles<false>(tiles, {rows.row(r), rows.stride}, panel, columns.depth,
-                            to.row(r) + i, to.stride);
+      multiply_tiles<false>(tiles, {rows.row(r), rows.stride}, panel, columns.depth, to.row(r) + i,
+                            to.stride);
     }
   }
 }
@@ -65,8 +65,8 @@ FLASHTILE_INLINE RoundedPair differentiate_vector(const AmxBackwardTile& tile, i
                                                   int64_t i, int64_t begin, float factor,
                                                   const AmxQueryBlock& block) {
   if (begin >= i + kLanes<float>) return {WordVec{}, WordVec{}};
-  const Vec<float> p = exp2<float, kExp2Degree<BFloat16>>(load(tile.s.row(key) + i) * factor -
-                                                          load(block.lse + i));
+  const Vec<float> p =
+      exp2<float, kExp2Degree<BFloat16>>(load(tile.s.row(key) + i) * factor - load(block.lse + i));
   const Vec<float> ds = p * (load(tile.dp.row(key) + i) - load(block.delta + i));
   const WordVec seen =
       bit_cast<WordVec>(lane_numbers<float>() >= static_cast<int32_t>(larger_of(begin - i, 0)));
@@ -97,8 +97,7 @@ FLASHTILE_INLINE void differentiate_keys(const AmxBackwardTile& tile, int64_t ke
 
 // to[keys, head_dim] += left[keys, queries] * right[queries, head_dim].
 inline void accumulate_key_tiles(Tiles& tiles, const TileRows& left, const TilePanels& right,
-                                 int64_t queries, const Visible& visible,
-                                 const Matrix<float>& to) {
+                                 int64_t queries, const Visible& visible, const Matrix<float>& to) {
   for (int64_t d = 0; d < to.stride; d += kTilePair) {
     for (int64_t r = 0; r < visible.keys; r += kTilePair) {
       const int64_t begin = round_down(visible.begin(r), kTilePair);

@@ -1,5 +1,5 @@
-// Forward for bfloat16 on tiles: the algorithm of forward.h with the products of amx_tiles.h. Scores
-// and sums are fp32; the weights are rounded to bfloat16 for the second product.
+// Forward for bfloat16 on tiles: the algorithm of forward.h with the products of amx_tiles.h.
+// Scores and sums are fp32; the weights are rounded to bfloat16 for the second product.
 //
 // A tile product meets every value with every weight, so a causal call whose values hold an inf or
 // NaN goes through forward.h, which keeps it from the rows that do not see it.
@@ -93,9 +93,9 @@ inline void attend_tiles(Tiles& tiles, const AmxForwardTile& tile, const TilePan
   }
   for (int64_t r = 0; r < round_up(queries, kTilePair); ++r) {
     const int64_t group_end = visible.end(round_down(r, kTilePair) + kTilePair - 1);
-    const float rescale = weigh_tile_row(tile.scores.row(r), r < queries ? visible.end(r) : 0,
-                                         round_up(group_end, kTilePair), factor,
-                                         tile.weights.row(r), tile.state[r]);
+    const float rescale =
+        weigh_tile_row(tile.scores.row(r), r < queries ? visible.end(r) : 0,
+                       round_up(group_end, kTilePair), factor, tile.weights.row(r), tile.state[r]);
     if (rescale != 1) scale_row(tile.out.row(r), tile.out.stride, rescale);
   }
   for (int64_t d = 0; d < tile.out.stride; d += kTilePair) {
@@ -122,8 +122,7 @@ class AmxForward {
     const size_t head = head_bytes(problem, extent);
     const int64_t heads = larger_of(problem.batch * problem.num_heads_kv, 1);
     const int64_t room = larger_of(static_cast<int64_t>(kWaveBytes / head), threads);
-    const Scratch own = {tiles + head,
-                         tiles + static_cast<size_t>(smaller_of(room, heads)) * head};
+    const Scratch own = {tiles + head, tiles + static_cast<size_t>(smaller_of(room, heads)) * head};
     const Scratch plain = Forward<BFloat16>::scratch(problem, extent, threads);
     return {own.minimum > plain.minimum ? own.minimum : plain.minimum,
             own.wanted > plain.wanted ? own.wanted : plain.wanted};

@@ -1,4 +1,5 @@
-// Packing of bfloat16 rows into the operands of amx_tiles.h. Bits are moved, numbers are not touched.
+// Packing of bfloat16 rows into the operands of amx_tiles.h. Bits are moved, numbers are not
+// touched.
 #pragma once
 
 #include "amx_tiles.h"
@@ -30,7 +31,8 @@ inline void pack_left(Rows<const BFloat16> rows, int64_t count, int64_t dim, con
   }
 }
 
-// A right operand whose columns are the rows: `to` is to.depth (head_dim padded) x round_up(count, 32).
+// A right operand whose columns are the rows: `to` is to.depth (head_dim padded) x round_up(count,
+// 32).
 inline void pack_right_transposed(Rows<const BFloat16> rows, int64_t count, int64_t dim,
                                   const TilePanels& to) {
   constexpr int kWidth = kLanes<float>;

@@ -1,6 +1,6 @@
 // The tile registers of AMX as the bf16 passes use them: eight tiles of 16 rows x 64 bytes, and one
-// product, c += a b, of a 16 x 32 and a 32 x 16 matrix of bfloat16 with fp32 sums. The right operand
-// holds two rows of the matrix in one: row k of the tile is [16 columns][rows 2k, 2k + 1].
+// product, c += a b, of a 16 x 32 and a 32 x 16 matrix of bfloat16 with fp32 sums. The right
+// operand holds two rows of the matrix in one: row k of the tile is [16 columns][rows 2k, 2k + 1].
 //
 // HardwareTiles executes the instructions ("Intel AMX instruction set reference": LDTILECFG,
 // TILELOADD, TILESTORED, TDPBF16PS). EmulatedTiles computes the same in plain C++ on any processor,
@@ -51,9 +51,7 @@ class HardwareTiles {
   }
   template <int kSum, int kLeft, int kRight>
   void multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0"
-                 :
-                 : "i"(kSum), "i"(kLeft), "i"(kRight));
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
   }
 };
 using Tiles = HardwareTiles;
@@ -112,7 +110,8 @@ struct TileRows {
   FLASHTILE_INLINE BFloat16* row(int64_t r) const { return data + r * stride; }
 };
 
-// A right operand of `depth` rows: panels of 16 columns, panel[depth / 2][16][2], padded with zeros.
+// A right operand of `depth` rows: panels of 16 columns, panel[depth / 2][16][2], padded with
+// zeros.
 struct TilePanels {
   BFloat16* data;
   int64_t depth;
@@ -121,7 +120,8 @@ struct TilePanels {
   }
 };
 
-// c[0..32)[0..32) = (kAdd ? c : 0) + a[0..32)[0..depth) * b[0..depth)[0..32), depth a multiple of 32.
+// c[0..32)[0..32) = (kAdd ? c : 0) + a[0..32)[0..depth) * b[0..depth)[0..32), depth a multiple
+// of 32.
 template <bool kAdd>
 FLASHTILE_INLINE void multiply_tiles(Tiles& tiles, const TileRows& a, const TilePanels& b,
                                      int64_t depth, float* c, int64_t ldc) {

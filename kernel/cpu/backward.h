@@ -1,11 +1,11 @@
 // Backward: dq, dk, dv of out = softmax(scale q k^T) v, given dout and the gradient of the
 // log-sum-exp (FlashAttention-2, Algorithm 2).
 //
-// A task owns a range of keys of one (sequence, key/value head), accumulates their dk and dv in fp32
-// over the query heads of the group, and all of dq that comes from its keys. Where there are too few
-// heads to go round, the keys are split into a number of ranges that depends on the problem alone;
-// their shares of dq are added in order afterwards. No atomics: bitwise the same for any number of
-// threads.
+// A task owns a range of keys of one (sequence, key/value head), accumulates their dk and dv in
+// fp32 over the query heads of the group, and all of dq that comes from its keys. Where there are
+// too few heads to go round, the keys are split into a number of ranges that depends on the problem
+// alone; their shares of dq are added in order afterwards. No atomics: bitwise the same for any
+// number of threads.
 #pragma once
 
 #include "arena.h"
@@ -29,8 +29,7 @@ struct KeySplit {
     constexpr int64_t kTasks = 32;
     constexpr int64_t kMinKeys = 1024;
     const int64_t heads = larger_of(problem.batch * problem.num_heads_kv, 1);
-    const int64_t count =
-        larger_of(1, smaller_of(kTasks / heads, extent.max_k / kMinKeys));
+    const int64_t count = larger_of(1, smaller_of(kTasks / heads, extent.max_k / kMinKeys));
     return {count, round_up((extent.max_k + count - 1) / count, kBackwardBlockK)};
   }
 };
@@ -38,16 +37,16 @@ struct KeySplit {
 // What one thread needs for a task.
 template <class C>
 struct BackwardScratch {
-  C* q_transposed;     // one query head: see QueryBlock, the blocks one behind the other
+  C* q_transposed;  // one query head: see QueryBlock, the blocks one behind the other
   C* dout_transposed;
   C* q;
   C* dout;
-  C* lse;              // [queries]
-  C* delta;            // [queries]
-  uint8_t* finite;     // per query block
-  Matrix<C> dq;        // [queries, head_dim]; unused when the keys are split
-  Matrix<C> dk, dv;    // [keys of the range, head_dim]
-  Matrix<C> k, v;      // [kBackwardBlockK, head_dim]
+  C* lse;            // [queries]
+  C* delta;          // [queries]
+  uint8_t* finite;   // per query block
+  Matrix<C> dq;      // [queries, head_dim]; unused when the keys are split
+  Matrix<C> dk, dv;  // [keys of the range, head_dim]
+  Matrix<C> k, v;    // [kBackwardBlockK, head_dim]
   C* k_packed;
   BackwardTile<C> tile;
 
@@ -136,8 +135,8 @@ class Backward {
     char* const start = static_cast<char*>(params_.workspace) +
                         static_cast<size_t>(threads_) * thread_bytes(problem_, extent_, split_);
     const int64_t first = problem_.cu_seqlens_q == nullptr ? batch * seq.q_len : seq.q_begin;
-    const int64_t row = (part * problem_.num_heads + head) * share_rows(problem_) + first +
-                        batch * kTileRows;
+    const int64_t row =
+        (part * problem_.num_heads + head) * share_rows(problem_) + first + batch * kTileRows;
     const int64_t stride = round_up(problem_.head_dim, kPanel<C>);
     return {reinterpret_cast<C*>(start) + row * stride, stride};
   }

@@ -16,20 +16,20 @@ struct QueryBlock {
   const C* dout_transposed;  // [panels][head_dim][kPanel]
   const C* q;                // [head_dim panels][queries][kPanel]
   const C* dout;             // [head_dim panels][queries][kPanel]
-  const C* lse;              // [queries up to a panel], base 2; +inf for rows without keys and padding
-  const C* delta;            // [queries up to a panel], dot(out, dout) - dlse
+  const C* lse;    // [queries up to a panel], base 2; +inf for rows without keys and padding
+  const C* delta;  // [queries up to a panel], dot(out, dout) - dlse
   int64_t queries;
-  bool finite;               // no inf or NaN in q and dout
+  bool finite;  // no inf or NaN in q and dout
 };
 
 // A block of keys as left operands (rows) and as right operand.
 template <class C>
 struct KeyBlock {
-  Matrix<C> k;       // [keys, head_dim]
-  Matrix<C> v;       // [keys, head_dim]
-  const C* packed;   // k as [head_dim panels][keys][kPanel]
+  Matrix<C> k;      // [keys, head_dim]
+  Matrix<C> v;      // [keys, head_dim]
+  const C* packed;  // k as [head_dim panels][keys][kPanel]
   int64_t keys;
-  bool finite;       // no inf or NaN in k
+  bool finite;  // no inf or NaN in k
 };
 
 template <class C>
@@ -45,9 +45,8 @@ void multiply_transposed(const Matrix<C>& rows, const C* panels, int64_t dim, in
   for (int64_t i = 0; i < queries; i += kPanel<C>) {
     const int64_t end = visible.end(i + kPanel<C> - 1);
     for (int64_t r = 0; r < end; r += kTileRows) {
-      multiply_tile<C, kTileRows, Left::kRowMajor, false>(rows.row(r), rows.stride,
-                                                          panels + i * dim, dim, to.row(r) + i,
-                                                          to.stride);
+      multiply_tile<C, kTileRows, Left::kRowMajor, false>(
+          rows.row(r), rows.stride, panels + i * dim, dim, to.row(r) + i, to.stride);
     }
   }
 }
@@ -84,9 +83,9 @@ void accumulate_keys(const Matrix<C>& left, const C* panels, int64_t queries,
     for (int64_t r = 0; r < visible.keys; r += kRows) {
       const int64_t begin = visible.begin(r);
       if (begin >= queries) break;
-      multiply_tile<C, kRows, Left::kRowMajor, true>(
-          left.row(r) + begin, left.stride, panels + d * queries + begin * kPanel<C>,
-          queries - begin, to.row(r) + d, to.stride);
+      multiply_tile<C, kRows, Left::kRowMajor, true>(left.row(r) + begin, left.stride,
+                                                     panels + d * queries + begin * kPanel<C>,
+                                                     queries - begin, to.row(r) + d, to.stride);
     }
   }
 }
@@ -99,9 +98,8 @@ void accumulate_queries(const Matrix<C>& ds, const C* panels, int64_t queries,
     for (int64_t r = 0; r < queries; r += kRows) {
       const int64_t depth = visible.end(smaller_of(r + kRows, queries) - 1);
       if (depth == 0) continue;
-      multiply_tile<C, kRows, Left::kTransposed, true>(ds.row(0) + r, ds.stride,
-                                                       panels + d * visible.keys, depth,
-                                                       to.row(r) + d, to.stride);
+      multiply_tile<C, kRows, Left::kTransposed, true>(
+          ds.row(0) + r, ds.stride, panels + d * visible.keys, depth, to.row(r) + d, to.stride);
     }
   }
 }

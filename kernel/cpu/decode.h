@@ -47,8 +47,8 @@ FLASHTILE_INLINE Vec<C> score_keys(const C* query, const Matrix<const C>& keys, 
   return sums_of<C>(sum);
 }
 
-// out.row(r) += sum over i < kLanes of weights.row(r)[i] * values.row(i), for all rows: each vector of
-// the values is read and widened once.
+// out.row(r) += sum over i < kLanes of weights.row(r)[i] * values.row(i), for all rows: each vector
+// of the values is read and widened once.
 template <class T>
 FLASHTILE_INLINE void add_values(const Matrix<Compute<T>>& weights, const Rows<const T>& values,
                                  int64_t rows, int64_t dim, const Matrix<Compute<T>>& out) {
@@ -83,10 +83,10 @@ FLASHTILE_INLINE void add_some_values(const Compute<T>* weight, const Rows<const
 // What a thread needs for a task.
 template <class C>
 struct DecodeTile {
-  Matrix<C> q;       // [rows, head_dim], times softmax_scale * log2(e)
-  Matrix<C> scores;  // [rows, kDecodeKeys], then the weights
-  Matrix<C> keys;    // [kLanes, head_dim], widened
-  Matrix<C> out;     // [rows, head_dim], unnormalised
+  Matrix<C> q;          // [rows, head_dim], times softmax_scale * log2(e)
+  Matrix<C> scores;     // [rows, kDecodeKeys], then the weights
+  Matrix<C> keys;       // [kLanes, head_dim], widened
+  Matrix<C> out;        // [rows, head_dim], unnormalised
   RowState<C>* states;  // [rows]
 
   static DecodeTile take(Arena& arena, int64_t rows, int64_t dim) {
@@ -115,10 +115,10 @@ class Decode {
         chunks_(chunks_of(extent)) {}
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
-    const size_t shares = static_cast<size_t>(
-        problem.batch * problem.num_heads * extent.max_q * chunks_of(extent));
-    const size_t bytes = static_cast<size_t>(threads) * tile_bytes(problem, extent) +
-                         shares * share_bytes(problem);
+    const size_t shares =
+        static_cast<size_t>(problem.batch * problem.num_heads * extent.max_q * chunks_of(extent));
+    const size_t bytes =
+        static_cast<size_t>(threads) * tile_bytes(problem, extent) + shares * share_bytes(problem);
     return {bytes, bytes};
   }
 

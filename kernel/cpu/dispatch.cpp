@@ -1,5 +1,5 @@
-// The CPU backend's entry points: choose the instruction set, then the pass, then as many threads as
-// the workspace has room for. Nothing is remembered between calls.
+// The CPU backend's entry points: choose the instruction set, then the pass, then as many threads
+// as the workspace has room for. Nothing is remembered between calls.
 //
 // The environment variable FLASHTILE_CPU_ISA forces an instruction set by its name, for tests and
 // measurements; a name that this build or this machine does not have is an error.
@@ -81,8 +81,8 @@ constexpr InstructionSet kInstructionSets[] = {
 const InstructionSet* choose() {
   const char* wanted = std::getenv("FLASHTILE_CPU_ISA");
   for (const InstructionSet& set : kInstructionSets) {
-    const bool named = wanted == nullptr || *wanted == 0 ? !set.only_by_name
-                                                         : std::strcmp(wanted, set.name) == 0;
+    const bool named =
+        wanted == nullptr || *wanted == 0 ? !set.only_by_name : std::strcmp(wanted, set.name) == 0;
     if (named && set.runs_here()) return &set;
   }
   return nullptr;
@@ -125,9 +125,7 @@ Extent exact_extent(const Problem& problem) {
   return extent;
 }
 
-int64_t clamp_hint(int64_t hint, int64_t total) {
-  return hint <= 0 || hint > total ? total : hint;
-}
+int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > total ? total : hint; }
 
 // Without reading cu_seqlens: room for all threads if the longest lengths were told truly, and for
 // one thread if they were not.

@@ -1,5 +1,5 @@
-// 2^t per lane: t = n + r with integer n and |r| <= 1/2, 2^r by a minimax polynomial (relative error
-// 7.5e-8 at degree 5, 1.9e-9 at degree 6, 3e-18 at degree 11), 2^n by building its bits.
+// 2^t per lane: t = n + r with integer n and |r| <= 1/2, 2^r by a minimax polynomial (relative
+// error 7.5e-8 at degree 5, 1.9e-9 at degree 6, 3e-18 at degree 11), 2^n by building its bits.
 //
 // Results below the smallest normal number are 0: they would be denormals, which cost a hundred
 // cycles each. -inf gives 0, NaN gives NaN. The caller keeps t below 128 (1024 for double).
@@ -19,18 +19,18 @@ struct Exp2Terms<float, 5> {
 };
 template <>
 struct Exp2Terms<float, 6> {
-  static constexpr float kTerm[] = {
-      1.0000000005541099043f,  0.6931472057348867691f,   0.24022646890115522198f,
-      0.055503287816624155876f, 0.0096184890609642343f,  0.0013399929818629382898f,
-      0.00015345779771296524524f};
+  static constexpr float kTerm[] = {1.0000000005541099043f,    0.6931472057348867691f,
+                                    0.24022646890115522198f,   0.055503287816624155876f,
+                                    0.0096184890609642343f,    0.0013399929818629382898f,
+                                    0.00015345779771296524524f};
 };
 template <>
 struct Exp2Terms<double, 11> {
   static constexpr double kTerm[] = {
-      0.9999999999999999971,    0.6931471805599453304,     0.24022650695910156171,
-      0.055504108664819926434,  0.0096181291075883477941,  0.0013333558146788773461,
+      0.9999999999999999971,     0.6931471805599453304,      0.24022650695910156171,
+      0.055504108664819926434,   0.0096181291075883477941,   0.0013333558146788773461,
       0.00015403530462498820296, 0.000015252733491096090395, 1.3215433097307574654e-6,
-      1.0178197558846428875e-7, 7.0741043418275163482e-9,  4.4353523518648835224e-10};
+      1.0178197558846428875e-7,  7.0741043418275163482e-9,   4.4353523518648835224e-10};
 };
 
 template <class C>

@@ -1,7 +1,7 @@
 // Forward: out = softmax(scale q k^T) v and its log-sum-exp (FlashAttention-2, Algorithm 1).
 //
-// Heads are taken in waves that fit the workspace. Phase 1 packs the keys (transposed) and values of
-// the wave's key/value heads once; phase 2 runs one task per (key/value head, query head of its
+// Heads are taken in waves that fit the workspace. Phase 1 packs the keys (transposed) and values
+// of the wave's key/value heads once; phase 2 runs one task per (key/value head, query head of its
 // group, block of queries) over all key blocks, so packing hides every layout and storage format,
 // and the heads of a group share it. Causal tiles are trimmed per panel and per row group: almost
 // nothing is computed only to be masked.
@@ -38,10 +38,10 @@ struct PackedHead {
 
 template <class C>
 struct ForwardTile {
-  Matrix<C> q;            // [kBlockQ, head_dim], times softmax_scale * log2(e)
-  Matrix<C> scores;       // [kBlockQ, kBlockK], then the weights
-  Matrix<C> out;          // [kBlockQ, head_dim], unnormalised
-  RowState<C>* state;     // [kBlockQ]
+  Matrix<C> q;         // [kBlockQ, head_dim], times softmax_scale * log2(e)
+  Matrix<C> scores;    // [kBlockQ, kBlockK], then the weights
+  Matrix<C> out;       // [kBlockQ, head_dim], unnormalised
+  RowState<C>* state;  // [kBlockQ]
 
   static ForwardTile take(Arena& arena, int64_t dim) {
     ForwardTile tile;
@@ -62,16 +62,15 @@ void multiply_scores(const ForwardTile<C>& tile, const C* keys, int64_t dim, int
                      const Visible& visible) {
   for (int64_t key = 0; key < visible.keys; key += kPanel<C>) {
     for (int64_t r = round_down(visible.begin(key), kTileRows); r < queries; r += kTileRows) {
-      multiply_tile<C, kTileRows, Left::kRowMajor, false>(tile.q.row(r), tile.q.stride,
-                                                          keys + key * dim, dim,
-                                                          tile.scores.row(r) + key,
-                                                          tile.scores.stride);
+      multiply_tile<C, kTileRows, Left::kRowMajor, false>(
+          tile.q.row(r), tile.q.stride, keys + key * dim, dim, tile.scores.row(r) + key,
+          tile.scores.stride);
     }
   }
 }
 
-// out += weights * values. kRows = 1 reads exactly the values that a row sees, so that an inf or NaN
-// among the others does not meet its zero weight.
+// out += weights * values. kRows = 1 reads exactly the values that a row sees, so that an inf or
+// NaN among the others does not meet its zero weight.
 template <class C, int kRows>
 void accumulate_values(const ForwardTile<C>& tile, const C* values, int64_t queries,
                        const Visible& visible) {
@@ -96,8 +95,8 @@ void attend_block(const ForwardTile<Compute<T>>& tile, const Compute<T>* keys,
   for (int64_t r = 0; r < queries; ++r) {
     const int64_t group_end = visible.end(round_down(r, kTileRows) + kTileRows - 1);
     if (group_end == 0) continue;
-    const C factor = weigh_row<C, kExp2Degree<T>>(tile.scores.row(r), visible.end(r), group_end,
-                                                  tile.state[r]);
+    const C factor =
+        weigh_row<C, kExp2Degree<T>>(tile.scores.row(r), visible.end(r), group_end, tile.state[r]);
     if (factor != 1) scale_row(tile.out.row(r), tile.out.stride, factor);
   }
   if (finite || visible.all()) {

@@ -1,9 +1,9 @@
 // Products of small matrices held in registers, the only place where multiplications happen.
 //
-// The left operand is row-major (or, transposed, column-major) with any stride. The right operand is
-// packed in panels of kPanel columns, panel[depth][kPanel], so that the inner loop reads it in order.
-// Sums start at zero and are added to the result at the end: that keeps a long chain of additions
-// from rounding against a large accumulator.
+// The left operand is row-major (or, transposed, column-major) with any stride. The right operand
+// is packed in panels of kPanel columns, panel[depth][kPanel], so that the inner loop reads it in
+// order. Sums start at zero and are added to the result at the end: that keeps a long chain of
+// additions from rounding against a large accumulator.
 #pragma once
 
 #include "vec.h"

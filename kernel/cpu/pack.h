@@ -10,10 +10,10 @@ namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 template <class C, int kHalf, int... kLane>
 FLASHTILE_INLINE void swap_blocks(Vec<C>& a, Vec<C>& b) {
   constexpr int kWidth = kLanes<C>;
-  const Vec<C> low = __builtin_shufflevector(
-      a, b, ((kLane & kHalf) != 0 ? kWidth + kLane - kHalf : kLane)...);
-  const Vec<C> high = __builtin_shufflevector(
-      a, b, ((kLane & kHalf) != 0 ? kWidth + kLane : kLane + kHalf)...);
+  const Vec<C> low =
+      __builtin_shufflevector(a, b, ((kLane & kHalf) != 0 ? kWidth + kLane - kHalf : kLane)...);
+  const Vec<C> high =
+      __builtin_shufflevector(a, b, ((kLane & kHalf) != 0 ? kWidth + kLane : kLane + kHalf)...);
   a = low;
   b = high;
 }
@@ -55,8 +55,8 @@ void pack_transposed(Rows<const T> rows, int64_t count, int64_t dim, Compute<T> 
       Vec<C> square[kWidth];
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {
-        square[i] = column + i < count ? read_some(rows.row(column + i) + d, dim - d) * factor
-                                       : Vec<C>{};
+        square[i] =
+            column + i < count ? read_some(rows.row(column + i) + d, dim - d) * factor : Vec<C>{};
       }
       transpose<C>(square);
       const int64_t wanted = smaller_of(kWidth, dim - d);
@@ -65,8 +65,8 @@ void pack_transposed(Rows<const T> rows, int64_t count, int64_t dim, Compute<T> 
   }
 }
 
-// Rows stay rows: to is panels [round_up(dim, kPanel) / kPanel][count][kPanel], zeros for the columns
-// behind `dim`. Returns whether every number was finite.
+// Rows stay rows: to is panels [round_up(dim, kPanel) / kPanel][count][kPanel], zeros for the
+// columns behind `dim`. Returns whether every number was finite.
 template <class T>
 bool pack_rows(Rows<const T> rows, int64_t count, int64_t dim, Compute<T>* to) {
   using C = Compute<T>;

@@ -10,7 +10,8 @@
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
 // While one lives, denormal numbers count as zero on this thread (float only): tiny weights would
-// otherwise make the products an order of magnitude slower. The caller's mode comes back at the end.
+// otherwise make the products an order of magnitude slower. The caller's mode comes back at the
+// end.
 class FlushDenormals {
  public:
   explicit FlushDenormals(bool wanted) : saved_(mode()) {

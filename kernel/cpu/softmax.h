@@ -44,9 +44,9 @@ FLASHTILE_INLINE C row_maximum(const C* scores, int64_t count) {
   return largest_lane<C>(larger<C>(larger<C>(best[0], best[1]), larger<C>(best[2], best[3])));
 }
 
-// Replaces `seen` scores by the weights 2^(score - largest) and the rest up to `width` by zeros, and
-// updates the state. Returns the factor that the row's earlier output has to be multiplied with.
-// `width` may be rounded up to whole vectors.
+// Replaces `seen` scores by the weights 2^(score - largest) and the rest up to `width` by zeros,
+// and updates the state. Returns the factor that the row's earlier output has to be multiplied
+// with. `width` may be rounded up to whole vectors.
 template <class C, int kDegree>
 FLASHTILE_INLINE C weigh_row(C* scores, int64_t seen, int64_t width, RowState<C>& state) {
   constexpr int kWidth = kLanes<C>;
@@ -70,8 +70,8 @@ FLASHTILE_INLINE C weigh_row(C* scores, int64_t seen, int64_t width, RowState<C>
     sum[0] += weight;
     store(scores + i, weight);
   }
-  const C factor = largest == state.largest ? C{1}
-                                            : exp2<C, kDegree>(splat(state.largest - base))[0];
+  const C factor =
+      largest == state.largest ? C{1} : exp2<C, kDegree>(splat(state.largest - base))[0];
   state.largest = largest;
   state.sum = state.sum * factor + sum_of_lanes<C>(sum[0] + sum[1]);
   return factor;

@@ -54,7 +54,7 @@ FLASHTILE_INLINE WordVec load_shorts(const void* from) {
 
 FLASHTILE_INLINE void store_shorts(void* to, WordVec words) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(static_cast<__m256i*>(to), 
+  _mm256_storeu_si256(static_cast<__m256i*>(to),
                       _mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)words));
 #elif defined(__AVX2__)
   const __m256i both = (__m256i)words;
@@ -87,8 +87,8 @@ FLASHTILE_INLINE void write(BFloat16* to, Vec<float> v) { store_shorts(to, bfloa
 
 FLASHTILE_INLINE Vec<float> read(const Half* from) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(
-      kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_maskz_cvtph_ps(kAllLanes,
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -106,7 +106,7 @@ FLASHTILE_INLINE Vec<float> read(const Half* from) {
 
 FLASHTILE_INLINE void write(Half* to, Vec<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), 
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       _mm512_maskz_cvtps_ph(kAllLanes, v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -117,7 +117,8 @@ FLASHTILE_INLINE void write(Half* to, Vec<float> v) {
   const WordVec normal = (magnitude - (112u << 23) + 0xfffu + odd) >> 13;
   const WordVec half_ulp = WordVec{} + (126u << 23);  // 0.5: adding it rounds to multiples of 2^-24
   const WordVec tiny =
-      bit_cast<WordVec>(bit_cast<Vec<float>>(magnitude) + bit_cast<Vec<float>>(half_ulp)) - half_ulp;
+      bit_cast<WordVec>(bit_cast<Vec<float>>(magnitude) + bit_cast<Vec<float>>(half_ulp)) -
+      half_ulp;
   const WordVec special = magnitude > (255u << 23) ? WordVec{} + 0x7e00u : WordVec{} + 0x7c00u;
   const WordVec finite = magnitude < (113u << 23) ? tiny : normal;
   store_shorts(to, (magnitude >= (143u << 23) ? special : finite) | ((bits >> 16) & 0x8000u));
