@@ -1,9 +1,11 @@
 # flashtile_add_tests(<target> [LABELS label...] [TIMEOUT seconds] [ENVIRONMENT VAR=value...])
 #
+# FIRST_WORD_IS_LABEL: the first word of a test's name is one more label of it.
+#
 # Registers every TEST("name") of the target's sources with ctest as <target>/<name>. Reading the
 # sources needs no run of the executable at build time; editing one reconfigures.
 function(flashtile_add_tests target)
-  cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
+  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
@@ -17,12 +19,17 @@ function(flashtile_add_tests target)
     file(STRINGS "${source}" lines REGEX "^TEST\\(\"")
     foreach(line IN LISTS lines)
       string(REGEX REPLACE "^TEST\\(\"([^\"]*)\".*" "\\1" name "${line}")
+      set(labels ${ARG_LABELS})
+      if(ARG_FIRST_WORD_IS_LABEL)
+        string(REGEX MATCH "^[a-z]+" word "${name}")
+        list(APPEND labels ${word})
+      endif()
       add_test(NAME "${target}/${name}" COMMAND ${target} "${name}")
       set_tests_properties(
         "${target}/${name}"
         PROPERTIES SKIP_RETURN_CODE 77
                    TIMEOUT ${ARG_TIMEOUT}
-                   LABELS "${ARG_LABELS}"
+                   LABELS "${labels}"
                    ENVIRONMENT "${ARG_ENVIRONMENT}"
       )
     endforeach()

@@ -111,6 +111,9 @@ inline int list() {
   static const check::Registration FLASHTILE_JOIN(registration_, __LINE__)(    \
       name, &FLASHTILE_JOIN(test_, __LINE__));                                 \
   static void FLASHTILE_JOIN(test_, __LINE__)()
+// torch's logging header has macros of these names.
+#undef CHECK
+#undef CHECK_EQ
 #define CHECK(condition) check::report(static_cast<bool>(condition), __FILE__, __LINE__, #condition)
 #define CHECK_MESSAGE(condition, message) \
   check::report(static_cast<bool>(condition), __FILE__, __LINE__, (message))

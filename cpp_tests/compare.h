@@ -117,10 +117,11 @@ struct Truth {
   AttentionOutput exact, rounded;
   double out_noise = 0.0, dqk_noise = 0.0, dv_noise = 0.0;  // see the top of this file
 
-  explicit Truth(const Setup& setup)
-      : input(manual_input(setup)),
-        exact(manual_attention(input, Dtype::kFloat64)),
-        rounded(manual_attention(input, setup.dtype)) {
+  explicit Truth(const Setup& setup) : Truth(setup, manual_input(setup)) {}
+  Truth(const Setup& setup, const AttentionInput& input)
+      : Truth(setup, input, manual_attention(input, Dtype::kFloat64), manual_attention(input, setup.dtype)) {}
+  Truth(const Setup& setup, const AttentionInput& input, const AttentionOutput& exact, const AttentionOutput& rounded)
+      : input(input), exact(exact), rounded(rounded) {
     const auto largest = [](const std::vector<double>& values) {
       double top = 0.0;
       for (const double x : values) top = std::max(top, std::isfinite(x) ? std::fabs(x) : 0.0);

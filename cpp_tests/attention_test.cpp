@@ -1,0 +1,225 @@
+// flashtile against manual attention written with torch operators, in fp64 and in the tensors' own
+// dtype, differentiated by torch: out, LSE, dq, dk, dv over the case table on every backend.
+//
+//   cpu      flashtile/torch.h on CPU tensors
+//   machine  the compiled CUDA kernels on the PTX machine, given the same tensors' memory
+//   cuda     flashtile/torch.h on CUDA tensors; skipped, with a reason, where there is no GPU
+#include <flashtile/torch.h>
+#include <torch/torch.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cases.h"
+#include "check.h"
+#include "compare.h"
+#include "error_table.h"
+#if defined(FLASHTILE_TEST_MACHINE)
+#include "kernels/kernel_cases.h"
+#endif
+
+using namespace flashtile::test;
+
+namespace {
+
+at::ScalarType scalar_type(Dtype dtype) {
+  constexpr at::ScalarType kTypes[] = {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble};
+  return kTypes[static_cast<int>(dtype)];
+}
+
+// The tensor in a copy of its poisoned buffer: (batch, seq, heads, dim), varlen (rows, heads, dim).
+at::Tensor to_torch(const HostTensor& tensor, Dtype dtype, const Setup& setup, at::Device device) {
+  const Extents& e = tensor.extents();
+  const Strides& s = tensor.strides();
+  const auto options = at::TensorOptions().dtype(scalar_type(dtype));
+  at::Tensor result = at::empty({e.batch, e.seq, e.heads, e.dim}, options).to(device);
+  if (!e.empty()) {
+    std::vector<uint8_t> bytes = tensor.bytes();
+    const int64_t elements = static_cast<int64_t>(bytes.size()) / bytes_of(dtype);
+    const at::Tensor buffer = at::from_blob(bytes.data(), {elements}, options).to(device, false, /*copy=*/true);
+    result = buffer.as_strided({e.batch, e.seq, e.heads, e.dim}, {s.batch, s.seq, s.head, 1},
+                               static_cast<int64_t>(tensor.start_byte()) / bytes_of(dtype));
+  }
+  return setup.spec.is_varlen() ? result.squeeze(0) : result;
+}
+
+std::vector<double> to_doubles(const at::Tensor& tensor) {
+  const at::Tensor flat = tensor.detach().to(at::kCPU, at::kDouble).contiguous().flatten();
+  return {flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel()};
+}
+
+// LSE (batch, heads, seq) or (heads, rows) to the order of AttentionOutput: rows, then heads.
+std::vector<double> lse_to_doubles(const at::Tensor& lse) { return to_doubles(lse.transpose(-1, -2)); }
+
+struct Inputs {
+  at::Tensor q, k, v, dout, dlse;
+};
+
+Inputs inputs_of(const Setup& setup, at::Device device) {
+  const auto tensor = [&](const HostTensor& t) { return to_torch(t, setup.dtype, setup, device); };
+  const at::Tensor dlse = to_torch(setup.dlse, Dtype::kFloat32, setup, device);  // (..., seq, heads, 1)
+  return {tensor(setup.q), tensor(setup.k), tensor(setup.v), tensor(setup.dout),
+          dlse.squeeze(-1).transpose(-1, -2)};
+}
+
+// One sequence: q (seq, heads, dim) ... -> out (seq, heads, dim), lse (heads, seq).
+std::pair<at::Tensor, at::Tensor> manual_sequence(const Setup& setup, const at::Tensor& q, const at::Tensor& k,
+                                                  const at::Tensor& v) {
+  const int64_t group = setup.extents_q.heads / setup.extents_k.heads;
+  const auto heads_first = [&](const at::Tensor& t, int64_t repeat) {
+    return t.transpose(0, 1).repeat_interleave(repeat, 0);
+  };
+  const int64_t seqlen_q = q.size(0), seqlen_k = k.size(0);
+  at::Tensor hidden = at::zeros({seqlen_q, seqlen_k}, at::kBool);
+  if (setup.causal) hidden = at::ones({seqlen_q, seqlen_k}, at::kBool).triu(seqlen_k - seqlen_q + 1);
+  const at::Tensor empty = hidden.all(-1, /*keepdim=*/true);  // rows that see no key
+  const at::Tensor scores = at::matmul(heads_first(q, 1), heads_first(k, group).transpose(1, 2)) * setup.softmax_scale;
+  const at::Tensor safe = scores.masked_fill(hidden, -kInfinity).masked_fill(empty, 0.0);
+  const at::Tensor p = at::softmax(safe, -1).masked_fill(empty, 0.0);
+  const at::Tensor out = at::matmul(p, heads_first(v, group)).transpose(0, 1);
+  return {out, at::logsumexp(safe, -1).masked_fill(empty.squeeze(-1), -kInfinity)};
+}
+
+AttentionOutput torch_manual(const Setup& setup, Dtype dtype) {
+  Inputs in = inputs_of(setup, at::kCPU);
+  for (at::Tensor* t : {&in.q, &in.k, &in.v}) *t = t->to(scalar_type(dtype)).detach().requires_grad_(true);
+  const auto rows = [&](const at::Tensor& t) { return t.reshape({-1, t.size(-2), t.size(-1)}); };
+  const at::Tensor q = rows(in.q), k = rows(in.k), v = rows(in.v);
+  std::vector<at::Tensor> out, lse;
+  for (const Span& span : spans_of(setup)) {
+    auto [o, l] = manual_sequence(setup, q.narrow(0, span.row_q, span.seqlen_q), k.narrow(0, span.row_k, span.seqlen_k),
+                                  v.narrow(0, span.row_k, span.seqlen_k));
+    out.push_back(o);
+    lse.push_back(l);
+  }
+  const at::Tensor all_out = at::cat(out, 0), all_lse = at::cat(lse, 1);  // (rows, heads, dim), (heads, rows)
+  AttentionOutput result;
+  result.out = to_doubles(all_out);
+  result.lse = lse_to_doubles(all_lse);
+  if (setup.forward_only()) return result;
+  const at::Tensor dlse = setup.spec.is_varlen() ? in.dlse : in.dlse.transpose(0, 1).flatten(1);
+  at::Tensor loss = (all_out * rows(in.dout)).sum();
+  if (setup.spec.dlse) loss = loss + (all_lse * dlse).masked_fill(all_lse.isinf(), 0.0).sum();
+  loss.backward();
+  result.dq = to_doubles(in.q.grad());
+  result.dk = to_doubles(in.k.grad());
+  result.dv = to_doubles(in.v.grad());
+  return result;
+}
+
+// out and LSE of the op; dq, dk, dv through its autograd.
+AttentionOutput run_op(const Setup& setup, at::Device device) {
+  Inputs in = inputs_of(setup, device);
+  for (at::Tensor* t : {&in.q, &in.k, &in.v}) t->requires_grad_(true);
+  const flashtile::AttentionOptions options = {
+      .causal = setup.causal, .softmax_scale = setup.softmax_scale, .return_lse = true};
+  flashtile::AttentionResult result;
+  if (setup.spec.is_varlen()) {
+    const auto cu_seqlens = [&](const std::vector<int32_t>& cu) { return at::tensor(cu, at::kInt).to(device); };
+    const flashtile::Sequences sequences = {cu_seqlens(setup.cu_seqlens_q), cu_seqlens(setup.cu_seqlens_k),
+                                            setup.extents_q.seq, setup.extents_k.seq};
+    result = flashtile::attention_varlen(in.q, in.k, in.v, sequences, options);
+  } else {
+    result = flashtile::attention(in.q, in.k, in.v, options);
+  }
+  AttentionOutput values;
+  values.out = to_doubles(result.out);
+  values.lse = lse_to_doubles(result.softmax_lse);
+  if (setup.forward_only()) return values;
+  std::vector<at::Tensor> outputs = {result.out}, gradients = {in.dout};
+  if (setup.spec.dlse) {
+    outputs.push_back(result.softmax_lse);
+    gradients.push_back(in.dlse);
+  }
+  const auto grads = torch::autograd::grad(outputs, {in.q, in.k, in.v}, gradients);
+  values.dq = to_doubles(grads[0]);
+  values.dk = to_doubles(grads[1]);
+  values.dv = to_doubles(grads[2]);
+  return values;
+}
+
+Truth torch_truth(const Setup& setup) {
+  return Truth(setup, manual_input(setup), torch_manual(setup, Dtype::kFloat64), torch_manual(setup, setup.dtype));
+}
+
+std::vector<Setup> all_setups(Dtype dtype) {
+  std::vector<Setup> setups;
+  for (const auto& cases : {shape_cases(), option_cases(), varlen_cases()}) {
+    for (const Case& spec : cases) {
+      for (const int head_dim : {64, 128}) {
+        for (const bool causal : {false, true}) {
+          if (spec.has(causal)) setups.push_back(make_setup(spec, dtype, head_dim, causal, setups.size() + 1));
+        }
+      }
+    }
+  }
+  return setups;
+}
+
+void run_on(at::Device device, const char* backend, Dtype dtype) {
+  ErrorTable table;
+  for (const Setup& setup : all_setups(dtype)) {
+    const bool cuda = device.is_cuda();
+    if (cuda && setup.spec.layout == Layout::kOdd) continue;  // refused: see kernels/
+    const Verdict verdict = compare(setup, torch_truth(setup), run_op(setup, device));
+    CHECK_MESSAGE(verdict.passed(), std::string(backend) + ": " + setup.name() + verdict.text());
+    table.add(backend, setup.dtype, setup.head_dim, verdict, setup.forward_only());
+  }
+  table.print();
+}
+
+void run_on_cuda(Dtype dtype) {
+  if (!torch::cuda::is_available()) SKIP_WITHOUT_GPU("torch::cuda::is_available() is false");
+  run_on(at::Device(at::kCUDA, 0), "cuda", dtype);
+}
+
+void run_on_machine(Dtype dtype) {
+#if defined(FLASHTILE_TEST_MACHINE)
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP(reason);
+  const Backend backend = cuda_backend();
+  ErrorTable table;
+  for (const Setup& setup : all_setups(dtype)) {
+    const std::string name = setup.spec.name;
+    const bool chosen = name == "GQA 4/2" || name == "129 x 129" || name == "values x 3" || name == "5 rows, 2 keys: rows without a key" ||
+                        name == "varlen: block edges";
+    if (chosen) run_case(setup, torch_truth(setup), backend, table);
+  }
+  table.print();
+#else
+  SKIP(std::string(name_of(dtype)) + " kernels: this build has no CUDA");
+#endif
+}
+
+}  // namespace
+
+TEST("cpu: manual attention of the tests agrees with torch") {
+  for (const Setup& setup : all_setups(Dtype::kFloat64)) {
+    const AttentionInput input = manual_input(setup);
+    const AttentionOutput ours = manual_attention(input, Dtype::kFloat64);
+    AttentionOutput theirs = torch_manual(setup, Dtype::kFloat64);
+    const auto largest_difference = [](const std::vector<double>& a, const std::vector<double>& b) {
+      double top = a.size() == b.size() ? 0.0 : kInfinity;
+      for (size_t i = 0; i < a.size() && i < b.size(); ++i) {
+        if (std::isnan(a[i]) && std::isnan(b[i])) continue;
+        if (a[i] != b[i]) top = std::max(top, std::fabs(a[i] - b[i]) / std::max(1.0, std::fabs(a[i])));
+      }
+      return top;
+    };
+    const double difference =
+        std::max({largest_difference(ours.out, theirs.out), largest_difference(ours.lse, theirs.lse),
+                  largest_difference(ours.dq, theirs.dq), largest_difference(ours.dk, theirs.dk),
+                  largest_difference(ours.dv, theirs.dv)});
+    CHECK_MESSAGE(difference < 1e-9, setup.name() + ": " + std::to_string(difference));
+  }
+}
+
+TEST("cpu fp16") { run_on(at::kCPU, "torch cpu", Dtype::kFloat16); }
+TEST("cpu bf16") { run_on(at::kCPU, "torch cpu", Dtype::kBFloat16); }
+TEST("cpu fp32") { run_on(at::kCPU, "torch cpu", Dtype::kFloat32); }
+TEST("cpu fp64") { run_on(at::kCPU, "torch cpu", Dtype::kFloat64); }
+TEST("kernels fp16") { run_on_machine(Dtype::kFloat16); }
+TEST("kernels bf16") { run_on_machine(Dtype::kBFloat16); }
+TEST("gpu fp16") { run_on_cuda(Dtype::kFloat16); }
+TEST("gpu bf16") { run_on_cuda(Dtype::kBFloat16); }
