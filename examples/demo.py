@@ -14,8 +14,9 @@ import sys
 import time
 
 import demo_attention
-import flashtile
 import torch
+
+import flashtile
 
 QUESTION = "Explain in two sentences why the sky is blue."
 PARAGRAPH = """\
@@ -115,12 +116,13 @@ def show_attention(checks: Checks, device: torch.device, dtype: torch.dtype) -> 
     print(f"\n  {'tokens':>6}  {'attention':<9}  {'time':>10}  {'peak memory':>12}")
     for tokens in TABLE_TOKENS:
         for name in demo_attention.IMPLEMENTATIONS:
+            print(f"  {tokens:>6}  {name:<9}  ", end="", flush=True)
             row = demo_attention.measure(name, tokens, device, dtype)
             if isinstance(row, str):
                 cells = row
             else:
                 cells = f"{row.seconds * 1e3:>7.1f} ms  {row.peak_bytes / 2**20:>8.0f} MiB"
-            print(f"  {tokens:>6}  {name:<9}  {cells}", flush=True)
+            print(cells)
 
 
 def main() -> int:

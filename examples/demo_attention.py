@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import flashtile
 import torch
 from torch import Tensor
+
+import flashtile
 
 HEADS, HEADS_KV, HEAD_DIM = 9, 3, 64  # those of SmolLM2-135M
 SCORE_MATRICES = 4  # that manual attention holds at its peak: probabilities and three temporaries
