@@ -9,6 +9,9 @@ namespace {
 
 using I64 = long long;
 
+// No later version's struct will be larger: a larger size was never initialised.
+constexpr uint32_t kLargestStruct = 4096;
+
 // A tensor argument with the extents that its strides run over.
 struct TensorArgument {
   const char* name;
@@ -26,9 +29,9 @@ Status read_struct(const T* user, T& out, const char* name) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL; allowed: a pointer to the struct", name);
   uint32_t size = 0;
   std::memcpy(&size, user, sizeof size);
-  if (size < sizeof(T)) {
-    return fail(FLASHTILE_INVALID_ARGUMENT,
-                "%s.struct_size is %u; allowed: %zu (its sizeof) and more", name, size, sizeof(T));
+  if (size < sizeof(T) || size > kLargestStruct) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.struct_size is %u; allowed: %zu (its sizeof) to %u",
+                name, size, sizeof(T), kLargestStruct);
   }
   const auto* bytes = reinterpret_cast<const unsigned char*>(user);
   for (size_t i = sizeof(T); i < size; ++i) {

@@ -28,9 +28,9 @@ const Refusal kProblemRefusals[] = {
     {[](SmallCall& c) { c.forward.problem = c.backward.problem = nullptr; }, kInvalid,
      "problem is NULL; allowed: a pointer to the struct"},
     {[](SmallCall& c) { c.problem.struct_size = 0; }, kInvalid,
-     "problem.struct_size is 0; allowed: 144 (its sizeof) and more"},
+     "problem.struct_size is 0; allowed: 144 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.problem.struct_size = 12; }, kInvalid,
-     "problem.struct_size is 12; allowed: 144 (its sizeof) and more"},
+     "problem.struct_size is 12; allowed: 144 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.problem.device = static_cast<flashtile_device>(7); }, kInvalid,
      "device is 7; allowed: FLASHTILE_CPU and FLASHTILE_CUDA"},
     {[](SmallCall& c) { c.problem.device_index = -2; }, kInvalid, "device_index is -2; allowed: -1 on the CPU"},
@@ -105,7 +105,7 @@ const Refusal kCallRefusals[] = {
 
 const Refusal kForwardRefusals[] = {
     {[](SmallCall& c) { c.forward.struct_size = 8; }, kInvalid,
-     "params.struct_size is 8; allowed: 184 (its sizeof) and more"},
+     "params.struct_size is 8; allowed: 184 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.forward.out.stride_head = 0; }, kInvalid,
      "out.stride_head is 0 over 4 entries; allowed: any other value, it is written"},
     {[](SmallCall& c) { c.forward.out.stride_seq = 0; }, kInvalid,
@@ -116,7 +116,7 @@ const Refusal kForwardRefusals[] = {
 
 const Refusal kBackwardRefusals[] = {
     {[](SmallCall& c) { c.backward.struct_size = 8; }, kInvalid,
-     "params.struct_size is 8; allowed: 336 (its sizeof) and more"},
+     "params.struct_size is 8; allowed: 336 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.backward.dout.data = nullptr; }, kInvalid,
      "dout.data is NULL; allowed: a pointer to 4 rows"},
     {[](SmallCall& c) { c.backward.dq.data = nullptr; }, kInvalid, "dq.data is NULL; allowed: a pointer to 4 rows"},
