@@ -6,6 +6,13 @@ namespace ptx {
 
 namespace {
 
+// The host flushes what it computes; what is only compared or moved is flushed here.
+template <bool kFtz>
+float flushed(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return !kFtz || (bits & 0x7F800000) != 0 ? x : std::bit_cast<float>(bits & 0x80000000);
+}
+
 // PTX min and max: the number when the other is NaN, and -0 < +0.
 template <class T>
 T minimum(T a, T b) {
@@ -66,12 +73,12 @@ void add_f32(OpTable& t, const std::string& ftz) {
       t, "fma.rn" + ftz + ".sat.f32");
   add_map_float<kFtz, [](F a, F b) { return saturate(a + b); }, F, F, F>(t, "add" + ftz + ".sat.f32");
   add_map_float<kFtz, [](F a, F b) { return saturate(a * b); }, F, F, F>(t, "mul" + ftz + ".sat.f32");
-  add_map_float<kFtz, minimum<F>, F, F, F>(t, "min" + ftz + ".f32");
-  add_map_float<kFtz, maximum<F>, F, F, F>(t, "max" + ftz + ".f32");
-  add_map_float<kFtz, minimum_nan<F>, F, F, F>(t, "min" + ftz + ".NaN.f32");
-  add_map_float<kFtz, maximum_nan<F>, F, F, F>(t, "max" + ftz + ".NaN.f32");
-  add_map_float<kFtz, [](F a) { return kFtz ? -(a * 1.0f) : -a; }, F, F>(t, "neg" + ftz + ".f32");
-  add_map_float<kFtz, [](F a) { return std::fabs(kFtz ? a * 1.0f : a); }, F, F>(t, "abs" + ftz + ".f32");
+  add_map_float<kFtz, [](F a, F b) { return minimum(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "min" + ftz + ".f32");
+  add_map_float<kFtz, [](F a, F b) { return maximum(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "max" + ftz + ".f32");
+  add_map_float<kFtz, [](F a, F b) { return minimum_nan(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "min" + ftz + ".NaN.f32");
+  add_map_float<kFtz, [](F a, F b) { return maximum_nan(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "max" + ftz + ".NaN.f32");
+  add_map_float<kFtz, [](F a) { return -flushed<kFtz>(a); }, F, F>(t, "neg" + ftz + ".f32");
+  add_map_float<kFtz, [](F a) { return std::fabs(flushed<kFtz>(a)); }, F, F>(t, "abs" + ftz + ".f32");
   for (const char* op : {"div.approx", "div.full", "div.rn"}) {
     add_map_float<kFtz, [](F a, F b) { return a / b; }, F, F, F>(t, op + ftz + ".f32");
   }

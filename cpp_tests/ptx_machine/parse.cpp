@@ -147,9 +147,11 @@ class Parser {
   void location(std::string_view text) {
     const std::string s(text);
     char* next = nullptr;
-    site_ = {};
-    site_.file = static_cast<int>(std::strtol(s.c_str() + 4, &next, 10));
-    site_.line = static_cast<int>(std::strtol(next, &next, 10));
+    Site site;
+    site.file = static_cast<int>(std::strtol(s.c_str() + 4, &next, 10));
+    site.line = static_cast<int>(std::strtol(next, &next, 10));
+    if (site.line == 0) return;  // moved code: the place before it says more
+    site_ = site;
     const size_t inlined = s.find("inlined_at");
     if (inlined == std::string::npos) {
       callers_[{site_.file, site_.line}] = {0, 0};

@@ -18,11 +18,11 @@ __device__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) 
 __global__ void write_then_read(int* out, bool sync) {  // another warp's element
   __shared__ int s[64];
   const int t = static_cast<int>(threadIdx.x);
+  s[t] = 0;
+  __syncthreads();
   s[t] = t;
-  if (t < 1000) s[t] = 2 * t;
   if (sync) __syncthreads();
-  if (t < 32) out[t] = s[t + (sync ? 32 : 0)];
-  if (!sync) s[t ^ 32] = 1;
+  out[t] = s[t ^ 32];
 }
 __global__ void read_then_write(int* out, bool sync) {
   __shared__ int s[64];
@@ -104,14 +104,14 @@ __global__ void vector_load(const int* in, int4* out, int shift) {
 }
 __global__ void barrier_in_branch(int* out, int limit) {
   out[threadIdx.x] = 1;
-  if (static_cast<int>(threadIdx.x) < limit) asm volatile("bar.sync 0;" ::: "memory");
-  else asm volatile("bar.sync 0;" ::: "memory");
+  if (static_cast<int>(threadIdx.x) < limit) asm volatile("bar.sync 0; // some" ::: "memory");
+  else asm volatile("bar.sync 0; // others" ::: "memory");
   out[threadIdx.x] = 2;
 }
 __global__ void shuffle_in_branch(int* out, int limit) {
   const int t = static_cast<int>(threadIdx.x);
   int v = t;
-  if (t < limit) asm volatile("shfl.sync.bfly.b32 %0, %0, 1, 31, 0xffffffff;" : "+r"(v));
+  if (t < limit) asm volatile("shfl.sync.bfly.b32 %0, %0, 16, 31, 0xffffffff;" : "+r"(v));
   out[t] = v;
 }
 __global__ void missing_warp(int* out, int participants) {
@@ -235,7 +235,7 @@ TEST("a deadlock is reported with where everybody waits") {
   expect(kNone, [&] { missing_warp<<<1, 64>>>(out.get(), 32); });
 }
 TEST("an endless loop is reported") {
-  const Array<int> off({0}), on({1}), out(1);
+  const Array<int> off(std::vector<int>{0}), on(std::vector<int>{1}), out(1);
   expect(ptx::Error::kLivelock, [&] { spin<<<1, 1>>>(off.get(), out.get()); }, "without an end");
   expect(kNone, [&] { spin<<<1, 1>>>(on.get(), out.get()); });
 }

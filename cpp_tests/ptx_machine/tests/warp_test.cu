@@ -252,9 +252,9 @@ TEST("loads and stores of every space and width") {
 TEST("atomics") {
   ptx_test::fresh_machine();
   const Array<int> i({0, 0, -1, 0, 0});
-  const Array<float> f({1.0f});
+  const Array<float> f(std::vector<float>{1.0f});
   const Array<unsigned> u({0, 0});
-  const Array<unsigned long long> w({5});
+  const Array<unsigned long long> w(std::vector<unsigned long long>{5});
   const Array<int> old(256);
   atomics<<<4, 64>>>(i.get(), f.get(), u.get(), w.get(), old.get());
   ptx_test::check_clean();
