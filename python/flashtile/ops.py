@@ -1,6 +1,7 @@
 """The functions of the package: defaults, checks, one op call."""
 
-from typing import Literal, TypeAlias, overload
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -24,15 +25,28 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _call(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The op, whose refusals become TypeError and ValueError.
+
+    The op makes every check itself before anything runs. Only when it refuses are they made here
+    again, so a call that runs pays once. While tracing, the fake kernel makes them.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)  # type: ignore[no-any-return]
+    try:
+        return op(*args)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        refusal = error
+    *tensors, softmax_scale, _, _ = args
+    _checks.check_tensors(*tensors[:5])
+    _checks.check_softmax_scale(softmax_scale)
+    raise refusal
+
+
 def _prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.check_tensor_type(name, tensor)
     return _autocast(q, k, v)
-
-
-def _check_options(causal: bool, softmax_scale: float | None) -> None:
-    _checks.check_flag("causal", causal)
-    _checks.check_softmax_scale(softmax_scale)
 
 
 def _check_varlen(
@@ -133,11 +147,9 @@ def attention(
         FlashAttention-2, https://arxiv.org/abs/2307.08691
     """
     q, k, v = _prepare(q, k, v)
-    _checks.check_tensors(q, k, v)
-    _check_options(causal, softmax_scale)
-    out, lse = torch.ops.flashtile.forward(
-        q, k, v, softmax_scale, UNLIMITED, 0 if causal else UNLIMITED
-    )
+    _checks.check_flag("causal", causal)
+    args = (q, k, v, softmax_scale, UNLIMITED, 0 if causal else UNLIMITED)
+    out, lse = _call(torch.ops.flashtile.forward, args)
     return (out, lse) if return_lse else out
 
 
@@ -233,9 +245,8 @@ def attention_varlen(
     """
     q, k, v = _prepare(q, k, v)
     _check_varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_options(causal, softmax_scale)
-    out, lse = torch.ops.flashtile.forward_varlen(
+    _checks.check_flag("causal", causal)
+    args = (
         q,
         k,
         v,
@@ -247,6 +258,7 @@ def attention_varlen(
         UNLIMITED,
         0 if causal else UNLIMITED,
     )
+    out, lse = _call(torch.ops.flashtile.forward_varlen, args)
     return (out, lse) if return_lse else out
 
 
@@ -284,7 +296,8 @@ def can_run(
     """
     try:
         q, k, v = _prepare(q, k, v)
-        _check_options(causal, softmax_scale)
+        _checks.check_flag("causal", causal)
+        _checks.check_softmax_scale(softmax_scale)
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             _check_varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     except (TypeError, ValueError) as error:
