@@ -87,12 +87,12 @@ fi
 
 step ctest 120 ctest --test-dir "$build" -L '^gpu$' --no-tests=error --output-on-failure \
   --timeout 100 --parallel 4
-step pytest 150 "$python" -m pytest -q -p no:cacheprovider python/tests
 step bench 120 "$python" benchmarks/bench.py --device cuda --output "$work/bench"
-step demo 60 "$python" examples/demo.py --device cuda
 sanitize memcheck 60 "shapes bf16 d64" "options fp16 d128" "varlen bf16 d128"
 sanitize racecheck 60 "shapes fp16 d64" "varlen bf16 d128"
 sanitize synccheck 40 "shapes bf16 d128" "varlen fp16 d64"
 sanitize initcheck 40 "options bf16 d64" "varlen fp16 d128"
+step pytest 150 "$python" -m pytest -q -p no:cacheprovider python/tests
+step demo 60 "$python" examples/demo.py --device cuda
 
 "$python" benchmarks/gpu_report.py "$work" ${output:+--output "$output"}

@@ -1,7 +1,7 @@
 """Trains a small character model from nothing, with flashtile as its attention.
 
-Four query heads share two key/value heads. The text is this repository's README; the loss falls, and
-a sample shows what was learnt. Less than a minute on two CPU cores; on a GPU in bfloat16.
+Four query heads share two key/value heads. The text is this repository's README; the loss falls,
+and a sample shows what was learnt. Less than a minute on two CPU cores; on a GPU in bfloat16.
 """
 
 from __future__ import annotations
