@@ -1,5 +1,5 @@
-// fp16 and bf16 arithmetic, single and packed. add, sub, mul in fp32 or fp64 rounded once are exact;
-// fma goes through fp64, which holds every product and, for these operands, decides every rounding.
+// fp16 and bf16 arithmetic, single and packed, rounded once: sums in fp64 and the error of that sum
+// decide, so that no intermediate rounding shows.
 #include "half.h"
 #include "ops.h"
 
@@ -7,16 +7,32 @@ namespace ptx {
 
 namespace {
 
-// The double nearest-even rounded to H. Rounding to float first must not hit a tie that is not one:
-// round to odd in float, which has more than two spare bits.
+// x with its last bit set if `error` says that the exact value lies off x: rounding to odd. A later
+// rounding to a format with at least two bits less is then the rounding of the exact value.
+double to_odd(double x, double error) {
+  uint64_t bits = std::bit_cast<uint64_t>(x);
+  if (error == 0.0 || (bits & 1) != 0 || !std::isfinite(x)) return x;
+  const bool outwards = std::signbit(error) == std::signbit(x);
+  bits += outwards ? 1 : ~uint64_t{0};
+  return std::bit_cast<double>(bits);
+}
+
+// a + b rounded to odd; the error term is exact (Knuth's two-sum).
+double sum_to_odd(double a, double b) {
+  const double sum = a + b;
+  const double from_b = sum - a;
+  return to_odd(sum, (a - (sum - from_b)) + (b - from_b));
+}
+
+// The double (exact, or rounded to odd) rounded to H. On the way to float it is rounded to odd too.
 template <class H>
 uint16_t narrow_double(double x) {
   float f = static_cast<float>(x);
   if (static_cast<double>(f) != x && std::isfinite(f)) {
     uint32_t bits = std::bit_cast<uint32_t>(f);
     if ((bits & 1) == 0) {  // move to the odd neighbour on the side of x
-      const bool away = std::fabs(x) > std::fabs(static_cast<double>(f));
-      bits += away ? 1 : ~0u;
+      const bool outwards = std::fabs(x) > std::fabs(static_cast<double>(f));
+      bits += outwards ? 1 : ~0u;
       f = std::bit_cast<float>(bits);
     }
   }
@@ -25,15 +41,15 @@ uint16_t narrow_double(double x) {
 
 template <class H>
 uint16_t fma_half(uint16_t a, uint16_t b, uint16_t c) {
-  return narrow_double<H>(static_cast<double>(H::widen(a)) * H::widen(b) + H::widen(c));
+  return narrow_double<H>(sum_to_odd(static_cast<double>(H::widen(a)) * H::widen(b), H::widen(c)));
 }
 template <class H>
 uint16_t add_half(uint16_t a, uint16_t b) {
-  return narrow_double<H>(static_cast<double>(H::widen(a)) + H::widen(b));
+  return narrow_double<H>(sum_to_odd(H::widen(a), H::widen(b)));
 }
 template <class H>
 uint16_t sub_half(uint16_t a, uint16_t b) {
-  return narrow_double<H>(static_cast<double>(H::widen(a)) - H::widen(b));
+  return narrow_double<H>(sum_to_odd(H::widen(a), -H::widen(b)));
 }
 template <class H>
 uint16_t mul_half(uint16_t a, uint16_t b) {
