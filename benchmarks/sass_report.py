@@ -176,7 +176,10 @@ def parse_instruction(match: re.Match[str]) -> Instruction:
 def read_kernels(cuobjdump: str, path: pathlib.Path) -> list[Kernel]:
     def dump(option: str) -> str:
         command = [cuobjdump, option, str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{path}: {(done.stderr or done.stdout).strip() or 'no device code'}")
+        return done.stdout
 
     kernels = []
     architecture = "?"
