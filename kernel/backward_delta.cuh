@@ -1,9 +1,10 @@
 // First launch of the backward: delta_i = sum_c dO_ic O_ic - dLSE_i for every query, in fp32
 // (FlashAttention-2, Algorithm 2, line 4; dLSE enters dS = P (dP - delta) with the opposite sign).
 //
-// Also rewrites lse in base 2 and clears the fp32 dQ that the main kernel adds to. One block per slot
-// and head; kLanes neighbouring lanes read one row, 16 bytes each. A query that sees no key, and a row
-// past the sequence's end, gets lse = +inf: its probabilities exp2(s - lse) are exactly 0.
+// Also rewrites lse in base 2 and clears the fp32 dQ that the main kernel adds to. One block per
+// slot and head; kLanes neighbouring lanes read one row, 16 bytes each. A query that sees no key,
+// and a row past the sequence's end, gets lse = +inf: its probabilities exp2(s - lse) are exactly
+// 0.
 #pragma once
 
 #include "backward_layout.cuh"
@@ -37,6 +38,7 @@ struct BackwardDelta {
   static FLASHTILE_DEVICE void run(const Params& launch, char*) {
     const BackwardParams& p = launch.params;
     const int thread = ptx::thread_index();
+    clear_turns(launch, thread);
     const RowBlock block =
         row_block<Rows::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
     if (block.empty()) return;
@@ -44,7 +46,8 @@ struct BackwardDelta {
     clear_dq(launch.dq_accumulator + tile * Slot::kDq, thread);
     FLASHTILE_UNROLL
     for (int row = thread / kLanes; row < kBlockQ; row += kRowsPerPass) {
-      const float sum = row < block.rows ? row_dot(p, block, block.row0 + row, thread % kLanes) : 0.0f;
+      const float sum =
+          row < block.rows ? row_dot(p, block, block.row0 + row, thread % kLanes) : 0.0f;
       float delta = sum_over_lanes(sum);
       float lse = INFINITY;
       if (row < block.rows) {
@@ -66,6 +69,12 @@ struct BackwardDelta {
     }
   }
 
+  static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
+    if (!launch.params.problem.deterministic || thread != 0) return;
+    launch.turns[ptx::block_index()] = 0;  // the grid is [num_heads, slots_q], too
+    if (ptx::block_index() == 0) launch.turns[launch.params.problem.num_heads * launch.slots_q] = 0;
+  }
+
   static FLASHTILE_DEVICE void clear_dq(float* dq, int thread) {
     FLASHTILE_UNROLL
     for (int i = 4 * thread; i < Slot::kDq; i += 4 * kThreads) {
@@ -74,7 +83,8 @@ struct BackwardDelta {
   }
 
   // This lane's eight columns of dO . O in one row.
-  static FLASHTILE_DEVICE float row_dot(const BackwardParams& p, const RowBlock& block, int row, int lane) {
+  static FLASHTILE_DEVICE float row_dot(const BackwardParams& p, const RowBlock& block, int row,
+                                        int lane) {
     const Sequence& s = block.sequence;
     const T* out = static_cast<const T*>(p.out.data) +
                    element_offset(p.out, s.batch, s.row_q + row, block.head) + 8 * lane;

@@ -1,7 +1,7 @@
 // Last launch of the backward: dQ from fp32 in accumulator order to rows of T, times the scale.
 //
-// One block per slot and head. Each thread writes 16 bytes of a row; its eight values are two runs of
-// four floats (even and odd columns of four neighbouring lanes of the main kernel).
+// One block per slot and head. Each thread writes 16 bytes of a row; its eight values are two runs
+// of four floats (even and odd columns of four neighbouring lanes of the main kernel).
 #pragma once
 
 #include "backward_layout.cuh"

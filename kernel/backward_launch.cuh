@@ -12,7 +12,8 @@ namespace flashtile {
 // Parts of the workspace, in bytes from its start.
 struct BackwardWorkspace {
   int64_t slots_q = 0;
-  size_t dq = 0;  // after the statistics
+  size_t dq = 0;     // after the statistics
+  size_t turns = 0;  // after dq
   size_t bytes = 0;
 };
 
@@ -25,7 +26,8 @@ BackwardWorkspace backward_workspace(const Problem& p) {
   w.slots_q = slot_count(p.is_varlen(), p.batch, p.seqlen_q, p.total_q, kBlockQ);
   const size_t tiles = static_cast<size_t>(w.slots_q * p.num_heads);
   w.dq = (tiles * Slot::kStatistics * sizeof(float) + kAlign - 1) / kAlign * kAlign;
-  w.bytes = w.dq + tiles * Slot::kDq * sizeof(float);
+  w.turns = w.dq + tiles * Slot::kDq * sizeof(float);
+  w.bytes = w.turns + (p.deterministic ? (tiles + 1) * sizeof(int) : 0);
   return w;
 }
 
@@ -39,14 +41,22 @@ Status launch_backward(const BackwardLaunch& launch_params, CUstream_st* stream)
   const Problem& p = launch_params.params.problem;
   const int64_t query_blocks = launch_params.slots_q * p.num_heads;
   const int64_t key_blocks = launch_params.slots_k * p.num_heads_kv;
-  if (Status s = launch<BackwardDelta<T, kHeadDim, kMemory>>(launch_params, query_blocks, stream)) return s;
-  if (Status s = launch<BackwardSm80<T, kHeadDim, kMemory>>(launch_params, key_blocks, stream)) return s;
+  if (Status s = launch<BackwardDelta<T, kHeadDim, kMemory>>(launch_params, query_blocks, stream))
+    return s;
+  // Without queries there is no dQ to take turns at, and nobody has set the turns to 0.
+  const bool ordered = p.deterministic && query_blocks > 0;
+  if (Status s = ordered ? launch<BackwardSm80<T, kHeadDim, kMemory, true>>(launch_params,
+                                                                            key_blocks, stream)
+                         : launch<BackwardSm80<T, kHeadDim, kMemory, false>>(launch_params,
+                                                                             key_blocks, stream)) {
+    return s;
+  }
   return launch<BackwardDq<T, kHeadDim, kMemory>>(launch_params, query_blocks, stream);
 }
 
 template <int kHeadDim, Memory kMemory>
 Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
-  using Kernel = BackwardSm80<__half, kHeadDim, kMemory>;
+  using Kernel = BackwardSm80<__half, kHeadDim, kMemory, false>;
   const Problem& p = params.problem;
   const BackwardWorkspace workspace = backward_workspace<kHeadDim, kMemory>(p);
   char* const base = static_cast<char*>(params.workspace);
@@ -54,13 +64,16 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   launch_params.params = params;
   launch_params.statistics = reinterpret_cast<float*>(base);
   launch_params.dq_accumulator = reinterpret_cast<float*>(base + workspace.dq);
+  launch_params.turns = reinterpret_cast<int*>(base + workspace.turns);
   launch_params.slots_q = workspace.slots_q;
-  launch_params.slots_k = slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Kernel::kBlockK);
+  launch_params.slots_k =
+      slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Kernel::kBlockK);
   launch_params.scale_log2 = p.softmax_scale * kLog2e;
   launch_params.q_pass_bytes = 2 * Kernel::QueryCopy::kRowsPerPass * params.q.stride_seq;
   launch_params.dout_pass_bytes = 2 * Kernel::QueryCopy::kRowsPerPass * params.dout.stride_seq;
-  return p.dtype == Dtype::kFloat16 ? launch_backward<__half, kHeadDim, kMemory>(launch_params, stream)
-                                    : launch_backward<__nv_bfloat16, kHeadDim, kMemory>(launch_params, stream);
+  return p.dtype == Dtype::kFloat16
+             ? launch_backward<__half, kHeadDim, kMemory>(launch_params, stream)
+             : launch_backward<__nv_bfloat16, kHeadDim, kMemory>(launch_params, stream);
 }
 
 }  // namespace flashtile

@@ -2,10 +2,12 @@
 //
 // Queries are cut into slots of block_q rows (tile/work.cuh). Per head and slot the workspace holds
 //
-//   statistics [block_q / 16][3][4][4], fp32, padded to 4 floats a query: for 16 queries, lane l reads at l % 4 one float4 of
-//     lse * log2(e) (queries 2t, 2t+1, 2t+8, 2t+9, t = l % 4) and two of -delta (2t, 2t+1, 2t, 2t+1,
-//     then the same 8 queries on): what an n8 accumulator tile of dP^T starts from.
-//   dq [block_q * head_dim], fp32: dQ / scale in accumulator order, [register][thread]: every addition
+//   statistics [block_q / 16][3][4][4], fp32, padded to 4 floats a query: for 16 queries, lane l
+//   reads at l % 4 one float4 of
+//     lse * log2(e) (queries 2t, 2t+1, 2t+8, 2t+9, t = l % 4) and two of -delta (2t, 2t+1, 2t,
+//     2t+1, then the same 8 queries on): what an n8 accumulator tile of dP^T starts from.
+//   dq [block_q * head_dim], fp32: dQ / scale in accumulator order, [register][thread]: every
+//   addition
 //     of a warp goes to 128 neighbouring bytes.
 #pragma once
 
@@ -20,19 +22,20 @@ namespace flashtile {
 // The arguments of the three kernels.
 struct BackwardLaunch {
   BackwardParams params;
-  float* statistics = nullptr;    // [num_heads, slots_q, 4 block_q]
+  float* statistics = nullptr;      // [num_heads, slots_q, 4 block_q]
   float* dq_accumulator = nullptr;  // [num_heads, slots_q, block_q * head_dim]
+  int* turns = nullptr;  // [num_heads, slots_q], then the ticket counter; only when deterministic
   int64_t slots_q = 0;
   int64_t slots_k = 0;
-  float scale_log2 = 0.0f;        // softmax_scale * log2(e)
-  int64_t q_pass_bytes = 0;       // from a row that a thread copies to its next one, in q
-  int64_t dout_pass_bytes = 0;    // and in dout
+  float scale_log2 = 0.0f;      // softmax_scale * log2(e)
+  int64_t q_pass_bytes = 0;     // from a row that a thread copies to its next one, in q
+  int64_t dout_pass_bytes = 0;  // and in dout
 };
 
 template <int kBlockQ, int kHeadDim>
 struct BackwardSlot {
-  static constexpr int kStatistics = 4 * kBlockQ;   // floats
-  static constexpr int kDq = kBlockQ * kHeadDim;    // floats
+  static constexpr int kStatistics = 4 * kBlockQ;  // floats
+  static constexpr int kDq = kBlockQ * kHeadDim;   // floats
 
   // Floats from the start of the statistics to the lse of `query`, 0 <= query < kBlockQ.
   static FLASHTILE_HOST_DEVICE int lse(int query) {
@@ -106,7 +109,8 @@ FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int i
 }
 
 // Element `row` (within the sequence) of a head, first column.
-FLASHTILE_DEVICE int64_t element_offset(const View& view, int64_t batch, int64_t row, int64_t head) {
+FLASHTILE_DEVICE int64_t element_offset(const View& view, int64_t batch, int64_t row,
+                                        int64_t head) {
   return batch * view.stride_batch + row * view.stride_seq + head * view.stride_head;
 }
 FLASHTILE_DEVICE float* row_pointer(const RowView& view, int64_t batch, int64_t row, int64_t head) {

@@ -1,6 +1,6 @@
-// End of the backward's main kernel: dK and dV from registers to global memory, through shared memory
-// so that every store is 16 bytes of a row. Where several warps hold partial sums of the same keys,
-// the partner's half is added first, in fp32 and in a fixed order.
+// End of the backward's main kernel: dK and dV from registers to global memory, through shared
+// memory so that every store is 16 bytes of a row. Where several warps hold partial sums of the
+// same keys, the partner's half is added first, in fp32 and in a fixed order.
 #pragma once
 
 #include "backward_sm80_tile.cuh"
@@ -9,28 +9,31 @@ namespace flashtile {
 
 // A warp's gradient, times `scale` and rounded to T, into the tile at `tile`.
 template <class T, class Tile, int kRows, int kCols>
-FLASHTILE_DEVICE void stage_gradient(
-    uint32_t tile, const Accumulator<kRows, kCols>& x, float scale, int row0, int col0, int lane) {
+FLASHTILE_DEVICE void stage_gradient(uint32_t tile, const Accumulator<kRows, kCols>& x, float scale,
+                                     int row0, int col0, int lane) {
   const uint32_t address = tile + Tile::offset(row0 + lane / 4, col0 / 8) + lane % 4 * 4;
   FLASHTILE_UNROLL
   for (int m = 0; m < kRows / 16; ++m) {
     FLASHTILE_UNROLL
     for (int n = 0; n < kCols / 8; ++n) {
-      const uint32_t block = (address ^ (n % 8 * kChunkBytes)) + n / 8 * Tile::kPanelBytes + 16 * m * kPanelRowBytes;
+      const uint32_t block =
+          (address ^ (n % 8 * kChunkBytes)) + n / 8 * Tile::kPanelBytes + 16 * m * kPanelRowBytes;
       ptx::sts_u32(block, ptx::pack<T>(x.d[m][n][0] * scale, x.d[m][n][1] * scale));
-      ptx::sts_u32(block + 8 * kPanelRowBytes, ptx::pack<T>(x.d[m][n][2] * scale, x.d[m][n][3] * scale));
+      ptx::sts_u32(block + 8 * kPanelRowBytes,
+                   ptx::pack<T>(x.d[m][n][2] * scale, x.d[m][n][3] * scale));
     }
   }
 }
 
 // Registers to shared memory and back, as they are: [register / 4][lane], 16 bytes each.
 template <int kRows, int kCols>
-FLASHTILE_DEVICE void put_registers(uint32_t address, const Accumulator<kRows, kCols>& x, int lane) {
+FLASHTILE_DEVICE void put_registers(uint32_t address, const Accumulator<kRows, kCols>& x,
+                                    int lane) {
   FLASHTILE_UNROLL
   for (int m = 0; m < kRows / 16; ++m) {
     FLASHTILE_UNROLL
     for (int n = 0; n < kCols / 8; ++n) {
-      const float(&d)[4] = x.d[m][n];
+      const float (&d)[4] = x.d[m][n];
       ptx::sts_u32x4(address + ((m * (kCols / 8) + n) * 32 + lane) * 16,
                      make_uint4(__float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]),
                                 __float_as_uint(d[3])));
@@ -54,21 +57,25 @@ FLASHTILE_DEVICE void add_registers(Accumulator<kRows, kCols>& x, uint32_t addre
 
 // The rows of a tile that lie in the sequence.
 template <class Copy>
-FLASHTILE_DEVICE void store_rows(const View& view, const RowBlock& block, uint32_t tile, int thread) {
+FLASHTILE_DEVICE void store_rows(const View& view, const RowBlock& block, uint32_t tile,
+                                 int thread) {
   const Sequence& s = block.sequence;
   const uint32_t source = tile + Copy::offset(thread);
-  char* target = const_cast<char*>(Copy::source(view, s.batch, s.row_k + block.row0, block.head, thread));
+  char* target =
+      const_cast<char*>(Copy::source(view, s.batch, s.row_k + block.row0, block.head, thread));
   FLASHTILE_UNROLL
   for (int i = 0; i < Copy::kPasses; ++i) {
     const int row = i * Copy::kRowsPerPass;
     if (Copy::row(thread) + row < block.rows) {
-      *reinterpret_cast<uint4*>(target + 2 * row * view.stride_seq) = ptx::lds_u32x4(source + row * kPanelRowBytes);
+      *reinterpret_cast<uint4*>(target + 2 * row * view.stride_seq) =
+          ptx::lds_u32x4(source + row * kPanelRowBytes);
     }
   }
 }
 
 template <class T, int kHeadDim, Memory kMemory, class Gradient>
-FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, uint32_t smem, Gradient& dk, Gradient& dv) {
+FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, uint32_t smem,
+                                      Gradient& dk, Gradient& dv) {
   using Smem = BackwardSmem<kHeadDim, kMemory>;
   using Tile = typename Smem::KeyTile;
   constexpr BackwardConfig kConfig = Smem::kConfig;
@@ -78,8 +85,8 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, uint32_t sme
   using Copy = RowCopy<Tile, 32 * kConfig.warps()>;
   // Found again here, so that nothing of it was kept in registers during the main loop.
   const BackwardParams& p = launch.params;
-  const RowBlock block = row_block<Rows::kKeys, kConfig.block_k, kConfig.block_q>(
-      p.problem, launch.slots_k, ptx::block_index());
+  const RowBlock block =
+      row_block<Rows::kKeys, kConfig.block_k, kConfig.block_q>(p.problem, launch.slots_k, index);
   const int thread = ptx::thread_index();
   const int lane = thread % 32, warp = thread / 32;
   const int warp_key = warp / kConfig.warps_q, warp_query = warp % kConfig.warps_q;

@@ -17,15 +17,15 @@ struct BackwardSmem {
   static_assert(kConfig.block_q <= ScoreTile::kCols);
 
   static constexpr int kStatisticsBytes = 16 * kConfig.block_q;
-  static constexpr int kDout = QueryTile::kBytes;             // within a stage
-  static constexpr int kStatistics = 2 * QueryTile::kBytes;   // within a stage
-  static constexpr int kStageBytes = kStatistics + 1024;      // a multiple of 1024, as tiles need
+  static constexpr int kDout = QueryTile::kBytes;            // within a stage
+  static constexpr int kStatistics = 2 * QueryTile::kBytes;  // within a stage
+  static constexpr int kStageBytes = kStatistics + 1024;     // a multiple of 1024, as tiles need
   static_assert(kStatisticsBytes <= 1024);
 
   static constexpr int kK = 0;
   static constexpr int kStages = KeyTile::kBytes;
-  static constexpr int kScores = kStages + 2 * kStageBytes;   // dS^T
-  static constexpr int kExchange = kScores + ScoreTile::kBytes;                              // P^T
+  static constexpr int kScores = kStages + 2 * kStageBytes;      // dS^T
+  static constexpr int kExchange = kScores + ScoreTile::kBytes;  // P^T
   static constexpr int kOwnV = kExchange + (kConfig.split_head_dim ? ScoreTile::kBytes : 0);
   // V that is kept in registers passes through the stages before their first use.
   static constexpr int kV = kConfig.v_in_registers ? kStages : kOwnV;
@@ -62,18 +62,19 @@ struct RowCopy {
     return Tile::offset(thread / kLanes, thread % kLanes);
   }
   // The thread's first element; row0: the tile's first row within the tensor.
-  static FLASHTILE_DEVICE const char* source(
-      const View& view, int64_t batch, int64_t row0, int head, int thread) {
+  static FLASHTILE_DEVICE const char* source(const View& view, int64_t batch, int64_t row0,
+                                             int head, int thread) {
     return static_cast<const char*>(view.data) +
            2 * (element_offset(view, batch, row0 + row(thread), head) + thread % kLanes * 8);
   }
   // Rows from rows_left on (counted from the thread's first row) become 0. Leaves `source` at the
   // thread's first row of the next tile.
-  static FLASHTILE_DEVICE void copy(
-      uint32_t shared, const char*& source, int64_t pass_bytes, int rows_left) {
+  static FLASHTILE_DEVICE void copy(uint32_t shared, const char*& source, int64_t pass_bytes,
+                                    int rows_left) {
     FLASHTILE_UNROLL
     for (int i = 0; i < kPasses; ++i) {
-      ptx::cp_async_16(shared + i * kRowsPerPass * kPanelRowBytes, source, i * kRowsPerPass < rows_left);
+      ptx::cp_async_16(shared + i * kRowsPerPass * kPanelRowBytes, source,
+                       i * kRowsPerPass < rows_left);
       source += pass_bytes;
       ptx::hide(source);
     }
@@ -83,8 +84,8 @@ struct RowCopy {
 // Sets c = a b^T + c0, a: kRows rows of A (operand), b: rows of a tile stored [n, k]. c0(n) is the
 // start value of n8 tile n, the same for all row blocks.
 template <class T, int kRows, int kCols, class Operand, class Tile, class Start>
-FLASHTILE_DEVICE void product_ABt(
-    Accumulator<kRows, kCols>& c, const Operand& a, const Cursor<Tile>& b, int b_offset, Start start) {
+FLASHTILE_DEVICE void product_ABt(Accumulator<kRows, kCols>& c, const Operand& a,
+                                  const Cursor<Tile>& b, int b_offset, Start start) {
   FLASHTILE_UNROLL
   for (int k = 0; k < Tile::kCols / 16; ++k) {
     uint32_t a_k[kRows / 16][4];
@@ -113,9 +114,9 @@ FLASHTILE_DEVICE void product_ABt(
 
 // c += a b for k16 step `a` and rows row.. of b, a tile stored [k, n].
 template <class T, int kRows, int kCols, class Tile>
-FLASHTILE_DEVICE void product_AB_step(
-    Accumulator<kRows, kCols>& c, const uint32_t (&a)[kRows / 16][4], const Cursor<Tile>& b, int row,
-    int b_offset) {
+FLASHTILE_DEVICE void product_AB_step(Accumulator<kRows, kCols>& c,
+                                      const uint32_t (&a)[kRows / 16][4], const Cursor<Tile>& b,
+                                      int row, int b_offset) {
   FLASHTILE_UNROLL
   for (int n = 0; n < kCols / 16; ++n) {
     uint32_t b_kn[4];
@@ -131,7 +132,8 @@ struct SharedRows {
   const Cursor<Tile>& cursor;
   int offset;
 
-  FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset) : cursor(cursor), offset(offset) {}
+  FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset)
+      : cursor(cursor), offset(offset) {}
   FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
     ptx::ldmatrix_x4(a, cursor.at(16 * m, k, offset));
   }
@@ -146,7 +148,8 @@ struct RegisterRows {
     FLASHTILE_UNROLL
     for (int m = 0; m < kRows / 16; ++m) {
       FLASHTILE_UNROLL
-      for (int k = 0; k < Tile::kCols / 16; ++k) ptx::ldmatrix_x4(x[m][k], cursor.at(16 * m, k, offset));
+      for (int k = 0; k < Tile::kCols / 16; ++k)
+        ptx::ldmatrix_x4(x[m][k], cursor.at(16 * m, k, offset));
     }
   }
   FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
