@@ -39,10 +39,11 @@ struct DqTurns {
   FLASHTILE_DEVICE void start(const BackwardLaunch& launch, int64_t slot) {
     next = launch.turns + slot;
   }
-  // Until it is this key block's turn to add to the next block of queries.
+  // Until it is this key block's turn to add to the next block of queries. Each key block passes on
+  // once, so "<" cannot hang even where wrong cu_seqlens make sequences share a counter.
   FLASHTILE_DEVICE void wait() {
     if (ptx::thread_index() != 0) return;
-    while (ptx::atomic_add_acquire(next, 0) != turn) {
+    while (ptx::atomic_add_acquire(next, 0) < turn) {
     }
   }
   FLASHTILE_DEVICE void added() { ++next; }
