@@ -52,8 +52,8 @@ using torch::autograd::AutogradContext;
 
 // Everything about a call that is not differentiated.
 struct Call {
-  std::optional<Sequences> sequences;  // unset: dense
-  std::optional<double> softmax_scale;
+  std::optional<Sequences> sequences = {};  // unset: dense
+  std::optional<double> softmax_scale = {};
   int64_t window_left = -1;   // FLASHTILE_UNLIMITED
   int64_t window_right = -1;  // 0 is causal
 };
@@ -90,8 +90,8 @@ inline Forward call_forward(TensorRef q, TensorRef k, TensorRef v, const Call& c
 // What the backward op reads beside the tensors that it is differentiated in.
 struct Saved {
   at::Tensor out, softmax_lse;
-  std::optional<at::Tensor> dlse;  // unset: zero
-  Call call;
+  std::optional<at::Tensor> dlse = {};  // unset: zero
+  Call call = {};
 };
 
 inline Backward call_backward(TensorRef dout, TensorRef q, TensorRef k, TensorRef v,
