@@ -103,9 +103,12 @@ AttentionOutput torch_manual(const Setup& setup, Dtype dtype) {
   at::Tensor loss = (all_out * rows(in.dout)).sum();
   if (setup.spec.dlse) loss = loss + (all_lse * dlse).masked_fill(all_lse.isinf(), 0.0).sum();
   loss.backward();
-  result.dq = to_doubles(in.q.grad());
-  result.dk = to_doubles(in.k.grad());
-  result.dv = to_doubles(in.v.grad());
+  const auto gradient = [](const at::Tensor& t) {  // undefined where no sequence reads t
+    return to_doubles(t.grad().defined() ? t.grad() : at::zeros_like(t));
+  };
+  result.dq = gradient(in.q);
+  result.dk = gradient(in.k);
+  result.dv = gradient(in.v);
   return result;
 }
 
