@@ -24,40 +24,43 @@ unsigned long long ull(uint64_t x) { return x; }
 [[noreturn]] void fail_bounds(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
                               Access access) {
   const Allocation* near = global_memory().nearest(address);
-  std::string message = text("%s of %u bytes at global address 0x%llx, outside every allocation", verb(access),
-                             bytes, ull(address));
+  std::string message = text("%s of %u bytes at global address 0x%llx, outside every allocation",
+                             verb(access), bytes, ull(address));
   if (near != nullptr && address >= near->begin && address < near->end) {
     message += text(": it crosses the end of %s (%llu bytes) by %llu bytes", near->label.c_str(),
                     ull(near->end - near->begin), ull(address + bytes - near->end));
   } else if (near != nullptr) {
     const bool below = address < near->begin;
-    message += text("; nearest: %s, %llu bytes, %llu bytes %s its %s", near->label.c_str(),
-                    ull(near->end - near->begin), ull(below ? near->begin - address : address - near->end),
-                    below ? "before" : "behind", below ? "begin" : "end");
+    message +=
+        text("; nearest: %s, %llu bytes, %llu bytes %s its %s", near->label.c_str(),
+             ull(near->end - near->begin), ull(below ? near->begin - address : address - near->end),
+             below ? "before" : "behind", below ? "begin" : "end");
   }
   warp.block->fail(Error::kOutOfBounds, warp, pc, lane, message);
 }
 
-[[noreturn]] void fail_alignment(Warp& warp, uint32_t pc, int lane, const char* space, uint64_t address,
-                                 uint32_t bytes, Access access) {
+[[noreturn]] void fail_alignment(Warp& warp, uint32_t pc, int lane, const char* space,
+                                 uint64_t address, uint32_t bytes, Access access) {
   warp.block->fail(Error::kMisaligned, warp, pc, lane,
-                   text("%s of %u bytes at %s address 0x%llx, which is not a multiple of %u", verb(access), bytes,
-                        space, ull(address), bytes));
+                   text("%s of %u bytes at %s address 0x%llx, which is not a multiple of %u",
+                        verb(access), bytes, space, ull(address), bytes));
 }
 
-[[noreturn]] void fail_global_race(Warp& warp, uint32_t pc, int lane, Access access, uint64_t address,
-                                   const char* earlier, uint32_t thread, uint32_t earlier_pc, bool foreign) {
+[[noreturn]] void fail_global_race(Warp& warp, uint32_t pc, int lane, Access access,
+                                   uint64_t address, const char* earlier, uint32_t thread,
+                                   uint32_t earlier_pc, bool foreign) {
   Block& block = *warp.block;
   const Allocation* range = global_memory().find(address);
-  block.fail(Error::kRace, warp, pc, lane,
-             text("%s of global memory (%s + %llu) is not ordered after the %s by thread %u of %s at %s", verb(access),
-                  range->label.c_str(), ull(address - range->begin), earlier, thread,
-                  foreign ? "another block" : "this block", block.where(earlier_pc).c_str()));
+  block.fail(
+      Error::kRace, warp, pc, lane,
+      text("%s of global memory (%s + %llu) is not ordered after the %s by thread %u of %s at %s",
+           verb(access), range->label.c_str(), ull(address - range->begin), earlier, thread,
+           foreign ? "another block" : "this block", block.where(earlier_pc).c_str()));
 }
 
 // The 4-byte words of one lane's access against the shadow of their allocation.
-void check_global(Warp& warp, uint32_t pc, int lane, Allocation& range, uint64_t address, uint32_t bytes,
-                  Access access) {
+void check_global(Warp& warp, uint32_t pc, int lane, Allocation& range, uint64_t address,
+                  uint32_t bytes, Access access) {
   Block& block = *warp.block;
   const int thread = warp.index * kLanes + lane;
   const uint32_t stamp = block.clocks.own(thread);
@@ -67,25 +70,28 @@ void check_global(Warp& warp, uint32_t pc, int lane, Allocation& range, uint64_t
     uint8_t covered = 0xF;
     if (at < address || at + 4 > end) {
       covered = 0;
-      for (int b = 0; b < 4; ++b) covered |= static_cast<uint8_t>((at + b >= address && at + b < end) << b);
+      for (int b = 0; b < 4; ++b)
+        covered |= static_cast<uint8_t>((at + b >= address && at + b < end) << b);
     }
     if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0 &&
         !(access == Access::kAtomic && w.atomic)) {
       const bool foreign = w.write_stamp < block.block_stamp;
       if (foreign || !block.clocks.knows(thread, w.write_thread, w.write_stamp)) {
-        fail_global_race(warp, pc, lane, access, at, w.atomic ? "atomic update" : "write", w.write_thread,
-                         w.write_pc, foreign);
+        fail_global_race(warp, pc, lane, access, at, w.atomic ? "atomic update" : "write",
+                         w.write_thread, w.write_pc, foreign);
       }
     }
     if (access == Access::kRead) {
-      if (w.read_stamp >= block.launch_stamp && w.read_stamp < block.block_stamp) w.foreign_read_stamp = w.read_stamp;
+      if (w.read_stamp >= block.launch_stamp && w.read_stamp < block.block_stamp)
+        w.foreign_read_stamp = w.read_stamp;
       w.read_stamp = stamp;
       w.read_thread = static_cast<uint16_t>(thread);
       w.read_pc = pc;
       continue;
     }
     if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
-      const bool foreign = w.read_stamp < block.block_stamp || w.foreign_read_stamp >= block.launch_stamp;
+      const bool foreign =
+          w.read_stamp < block.block_stamp || w.foreign_read_stamp >= block.launch_stamp;
       if (foreign || !block.clocks.knows(thread, w.read_thread, w.read_stamp)) {
         fail_global_race(warp, pc, lane, access, at, "read", w.read_thread, w.read_pc, foreign);
       }
@@ -117,10 +123,11 @@ char* resolve_local(Request& r, int lane, uint64_t address) {
   const uint32_t size = block.kernel->local_bytes;
   if (address + r.bytes > size) {
     block.fail(Error::kOutOfBounds, *r.warp, r.pc, lane,
-               text("%s of %u bytes at local offset %llu; the thread has %u bytes of local memory", verb(r.access),
-                    r.bytes, ull(address), size));
+               text("%s of %u bytes at local offset %llu; the thread has %u bytes of local memory",
+                    verb(r.access), r.bytes, ull(address), size));
   }
-  if (address % r.bytes != 0) fail_alignment(*r.warp, r.pc, lane, "local", address, r.bytes, r.access);
+  if (address % r.bytes != 0)
+    fail_alignment(*r.warp, r.pc, lane, "local", address, r.bytes, r.access);
   ++block.counters->local_accesses;
   return r.warp->local + static_cast<size_t>(lane) * size + address;
 }
@@ -129,8 +136,8 @@ char* resolve_param(Request& r, int lane, uint64_t address) {
   Block& block = *r.warp->block;
   if (r.access != Access::kRead || address + r.bytes > block.params.size()) {
     block.fail(Error::kOutOfBounds, *r.warp, r.pc, lane,
-               text("%s of %u bytes at parameter offset %llu; the parameters have %llu bytes", verb(r.access), r.bytes,
-                    ull(address), ull(block.params.size())));
+               text("%s of %u bytes at parameter offset %llu; the parameters have %llu bytes",
+                    verb(r.access), r.bytes, ull(address), ull(block.params.size())));
   }
   return block.params.data() + address;
 }
@@ -180,15 +187,17 @@ uint32_t shared_offset(Warp& warp, uint32_t pc, int lane, uint64_t address, uint
   Block& block = *warp.block;
   const uint64_t offset = address - kSharedBase;
   if (offset > block.shared_bytes || offset + bytes > block.shared_bytes) {
-    block.fail(Error::kOutOfBounds, warp, pc, lane,
-               text("access of %u bytes at shared offset %lld; the block has %u bytes of shared memory", bytes,
-                    static_cast<long long>(offset), block.shared_bytes));
+    block.fail(
+        Error::kOutOfBounds, warp, pc, lane,
+        text("access of %u bytes at shared offset %lld; the block has %u bytes of shared memory",
+             bytes, static_cast<long long>(offset), block.shared_bytes));
   }
   if (offset & (bytes - 1)) fail_alignment(warp, pc, lane, "shared", address, bytes, Access::kRead);
   return static_cast<uint32_t>(offset);
 }
 
-const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes, Access access) {
+const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
+                           Access access) {
   Block& block = *warp.block;
   Allocation*& range = block.range_cache[pc];
   if (range == nullptr || address < range->begin || address + bytes > range->end) {
@@ -239,7 +248,8 @@ void resolve(Request& r, Space space) {
   }
 }
 
-void count_global(Block& block, const uint64_t* address, uint32_t mask, uint32_t bytes, bool write) {
+void count_global(Block& block, const uint64_t* address, uint32_t mask, uint32_t bytes,
+                  bool write) {
   const uint32_t total = static_cast<uint32_t>(std::popcount(mask)) * bytes;
   (write ? block.counters->global_written_bytes : block.counters->global_read_bytes) += total;
   uint64_t sectors[kLanes];
@@ -279,18 +289,21 @@ void fail_shadow(Warp& warp, uint32_t pc, int lane, Access access) {
   Block& block = *warp.block;
   const Conflict& c = block.shadow.conflict();
   if (c.kind == Conflict::kUninitialised) {
-    block.fail(Error::kUninitialised, warp, pc, lane,
-               text("%s of shared memory at offset %u that nothing has written", verb(access), c.offset));
+    block.fail(
+        Error::kUninitialised, warp, pc, lane,
+        text("%s of shared memory at offset %u that nothing has written", verb(access), c.offset));
   }
   const std::string earlier = block.where(c.pc);
   if (c.kind == Conflict::kInFlight) {
-    block.fail(Error::kInFlight, warp, pc, lane,
-               text("%s of shared memory at offset %u while the cp.async of thread %d at %s is in flight",
-                    verb(access), c.offset, c.thread, earlier.c_str()));
+    block.fail(
+        Error::kInFlight, warp, pc, lane,
+        text("%s of shared memory at offset %u while the cp.async of thread %d at %s is in flight",
+             verb(access), c.offset, c.thread, earlier.c_str()));
   }
-  block.fail(Error::kRace, warp, pc, lane,
-             text("%s of shared memory at offset %u is not ordered after the %s by thread %d at %s", verb(access),
-                  c.offset, c.was_write ? "write" : "read", c.thread, earlier.c_str()));
+  block.fail(
+      Error::kRace, warp, pc, lane,
+      text("%s of shared memory at offset %u is not ordered after the %s by thread %d at %s",
+           verb(access), c.offset, c.was_write ? "write" : "read", c.thread, earlier.c_str()));
 }
 
 }  // namespace ptx

@@ -1,4 +1,5 @@
-// Runs one block: which warp goes on, which of its splits, barriers, and what to say when nothing can.
+// Runs one block: which warp goes on, which of its splits, barriers, and what to say when nothing
+// can.
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -24,8 +25,8 @@ void Warp::wait_for_lanes(uint32_t present, uint32_t lanes) {
   const uint32_t gone = lanes & ~live;
   if (gone != 0) {
     block->fail(Error::kDivergence, *this, pc, __builtin_ctz(present),
-                "this instruction needs lanes " + hex(lanes) + " of the warp together; lanes " + hex(gone) +
-                    " have exited or do not exist");
+                "this instruction needs lanes " + hex(lanes) + " of the warp together; lanes " +
+                    hex(gone) + " have exited or do not exist");
   }
   block_on(Wait::kLanes, lanes, pc, present);
 }
@@ -37,7 +38,8 @@ void Warp::block_on(Wait wait, uint32_t detail, uint32_t resume_pc, uint32_t lan
 }
 
 bool Warp::has_runnable() const {
-  return mask != 0 || std::any_of(others.begin(), others.end(), [](const Split& s) { return s.wait == Wait::kNone; });
+  return mask != 0 || std::any_of(others.begin(), others.end(),
+                                  [](const Split& s) { return s.wait == Wait::kNone; });
 }
 
 SharedShadow& Block::shared_shadow() {
@@ -67,8 +69,10 @@ void Block::prepare() {
 void Block::fill_constants(Warp& warp) const {
   for (const Constant& c : kernel->constants) {
     for (int l = 0; l < kLanes; ++l) {
-      if (c.wide) warp.at<uint64_t>(c.offset)[l] = c.value;
-      else warp.at<uint32_t>(c.offset)[l] = static_cast<uint32_t>(c.value);
+      if (c.wide)
+        warp.at<uint64_t>(c.offset)[l] = c.value;
+      else
+        warp.at<uint32_t>(c.offset)[l] = static_cast<uint32_t>(c.value);
     }
   }
 }
@@ -82,23 +86,40 @@ void Block::fill_specials(Warp& warp) const {
       const uint32_t tid[3] = {t % n[0], t / n[0] % n[1], t / n[0] / n[1]};
       const char last = s.name.back();
       uint64_t value = 0;
-      if (s.name.starts_with("%tid.")) value = axis(last, tid);
-      else if (s.name.starts_with("%ntid.")) value = axis(last, n);
-      else if (s.name.starts_with("%ctaid.")) value = axis(last, index);
-      else if (s.name.starts_with("%nctaid.")) value = axis(last, launch->grid);
-      else if (s.name == "%laneid") value = l;
-      else if (s.name == "%warpid") value = static_cast<uint32_t>(warp.index);
-      else if (s.name == "%nwarpid") value = warps.size();
-      else if (s.name == "%nsmid") value = static_cast<uint32_t>(machine->device().sm_count);
-      else if (s.name == "%lanemask_eq") value = 1u << l;
-      else if (s.name == "%lanemask_lt") value = (1u << l) - 1;
-      else if (s.name == "%lanemask_le") value = (2ull << l) - 1;
-      else if (s.name == "%lanemask_gt") value = ~((2ull << l) - 1);
-      else if (s.name == "%lanemask_ge") value = ~((1u << l) - 1);
-      else if (s.name == "%dynamic_smem_size") value = launch->dynamic_shared;
-      else if (s.name == "%total_smem_size") value = shared_bytes;
-      if (s.wide) warp.at<uint64_t>(s.offset)[l] = value;
-      else warp.at<uint32_t>(s.offset)[l] = static_cast<uint32_t>(value);
+      if (s.name.starts_with("%tid."))
+        value = axis(last, tid);
+      else if (s.name.starts_with("%ntid."))
+        value = axis(last, n);
+      else if (s.name.starts_with("%ctaid."))
+        value = axis(last, index);
+      else if (s.name.starts_with("%nctaid."))
+        value = axis(last, launch->grid);
+      else if (s.name == "%laneid")
+        value = l;
+      else if (s.name == "%warpid")
+        value = static_cast<uint32_t>(warp.index);
+      else if (s.name == "%nwarpid")
+        value = warps.size();
+      else if (s.name == "%nsmid")
+        value = static_cast<uint32_t>(machine->device().sm_count);
+      else if (s.name == "%lanemask_eq")
+        value = 1u << l;
+      else if (s.name == "%lanemask_lt")
+        value = (1u << l) - 1;
+      else if (s.name == "%lanemask_le")
+        value = (2ull << l) - 1;
+      else if (s.name == "%lanemask_gt")
+        value = ~((2ull << l) - 1);
+      else if (s.name == "%lanemask_ge")
+        value = ~((1u << l) - 1);
+      else if (s.name == "%dynamic_smem_size")
+        value = launch->dynamic_shared;
+      else if (s.name == "%total_smem_size")
+        value = shared_bytes;
+      if (s.wide)
+        warp.at<uint64_t>(s.offset)[l] = value;
+      else
+        warp.at<uint32_t>(s.offset)[l] = static_cast<uint32_t>(value);
     }
   }
 }
@@ -111,7 +132,8 @@ void Block::start(const uint32_t (&id)[3]) {
   if (checks) shadow.start(shared_bytes, static_cast<int>(threads));
   for (BarrierState& b : barriers) b = {};
   for (Warp& warp : warps) {
-    const uint32_t lanes = std::min<uint32_t>(kLanes, threads - static_cast<uint32_t>(warp.index) * kLanes);
+    const uint32_t lanes =
+        std::min<uint32_t>(kLanes, threads - static_cast<uint32_t>(warp.index) * kLanes);
     warp.live = warp.mask = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
     warp.pc = 0;
     warp.executed = 0;
@@ -169,13 +191,14 @@ void Block::run_warp(Warp& warp, uint64_t quantum) {
     const uint32_t pc = warp.mask != 0 ? warp.pc : 0;
     fail(Error::kLivelock, warp, pc, warp.mask != 0 ? __builtin_ctz(warp.mask) : 0,
          "the warp has executed " + std::to_string(warp.executed) +
-             " instructions without an end; it may spin on memory that another block writes, which this "
+             " instructions without an end; it may spin on memory that another block writes, which "
+             "this "
              "machine runs before or after this one");
   }
 }
 
-// After an instruction that changed the splits, or while there are several: merge what meets, and let
-// the lowest pc run.
+// After an instruction that changed the splits, or while there are several: merge what meets, and
+// let the lowest pc run.
 void Block::reconverge(Warp& warp) {
   if (warp.event) {
     warp.event = false;
@@ -189,7 +212,8 @@ void Block::reconverge(Warp& warp) {
   }
   bool meets = false;
   for (const Split& s : warp.others) {
-    meets |= (s.pc == warp.pc && s.wait <= Wait::kLanes) || (s.pc < warp.pc && s.wait == Wait::kNone);
+    meets |=
+        (s.pc == warp.pc && s.wait <= Wait::kLanes) || (s.pc < warp.pc && s.wait == Wait::kNone);
   }
   if (!meets) return;
   warp.others.push_back({warp.pc, warp.mask, Wait::kNone, 0});
@@ -204,13 +228,15 @@ bool Block::pick_split(Warp& warp) {
   }
   if (lowest == nullptr) {
     // Lanes that wait for each other at different instructions never meet.
-    const bool hopeless = !warp.others.empty() && std::all_of(warp.others.begin(), warp.others.end(), [](const Split& s) {
-      return s.wait == Wait::kLanes || s.wait == Wait::kWarpSync;
-    });
+    const bool hopeless = !warp.others.empty() &&
+                          std::all_of(warp.others.begin(), warp.others.end(), [](const Split& s) {
+                            return s.wait == Wait::kLanes || s.wait == Wait::kWarpSync;
+                          });
     if (hopeless) {
       const Split& first = warp.others.front();
       fail(Error::kDivergence, warp, first.pc, __builtin_ctz(first.mask),
-           "the lanes of this warp wait for each other at different instructions: " + describe(warp));
+           "the lanes of this warp wait for each other at different instructions: " +
+               describe(warp));
     }
     return false;
   }
@@ -223,7 +249,8 @@ bool Block::pick_split(Warp& warp) {
   return true;
 }
 
-// Fewer lanes may complete a barrier, or make a wait hopeless: let the waiting instructions look again.
+// Fewer lanes may complete a barrier, or make a wait hopeless: let the waiting instructions look
+// again.
 void Block::lanes_exited(Warp& warp) {
   if (!warp.exited) return;
   warp.exited = false;
@@ -239,14 +266,16 @@ uint32_t Block::live_threads() const {
   return count;
 }
 
-void Block::arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, uint32_t count, bool wait) {
+void Block::arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, uint32_t count,
+                   bool wait) {
   BarrierState& b = barriers[id];
   const uint32_t pc = warp.pc;
   const int lane = __builtin_ctz(lanes);
   if (!b.arrived.empty() && b.expected != expected) {
     fail(Error::kDivergence, warp, pc, lane,
-         "barrier " + std::to_string(id) + " is used with " + std::to_string(expected) + " threads while others wait with " +
-             std::to_string(b.expected) + " (0: the whole block)");
+         "barrier " + std::to_string(id) + " is used with " + std::to_string(expected) +
+             " threads while others wait with " + std::to_string(b.expected) +
+             " (0: the whole block)");
   }
   b.expected = expected;
   b.count += count;
@@ -257,7 +286,8 @@ void Block::arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, u
   }
   if (expected != 0 && b.count > expected) {
     fail(Error::kDivergence, warp, pc, lane,
-         "barrier " + std::to_string(id) + ": more than the expected " + std::to_string(expected) + " threads arrive");
+         "barrier " + std::to_string(id) + ": more than the expected " + std::to_string(expected) +
+             " threads arrive");
   }
   try_release(id);
 }
@@ -265,10 +295,13 @@ void Block::arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, u
 void Block::try_release(uint32_t id) {
   BarrierState& b = barriers[id];
   if (b.arrived.empty()) return;
-  const bool complete = b.expected != 0 ? b.count == b.expected : b.arrived.size() >= live_threads();
+  const bool complete =
+      b.expected != 0 ? b.count == b.expected : b.arrived.size() >= live_threads();
   if (!complete) return;
-  if (b.waiting.size() == threads) clocks.join_all();
-  else clocks.join(b.arrived, b.waiting);
+  if (b.waiting.size() == threads)
+    clocks.join_all();
+  else
+    clocks.join(b.arrived, b.waiting);
   b = {};
   for (Warp& warp : warps) {
     for (Split& s : warp.others) {
@@ -309,8 +342,10 @@ std::string Block::describe(const Warp& warp) const {
                                                    : "can run ";
     if (!text.empty()) text += "; ";
     text += "lanes " + hex(s.mask) + " " + what;
-    if (barrier) text += std::to_string(s.detail);
-    else if (s.wait != Wait::kNone) text += hex(s.detail);
+    if (barrier)
+      text += std::to_string(s.detail);
+    else if (s.wait != Wait::kNone)
+      text += hex(s.detail);
     // A barrier or warp barrier resumes behind itself.
     text += " at " + where(barrier || s.wait == Wait::kWarpSync ? s.pc - 1 : s.pc);
   }
@@ -332,11 +367,15 @@ void Block::report_stuck() {
   for (int id = 0; id < kBarriers; ++id) {
     const BarrierState& b = barriers[id];
     if (b.arrived.empty()) continue;
-    text += "\n    barrier " + std::to_string(id) + ": " + std::to_string(b.arrived.size()) + " threads arrived, " +
-            (b.expected != 0 ? std::to_string(b.expected) : "all " + std::to_string(live_threads())) + " expected";
+    text +=
+        "\n    barrier " + std::to_string(id) + ": " + std::to_string(b.arrived.size()) +
+        " threads arrived, " +
+        (b.expected != 0 ? std::to_string(b.expected) : "all " + std::to_string(live_threads())) +
+        " expected";
   }
   const Warp& at = stuck != nullptr ? *stuck : warps.front();
-  fail(Error::kDeadlock, at, pc, at.others.empty() ? 0 : __builtin_ctz(at.others.front().mask), text);
+  fail(Error::kDeadlock, at, pc, at.others.empty() ? 0 : __builtin_ctz(at.others.front().mask),
+       text);
 }
 
 }  // namespace ptx

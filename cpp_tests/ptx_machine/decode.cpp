@@ -40,12 +40,16 @@ bool is_wide_special(std::string_view name) {
 }
 
 bool is_known_special(std::string_view name) {
-  static const char* const kNames[] = {
-      "%tid.x",    "%tid.y",     "%tid.z",        "%ntid.x",       "%ntid.y",        "%ntid.z",
-      "%ctaid.x",  "%ctaid.y",   "%ctaid.z",      "%nctaid.x",     "%nctaid.y",      "%nctaid.z",
-      "%laneid",   "%warpid",    "%nwarpid",      "%smid",         "%nsmid",         "%lanemask_eq",
-      "%lanemask_lt", "%lanemask_le", "%lanemask_gt", "%lanemask_ge", "%clock", "%clock64",
-      "%globaltimer", "%gridid", "%dynamic_smem_size", "%total_smem_size"};
+  static const char* const kNames[] = {"%tid.x",          "%tid.y",       "%tid.z",
+                                       "%ntid.x",         "%ntid.y",      "%ntid.z",
+                                       "%ctaid.x",        "%ctaid.y",     "%ctaid.z",
+                                       "%nctaid.x",       "%nctaid.y",    "%nctaid.z",
+                                       "%laneid",         "%warpid",      "%nwarpid",
+                                       "%smid",           "%nsmid",       "%lanemask_eq",
+                                       "%lanemask_lt",    "%lanemask_le", "%lanemask_gt",
+                                       "%lanemask_ge",    "%clock",       "%clock64",
+                                       "%globaltimer",    "%gridid",      "%dynamic_smem_size",
+                                       "%total_smem_size"};
   return std::find(std::begin(kNames), std::end(kNames), name) != std::end(kNames);
 }
 
@@ -61,7 +65,8 @@ class Decoder {
     for (size_t i = 0; i < body_.code.size(); ++i) {
       if (!instruction(static_cast<int>(i))) return false;
     }
-    if (!ends_with_exit()) return fail("the kernel does not end with ret or exit", kernel_.body_line);
+    if (!ends_with_exit())
+      return fail("the kernel does not end with ret or exit", kernel_.body_line);
     assign();
     kernel_.decoded = true;
     return true;
@@ -114,13 +119,16 @@ class Decoder {
     for (const auto& v : kernel_.module->variables) symbols_[v.name] = v.address;
   }
 
-  bool mentions(const std::string& name) const { return kernel_.body.find(name) != std::string_view::npos; }
+  bool mentions(const std::string& name) const {
+    return kernel_.body.find(name) != std::string_view::npos;
+  }
 
   bool ends_with_exit() const {
     if (body_.code.empty()) return false;
     const RawInst& last = body_.code.back();
-    return last.guard < 0 && (last.opcode == "ret" || last.opcode == "exit" || last.opcode == "trap" ||
-                              last.opcode == "bra" || last.opcode == "bra.uni");
+    return last.guard < 0 &&
+           (last.opcode == "ret" || last.opcode == "exit" || last.opcode == "trap" ||
+            last.opcode == "bra" || last.opcode == "bra.uni");
   }
 
   bool instruction(int index) {
@@ -151,7 +159,8 @@ class Decoder {
     return false;
   }
 
-  // Only the calls that the compiler itself makes: a failed assert ends the launch, printf is dropped.
+  // Only the calls that the compiler itself makes: a failed assert ends the launch, printf is
+  // dropped.
   bool call(int index) {
     RawInst& raw = body_.code[index];
     const auto calls = [&](std::string_view name) {
@@ -173,7 +182,8 @@ class Decoder {
     RawInst& raw = body_.code[index];
     const auto targets = raw.operands.size() == 2 ? body_.branch_targets.find(raw.operands[1].name)
                                                   : body_.branch_targets.end();
-    if (targets == body_.branch_targets.end()) return fail("brx.idx without its targets", raw.site.ptx_line);
+    if (targets == body_.branch_targets.end())
+      return fail("brx.idx without its targets", raw.site.ptx_line);
     std::vector<RawOperand> rest;
     raw.operands.pop_back();
     if (!match(raw, op_table().find("brx.idx")->front(), index)) return false;
@@ -198,7 +208,8 @@ class Decoder {
         result = false;
         continue;
       }
-      if (next == raw.operands.size() || !operand(raw, raw.operands[next++], letter, result, flow)) {
+      if (next == raw.operands.size() ||
+          !operand(raw, raw.operands[next++], letter, result, flow)) {
         next = raw.operands.size() + 1;
         break;
       }
@@ -214,9 +225,9 @@ class Decoder {
 
   void finish(const RawInst& raw, const Op& op, int index, size_t operand_mark, Flow& flow) {
     flow.guarded = raw.guard >= 0;
-    flow.ends = !flow.guarded && (raw.opcode == "ret" || raw.opcode == "exit" || raw.opcode == "bra" ||
-                                  raw.opcode == "bra.uni" || raw.opcode == "trap" ||
-                                  raw.opcode.substr(0, 7) == "brx.idx");
+    flow.ends = !flow.guarded && (raw.opcode == "ret" || raw.opcode == "exit" ||
+                                  raw.opcode == "bra" || raw.opcode == "bra.uni" ||
+                                  raw.opcode == "trap" || raw.opcode.substr(0, 7) == "brx.idx");
     if (flow.guarded) flow.uses.push_back(raw.guard);
     flow_[index] = std::move(flow);
     Inst inst;
@@ -237,13 +248,10 @@ class Decoder {
     switch (letter) {
       case 'r':
       case 'h':
-      case 'd':
-        return value(o, letter, result, flow);
+      case 'd': return value(o, letter, result, flow);
       case 'p':
-      case 'q':
-        return predicate(o, letter, result, flow);
-      case 'M':
-        return address(o, flow);
+      case 'q': return predicate(o, letter, result, flow);
+      case 'M': return address(o, flow);
       case 'i':
         if (o.kind != RawOperand::kImmediate) return false;
         operands_.push_back(static_cast<int32_t>(o.bits));
@@ -255,8 +263,7 @@ class Decoder {
         flow.targets.push_back(target);
         return true;
       }
-      default:
-        return false;
+      default: return false;
     }
   }
 
@@ -277,7 +284,8 @@ class Decoder {
     }
     uint64_t bits = o.bits;
     if (o.kind == RawOperand::kFloat) {
-      bits = wide ? std::bit_cast<uint64_t>(o.number) : std::bit_cast<uint32_t>(static_cast<float>(o.number));
+      bits = wide ? std::bit_cast<uint64_t>(o.number)
+                  : std::bit_cast<uint32_t>(static_cast<float>(o.number));
     } else if (o.kind == RawOperand::kSpecial) {
       return special(o.name, wide);
     } else if (o.kind == RawOperand::kName) {
@@ -300,7 +308,8 @@ class Decoder {
       operands_.push_back(0);
       return true;
     }
-    if (o.kind != RawOperand::kRegister || body_.registers[o.reg] != RegisterClass::kPred) return false;
+    if (o.kind != RawOperand::kRegister || body_.registers[o.reg] != RegisterClass::kPred)
+      return false;
     if (letter == 'p' && o.negated) return false;
     use_register(o.reg, result, flow);
     if (letter == 'q') operands_.push_back(o.negated ? -1 : 0);

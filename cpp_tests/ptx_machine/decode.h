@@ -1,7 +1,8 @@
-// The opcode table: full opcode text -> handler. There is no pattern matching: an opcode that is not
-// in the table, with every modifier spelled out, is refused.
+// The opcode table: full opcode text -> handler. There is no pattern matching: an opcode that is
+// not in the table, with every modifier spelled out, is refused.
 //
-// A signature lists the operands in the order of the PTX text, vectors flattened, results before '='.
+// A signature lists the operands in the order of the PTX text, vectors flattened, results before
+// '='.
 //   r  32-bit register or immediate      d  64-bit        h  16-bit (kept in a 32-bit slot)
 //   p  predicate                         q  predicate source, maybe negated: offset, flip
 //   M  [address]: base offset, displacement, 1 if the base is 64 bits wide

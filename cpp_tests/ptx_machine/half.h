@@ -6,7 +6,9 @@
 
 namespace ptx {
 
-inline float bf16_to_float(uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+inline float bf16_to_float(uint16_t x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x) << 16);
+}
 
 inline uint16_t float_to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -19,7 +21,8 @@ inline float fp16_to_float(uint16_t x) {
   const uint32_t exponent = (x >> 10) & 0x1F;
   const uint32_t mantissa = x & 0x3FF;
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | (mantissa << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
   if (mantissa == 0) return std::bit_cast<float>(sign);
   const int shift = std::countl_zero(mantissa) - 21;  // to bring the leading one to bit 10
   return std::bit_cast<float>(sign | ((113 - shift) << 23) | (((mantissa << shift) & 0x3FF) << 13));
@@ -35,7 +38,8 @@ inline uint16_t float_to_fp16(float x) {
     const uint32_t rounded = magnitude + 0xFFF + ((magnitude >> 13) & 1);
     return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
   }
-  if (magnitude < 0x33000000) return static_cast<uint16_t>(sign);  // below half the smallest subnormal
+  if (magnitude < 0x33000000)
+    return static_cast<uint16_t>(sign);  // below half the smallest subnormal
   const uint32_t mantissa = (magnitude & 0x7FFFFF) | 0x800000;
   const uint32_t shift = 126 - (magnitude >> 23);  // 14 .. 24
   const uint32_t half = 1u << (shift - 1);

@@ -79,8 +79,8 @@ std::string Report::to_string() const {
   if (line > 0) out << "\n    at " << path_tail(file) << ":" << line;
   if (!inlined_at.empty()) out << ", called from " << path_tail(inlined_at);
   if (ptx_line > 0) {
-    out << (line > 0 ? ", " : "\n    at ") << "PTX line " << ptx_line << "; block (" << block[0] << ", " << block[1]
-        << ", " << block[2] << "), thread " << thread;
+    out << (line > 0 ? ", " : "\n    at ") << "PTX line " << ptx_line << "; block (" << block[0]
+        << ", " << block[1] << ", " << block[2] << "), thread " << thread;
   }
   return out.str();
 }
@@ -154,7 +154,8 @@ int Machine::decode_all() {
   return good ? count : -1;
 }
 
-void Machine::register_memory(const void* pointer, size_t bytes, const std::string& label, bool read_only) {
+void Machine::register_memory(const void* pointer, size_t bytes, const std::string& label,
+                              bool read_only) {
   global_memory().add(pointer, bytes, label, read_only);
 }
 
@@ -187,17 +188,22 @@ std::string Machine::launch_error(const Launch& launch, const Kernel& kernel) co
   const uint64_t threads = uint64_t{launch.block[0]} * launch.block[1] * launch.block[2];
   const size_t total = kernel.static_shared + launch.dynamic_shared;
   const auto number = [](uint64_t x) { return std::to_string(x); };
-  if (threads == 0 || launch.grid[0] == 0 || launch.grid[1] == 0 || launch.grid[2] == 0) return "an empty grid or block";
+  if (threads == 0 || launch.grid[0] == 0 || launch.grid[1] == 0 || launch.grid[2] == 0)
+    return "an empty grid or block";
   if (threads > kernel.max_threads) {
-    return number(threads) + " threads in a block; the kernel was compiled for at most " + number(kernel.max_threads);
+    return number(threads) + " threads in a block; the kernel was compiled for at most " +
+           number(kernel.max_threads);
   }
-  if (launch.grid[0] > 0x7FFFFFFFu || launch.grid[1] > 65535 || launch.grid[2] > 65535) return "the grid is too large";
+  if (launch.grid[0] > 0x7FFFFFFFu || launch.grid[1] > 65535 || launch.grid[2] > 65535)
+    return "the grid is too large";
   if (launch.dynamic_shared > launch.max_dynamic_shared) {
-    return number(launch.dynamic_shared) + " bytes of dynamic shared memory; cudaFuncSetAttribute allows " +
+    return number(launch.dynamic_shared) +
+           " bytes of dynamic shared memory; cudaFuncSetAttribute allows " +
            number(launch.max_dynamic_shared);
   }
   if (total > static_cast<size_t>(device_.smem_optin)) {
-    return number(total) + " bytes of shared memory; a block of this device has at most " + number(device_.smem_optin);
+    return number(total) + " bytes of shared memory; a block of this device has at most " +
+           number(device_.smem_optin);
   }
   return "";
 }
@@ -208,7 +214,8 @@ bool Machine::launch(const Launch& launch) {
   if (kernel == nullptr) {
     return refuse(launch, Error::kLaunch,
                   targets.empty() ? "no loaded PTX has this kernel"
-                                  : "the loaded PTX has this kernel for compute capability " + targets + " only, the device has " +
+                                  : "the loaded PTX has this kernel for compute capability " +
+                                        targets + " only, the device has " +
                                         std::to_string(device_.compute_capability()));
   }
   if (!decode_kernel(*kernel)) {
@@ -234,7 +241,8 @@ bool Machine::run_blocks(const Launch& launch, const Kernel& kernel) {
   block.launch_stamp = Clocks::next_stamp();
   block.params.resize(kernel.param_bytes);
   for (size_t i = 0; i < kernel.params.size(); ++i) {
-    std::memcpy(block.params.data() + kernel.params[i].offset, launch.args[i], kernel.params[i].size);
+    std::memcpy(block.params.data() + kernel.params[i].offset, launch.args[i],
+                kernel.params[i].size);
   }
   counters_.shared_bytes_max = std::max<uint64_t>(counters_.shared_bytes_max, block.shared_bytes);
   block.prepare();
@@ -274,7 +282,8 @@ void Block::fail(Error kind, const Warp& warp, uint32_t pc, int lane, const std:
     report.ptx_line = site.ptx_line;
     report.line = site.line;
     if (site.line > 0) report.file = file(site.file);
-    if (site.outer_line > 0) report.inlined_at = file(site.outer_file) + ":" + std::to_string(site.outer_line);
+    if (site.outer_line > 0)
+      report.inlined_at = file(site.outer_file) + ":" + std::to_string(site.outer_line);
   }
   machine->add_report(std::move(report));
   throw LaunchAborted{};

@@ -18,7 +18,7 @@ struct Kernel;
 struct Device {
   int cc_major = 8;
   int cc_minor = 0;
-  int smem_optin = 163 * 1024;   // dynamic + static shared memory of one block, after opting in
+  int smem_optin = 163 * 1024;  // dynamic + static shared memory of one block, after opting in
   int smem_per_sm = 164 * 1024;
   int sm_count = 108;
   int compute_capability() const { return cc_major * 10 + cc_minor; }
@@ -29,54 +29,54 @@ inline constexpr Device kSm90 = {9, 0, 227 * 1024, 228 * 1024, 132};
 
 enum class Error {
   kNone,
-  kRace,           // two accesses of different threads, one a plain write, with no order between them
-  kInFlight,       // memory that a cp.async of this or another thread may still be writing
+  kRace,      // two accesses of different threads, one a plain write, with no order between them
+  kInFlight,  // memory that a cp.async of this or another thread may still be writing
   kUninitialised,  // shared memory read before it was written
   kOutOfBounds,
   kMisaligned,
-  kDivergence,     // a collective that not all of its lanes or warps reach
+  kDivergence,  // a collective that not all of its lanes or warps reach
   kDeadlock,
-  kLivelock,       // the instruction budget is spent
-  kLaunch,         // refused launch: shared memory, threads, missing kernel
-  kUnsupported,    // PTX the machine does not know
-  kTrap,           // trap or a failed device assert
+  kLivelock,     // the instruction budget is spent
+  kLaunch,       // refused launch: shared memory, threads, missing kernel
+  kUnsupported,  // PTX the machine does not know
+  kTrap,         // trap or a failed device assert
 };
 const char* name(Error kind);
 
 struct Report {
   Error kind = Error::kNone;
-  std::string kernel;       // demangled
-  std::string file;         // of the PTX .loc, needs -lineinfo
+  std::string kernel;  // demangled
+  std::string file;    // of the PTX .loc, needs -lineinfo
   int line = 0;
-  std::string inlined_at;   // "file:line" of the outermost caller, where nvcc inlined
+  std::string inlined_at;  // "file:line" of the outermost caller, where nvcc inlined
   int ptx_line = 0;
   uint32_t block[3] = {};
-  uint32_t thread = 0;      // linear index in the block
-  std::string text;         // what happened
+  uint32_t thread = 0;  // linear index in the block
+  std::string text;     // what happened
   std::string to_string() const;
 };
 
 // Exact and independent of the schedule for kernels without data-dependent spinning.
 struct Counters {
-  uint64_t instructions = 0;        // executed by a warp
-  uint64_t lane_instructions = 0;   // executed by a thread
+  uint64_t instructions = 0;       // executed by a warp
+  uint64_t lane_instructions = 0;  // executed by a thread
   uint64_t blocks = 0;
-  uint64_t mma = 0;                 // warp-wide mma.sync
-  uint64_t mma_flops = 0;           // 2 per multiply-add
-  uint64_t ex2 = 0;                 // per thread
-  uint64_t shuffles = 0;            // warp-wide
-  uint64_t barriers = 0;            // bar.sync, per warp
-  uint64_t atomics = 0;             // atom and red, per thread
-  uint64_t ldmatrix = 0;            // warp-wide
+  uint64_t mma = 0;        // warp-wide mma.sync
+  uint64_t mma_flops = 0;  // 2 per multiply-add
+  uint64_t ex2 = 0;        // per thread
+  uint64_t shuffles = 0;   // warp-wide
+  uint64_t barriers = 0;   // bar.sync, per warp
+  uint64_t atomics = 0;    // atom and red, per thread
+  uint64_t ldmatrix = 0;   // warp-wide
   uint64_t cp_async_bytes = 0;
-  uint64_t global_read_bytes = 0;   // cp.async included
+  uint64_t global_read_bytes = 0;  // cp.async included
   uint64_t global_written_bytes = 0;
-  uint64_t local_accesses = 0;      // per thread: nonzero means arrays that live in memory
-  uint64_t sectors = 0;             // 32-byte sectors touched, summed over warp requests
-  uint64_t sectors_ideal = 0;       // the bytes of those requests / 32, rounded up
-  uint64_t wavefronts = 0;          // of shared memory: ld, st, ldmatrix, cp.async
-  uint64_t wavefronts_ideal = 0;    // the same without bank conflicts
-  uint64_t shared_bytes_max = 0;    // largest static + dynamic shared memory of a block
+  uint64_t local_accesses = 0;    // per thread: nonzero means arrays that live in memory
+  uint64_t sectors = 0;           // 32-byte sectors touched, summed over warp requests
+  uint64_t sectors_ideal = 0;     // the bytes of those requests / 32, rounded up
+  uint64_t wavefronts = 0;        // of shared memory: ld, st, ldmatrix, cp.async
+  uint64_t wavefronts_ideal = 0;  // the same without bank conflicts
+  uint64_t shared_bytes_max = 0;  // largest static + dynamic shared memory of a block
 };
 
 class Machine {
@@ -85,14 +85,14 @@ class Machine {
   void configure(const Device& device);
   const Device& device() const { return device_; }
 
-  // Adds the kernels of a PTX file; its .target says which architecture it serves. Returns false and
-  // reports when the file cannot be read. A launch takes the highest target <= the device's.
+  // Adds the kernels of a PTX file; its .target says which architecture it serves. Returns false
+  // and reports when the file cannot be read. A launch takes the highest target <= the device's.
   bool load_ptx(const std::string& path);
   // A text file with one PTX file a line, each "compute-capability path".
   bool load_manifest(const std::string& path);
 
-  // Decodes every kernel now; the number of kernels, or -1 with a report for each that has an opcode
-  // the machine does not know.
+  // Decodes every kernel now; the number of kernels, or -1 with a report for each that has an
+  // opcode the machine does not know.
   int decode_all();
 
   // Decides block order, warp order, preemption and the moments at which cp.async data lands.

@@ -41,7 +41,8 @@ Allocation* GlobalMemory::nearest(uint64_t address) {
   Allocation* best = above == ranges_.end() ? nullptr : &above->second;
   if (above != ranges_.begin()) {
     Allocation& below = std::prev(above)->second;
-    if (best == nullptr || address < below.end || address - below.end < best->begin - address) best = &below;
+    if (best == nullptr || address < below.end || address - below.end < best->begin - address)
+      best = &below;
   }
   return best;
 }

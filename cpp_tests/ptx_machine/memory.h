@@ -29,7 +29,7 @@ struct Allocation {
   uint64_t end = 0;
   std::string label;
   bool read_only = false;
-  void* owned = nullptr;               // freed with the allocation
+  void* owned = nullptr;                 // freed with the allocation
   std::unique_ptr<WordShadow[]> shadow;  // [(end - begin + 3) / 4 + 1], made on first access
 
   WordShadow* word(uint64_t address) {

@@ -12,7 +12,9 @@ namespace ptx {
 
 namespace {
 
-bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%'; }
+bool is_word(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%';
+}
 
 // Overwrites comments with blanks, so that positions and line numbers stay.
 void blank_comments(std::string& text) {
@@ -102,7 +104,8 @@ Declaration parse_declaration(std::string_view text) {
 
 class Scanner {
  public:
-  Scanner(Module& module, std::string& error) : module_(module), text_(module.text), error_(error) {}
+  Scanner(Module& module, std::string& error)
+      : module_(module), text_(module.text), error_(error) {}
 
   bool run() {
     for (size_t at = 0; at < text_.size();) {
@@ -117,7 +120,9 @@ class Scanner {
   }
 
  private:
-  bool starts(size_t at, const char* word) const { return text_.compare(at, std::strlen(word), word) == 0; }
+  bool starts(size_t at, const char* word) const {
+    return text_.compare(at, std::strlen(word), word) == 0;
+  }
 
   size_t line_end(size_t at) const { return std::min(text_.find('\n', at), text_.size()); }
 
@@ -150,7 +155,8 @@ class Scanner {
     const size_t end = line_end(at);
     const size_t open = text_.find('"', at);
     const size_t close = text_.find('"', open + 1);
-    if (close < end) module_.files[std::atoi(text_.c_str() + at + 5)] = text_.substr(open + 1, close - open - 1);
+    if (close < end)
+      module_.files[std::atoi(text_.c_str() + at + 5)] = text_.substr(open + 1, close - open - 1);
     return end;
   }
 
@@ -183,7 +189,8 @@ class Scanner {
     }
     kernel->header = std::string_view(text_).substr(after, brace - after);
     kernel->body = std::string_view(text_).substr(brace + 1, end - brace - 1);
-    kernel->body_line = 1 + static_cast<int>(std::count(text_.begin(), text_.begin() + brace, '\n'));
+    kernel->body_line =
+        1 + static_cast<int>(std::count(text_.begin(), text_.begin() + brace, '\n'));
     thread_limit(*kernel);
     module_.kernels[kernel->name] = std::move(kernel);
     return end + 1;
@@ -218,10 +225,13 @@ class Scanner {
   void variable(std::string_view text) {
     const Declaration d = parse_declaration(text);
     if (text.find(".shared") != std::string_view::npos) {
-      module_.shared[d.name] = {d.align, d.unsized ? 0 : static_cast<uint32_t>(d.element * d.count)};
+      module_.shared[d.name] = {d.align,
+                                d.unsized ? 0 : static_cast<uint32_t>(d.element * d.count)};
       return;
     }
-    if (text.find(".global") == std::string_view::npos && text.find(".const") == std::string_view::npos) return;
+    if (text.find(".global") == std::string_view::npos &&
+        text.find(".const") == std::string_view::npos)
+      return;
     const size_t bytes = static_cast<size_t>(d.element) * d.count;
     module_.storage.push_back(std::make_unique<char[]>(bytes + 64));
     char* data = module_.storage.back().get();

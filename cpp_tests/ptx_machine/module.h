@@ -71,13 +71,13 @@ struct Kernel {
   std::string decode_error;  // nonempty: cannot run
   int decode_error_line = 0;
   std::vector<Inst> code;
-  std::vector<Site> sites;          // same index as code
-  std::vector<int32_t> operands;    // Inst::operand points into it
+  std::vector<Site> sites;        // same index as code
+  std::vector<int32_t> operands;  // Inst::operand points into it
   std::vector<Constant> constants;
   std::vector<Special> specials;
-  uint32_t register_bytes = 0;      // of one warp's register file, a multiple of 256
-  uint32_t static_shared = 0;       // bytes before the dynamic part
-  uint32_t local_bytes = 0;         // per thread
+  uint32_t register_bytes = 0;  // of one warp's register file, a multiple of 256
+  uint32_t static_shared = 0;   // bytes before the dynamic part
+  uint32_t local_bytes = 0;     // per thread
 };
 
 struct Module {
@@ -108,7 +108,7 @@ std::unique_ptr<Module> load_module(const std::string& path, std::string& error)
 bool decode_kernel(Kernel& kernel);
 
 // Numeric windows of the address spaces that are not plain host memory.
-inline constexpr uint64_t kSharedBase = 0x400;  // a .shared address
+inline constexpr uint64_t kSharedBase = 0x400;                    // a .shared address
 inline constexpr uint64_t kSharedWindow = 0x0001'0000'0000'0000;  // + .shared address: generic
 inline constexpr uint64_t kLocalWindow = 0x0002'0000'0000'0000;   // + .local address: generic
 inline constexpr uint64_t kParamWindow = 0x0003'0000'0000'0000;   // + .param offset: generic

@@ -1,5 +1,5 @@
-// How a handler is made from a function of one lane. The loops run over all 32 lanes and are meant to
-// be vectorised; results of lanes outside the mask are dropped.
+// How a handler is made from a function of one lane. The loops run over all 32 lanes and are meant
+// to be vectorised; results of lanes outside the mask are dropped.
 #pragma once
 
 #include <bit>
@@ -25,9 +25,12 @@ using Stored = std::conditional_t<sizeof(T) == 2 || sizeof(T) == 1, uint32_t, T>
 
 template <class T>
 Stored<T> to_stored(T x) {
-  if constexpr (sizeof(T) == 2) return static_cast<uint16_t>(x);
-  else if constexpr (sizeof(T) == 1) return static_cast<uint8_t>(x);
-  else return x;
+  if constexpr (sizeof(T) == 2)
+    return static_cast<uint16_t>(x);
+  else if constexpr (sizeof(T) == 1)
+    return static_cast<uint8_t>(x);
+  else
+    return x;
 }
 
 template <class T>
@@ -42,14 +45,17 @@ void store_lanes(T* __restrict to, const T* __restrict from, uint32_t mask) {
   }
 }
 
-inline void store_pred(uint32_t& to, uint32_t value, uint32_t mask) { to = (to & ~mask) | (value & mask); }
+inline void store_pred(uint32_t& to, uint32_t value, uint32_t mask) {
+  to = (to & ~mask) | (value & mask);
+}
 
 // Bit l of the result is set where x[l] != 0; x[l] is 0 or 1.
 inline uint32_t pack_bits(const uint32_t* x) {
   uint32_t bits = 0;
 #if defined(__AVX2__)
   for (int i = 0; i < kLanes; i += 8) {
-    const __m256i v = _mm256_slli_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(x + i)), 31);
+    const __m256i v =
+        _mm256_slli_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(x + i)), 31);
     bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(v))) << i;
   }
 #else

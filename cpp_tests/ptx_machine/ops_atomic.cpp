@@ -77,7 +77,12 @@ void add_one(OpTable& t, const std::string& prefix, const std::string& name) {
 
 template <Space kSpace, class T>
 void add_integer(OpTable& t, const std::string& p, const std::string& type) {
-  add_one<kSpace, [](T a, T b) { return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) + static_cast<std::make_unsigned_t<T>>(b)); }, T>(t, p, ".add" + type);
+  add_one<kSpace,
+          [](T a, T b) {
+            return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) +
+                                  static_cast<std::make_unsigned_t<T>>(b));
+          },
+          T>(t, p, ".add" + type);
   add_one<kSpace, [](T a, T b) { return a < b ? a : b; }, T>(t, p, ".min" + type);
   add_one<kSpace, [](T a, T b) { return (a > b) ? a : b; }, T>(t, p, ".max" + type);
 }
@@ -118,8 +123,9 @@ void add_space(OpTable& t, const std::string& p) {
 }  // namespace
 
 void add_atomic_ops(OpTable& t) {
-  for (const char* order : {"", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys", ".acquire.gpu", ".release.gpu",
-                            ".acq_rel.gpu", ".acquire.cta", ".release.cta", ".acq_rel.cta", ".gpu", ".cta", ".sys"}) {
+  for (const char* order :
+       {"", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys", ".acquire.gpu", ".release.gpu",
+        ".acq_rel.gpu", ".acquire.cta", ".release.cta", ".acq_rel.cta", ".gpu", ".cta", ".sys"}) {
     const std::string o = order;
     add_space<Space::kGlobal>(t, o + ".global");
     add_space<Space::kGeneric>(t, o);

@@ -6,20 +6,90 @@ namespace ptx {
 
 namespace {
 
-struct Eq { template <class T> static bool test(T a, T b) { return a == b; } };
-struct Ne { template <class T> static bool test(T a, T b) { return (a < b) || (a > b); } };
-struct Lt { template <class T> static bool test(T a, T b) { return a < b; } };
-struct Le { template <class T> static bool test(T a, T b) { return a <= b; } };
-struct Gt { template <class T> static bool test(T a, T b) { return a > b; } };
-struct Ge { template <class T> static bool test(T a, T b) { return a >= b; } };
-struct Equ { template <class T> static bool test(T a, T b) { return !(a < b || a > b); } };
-struct Neu { template <class T> static bool test(T a, T b) { return !(a == b); } };
-struct Ltu { template <class T> static bool test(T a, T b) { return !(a >= b); } };
-struct Leu { template <class T> static bool test(T a, T b) { return !(a > b); } };
-struct Gtu { template <class T> static bool test(T a, T b) { return !(a <= b); } };
-struct Geu { template <class T> static bool test(T a, T b) { return !(a < b); } };
-struct Num { template <class T> static bool test(T a, T b) { return a == a && b == b; } };
-struct Nan { template <class T> static bool test(T a, T b) { return a != a || b != b; } };
+struct Eq {
+  template <class T>
+  static bool test(T a, T b) {
+    return a == b;
+  }
+};
+struct Ne {
+  template <class T>
+  static bool test(T a, T b) {
+    return (a < b) || (a > b);
+  }
+};
+struct Lt {
+  template <class T>
+  static bool test(T a, T b) {
+    return a < b;
+  }
+};
+struct Le {
+  template <class T>
+  static bool test(T a, T b) {
+    return a <= b;
+  }
+};
+struct Gt {
+  template <class T>
+  static bool test(T a, T b) {
+    return a > b;
+  }
+};
+struct Ge {
+  template <class T>
+  static bool test(T a, T b) {
+    return a >= b;
+  }
+};
+struct Equ {
+  template <class T>
+  static bool test(T a, T b) {
+    return !(a < b || a > b);
+  }
+};
+struct Neu {
+  template <class T>
+  static bool test(T a, T b) {
+    return !(a == b);
+  }
+};
+struct Ltu {
+  template <class T>
+  static bool test(T a, T b) {
+    return !(a >= b);
+  }
+};
+struct Leu {
+  template <class T>
+  static bool test(T a, T b) {
+    return !(a > b);
+  }
+};
+struct Gtu {
+  template <class T>
+  static bool test(T a, T b) {
+    return !(a <= b);
+  }
+};
+struct Geu {
+  template <class T>
+  static bool test(T a, T b) {
+    return !(a < b);
+  }
+};
+struct Num {
+  template <class T>
+  static bool test(T a, T b) {
+    return a == a && b == b;
+  }
+};
+struct Nan {
+  template <class T>
+  static bool test(T a, T b) {
+    return a != a || b != b;
+  }
+};
 
 template <class T, class Compare>
 uint32_t compare_lanes(Warp& warp, int32_t a_place, int32_t b_place) {
@@ -28,12 +98,14 @@ uint32_t compare_lanes(Warp& warp, int32_t a_place, int32_t b_place) {
     const uint32_t* a = warp.at<const uint32_t>(a_place);
     const uint32_t* b = warp.at<const uint32_t>(b_place);
     for (int l = 0; l < kLanes; ++l) {
-      result[l] = Compare::test(T::widen(static_cast<uint16_t>(a[l])), T::widen(static_cast<uint16_t>(b[l])));
+      result[l] = Compare::test(T::widen(static_cast<uint16_t>(a[l])),
+                                T::widen(static_cast<uint16_t>(b[l])));
     }
   } else {
     const Stored<T>* a = warp.at<const Stored<T>>(a_place);
     const Stored<T>* b = warp.at<const Stored<T>>(b_place);
-    for (int l = 0; l < kLanes; ++l) result[l] = Compare::test(static_cast<T>(a[l]), static_cast<T>(b[l]));
+    for (int l = 0; l < kLanes; ++l)
+      result[l] = Compare::test(static_cast<T>(a[l]), static_cast<T>(b[l]));
   }
   return pack_bits(result);
 }
@@ -42,10 +114,14 @@ enum class Logic { kNone, kAnd, kOr, kXor };
 
 template <Logic kLogic>
 uint32_t combine(uint32_t a, uint32_t b) {
-  if constexpr (kLogic == Logic::kAnd) return a & b;
-  else if constexpr (kLogic == Logic::kOr) return a | b;
-  else if constexpr (kLogic == Logic::kXor) return a ^ b;
-  else return a;
+  if constexpr (kLogic == Logic::kAnd)
+    return a & b;
+  else if constexpr (kLogic == Logic::kOr)
+    return a | b;
+  else if constexpr (kLogic == Logic::kXor)
+    return a ^ b;
+  else
+    return a;
 }
 
 // setp p[|q], a, b[, c]: p = (a ? b) op c, q = !(a ? b) op c.
@@ -149,9 +225,12 @@ void add_compare_ops(OpTable& t) {
   add_setp_float<double, false>(t, ".f64");
   add_setp_float<Fp16, false>(t, ".f16");
   add_setp_float<Bf16, false>(t, ".bf16");
-  for (const char* type : {"b16", "u16", "s16"}) t.add(std::string("selp.") + type, "h=hhq", selp<uint16_t>);
-  for (const char* type : {"b32", "u32", "s32", "f32"}) t.add(std::string("selp.") + type, "r=rrq", selp<uint32_t>);
-  for (const char* type : {"b64", "u64", "s64", "f64"}) t.add(std::string("selp.") + type, "d=ddq", selp<uint64_t>);
+  for (const char* type : {"b16", "u16", "s16"})
+    t.add(std::string("selp.") + type, "h=hhq", selp<uint16_t>);
+  for (const char* type : {"b32", "u32", "s32", "f32"})
+    t.add(std::string("selp.") + type, "r=rrq", selp<uint32_t>);
+  for (const char* type : {"b64", "u64", "s64", "f64"})
+    t.add(std::string("selp.") + type, "d=ddq", selp<uint64_t>);
   t.add("and.pred", "p=qq", pred_logic<Logic::kAnd>);
   t.add("or.pred", "p=qq", pred_logic<Logic::kOr>);
   t.add("xor.pred", "p=qq", pred_logic<Logic::kXor>);

@@ -29,7 +29,8 @@ void indexed_branch(Warp& warp, const Inst& inst, uint32_t mask) {
   while (mask != 0) {
     const int first = __builtin_ctz(mask);
     if (index[first] >= count) {
-      warp.block->fail(Error::kOutOfBounds, warp, warp.pc, first, "brx.idx index outside of its list");
+      warp.block->fail(Error::kOutOfBounds, warp, warp.pc, first,
+                       "brx.idx index outside of its list");
     }
     uint32_t same = 0;
     for (int l = 0; l < kLanes; ++l) same |= (index[l] == index[first] ? 1u : 0u) << l;
@@ -47,7 +48,8 @@ void exit_lanes(Warp& warp, const Inst&, uint32_t mask) {
 }
 
 void trap(Warp& warp, const Inst&, uint32_t mask) {
-  warp.block->fail(Error::kTrap, warp, warp.pc, __builtin_ctz(mask), "trap or failed device assert");
+  warp.block->fail(Error::kTrap, warp, warp.pc, __builtin_ctz(mask),
+                   "trap or failed device assert");
 }
 
 void nothing(Warp&, const Inst&, uint32_t) {}
@@ -58,7 +60,8 @@ uint32_t uniform(Warp& warp, int32_t place, uint32_t mask, const char* what) {
   for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
     const int l = __builtin_ctz(lanes);
     if (value[l] != value[first]) {
-      warp.block->fail(Error::kDivergence, warp, warp.pc, l, std::string("the lanes of a warp give different ") + what);
+      warp.block->fail(Error::kDivergence, warp, warp.pc, l,
+                       std::string("the lanes of a warp give different ") + what);
     }
   }
   return value[first];
@@ -70,12 +73,15 @@ void barrier(Warp& warp, const Inst& inst, uint32_t mask) {
   if (kAligned && warp.needs_lanes(mask, warp.live)) return;
   const uint32_t id = uniform(warp, inst.operand[0], mask, "barrier numbers");
   uint32_t expected = 0;
-  if constexpr (kCount) expected = uniform(warp, inst.operand[1], mask, "thread counts for a barrier");
+  if constexpr (kCount)
+    expected = uniform(warp, inst.operand[1], mask, "thread counts for a barrier");
   const int lane = __builtin_ctz(mask);
-  if (id >= kBarriers) warp.block->fail(Error::kDivergence, warp, warp.pc, lane, "barrier number above 15");
+  if (id >= kBarriers)
+    warp.block->fail(Error::kDivergence, warp, warp.pc, lane, "barrier number above 15");
   if (kCount && (expected == 0 || expected % kLanes != 0)) {
-    warp.block->fail(Error::kDivergence, warp, warp.pc, lane,
-                     "bar with " + std::to_string(expected) + " threads, which is not a multiple of 32");
+    warp.block->fail(
+        Error::kDivergence, warp, warp.pc, lane,
+        "bar with " + std::to_string(expected) + " threads, which is not a multiple of 32");
   }
   ++warp.block->counters->barriers;
   if (kWait) warp.block_on(Wait::kBarrier, id, warp.pc + 1, mask);
@@ -84,7 +90,8 @@ void barrier(Warp& warp, const Inst& inst, uint32_t mask) {
 }
 
 void warp_barrier(Warp& warp, const Inst& inst, uint32_t mask) {
-  const uint32_t members = uniform(warp, inst.operand[0], mask, "masks for bar.warp.sync") & warp.live;
+  const uint32_t members =
+      uniform(warp, inst.operand[0], mask, "masks for bar.warp.sync") & warp.live;
   uint32_t here = mask;
   for (const Split& s : warp.others) {
     if (s.wait == Wait::kWarpSync && s.detail == members) here |= s.mask;
@@ -131,7 +138,8 @@ void add_control_ops(OpTable& t) {
     }
   }
   for (const char* space : {"prefetch.global.L1", "prefetch.global.L2"}) t.add(space, "M", nothing);
-  for (const char* name : {"griddepcontrol.wait", "griddepcontrol.launch_dependents"}) t.add(name, "", nothing);
+  for (const char* name : {"griddepcontrol.wait", "griddepcontrol.launch_dependents"})
+    t.add(name, "", nothing);
 }
 
 }  // namespace ptx

@@ -10,16 +10,26 @@ namespace {
 
 template <class T>
 constexpr const char* type_name() {
-  if constexpr (std::is_same_v<T, int8_t>) return "s8";
-  else if constexpr (std::is_same_v<T, uint8_t>) return "u8";
-  else if constexpr (std::is_same_v<T, int16_t>) return "s16";
-  else if constexpr (std::is_same_v<T, uint16_t>) return "u16";
-  else if constexpr (std::is_same_v<T, int32_t>) return "s32";
-  else if constexpr (std::is_same_v<T, uint32_t>) return "u32";
-  else if constexpr (std::is_same_v<T, int64_t>) return "s64";
-  else if constexpr (std::is_same_v<T, uint64_t>) return "u64";
-  else if constexpr (std::is_same_v<T, float>) return "f32";
-  else return "f64";
+  if constexpr (std::is_same_v<T, int8_t>)
+    return "s8";
+  else if constexpr (std::is_same_v<T, uint8_t>)
+    return "u8";
+  else if constexpr (std::is_same_v<T, int16_t>)
+    return "s16";
+  else if constexpr (std::is_same_v<T, uint16_t>)
+    return "u16";
+  else if constexpr (std::is_same_v<T, int32_t>)
+    return "s32";
+  else if constexpr (std::is_same_v<T, uint32_t>)
+    return "u32";
+  else if constexpr (std::is_same_v<T, int64_t>)
+    return "s64";
+  else if constexpr (std::is_same_v<T, uint64_t>)
+    return "u64";
+  else if constexpr (std::is_same_v<T, float>)
+    return "f32";
+  else
+    return "f64";
 }
 
 // Registers may be wider than the source type: letters of the registers that hold at least T.
@@ -54,7 +64,9 @@ void add_integer_pair(OpTable& t) {
   for (const char result : results) {
     for (const char source : letters_of<S>()) {
       const std::string signature = {result, '=', source};
-      t.add(name, signature, source == 'd' ? convert_integer<D, S, W, uint64_t> : convert_integer<D, S, W, uint32_t>);
+      t.add(
+          name, signature,
+          source == 'd' ? convert_integer<D, S, W, uint64_t> : convert_integer<D, S, W, uint32_t>);
     }
   }
 }
@@ -65,17 +77,22 @@ void add_integer_row(OpTable& t) {
 }
 template <class... D>
 void add_integer_table(OpTable& t) {
-  (add_integer_row<D, int8_t, uint8_t, int16_t, uint16_t, int32_t, uint32_t, int64_t, uint64_t>(t), ...);
+  (add_integer_row<D, int8_t, uint8_t, int16_t, uint16_t, int32_t, uint32_t, int64_t, uint64_t>(t),
+   ...);
 }
 
 enum class Round { kNearest, kZero, kDown, kUp };
 
 template <Round kRound, class F>
 F round_to_integral(F x) {
-  if constexpr (kRound == Round::kNearest) return std::nearbyint(x);
-  else if constexpr (kRound == Round::kZero) return std::trunc(x);
-  else if constexpr (kRound == Round::kDown) return std::floor(x);
-  else return std::ceil(x);
+  if constexpr (kRound == Round::kNearest)
+    return std::nearbyint(x);
+  else if constexpr (kRound == Round::kZero)
+    return std::trunc(x);
+  else if constexpr (kRound == Round::kDown)
+    return std::floor(x);
+  else
+    return std::ceil(x);
 }
 
 // Saturating; NaN gives 0.
@@ -96,7 +113,8 @@ void add_to_integer(OpTable& t) {
   const auto add = [&]<Round kRound>(const char* round, std::integral_constant<Round, kRound>) {
     add_map_float<false, to_integer<kRound, D, F>, D, F>(t, std::string("cvt.") + round + types);
     if constexpr (sizeof(F) == 4) {
-      add_map_float<true, to_integer<kRound, D, F>, D, F>(t, std::string("cvt.") + round + ".ftz" + types);
+      add_map_float<true, to_integer<kRound, D, F>, D, F>(
+          t, std::string("cvt.") + round + ".ftz" + types);
     }
   };
   add("rni", std::integral_constant<Round, Round::kNearest>{});
@@ -110,7 +128,8 @@ void add_from_integer(OpTable& t) {
   const std::string name = std::string("cvt.rn.") + type_name<F>() + "." + type_name<S>();
   add_map_float<false, [](S x) { return static_cast<F>(x); }, F, S>(t, name);
   if constexpr (sizeof(S) == 1) {
-    add_map_float<false, [](uint32_t x) { return static_cast<F>(static_cast<S>(x)); }, F, uint32_t>(t, name);
+    add_map_float<false, [](uint32_t x) { return static_cast<F>(static_cast<S>(x)); }, F, uint32_t>(
+        t, name);
   }
 }
 
@@ -142,8 +161,10 @@ void add_integral_f32(OpTable& t, const std::string& ftz) {
   add_map_float<kFtz, round_to_integral<Round::kDown, F>, F, F>(t, "cvt.rmi" + ftz + ".f32.f32");
   add_map_float<kFtz, round_to_integral<Round::kUp, F>, F, F>(t, "cvt.rpi" + ftz + ".f32.f32");
   add_map_float<kFtz, saturate, F, F>(t, "cvt" + ftz + ".sat.f32.f32");
-  add_map_float<kFtz, [](F x) { return static_cast<double>(x); }, double, F>(t, "cvt" + ftz + ".f64.f32");
-  add_map_float<kFtz, [](double x) { return static_cast<F>(x); }, F, double>(t, "cvt.rn" + ftz + ".f32.f64");
+  add_map_float<kFtz, [](F x) { return static_cast<double>(x); }, double, F>(
+      t, "cvt" + ftz + ".f64.f32");
+  add_map_float<kFtz, [](double x) { return static_cast<F>(x); }, F, double>(
+      t, "cvt.rn" + ftz + ".f32.f64");
 }
 
 template <class H>
@@ -162,7 +183,8 @@ uint16_t relu(float x) {
 template <uint16_t (*kNarrow)(float)>
 void add_narrow(OpTable& t, const std::string& round, const std::string& type) {
   using U = uint32_t;
-  add_map_float<false, [](float x) { return kNarrow(x); }, uint16_t, float>(t, "cvt." + round + "." + type + ".f32");
+  add_map_float<false, [](float x) { return kNarrow(x); }, uint16_t, float>(
+      t, "cvt." + round + "." + type + ".f32");
   add_map_float<false,
                 [](float high, float low) {
                   return static_cast<U>(kNarrow(high)) << 16 | static_cast<U>(kNarrow(low));
@@ -172,13 +194,15 @@ void add_narrow(OpTable& t, const std::string& round, const std::string& type) {
 
 template <class H>
 void add_half(OpTable& t, const std::string& type) {
-  add_map_float<false, [](uint16_t x) { return H::widen(x); }, float, uint16_t>(t, "cvt.f32." + type);
-  add_map_float<true, [](uint16_t x) { return H::widen(x); }, float, uint16_t>(t, "cvt.ftz.f32." + type);
+  add_map_float<false, [](uint16_t x) { return H::widen(x); }, float, uint16_t>(t,
+                                                                                "cvt.f32." + type);
+  add_map_float<true, [](uint16_t x) { return H::widen(x); }, float, uint16_t>(
+      t, "cvt.ftz.f32." + type);
   add_narrow<H::narrow>(t, "rn", type);
   add_narrow<truncate<H>>(t, "rz", type);
   add_narrow<relu<H>>(t, "rn.relu", type);
-  add_map_float<false, [](uint16_t x) { return to_integer<Round::kZero, int32_t>(H::widen(x)); }, int32_t, uint16_t>(
-      t, "cvt.rzi.s32." + type);
+  add_map_float<false, [](uint16_t x) { return to_integer<Round::kZero, int32_t>(H::widen(x)); },
+                int32_t, uint16_t>(t, "cvt.rzi.s32." + type);
 }
 
 }  // namespace

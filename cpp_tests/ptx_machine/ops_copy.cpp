@@ -1,5 +1,5 @@
-// cp.async: 4, 8 or 16 bytes from global to shared memory, in flight until the issuing thread waits.
-// The data lands at a random legal moment: when issued, or when waited for.
+// cp.async: 4, 8 or 16 bytes from global to shared memory, in flight until the issuing thread
+// waits. The data lands at a random legal moment: when issued, or when waited for.
 #include <algorithm>
 
 #include "access.h"
@@ -37,11 +37,13 @@ void copy_async(Warp& warp, const Inst& inst, uint32_t mask) {
     const int l = __builtin_ctz(lanes);
     PendingCopy copy;
     copy.bytes = copy.copied = bytes;
-    if constexpr (kSource == Source::kSize) copy.copied = std::min(bytes, warp.at<const uint32_t>(o[7])[l]);
+    if constexpr (kSource == Source::kSize)
+      copy.copied = std::min(bytes, warp.at<const uint32_t>(o[7])[l]);
     if ((ignored >> l) & 1) copy.copied = 0;
     copy.offset = shared_offset(warp, pc, l, to[l], bytes);
     if (copy.copied != 0) {
-      if (from[l] % bytes != 0) resolve_global(warp, pc, l, from[l], bytes, Access::kRead);  // misaligned
+      if (from[l] % bytes != 0)
+        resolve_global(warp, pc, l, from[l], bytes, Access::kRead);  // misaligned
       copy.source = reinterpret_cast<const char*>(from[l]);
       for (uint32_t done = 0; done < copy.copied;) {
         const uint32_t step = std::bit_floor(copy.copied - done);
@@ -51,7 +53,8 @@ void copy_async(Warp& warp, const Inst& inst, uint32_t mask) {
       reading |= 1u << l;
     }
     copy.group = warp.copies[l].committed;
-    if (block.checks && !block.shadow.begin_copy(block.clocks, warp.index * kLanes + l, copy.offset, bytes, pc)) {
+    if (block.checks &&
+        !block.shadow.begin_copy(block.clocks, warp.index * kLanes + l, copy.offset, bytes, pc)) {
       fail_shadow(warp, pc, l, Access::kWrite);
     }
     if (now) land(warp, copy);
@@ -72,7 +75,8 @@ void wait_lane(Warp& warp, int lane, uint32_t first_pending_group) {
       continue;
     }
     if (!copy.landed) land(warp, copy);
-    if (block.checks) block.shadow.land(block.clocks, warp.index * kLanes + lane, copy.offset, copy.bytes);
+    if (block.checks)
+      block.shadow.land(block.clocks, warp.index * kLanes + lane, copy.offset, copy.bytes);
   }
   pending.resize(kept);
 }
@@ -104,7 +108,8 @@ void add_copy_ops(OpTable& t) {
   for (const char* cache : {"ca", "cg"}) {
     for (const char* shared : {"shared", "shared::cta"}) {
       for (const char* prefetch : {"", ".L2::64B", ".L2::128B", ".L2::256B"}) {
-        const std::string name = std::string("cp.async.") + cache + "." + shared + ".global" + prefetch;
+        const std::string name =
+            std::string("cp.async.") + cache + "." + shared + ".global" + prefetch;
         t.add(name, "MMi", copy_async<Source::kWhole>);
         t.add(name, "MMir", copy_async<Source::kSize>);
         t.add(name, "MMiq", copy_async<Source::kIgnore>);

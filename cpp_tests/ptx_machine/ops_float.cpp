@@ -1,5 +1,6 @@
-// fp32 and fp64 arithmetic. approx functions are computed by the host's libm in float; full-precision
-// ones are IEEE. .ftz flushes subnormal inputs and results through the host's rounding modes.
+// fp32 and fp64 arithmetic. approx functions are computed by the host's libm in float;
+// full-precision ones are IEEE. .ftz flushes subnormal inputs and results through the host's
+// rounding modes.
 #include "ops.h"
 
 namespace ptx {
@@ -43,7 +44,8 @@ float exp2_lane(float x) {
   const double n = shifted - 6755399441055744.0;
   const double f = (static_cast<double>(limited) - n) * 0.6931471805599453;
   double p = 1.0 / 3628800;
-  for (const double c : {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0}) {
+  for (const double c : {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24,
+                         1.0 / 6, 0.5, 1.0, 1.0}) {
     p = p * f + c;
   }
   const int64_t exponent = std::bit_cast<int64_t>(shifted) << 52;
@@ -64,21 +66,36 @@ void add_f32(OpTable& t, const std::string& ftz) {
     add(op + ftz + ".f32");
     add(op + ".rn" + ftz + ".f32");
   };
-  rounded("add", [&](const std::string& n) { add_map_float<kFtz, [](F a, F b) { return a + b; }, F, F, F>(t, n); });
-  rounded("sub", [&](const std::string& n) { add_map_float<kFtz, [](F a, F b) { return a - b; }, F, F, F>(t, n); });
-  rounded("mul", [&](const std::string& n) { add_map_float<kFtz, [](F a, F b) { return a * b; }, F, F, F>(t, n); });
-  add_map_float<kFtz, [](F a, F b, F c) { return __builtin_fmaf(a, b, c); }, F, F, F, F>(t, "fma.rn" + ftz + ".f32");
-  add_map_float<kFtz, [](F a, F b, F c) { return __builtin_fmaf(a, b, c); }, F, F, F, F>(t, "mad" + ftz + ".f32");
+  rounded("add", [&](const std::string& n) {
+    add_map_float<kFtz, [](F a, F b) { return a + b; }, F, F, F>(t, n);
+  });
+  rounded("sub", [&](const std::string& n) {
+    add_map_float<kFtz, [](F a, F b) { return a - b; }, F, F, F>(t, n);
+  });
+  rounded("mul", [&](const std::string& n) {
+    add_map_float<kFtz, [](F a, F b) { return a * b; }, F, F, F>(t, n);
+  });
+  add_map_float<kFtz, [](F a, F b, F c) { return __builtin_fmaf(a, b, c); }, F, F, F, F>(
+      t, "fma.rn" + ftz + ".f32");
+  add_map_float<kFtz, [](F a, F b, F c) { return __builtin_fmaf(a, b, c); }, F, F, F, F>(
+      t, "mad" + ftz + ".f32");
   add_map_float<kFtz, [](F a, F b, F c) { return saturate(__builtin_fmaf(a, b, c)); }, F, F, F, F>(
       t, "fma.rn" + ftz + ".sat.f32");
-  add_map_float<kFtz, [](F a, F b) { return saturate(a + b); }, F, F, F>(t, "add" + ftz + ".sat.f32");
-  add_map_float<kFtz, [](F a, F b) { return saturate(a * b); }, F, F, F>(t, "mul" + ftz + ".sat.f32");
-  add_map_float<kFtz, [](F a, F b) { return minimum(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "min" + ftz + ".f32");
-  add_map_float<kFtz, [](F a, F b) { return maximum(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "max" + ftz + ".f32");
-  add_map_float<kFtz, [](F a, F b) { return minimum_nan(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "min" + ftz + ".NaN.f32");
-  add_map_float<kFtz, [](F a, F b) { return maximum_nan(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F, F>(t, "max" + ftz + ".NaN.f32");
+  add_map_float<kFtz, [](F a, F b) { return saturate(a + b); }, F, F, F>(t,
+                                                                         "add" + ftz + ".sat.f32");
+  add_map_float<kFtz, [](F a, F b) { return saturate(a * b); }, F, F, F>(t,
+                                                                         "mul" + ftz + ".sat.f32");
+  add_map_float<kFtz, [](F a, F b) { return minimum(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F,
+                F>(t, "min" + ftz + ".f32");
+  add_map_float<kFtz, [](F a, F b) { return maximum(flushed<kFtz>(a), flushed<kFtz>(b)); }, F, F,
+                F>(t, "max" + ftz + ".f32");
+  add_map_float<kFtz, [](F a, F b) { return minimum_nan(flushed<kFtz>(a), flushed<kFtz>(b)); }, F,
+                F, F>(t, "min" + ftz + ".NaN.f32");
+  add_map_float<kFtz, [](F a, F b) { return maximum_nan(flushed<kFtz>(a), flushed<kFtz>(b)); }, F,
+                F, F>(t, "max" + ftz + ".NaN.f32");
   add_map_float<kFtz, [](F a) { return -flushed<kFtz>(a); }, F, F>(t, "neg" + ftz + ".f32");
-  add_map_float<kFtz, [](F a) { return std::fabs(flushed<kFtz>(a)); }, F, F>(t, "abs" + ftz + ".f32");
+  add_map_float<kFtz, [](F a) { return std::fabs(flushed<kFtz>(a)); }, F, F>(t,
+                                                                             "abs" + ftz + ".f32");
   for (const char* op : {"div.approx", "div.full", "div.rn"}) {
     add_map_float<kFtz, [](F a, F b) { return a / b; }, F, F, F>(t, op + ftz + ".f32");
   }
@@ -88,8 +105,8 @@ void add_f32(OpTable& t, const std::string& ftz) {
   for (const char* op : {"sqrt.approx", "sqrt.rn"}) {
     add_map_float<kFtz, [](F a) { return std::sqrt(a); }, F, F>(t, op + ftz + ".f32");
   }
-  add_map_float<kFtz, [](F a) { return static_cast<F>(1.0 / std::sqrt(static_cast<double>(a))); }, F, F>(
-      t, "rsqrt.approx" + ftz + ".f32");
+  add_map_float<kFtz, [](F a) { return static_cast<F>(1.0 / std::sqrt(static_cast<double>(a))); },
+                F, F>(t, "rsqrt.approx" + ftz + ".f32");
   add_map_float<kFtz, [](F a) { return std::log2(a); }, F, F>(t, "lg2.approx" + ftz + ".f32");
   add_map_float<kFtz, [](F a) { return std::sin(a); }, F, F>(t, "sin.approx" + ftz + ".f32");
   add_map_float<kFtz, [](F a) { return std::cos(a); }, F, F>(t, "cos.approx" + ftz + ".f32");
@@ -104,7 +121,8 @@ void add_f64(OpTable& t) {
     add_map_float<false, [](F a, F b) { return a - b; }, F, F, F>(t, "sub" + suffix);
     add_map_float<false, [](F a, F b) { return a * b; }, F, F, F>(t, "mul" + suffix);
   }
-  add_map_float<false, [](F a, F b, F c) { return __builtin_fma(a, b, c); }, F, F, F, F>(t, "fma.rn.f64");
+  add_map_float<false, [](F a, F b, F c) { return __builtin_fma(a, b, c); }, F, F, F, F>(
+      t, "fma.rn.f64");
   add_map_float<false, [](F a, F b) { return a / b; }, F, F, F>(t, "div.rn.f64");
   add_map_float<false, [](F a) { return 1.0 / a; }, F, F>(t, "rcp.rn.f64");
   add_map_float<false, [](F a) { return std::sqrt(a); }, F, F>(t, "sqrt.rn.f64");
@@ -120,7 +138,8 @@ void add_float_ops(OpTable& t) {
   add_f32<false>(t, "");
   add_f32<true>(t, ".ftz");
   add_map_float<false, [](float a) { return std::tanh(a); }, float, float>(t, "tanh.approx.f32");
-  add_map_float<false, [](float a, float b) { return std::copysign(b, a); }, float, float, float>(t, "copysign.f32");
+  add_map_float<false, [](float a, float b) { return std::copysign(b, a); }, float, float, float>(
+      t, "copysign.f32");
   add_f64(t);
 }
 

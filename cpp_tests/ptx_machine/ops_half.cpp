@@ -80,12 +80,14 @@ uint32_t packed(U... x) {
 template <auto kOne>
 void add_unary(OpTable& t, const std::string& op, const std::string& type) {
   add_map_float<false, [](uint16_t a) { return kOne(a); }, uint16_t, uint16_t>(t, op + type);
-  add_map_float<false, [](uint32_t a) { return packed<kOne>(a); }, uint32_t, uint32_t>(t, op + type + "x2");
+  add_map_float<false, [](uint32_t a) { return packed<kOne>(a); }, uint32_t, uint32_t>(
+      t, op + type + "x2");
 }
 template <auto kOne>
 void add_binary(OpTable& t, const std::string& op, const std::string& type) {
   using U = uint32_t;
-  add_map_float<false, [](uint16_t a, uint16_t b) { return kOne(a, b); }, uint16_t, uint16_t, uint16_t>(t, op + type);
+  add_map_float<false, [](uint16_t a, uint16_t b) { return kOne(a, b); }, uint16_t, uint16_t,
+                uint16_t>(t, op + type);
   add_map_float<false, [](U a, U b) { return packed<kOne>(a, b); }, U, U, U>(t, op + type + "x2");
 }
 template <auto kOne>
@@ -93,7 +95,8 @@ void add_ternary(OpTable& t, const std::string& op, const std::string& type) {
   using U = uint32_t;
   using H = uint16_t;
   add_map_float<false, [](H a, H b, H c) { return kOne(a, b, c); }, H, H, H, H>(t, op + type);
-  add_map_float<false, [](U a, U b, U c) { return packed<kOne>(a, b, c); }, U, U, U, U>(t, op + type + "x2");
+  add_map_float<false, [](U a, U b, U c) { return packed<kOne>(a, b, c); }, U, U, U, U>(
+      t, op + type + "x2");
 }
 
 template <class H>

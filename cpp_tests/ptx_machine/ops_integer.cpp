@@ -15,8 +15,10 @@ T wrap_add(T a, T b) {
 
 template <class T>
 T mul_lo(T a, T b) {
-  if constexpr (sizeof(T) == 2) return static_cast<T>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
-  else return static_cast<T>(static_cast<Unsigned<T>>(a) * static_cast<Unsigned<T>>(b));
+  if constexpr (sizeof(T) == 2)
+    return static_cast<T>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
+  else
+    return static_cast<T>(static_cast<Unsigned<T>>(a) * static_cast<Unsigned<T>>(b));
 }
 
 template <class T>
@@ -32,8 +34,9 @@ T mul_hi(T a, T b) {
 
 template <class T>
 struct WiderOf {
-  using Type = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
-                                  std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+  using Type =
+      std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
+                         std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
 };
 
 // Division by zero: all ones, as the hardware's sequence happens to give; INT_MIN / -1 wraps.
@@ -57,8 +60,10 @@ T remainder(T a, T b) {
 template <class T>
 void add_arithmetic(OpTable& t, const std::string& type) {
   add_map<[](T a, T b) { return wrap_add(a, b); }, T, T, T>(t, "add." + type);
-  add_map<[](T a, T b) { return static_cast<T>(static_cast<Unsigned<T>>(a) - static_cast<Unsigned<T>>(b)); }, T, T, T>(
-      t, "sub." + type);
+  add_map<[](T a, T b) {
+    return static_cast<T>(static_cast<Unsigned<T>>(a) - static_cast<Unsigned<T>>(b));
+  },
+          T, T, T>(t, "sub." + type);
   add_map<mul_lo<T>, T, T, T>(t, "mul.lo." + type);
   add_map<mul_hi<T>, T, T, T>(t, "mul.hi." + type);
   add_map<[](T a, T b, T c) { return wrap_add(mul_lo(a, b), c); }, T, T, T, T>(t, "mad.lo." + type);
@@ -68,15 +73,17 @@ void add_arithmetic(OpTable& t, const std::string& type) {
   add_map<[](T a, T b) { return a < b ? a : b; }, T, T, T>(t, "min." + type);
   add_map<[](T a, T b) { return (a > b) ? a : b; }, T, T, T>(t, "max." + type);
   if constexpr (std::is_signed_v<T>) {
-    add_map<[](T a) { return static_cast<T>(0 - static_cast<Unsigned<T>>(a)); }, T, T>(t, "neg." + type);
-    add_map<[](T a) { return a < 0 ? static_cast<T>(0 - static_cast<Unsigned<T>>(a)) : a; }, T, T>(t, "abs." + type);
+    add_map<[](T a) { return static_cast<T>(0 - static_cast<Unsigned<T>>(a)); }, T, T>(
+        t, "neg." + type);
+    add_map<[](T a) { return a < 0 ? static_cast<T>(0 - static_cast<Unsigned<T>>(a)) : a; }, T, T>(
+        t, "abs." + type);
   }
   if constexpr (sizeof(T) <= 4) {
     using W = typename WiderOf<T>::Type;
-    add_map<[](T a, T b) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b)); }, W, T, T>(
-        t, "mul.wide." + type);
-    add_map<[](T a, T b, W c) { return wrap_add<W>(static_cast<W>(a) * static_cast<W>(b), c); }, W, T, T, W>(
-        t, "mad.wide." + type);
+    add_map<[](T a, T b) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b)); }, W, T,
+            T>(t, "mul.wide." + type);
+    add_map<[](T a, T b, W c) { return wrap_add<W>(static_cast<W>(a) * static_cast<W>(b), c); }, W,
+            T, T, W>(t, "mad.wide." + type);
   }
 }
 
@@ -87,8 +94,10 @@ T shift_left(T a, uint32_t n) {
 template <class T>
 T shift_right(T a, uint32_t n) {
   constexpr uint32_t kBits = 8 * sizeof(T);
-  if constexpr (std::is_signed_v<T>) return static_cast<T>(a >> (n >= kBits ? kBits - 1 : n));
-  else return n >= kBits ? T{0} : static_cast<T>(a >> n);
+  if constexpr (std::is_signed_v<T>)
+    return static_cast<T>(a >> (n >= kBits ? kBits - 1 : n));
+  else
+    return n >= kBits ? T{0} : static_cast<T>(a >> n);
 }
 
 template <class U>
@@ -165,7 +174,8 @@ void lop3(Warp& warp, const Inst& inst, uint32_t mask) {
     const uint32_t flip_a = (i & 4) ? 0 : ~0u;
     const uint32_t flip_b = (i & 2) ? 0 : ~0u;
     const uint32_t flip_c = (i & 1) ? 0 : ~0u;
-    for (int l = 0; l < kLanes; ++l) result[l] |= (a[l] ^ flip_a) & (b[l] ^ flip_b) & (c[l] ^ flip_c);
+    for (int l = 0; l < kLanes; ++l)
+      result[l] |= (a[l] ^ flip_a) & (b[l] ^ flip_b) & (c[l] ^ flip_c);
   }
   store_lanes(warp.at<uint32_t>(inst.operand[0]), result, mask);
 }
@@ -194,10 +204,14 @@ void add_bit_ops(OpTable& t) {
   using W = uint64_t;
   t.add("lop3.b32", "r=rrri", lop3);
   add_map<permute_bytes, U, U, U, U>(t, "prmt.b32");
-  add_map<[](U lo, U hi, U n) { return funnel_left(lo, hi, n & 31); }, U, U, U, U>(t, "shf.l.wrap.b32");
-  add_map<[](U lo, U hi, U n) { return funnel_right(lo, hi, n & 31); }, U, U, U, U>(t, "shf.r.wrap.b32");
-  add_map<[](U lo, U hi, U n) { return funnel_left(lo, hi, std::min(n, 32u)); }, U, U, U, U>(t, "shf.l.clamp.b32");
-  add_map<[](U lo, U hi, U n) { return funnel_right(lo, hi, std::min(n, 32u)); }, U, U, U, U>(t, "shf.r.clamp.b32");
+  add_map<[](U lo, U hi, U n) { return funnel_left(lo, hi, n & 31); }, U, U, U, U>(
+      t, "shf.l.wrap.b32");
+  add_map<[](U lo, U hi, U n) { return funnel_right(lo, hi, n & 31); }, U, U, U, U>(
+      t, "shf.r.wrap.b32");
+  add_map<[](U lo, U hi, U n) { return funnel_left(lo, hi, std::min(n, 32u)); }, U, U, U, U>(
+      t, "shf.l.clamp.b32");
+  add_map<[](U lo, U hi, U n) { return funnel_right(lo, hi, std::min(n, 32u)); }, U, U, U, U>(
+      t, "shf.r.clamp.b32");
   add_map<field_extract<uint32_t>, U, U, U, U>(t, "bfe.u32");
   add_map<field_extract<int32_t>, int32_t, int32_t, U, U>(t, "bfe.s32");
   add_map<field_extract<uint64_t>, W, W, U, U>(t, "bfe.u64");

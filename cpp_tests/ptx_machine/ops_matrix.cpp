@@ -1,7 +1,8 @@
 // ldmatrix, stmatrix, movmatrix and mma.sync.
 //
-// A register of a fragment, seen as its 32 lanes side by side, is an 8x8 matrix of 16-bit elements in
-// row order: lane 4r + c holds columns 2c and 2c+1 of row r. So fragments unpack without a shuffle.
+// A register of a fragment, seen as its 32 lanes side by side, is an 8x8 matrix of 16-bit elements
+// in row order: lane 4r + c holds columns 2c and 2c+1 of row r. So fragments unpack without a
+// shuffle.
 #include "access.h"
 #include "half.h"
 #include "ops.h"
@@ -70,13 +71,15 @@ void widen(const uint16_t* from, float* to) {
 template <>
 void widen<Fp16>(const uint16_t* from, float* to) {
   for (int i = 0; i < 64; i += 8) {
-    _mm256_store_ps(to + i, _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(from + i))));
+    _mm256_store_ps(to + i,
+                    _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
 }
 #endif
 
-// D = A B + C of m16n8kK, fp32 accumulation in order of k. Products of two halves are exact in fp32.
-// Columns are kept as n = 0 2 4 6 1 3 5 7: then a row of C is lanes 4r .. 4r+3 of two registers.
+// D = A B + C of m16n8kK, fp32 accumulation in order of k. Products of two halves are exact in
+// fp32. Columns are kept as n = 0 2 4 6 1 3 5 7: then a row of C is lanes 4r .. 4r+3 of two
+// registers.
 template <class H, int kK>
 void mma(Warp& warp, const Inst& inst, uint32_t mask) {
   if (warp.needs_lanes(mask, kAllLanes)) return;

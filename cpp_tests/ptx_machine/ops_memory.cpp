@@ -60,27 +60,35 @@ void store(Warp& warp, const Inst& inst, uint32_t mask) {
 }
 
 template <Space kSpace, class T, int kVector>
-void add_type(OpTable& t, const std::string& load_prefix, const std::string& store_prefix, const std::string& type) {
+void add_type(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
+              const std::string& type) {
   const std::string vector = kVector == 1 ? "." : kVector == 2 ? ".v2." : ".v4.";
   const auto letters = [](char c) { return std::string(kVector, c); };
   if constexpr (sizeof(T) <= 2) {
-    if (!load_prefix.empty()) t.add(load_prefix + vector + type, letters('h') + "=M", load_narrow<kSpace, T, kVector>);
-    if (!store_prefix.empty()) t.add(store_prefix + vector + type, "M" + letters('h'), store<kSpace, T, uint32_t, kVector>);
+    if (!load_prefix.empty())
+      t.add(load_prefix + vector + type, letters('h') + "=M", load_narrow<kSpace, T, kVector>);
+    if (!store_prefix.empty())
+      t.add(store_prefix + vector + type, "M" + letters('h'), store<kSpace, T, uint32_t, kVector>);
   }
   if constexpr (sizeof(T) <= 4) {
-    if (!load_prefix.empty()) t.add(load_prefix + vector + type, letters('r') + "=M", load<kSpace, T, uint32_t, kVector>);
-    if (!store_prefix.empty()) t.add(store_prefix + vector + type, "M" + letters('r'), store<kSpace, T, uint32_t, kVector>);
+    if (!load_prefix.empty())
+      t.add(load_prefix + vector + type, letters('r') + "=M", load<kSpace, T, uint32_t, kVector>);
+    if (!store_prefix.empty())
+      t.add(store_prefix + vector + type, "M" + letters('r'), store<kSpace, T, uint32_t, kVector>);
   }
   if constexpr (sizeof(T) * kVector <= 16) {
-    if (!load_prefix.empty()) t.add(load_prefix + vector + type, letters('d') + "=M", load<kSpace, T, uint64_t, kVector>);
-    if (!store_prefix.empty()) t.add(store_prefix + vector + type, "M" + letters('d'), store<kSpace, T, uint64_t, kVector>);
+    if (!load_prefix.empty())
+      t.add(load_prefix + vector + type, letters('d') + "=M", load<kSpace, T, uint64_t, kVector>);
+    if (!store_prefix.empty())
+      t.add(store_prefix + vector + type, "M" + letters('d'), store<kSpace, T, uint64_t, kVector>);
   }
 }
 
 template <Space kSpace, int kVector>
 void add_types(OpTable& t, const std::string& load_prefix, const std::string& store_prefix) {
   const auto add = [&]<class T>(std::type_identity<T>, const char* type) {
-    if constexpr (sizeof(T) * kVector <= 16) add_type<kSpace, T, kVector>(t, load_prefix, store_prefix, type);
+    if constexpr (sizeof(T) * kVector <= 16)
+      add_type<kSpace, T, kVector>(t, load_prefix, store_prefix, type);
   };
   add(std::type_identity<int8_t>{}, "s8");
   for (const char* type : {"b8", "u8"}) add(std::type_identity<uint8_t>{}, type);
@@ -101,7 +109,8 @@ void add_space(OpTable& t, const std::string& load_prefix, const std::string& st
 }  // namespace
 
 void add_memory_ops(OpTable& t) {
-  const std::string orders[] = {"", ".weak", ".volatile", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys"};
+  const std::string orders[] = {
+      "", ".weak", ".volatile", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys"};
   for (const std::string& order : orders) {
     add_space<Space::kGlobal>(t, "ld" + order + ".global", "st" + order + ".global");
     add_space<Space::kShared>(t, "ld" + order + ".shared", "st" + order + ".shared");
@@ -111,9 +120,10 @@ void add_memory_ops(OpTable& t) {
   add_space<Space::kLocal>(t, "ld.local", "st.local");
   add_space<Space::kParam>(t, "ld.param", "");
   add_space<Space::kConst>(t, "ld.const", "");
-  for (const char* cache : {".ca", ".cg", ".cs", ".lu", ".cv", ".nc", ".nc.L1::no_allocate", ".L1::no_allocate",
-                            ".L1::evict_last", ".L1::evict_first", ".nc.L1::evict_last", ".nc.L1::evict_first",
-                            ".nc.L2::128B", ".L2::128B", ".nc.L1::no_allocate.L2::128B", ".nc.L2::256B"}) {
+  for (const char* cache :
+       {".ca", ".cg", ".cs", ".lu", ".cv", ".nc", ".nc.L1::no_allocate", ".L1::no_allocate",
+        ".L1::evict_last", ".L1::evict_first", ".nc.L1::evict_last", ".nc.L1::evict_first",
+        ".nc.L2::128B", ".L2::128B", ".nc.L1::no_allocate.L2::128B", ".nc.L2::256B"}) {
     add_space<Space::kGlobal>(t, std::string("ld.global") + cache, "");
   }
   for (const char* cache : {".wb", ".cg", ".cs", ".wt", ".L1::no_allocate", ".L1::evict_first"}) {

@@ -31,13 +31,16 @@ void unpack(Warp& warp, const Inst& inst, uint32_t mask) {
   std::memcpy(from, warp.at<const Whole>(inst.operand[kParts]), sizeof(from));
   for (int i = 0; i < kParts; ++i) {
     alignas(64) Stored<Part> result[kLanes];
-    for (int l = 0; l < kLanes; ++l) result[l] = static_cast<Part>(from[l] >> (8 * sizeof(Part) * i));
+    for (int l = 0; l < kLanes; ++l)
+      result[l] = static_cast<Part>(from[l] >> (8 * sizeof(Part) * i));
     store_lanes(warp.at<Stored<Part>>(inst.operand[i]), result, mask);
   }
 }
 
 template <uint64_t kWindow>
-uint64_t to_generic(uint64_t x) { return x | kWindow; }
+uint64_t to_generic(uint64_t x) {
+  return x | kWindow;
+}
 uint64_t from_generic(uint64_t x) { return x & ~kWindowMask; }
 
 template <uint64_t kWindow>
@@ -51,9 +54,12 @@ void is_space(Warp& warp, const Inst& inst, uint32_t mask) {
 }  // namespace
 
 void add_move_ops(OpTable& t) {
-  for (const char* type : {"b16", "u16", "s16", "f16"}) t.add(std::string("mov.") + type, "h=h", move<uint32_t>);
-  for (const char* type : {"b32", "u32", "s32", "f32"}) t.add(std::string("mov.") + type, "r=r", move<uint32_t>);
-  for (const char* type : {"b64", "u64", "s64", "f64"}) t.add(std::string("mov.") + type, "d=d", move<uint64_t>);
+  for (const char* type : {"b16", "u16", "s16", "f16"})
+    t.add(std::string("mov.") + type, "h=h", move<uint32_t>);
+  for (const char* type : {"b32", "u32", "s32", "f32"})
+    t.add(std::string("mov.") + type, "r=r", move<uint32_t>);
+  for (const char* type : {"b64", "u64", "s64", "f64"})
+    t.add(std::string("mov.") + type, "d=d", move<uint64_t>);
   t.add("mov.b32", "r=hh", pack<uint32_t, uint16_t, 2>);
   t.add("mov.b32", "hh=r", unpack<uint32_t, uint16_t, 2>);
   t.add("mov.b64", "d=rr", pack<uint64_t, uint32_t, 2>);

@@ -33,17 +33,30 @@ void shuffle(Warp& warp, const Inst& inst, uint32_t mask) {
     int from = l;
     bool inside = true;
     switch (kKind) {
-      case Shuffle::kUp: from = l - delta; inside = from >= max_lane; break;
-      case Shuffle::kDown: from = l + delta; inside = from <= max_lane; break;
-      case Shuffle::kButterfly: from = l ^ delta; inside = from <= max_lane; break;
-      case Shuffle::kIndex: from = min_lane | (delta & ~segment); inside = from <= max_lane; break;
+      case Shuffle::kUp:
+        from = l - delta;
+        inside = from >= max_lane;
+        break;
+      case Shuffle::kDown:
+        from = l + delta;
+        inside = from <= max_lane;
+        break;
+      case Shuffle::kButterfly:
+        from = l ^ delta;
+        inside = from <= max_lane;
+        break;
+      case Shuffle::kIndex:
+        from = min_lane | (delta & ~segment);
+        inside = from <= max_lane;
+        break;
     }
     if (!inside) from = l;
     result[l] = value[from];
     in_range |= (inside ? 1u : 0u) << l;
     if (((mask >> l) & 1) && ((mask >> from) & 1) == 0) {
-      warp.block->fail(Error::kDivergence, warp, warp.pc, l,
-                       "shfl.sync reads lane " + std::to_string(from) + ", which does not execute it");
+      warp.block->fail(
+          Error::kDivergence, warp, warp.pc, l,
+          "shfl.sync reads lane " + std::to_string(from) + ", which does not execute it");
     }
   }
   ++warp.block->counters->shuffles;
@@ -84,7 +97,9 @@ void ballot(Warp& warp, const Inst& inst, uint32_t mask) {
   broadcast(warp, o[0], (warp.pred(o[1]) ^ static_cast<uint32_t>(o[2])) & members, mask);
 }
 
-void active_mask(Warp& warp, const Inst& inst, uint32_t mask) { broadcast(warp, inst.operand[0], mask, mask); }
+void active_mask(Warp& warp, const Inst& inst, uint32_t mask) {
+  broadcast(warp, inst.operand[0], mask, mask);
+}
 
 template <class T>
 void match_any(Warp& warp, const Inst& inst, uint32_t mask) {

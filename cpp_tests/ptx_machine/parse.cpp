@@ -1,4 +1,5 @@
-// Statements of a kernel body. Registers and labels are scoped by braces (inline asm repeats names).
+// Statements of a kernel body. Registers and labels are scoped by braces (inline asm repeats
+// names).
 #include "parse.h"
 
 #include <cctype>
@@ -11,7 +12,8 @@ namespace {
 bool is_space(char c) { return std::isspace(static_cast<unsigned char>(c)) != 0; }
 bool is_digit(char c) { return std::isdigit(static_cast<unsigned char>(c)) != 0; }
 bool is_word(char c) {
-  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' ||
+         c == '.';
 }
 
 std::string_view trim(std::string_view s) {
@@ -204,7 +206,8 @@ class Parser {
       width = RegisterClass::k16;
     } else if (type == ".b64" || type == ".u64" || type == ".s64" || type == ".f64") {
       width = RegisterClass::k64;
-    } else if (type != ".b32" && type != ".u32" && type != ".s32" && type != ".f32" && type != ".f16x2") {
+    } else if (type != ".b32" && type != ".u32" && type != ".s32" && type != ".f32" &&
+               type != ".f16x2") {
       return fail("unknown register type '" + std::string(type) + "'");
     }
     for (std::string_view name : split(text.substr(space))) {
@@ -243,7 +246,8 @@ class Parser {
         element = static_cast<uint32_t>(std::atoi(word.c_str() + 2)) / 8;
       } else {
         const size_t bracket = word.find('[');
-        if (bracket != std::string::npos) count = std::strtoull(word.c_str() + bracket + 1, nullptr, 0);
+        if (bracket != std::string::npos)
+          count = std::strtoull(word.c_str() + bracket + 1, nullptr, 0);
         name = word.substr(0, bracket);
       }
       word.clear();
@@ -257,7 +261,8 @@ class Parser {
     size_t digits = name.size();
     while (digits > 0 && is_digit(name[digits - 1])) --digits;
     const std::string_view prefix = name.substr(0, digits);
-    const int number = digits < name.size() ? std::atoi(std::string(name.substr(digits)).c_str()) : -1;
+    const int number =
+        digits < name.size() ? std::atoi(std::string(name.substr(digits)).c_str()) : -1;
     for (size_t i = names_.size(); i-- > 0;) {
       const auto exact = names_[i].find(name);
       if (exact != names_[i].end()) return exact->second;
@@ -337,7 +342,8 @@ class Parser {
       size_t end = 1;
       while (end < text.size() && !is_space(text[end])) ++end;
       inst.guard_negated = text[1] == '!';
-      const std::string_view name = text.substr(inst.guard_negated ? 2 : 1, end - (inst.guard_negated ? 2 : 1));
+      const std::string_view name =
+          text.substr(inst.guard_negated ? 2 : 1, end - (inst.guard_negated ? 2 : 1));
       inst.guard = find_register(name);
       if (inst.guard < 0) return fail("unknown predicate '" + std::string(name) + "'");
       text = trim(text.substr(end));

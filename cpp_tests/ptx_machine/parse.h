@@ -1,4 +1,5 @@
-// The body of a kernel as a list of statements with resolved registers, before opcodes are looked up.
+// The body of a kernel as a list of statements with resolved registers, before opcodes are looked
+// up.
 #pragma once
 
 #include <cstdint>

@@ -9,8 +9,10 @@ int main(int argc, char** argv) {
   ptx::Machine& machine = ptx::machine();
   for (int i = 1; i < argc; ++i) {
     const std::string path = argv[i];
-    if (path.ends_with(".txt")) machine.load_manifest(path);
-    else machine.load_ptx(path);
+    if (path.ends_with(".txt"))
+      machine.load_manifest(path);
+    else
+      machine.load_ptx(path);
   }
   const int kernels = machine.decode_all();
   std::fputs(machine.reports_text().c_str(), stdout);

@@ -69,7 +69,8 @@ void SharedShadow::start(uint32_t bytes, int threads) {
   flags_.assign(words_, 0);
 }
 
-bool SharedShadow::fail(Conflict::Kind kind, int thread, uint32_t pc, bool was_write, uint32_t word) {
+bool SharedShadow::fail(Conflict::Kind kind, int thread, uint32_t pc, bool was_write,
+                        uint32_t word) {
   conflict_ = {kind, thread, pc, was_write, word * 4};
   return false;
 }

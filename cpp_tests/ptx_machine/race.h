@@ -76,7 +76,8 @@ class SharedShadow {
   static constexpr uint8_t kAtomic = 0x20;
 
   bool read_word(const Clocks& clocks, int thread, uint32_t word, uint8_t bytes, uint32_t pc) {
-    if (write_stamp_[word] >= clocks.floor(thread) || (flags_[word] & (bytes | kInFlight)) != bytes) {
+    if (write_stamp_[word] >= clocks.floor(thread) ||
+        (flags_[word] & (bytes | kInFlight)) != bytes) {
       if (!read_slow(clocks, thread, word, bytes)) return false;
     }
     Reader& reader = readers_[static_cast<size_t>(thread >> 5) * words_ + word];

@@ -1,5 +1,5 @@
-// Liveness on basic blocks, then linear scan. Correct under divergence because every write is masked
-// by the lanes that execute it: for one lane this is ordinary register allocation.
+// Liveness on basic blocks, then linear scan. Correct under divergence because every write is
+// masked by the lanes that execute it: for one lane this is ordinary register allocation.
 #include "registers.h"
 
 #include <algorithm>
@@ -43,8 +43,10 @@ std::vector<BasicBlock> basic_blocks(const std::vector<Flow>& code, int register
         if (!test(b.def, r)) set(b.use, r);
       }
       for (const int r : code[i].defs) {
-        if (!code[i].guarded) set(b.def, r);
-        else if (!test(b.def, r)) set(b.use, r);  // the old value survives where the guard is false
+        if (!code[i].guarded)
+          set(b.def, r);
+        else if (!test(b.def, r))
+          set(b.use, r);  // the old value survives where the guard is false
       }
     }
     const Flow& last = code[b.end - 1];
@@ -77,8 +79,8 @@ struct Interval {
   int end = -1;
 };
 
-std::vector<Interval> intervals(const std::vector<Flow>& code, const std::vector<BasicBlock>& blocks,
-                                int registers) {
+std::vector<Interval> intervals(const std::vector<Flow>& code,
+                                const std::vector<BasicBlock>& blocks, int registers) {
   std::vector<Interval> all(registers);
   for (int r = 0; r < registers; ++r) all[r] = {r, static_cast<int>(code.size()), -1};
   const auto touch = [&](int r, int at) {
@@ -105,7 +107,8 @@ std::vector<Interval> intervals(const std::vector<Flow>& code, const std::vector
 }  // namespace
 
 std::vector<int32_t> assign_registers(const std::vector<Flow>& code,
-                                      const std::vector<RegisterClass>& registers, uint32_t& layout) {
+                                      const std::vector<RegisterClass>& registers,
+                                      uint32_t& layout) {
   const int count = static_cast<int>(registers.size());
   std::vector<BasicBlock> blocks = basic_blocks(code, count);
   solve_liveness(blocks);
@@ -130,7 +133,8 @@ std::vector<int32_t> assign_registers(const std::vector<Flow>& code,
     if (free_places[kind].empty()) {
       // Predicates come in groups of 32 so that vectors stay aligned.
       const int fresh = kind == 0 ? 32 : 1;
-      for (int i = fresh; i-- > 0;) free_places[kind].push_back(static_cast<int32_t>(layout + i * kBytes[kind]));
+      for (int i = fresh; i-- > 0;)
+        free_places[kind].push_back(static_cast<int32_t>(layout + i * kBytes[kind]));
       layout += fresh * kBytes[kind];
     }
     places[interval.reg] = free_places[kind].back();

@@ -20,6 +20,7 @@ struct Flow {
 // Byte offset of each register, from `layout` upwards; `layout` grows to the end. Predicates take 4
 // bytes (one bit per lane), 16- and 32-bit registers 128, 64-bit registers 256.
 std::vector<int32_t> assign_registers(const std::vector<Flow>& code,
-                                      const std::vector<RegisterClass>& registers, uint32_t& layout);
+                                      const std::vector<RegisterClass>& registers,
+                                      uint32_t& layout);
 
 }  // namespace ptx

@@ -1,7 +1,8 @@
 // The state of running kernels: lanes, warps, blocks, and what instruction handlers need from them.
 //
 // A warp executes one instruction for all lanes of its running split; the other splits (lanes at
-// another pc) wait in `others`. The split with the lowest pc runs, splits merge where their pcs meet.
+// another pc) wait in `others`. The split with the lowest pc runs, splits merge where their pcs
+// meet.
 #pragma once
 
 #include <cstdint>
@@ -53,8 +54,8 @@ struct Split {
 
 // One thread's cp.async that it has not waited for.
 struct PendingCopy {
-  uint32_t offset = 0;   // of the destination in shared memory
-  uint32_t bytes = 0;    // written; the last `zeroed` of them with zeros
+  uint32_t offset = 0;  // of the destination in shared memory
+  uint32_t bytes = 0;   // written; the last `zeroed` of them with zeros
   uint32_t copied = 0;
   const char* source = nullptr;
   uint32_t group = 0;
@@ -70,10 +71,10 @@ struct Warp {
   char* regs = nullptr;  // register file, 64-byte aligned
   uint32_t pc = 0;       // of the running split; mask 0: no split is running
   uint32_t mask = 0;
-  uint32_t next = 0;     // pc after this instruction; a branch changes it
-  uint32_t live = 0;     // lanes that have not exited
-  bool event = false;    // the handler blocked, split or ended the running split
-  bool exited = false;   // lanes left since the last look
+  uint32_t next = 0;    // pc after this instruction; a branch changes it
+  uint32_t live = 0;    // lanes that have not exited
+  bool event = false;   // the handler blocked, split or ended the running split
+  bool exited = false;  // lanes left since the last look
   int index = 0;
   Block* block = nullptr;
   std::vector<Split> others;
@@ -87,8 +88,8 @@ struct Warp {
   }
   uint32_t& pred(int32_t offset) { return *reinterpret_cast<uint32_t*>(regs + offset); }
 
-  // False when all `lanes` are `present` at this instruction. Otherwise those present wait here until
-  // the others come, and the handler returns without effect.
+  // False when all `lanes` are `present` at this instruction. Otherwise those present wait here
+  // until the others come, and the handler returns without effect.
   bool needs_lanes(uint32_t present, uint32_t lanes) {
     if ((present & lanes) == lanes) return false;
     wait_for_lanes(present, lanes);
@@ -101,8 +102,8 @@ struct Warp {
 };
 
 struct BarrierState {
-  uint32_t expected = 0;  // threads; 0: all of the block
-  uint32_t count = 0;     // arrived, counted as the hardware does: 32 for a warp
+  uint32_t expected = 0;     // threads; 0: all of the block
+  uint32_t count = 0;        // arrived, counted as the hardware does: 32 for a warp
   std::vector<int> arrived;  // threads at bar.arrive and bar.sync
   std::vector<int> waiting;  // threads at bar.sync
 };
@@ -119,7 +120,7 @@ struct Block {
   uint32_t launch_stamp = 0;  // stamps below it belong to earlier launches
   uint32_t block_stamp = 0;   // stamps below it belong to other blocks
   std::vector<char> params;
-  std::vector<char> shared;   // [shared_bytes]
+  std::vector<char> shared;  // [shared_bytes]
   uint32_t shared_bytes = 0;
   SharedShadow& shadow = shared_shadow();  // kept between launches, its stamps stay valid
   Clocks clocks;
@@ -129,13 +130,15 @@ struct Block {
   std::vector<char> local_memory;
   std::vector<Allocation*> range_cache;  // [instructions], the allocation last used there
 
-  void prepare();                      // buffers and constants, once per launch
+  void prepare();                       // buffers and constants, once per launch
   void start(const uint32_t (&id)[3]);  // one block
   void run();
-  void arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, uint32_t count, bool wait);
+  void arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, uint32_t count,
+              bool wait);
 
   // Reports and aborts the launch.
-  [[noreturn]] void fail(Error kind, const Warp& warp, uint32_t pc, int lane, const std::string& text);
+  [[noreturn]] void fail(Error kind, const Warp& warp, uint32_t pc, int lane,
+                         const std::string& text);
   std::string where(uint32_t pc) const;  // "file:line" of an instruction
 
  private:

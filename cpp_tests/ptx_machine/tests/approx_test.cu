@@ -9,7 +9,8 @@ namespace {
 
 using ptx_test::Array;
 
-__global__ void approximations(const float* x, float* ex2, float* lg2, float* rcp, float* rsqrt, float* sine) {
+__global__ void approximations(const float* x, float* ex2, float* lg2, float* rcp, float* rsqrt,
+                               float* sine) {
   const int i = static_cast<int>(threadIdx.x);
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(ex2[i]) : "f"(x[i]));
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(lg2[i]) : "f"(fabsf(x[i])));
@@ -29,11 +30,12 @@ double value(uint16_t bits, bool bf16) {
   const double mantissa = bits & 1023;
   const double sign = (bits & 0x8000) ? -1 : 1;
   if (exponent == 31) return mantissa != 0 ? std::nan("") : sign * INFINITY;
-  return sign * (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
+  return sign *
+         (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
 }
 
-// The nearest representable value, ties to the even pattern, found by trying all of them. Patterns of
-// one sign ascend with the value; infinity counts as the next step of the largest exponent.
+// The nearest representable value, ties to the even pattern, found by trying all of them. Patterns
+// of one sign ascend with the value; infinity counts as the next step of the largest exponent.
 uint16_t nearest(long double x, bool bf16) {
   if (std::isnan(x)) return 0x7FFF;
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
@@ -42,7 +44,9 @@ uint16_t nearest(long double x, bool bf16) {
   const long double beyond = bf16 ? std::ldexp(1.0L, 128) : 65536.0L;
   uint16_t low = 0;
   uint16_t high = infinity;
-  const auto at = [&](uint16_t p) { return p == infinity ? beyond : static_cast<long double>(value(p, bf16)); };
+  const auto at = [&](uint16_t p) {
+    return p == infinity ? beyond : static_cast<long double>(value(p, bf16));
+  };
   while (high - low > 1) {
     const uint16_t middle = static_cast<uint16_t>((low + high) / 2);
     (at(middle) <= magnitude ? low : high) = middle;
@@ -58,7 +62,8 @@ bool same_half(uint16_t a, uint16_t b, bool bf16) {
   return a == b || (std::isnan(value(a, bf16)) && std::isnan(value(b, bf16)));
 }
 
-__global__ void narrow(const float* x, uint16_t* f16, uint16_t* bf16, uint32_t* f16x2, uint32_t* bf16x2) {
+__global__ void narrow(const float* x, uint16_t* f16, uint16_t* bf16, uint32_t* f16x2,
+                       uint32_t* bf16x2) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(f16[i]) : "f"(x[i]));
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bf16[i]) : "f"(x[i]));
@@ -69,11 +74,14 @@ __global__ void narrow(const float* x, uint16_t* f16, uint16_t* bf16, uint32_t* 
 __global__ void widen(float* f16, float* bf16) {
   const uint16_t bits = static_cast<uint16_t>(blockIdx.x * blockDim.x + threadIdx.x);
   asm("cvt.f32.f16 %0, %1;" : "=f"(f16[bits]) : "h"(bits));
-  asm("{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 %0, {zero, %1}; }" : "=f"(bf16[bits]) : "h"(bits));
+  asm("{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 %0, {zero, %1}; }"
+      : "=f"(bf16[bits])
+      : "h"(bits));
 }
 
 template <bool kBf16>
-__global__ void packed(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* fma, uint32_t* smallest) {
+__global__ void packed(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* fma,
+                       uint32_t* smallest) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if constexpr (kBf16) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(fma[i]) : "r"(a[i]), "r"(b[i]), "r"(c[i]));
@@ -96,10 +104,15 @@ std::vector<float> floats(size_t count) {
     const uint32_t bits = static_cast<uint32_t>(random());
     std::memcpy(&v, &bits, 4);
   }
-  const float edges[] = {0.0f, -0.0f, 1e-40f, 65504.0f, 65519.9f, 65520.0f, 5.9604645e-8f, 2.9802322e-8f, 2.98e-8f,
-                         1.0009765625f, 1.00048828125f, 1.00390625f, 1.01171875f, 3.4e38f, INFINITY, -INFINITY, NAN};
+  const float edges[] = {0.0f,        -0.0f,         1e-40f,         65504.0f,
+                         65519.9f,    65520.0f,      5.9604645e-8f,  2.9802322e-8f,
+                         2.98e-8f,    1.0009765625f, 1.00048828125f, 1.00390625f,
+                         1.01171875f, 3.4e38f,       INFINITY,       -INFINITY,
+                         NAN};
   std::copy(std::begin(edges), std::end(edges), x.begin());
-  for (size_t i = count / 2; i < count; ++i) x[i] = std::ldexp(1.0f + static_cast<float>(random() % 4096) / 4096, static_cast<int>(random() % 60) - 30);
+  for (size_t i = count / 2; i < count; ++i)
+    x[i] = std::ldexp(1.0f + static_cast<float>(random() % 4096) / 4096,
+                      static_cast<int>(random() % 60) - 30);
   return x;
 }
 
@@ -109,7 +122,8 @@ void check_packed() {
   std::mt19937 random(9);
   std::vector<uint32_t> input[3];
   for (auto& v : input) {
-    for (int i = 0; i < kCount; ++i) v.push_back(i % 2 ? random() : (random() & 0x0FFF0FFF) | 0x30003000);
+    for (int i = 0; i < kCount; ++i)
+      v.push_back(i % 2 ? random() : (random() & 0x0FFF0FFF) | 0x30003000);
   }
   ptx_test::fresh_machine();
   const Array<uint32_t> a(input[0]), b(input[1]), c(input[2]), fma(kCount), smallest(kCount);
@@ -117,16 +131,25 @@ void check_packed() {
   ptx_test::check_clean();
   int wrong = 0;
   for (int i = 0; i < 2 * kCount; ++i) {
-    const auto half = [&](const std::vector<uint32_t>& v) { return static_cast<uint16_t>(v[i / 2] >> (16 * (i % 2))); };
-    const double x = value(half(input[0]), kBf16), y = value(half(input[1]), kBf16), z = value(half(input[2]), kBf16);
+    const auto half = [&](const std::vector<uint32_t>& v) {
+      return static_cast<uint16_t>(v[i / 2] >> (16 * (i % 2)));
+    };
+    const double x = value(half(input[0]), kBf16), y = value(half(input[1]), kBf16),
+                 z = value(half(input[2]), kBf16);
     // What long double cannot hold of the sum only matters on the side of a tie.
     const long double product = static_cast<long double>(x) * y;
     const long double sum = product + z;
-    const long double rest = std::fabs(product) > std::fabs(z) ? z - (sum - product) : product - (sum - z);
-    const long double nudged = std::isfinite(sum) && rest != 0 ? std::nextafter(sum, rest > 0 ? INFINITY : -INFINITY) : sum;
+    const long double rest =
+        std::fabs(product) > std::fabs(z) ? z - (sum - product) : product - (sum - z);
+    const long double nudged = std::isfinite(sum) && rest != 0
+                                   ? std::nextafter(sum, rest > 0 ? INFINITY : -INFINITY)
+                                   : sum;
     const bool on_a_tie = nearest(sum, kBf16) != nearest(nudged, kBf16);
     wrong += !same_half(half(fma.host()), nearest(on_a_tie ? nudged : sum, kBf16), kBf16);
-    const double lower = std::isnan(x) ? y : std::isnan(y) ? x : x < y || (x == y && std::signbit(x)) ? x : y;
+    const double lower = std::isnan(x)                          ? y
+                         : std::isnan(y)                        ? x
+                         : x < y || (x == y && std::signbit(x)) ? x
+                                                                : y;
     wrong += relative(value(half(smallest.host()), kBf16), lower) != 0;
   }
   CHECK_EQ(wrong, 0);
@@ -137,7 +160,8 @@ void check_packed() {
 TEST("ex2, lg2, rcp, rsqrt and sin stay within the accuracy of the hardware") {
   std::vector<float> x;
   for (int i = 0; i < 256; ++i) x.push_back(static_cast<float>(i - 128) * 0.99f + 0.013f);
-  x[0] = -INFINITY, x[1] = INFINITY, x[2] = NAN, x[3] = 0.0f, x[4] = -126.5f, x[5] = -200.0f, x[6] = 127.9f;
+  x[0] = -INFINITY, x[1] = INFINITY, x[2] = NAN, x[3] = 0.0f, x[4] = -126.5f, x[5] = -200.0f,
+  x[6] = 127.9f;
   ptx_test::fresh_machine();
   const Array<float> in(x), ex2(256), lg2(256), rcp(256), rsqrt(256), sine(256);
   approximations<<<1, 256>>>(in.get(), ex2.get(), lg2.get(), rcp.get(), rsqrt.get(), sine.get());

@@ -6,7 +6,9 @@ namespace {
 using ptx_test::Array;
 
 __global__ void stream(const float4* in, float4* out) { out[threadIdx.x] = in[threadIdx.x]; }
-__global__ void strided(const float* in, float* out, int stride) { out[threadIdx.x] = in[threadIdx.x * stride]; }
+__global__ void strided(const float* in, float* out, int stride) {
+  out[threadIdx.x] = in[threadIdx.x * stride];
+}
 __global__ void bank_conflicts(float* out, int stride) {
   __shared__ float s[32 * 33];
   for (int i = 0; i < 33; ++i) s[32 * i + threadIdx.x] = 0.0f;
@@ -14,7 +16,8 @@ __global__ void bank_conflicts(float* out, int stride) {
   out[threadIdx.x] = s[threadIdx.x * stride];
 }
 __global__ void order(int* log, int* count) {
-  if (threadIdx.x % 32 == 0) log[atomicAdd(count, 1)] = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32);
+  if (threadIdx.x % 32 == 0)
+    log[atomicAdd(count, 1)] = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32);
 }
 
 uint64_t conflict_wavefronts(int stride) {

@@ -7,13 +7,18 @@ namespace {
 
 using ptx_test::Array;
 
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 __device__ void copy_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
 }
 __device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
-__device__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+__device__ void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 __global__ void write_then_read(int* out, bool sync) {  // another warp's element
   __shared__ int s[64];
@@ -40,7 +45,9 @@ __global__ void inside_a_warp(int* out, bool sync) {
   if (sync) __syncwarp();
   out[t] = s[t ^ 1];
 }
-__global__ void two_blocks(int* out, bool apart) { out[apart ? blockIdx.x : 0] = static_cast<int>(blockIdx.x); }
+__global__ void two_blocks(int* out, bool apart) {
+  out[apart ? blockIdx.x : 0] = static_cast<int>(blockIdx.x);
+}
 __global__ void block_reads_other(const int* in, int* out, bool same) {
   if (threadIdx.x == 0) out[blockIdx.x] = in[same ? blockIdx.x + 2 : 1 - blockIdx.x];
 }
@@ -69,8 +76,10 @@ __global__ void wait_too_lax(const int4* in, int4* out, bool strict) {
   commit();
   copy_16(&s[1][t], in + t);
   commit();
-  if (strict) wait<0>();
-  else wait<1>();
+  if (strict)
+    wait<0>();
+  else
+    wait<1>();
   out[t] = s[0][t];
   out[t] = s[1][t];
 }
@@ -104,8 +113,10 @@ __global__ void vector_load(const int* in, int4* out, int shift) {
 }
 __global__ void barrier_in_branch(int* out, int limit) {
   out[threadIdx.x] = 1;
-  if (static_cast<int>(threadIdx.x) < limit) asm volatile("bar.sync 0; // some" ::: "memory");
-  else asm volatile("bar.sync 0; // others" ::: "memory");
+  if (static_cast<int>(threadIdx.x) < limit)
+    asm volatile("bar.sync 0; // some" ::: "memory");
+  else
+    asm volatile("bar.sync 0; // others" ::: "memory");
   out[threadIdx.x] = 2;
 }
 __global__ void shuffle_in_branch(int* out, int limit) {
@@ -116,8 +127,10 @@ __global__ void shuffle_in_branch(int* out, int limit) {
 }
 __global__ void missing_warp(int* out, int participants) {
   const int warp = static_cast<int>(threadIdx.x / 32);
-  if (warp == 0) asm volatile("bar.sync 1, %0;" ::"r"(participants) : "memory");
-  else asm volatile("bar.sync 2, %0;" ::"r"(participants) : "memory");
+  if (warp == 0)
+    asm volatile("bar.sync 1, %0;" ::"r"(participants) : "memory");
+  else
+    asm volatile("bar.sync 2, %0;" ::"r"(participants) : "memory");
   out[threadIdx.x] = warp;
 }
 __global__ void spin(volatile int* flag, int* out) {
@@ -156,7 +169,8 @@ void expect(ptx::Error kind, Launch launch, const char* mention = "") {
     CHECK_MESSAGE(report.kind == kind, report.to_string());
     CHECK_MESSAGE(report.to_string().find(mention) != std::string::npos, report.to_string());
     const bool runs = kind != ptx::Error::kLaunch && kind != ptx::Error::kUnsupported;
-    if (runs) CHECK_MESSAGE(report.file.ends_with("errors_test.cu") && report.line > 0, report.to_string());
+    if (runs)
+      CHECK_MESSAGE(report.file.ends_with("errors_test.cu") && report.line > 0, report.to_string());
   }
 }
 
@@ -183,11 +197,13 @@ TEST("a race of two blocks on global memory is reported") {
 }
 TEST("cp.async without its wait is reported") {
   const Array<int4> in(64), out(64);
-  expect(ptx::Error::kInFlight, [&] { no_wait<<<1, 64>>>(in.get(), out.get(), false); }, "in flight");
+  expect(
+      ptx::Error::kInFlight, [&] { no_wait<<<1, 64>>>(in.get(), out.get(), false); }, "in flight");
   expect(kNone, [&] { no_wait<<<1, 64>>>(in.get(), out.get(), true); });
   expect(ptx::Error::kInFlight, [&] { wait_too_lax<<<1, 32>>>(in.get(), out.get(), false); });
   expect(kNone, [&] { wait_too_lax<<<1, 32>>>(in.get(), out.get(), true); });
-  expect(ptx::Error::kInFlight, [&] { overwrite_in_flight<<<1, 32>>>(in.get(), out.get(), false); });
+  expect(ptx::Error::kInFlight,
+         [&] { overwrite_in_flight<<<1, 32>>>(in.get(), out.get(), false); });
   expect(kNone, [&] { overwrite_in_flight<<<1, 32>>>(in.get(), out.get(), true); });
 }
 TEST("cp.async data of another thread without a barrier is reported") {
@@ -198,40 +214,57 @@ TEST("cp.async data of another thread without a barrier is reported") {
     CHECK_EQ(machine.reports().size(), 1u);
     // Which of the three depends on how far the other thread has come.
     const ptx::Error kind = machine.reports().empty() ? kNone : machine.reports()[0].kind;
-    CHECK(kind == ptx::Error::kRace || kind == ptx::Error::kInFlight || kind == ptx::Error::kUninitialised);
+    CHECK(kind == ptx::Error::kRace || kind == ptx::Error::kInFlight ||
+          kind == ptx::Error::kUninitialised);
   }
   expect(kNone, [&] { wait_without_barrier<<<1, 64>>>(in.get(), out.get(), true); });
 }
 TEST("reading shared memory that nobody wrote is reported") {
   const Array<int> out(64);
-  expect(ptx::Error::kUninitialised, [&] { uninitialised<<<1, 64>>>(out.get(), 63); }, "nothing has written");
+  expect(
+      ptx::Error::kUninitialised, [&] { uninitialised<<<1, 64>>>(out.get(), 63); },
+      "nothing has written");
   expect(kNone, [&] { uninitialised<<<1, 64>>>(out.get(), 64); });
 }
 TEST("accesses out of bounds are reported") {
   const Array<int> in(32), out(32);
-  expect(ptx::Error::kOutOfBounds, [&] { global_index<<<1, 32>>>(in.get(), out.get(), 1, 0); }, "read of 4 bytes");
-  expect(ptx::Error::kOutOfBounds, [&] { global_index<<<1, 32>>>(in.get(), out.get(), -1, 0); }, "before its begin");
-  expect(ptx::Error::kOutOfBounds, [&] { global_index<<<1, 32>>>(in.get(), out.get(), 0, 1); }, "write of 4 bytes");
+  expect(
+      ptx::Error::kOutOfBounds, [&] { global_index<<<1, 32>>>(in.get(), out.get(), 1, 0); },
+      "read of 4 bytes");
+  expect(
+      ptx::Error::kOutOfBounds, [&] { global_index<<<1, 32>>>(in.get(), out.get(), -1, 0); },
+      "before its begin");
+  expect(
+      ptx::Error::kOutOfBounds, [&] { global_index<<<1, 32>>>(in.get(), out.get(), 0, 1); },
+      "write of 4 bytes");
   expect(kNone, [&] { global_index<<<1, 32>>>(in.get(), out.get(), 0, 0); });
-  expect(ptx::Error::kOutOfBounds, [&] { shared_index<<<1, 32, 128>>>(out.get(), 1); }, "128 bytes of shared");
+  expect(
+      ptx::Error::kOutOfBounds, [&] { shared_index<<<1, 32, 128>>>(out.get(), 1); },
+      "128 bytes of shared");
   expect(kNone, [&] { shared_index<<<1, 32, 128>>>(out.get(), 0); });
 }
 TEST("misaligned accesses are reported") {
   const Array<int> in(132);
   const Array<int4> out(32);
-  expect(ptx::Error::kMisaligned, [&] { vector_load<<<1, 32>>>(in.get(), out.get(), 1); }, "multiple of 16");
+  expect(
+      ptx::Error::kMisaligned, [&] { vector_load<<<1, 32>>>(in.get(), out.get(), 1); },
+      "multiple of 16");
   expect(kNone, [&] { vector_load<<<1, 32>>>(in.get(), out.get(), 4); });
 }
 TEST("divergent collectives are reported") {
   const Array<int> out(64);
-  expect(ptx::Error::kDivergence, [&] { barrier_in_branch<<<1, 64>>>(out.get(), 16); }, "different instructions");
+  expect(
+      ptx::Error::kDivergence, [&] { barrier_in_branch<<<1, 64>>>(out.get(), 16); },
+      "different instructions");
   expect(kNone, [&] { barrier_in_branch<<<1, 64>>>(out.get(), 32); });
   expect(ptx::Error::kDivergence, [&] { shuffle_in_branch<<<1, 32>>>(out.get(), 16); });
   expect(kNone, [&] { shuffle_in_branch<<<1, 32>>>(out.get(), 32); });
 }
 TEST("a deadlock is reported with where everybody waits") {
   const Array<int> out(64);
-  expect(ptx::Error::kDeadlock, [&] { missing_warp<<<1, 64>>>(out.get(), 64); }, "warp 1: lanes 0xffffffff wait at barrier 2");
+  expect(
+      ptx::Error::kDeadlock, [&] { missing_warp<<<1, 64>>>(out.get(), 64); },
+      "warp 1: lanes 0xffffffff wait at barrier 2");
   expect(kNone, [&] { missing_warp<<<1, 64>>>(out.get(), 32); });
 }
 TEST("an endless loop is reported") {
@@ -250,13 +283,17 @@ TEST("a trap is reported") {
 }
 TEST("launches that the device refuses are reported") {
   const Array<int> out(64);
-  expect(ptx::Error::kLaunch, [&] { shared_index<<<1, 32, 50000>>>(out.get(), 0); }, "cudaFuncSetAttribute allows 49152");
+  expect(
+      ptx::Error::kLaunch, [&] { shared_index<<<1, 32, 50000>>>(out.get(), 0); },
+      "cudaFuncSetAttribute allows 49152");
   expect(ptx::Error::kLaunch, [&] { small_block<<<1, 65>>>(out.get()); }, "at most 64");
   expect(kNone, [&] { small_block<<<1, 64>>>(out.get()); });
   ptx_test::fresh_machine(1, ptx::kSm89);
-  CHECK(cudaFuncSetAttribute(shared_index, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 * 1024) != cudaSuccess);
+  CHECK(cudaFuncSetAttribute(shared_index, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             100 * 1024) != cudaSuccess);
   cudaGetLastError();
-  CHECK(cudaFuncSetAttribute(shared_index, cudaFuncAttributeMaxDynamicSharedMemorySize, 99 * 1024) == cudaSuccess);
+  CHECK(cudaFuncSetAttribute(shared_index, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             99 * 1024) == cudaSuccess);
   shared_index<<<1, 32, 99 * 1024>>>(out.get(), 0);
   ptx_test::check_clean();
 }

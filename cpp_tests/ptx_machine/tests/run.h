@@ -48,6 +48,8 @@ inline ptx::Machine& fresh_machine(uint64_t seed = 1, const ptx::Device& device 
 }
 
 // Nothing was reported; says what was.
-inline void check_clean() { CHECK_MESSAGE(ptx::machine().reports().empty(), ptx::machine().reports_text()); }
+inline void check_clean() {
+  CHECK_MESSAGE(ptx::machine().reports().empty(), ptx::machine().reports_text());
+}
 
 }  // namespace ptx_test

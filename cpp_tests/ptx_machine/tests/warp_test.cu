@@ -14,7 +14,9 @@ namespace {
 
 using ptx_test::Array;
 
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 __global__ void exchange(int* out) {
   const int l = static_cast<int>(threadIdx.x);
@@ -27,8 +29,10 @@ __global__ void exchange(int* out) {
   out[192 + l] = static_cast<int>(__match_any_sync(~0u, l / 4));
   out[224 + l] = static_cast<int>(__reduce_add_sync(~0u, static_cast<unsigned>(l)));
   out[256 + l] = static_cast<int>(__reduce_max_sync(~0u, l - 40));
-  if (l & 1) out[288 + l] = static_cast<int>(__activemask());
-  else out[288 + l] = static_cast<int>(__shfl_xor_sync(0x55555555u, l, 2));
+  if (l & 1)
+    out[288 + l] = static_cast<int>(__activemask());
+  else
+    out[288 + l] = static_cast<int>(__shfl_xor_sync(0x55555555u, l, 2));
 }
 
 // One warp, row-major halves: d = a b^T + c with a 16x16, b 8x16, through shared memory.
@@ -37,31 +41,47 @@ __global__ void multiply(const T* a, const T* b, const float* c, float* d, uint3
   __shared__ __align__(128) T sa[16 * 16];
   __shared__ __align__(128) T sb[8 * 16];
   const int l = static_cast<int>(threadIdx.x);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(sa) + l * 16), "l"(a + l * 8) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(sa) + l * 16),
+               "l"(a + l * 8)
+               : "memory");
   if (l < 16) {
     const int bytes = l == 15 ? 8 : 16;  // the last four elements become zero
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(sb) + l * 16), "l"(b + l * 8), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(sb) + l * 16),
+                 "l"(b + l * 8), "r"(bytes)
+                 : "memory");
   }
   asm volatile("cp.async.commit_group; cp.async.wait_group 0;" ::: "memory");
   __syncwarp();
   uint32_t x[4], y[2], z[2];
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(sa + (l % 16) * 16 + (l / 16) * 8)) : "memory");
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(y[0]), "=r"(y[1])
-               : "r"(shared_address(sb + (l % 8) * 16 + (l / 8 % 2) * 8)) : "memory");
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(z[0]), "=r"(z[1])
-               : "r"(shared_address(sa + (l % 16) * 16)) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(sa + (l % 16) * 16 + (l / 16) * 8))
+               : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(y[0]), "=r"(y[1])
+               : "r"(shared_address(sb + (l % 8) * 16 + (l / 8 % 2) * 8))
+               : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(z[0]), "=r"(z[1])
+               : "r"(shared_address(sa + (l % 16) * 16))
+               : "memory");
   float r[4];
   const int row = l / 4, col = l % 4 * 2;
   const float* c0 = c + row * 8 + col;
   if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
-                 : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c0[0]), "f"(c0[1]), "f"(c0[64]), "f"(c0[65]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
+        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c0[0]), "f"(c0[1]),
+          "f"(c0[64]), "f"(c0[65]));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
-                 : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c0[0]), "f"(c0[1]), "f"(c0[64]), "f"(c0[65]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
+        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(c0[0]), "f"(c0[1]),
+          "f"(c0[64]), "f"(c0[65]));
   }
   float* d0 = d + row * 8 + col;
   d0[0] = r[0], d0[1] = r[1], d0[64] = r[2], d0[65] = r[3];
@@ -86,13 +106,16 @@ void check_multiply() {
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < 8; ++n) {
       float sum = c[m * 8 + n];  // exact here: small multiples of 1/512
-      for (int k = 0; k < 16; ++k) sum += static_cast<float>(a[m * 16 + k]) * static_cast<float>(b[n * 16 + k]);
+      for (int k = 0; k < 16; ++k)
+        sum += static_cast<float>(a[m * 16 + k]) * static_cast<float>(b[n * 16 + k]);
       CHECK_EQ(dd[m * 8 + n], sum);
     }
   }
-  for (int l = 0; l < 32; ++l) {  // transposed: lane l holds a[2(l%4)][l/4], a[2(l%4)+1][l/4] of each 8x8
+  for (int l = 0; l < 32;
+       ++l) {  // transposed: lane l holds a[2(l%4)][l/4], a[2(l%4)+1][l/4] of each 8x8
     for (int tile = 0; tile < 2; ++tile) {
-      T pair[2] = {a[(8 * tile + l % 4 * 2) * 16 + l / 4], a[(8 * tile + l % 4 * 2 + 1) * 16 + l / 4]};
+      T pair[2] = {a[(8 * tile + l % 4 * 2) * 16 + l / 4],
+                   a[(8 * tile + l % 4 * 2 + 1) * 16 + l / 4]};
       uint32_t expected;
       std::memcpy(&expected, pair, 4);
       CHECK_EQ(raw[2 * l + tile], expected);
@@ -109,7 +132,8 @@ struct Wide {
   float values[5];
 };
 
-__global__ void memory(const __grid_constant__ Wide p, const int4* in, int4* out, int64_t* scalars, int pick) {
+__global__ void memory(const __grid_constant__ Wide p, const int4* in, int4* out, int64_t* scalars,
+                       int pick) {
   const int t = static_cast<int>(threadIdx.x);
   __shared__ int4 tile[64];
   __shared__ int8_t bytes[64];
@@ -123,7 +147,9 @@ __global__ void memory(const __grid_constant__ Wide p, const int4* in, int4* out
   v.x += bytes[63 - t];
   v.y = static_cast<int>(local[pick] * 2);
   out[t] = v;
-  if (t == 0) scalars[0] = p.byte, scalars[1] = p.half, scalars[2] = p.word, scalars[3] = static_cast<int64_t>(p.values[pick] * 8);
+  if (t == 0)
+    scalars[0] = p.byte, scalars[1] = p.half, scalars[2] = p.word,
+    scalars[3] = static_cast<int64_t>(p.values[pick] * 8);
 }
 
 __global__ void atomics(int* i, float* f, unsigned* u, unsigned long long* w, int* old) {
@@ -173,7 +199,11 @@ __global__ void control(const int* in, int* out) {
 }
 
 int control_on_host(const std::vector<int>& in, int x) {
-  const auto steps = [](int n) { int s = 0; while (n > 1) n = n % 2 == 0 ? n / 2 : 3 * n + 1, ++s; return s; };
+  const auto steps = [](int n) {
+    int s = 0;
+    while (n > 1) n = n % 2 == 0 ? n / 2 : 3 * n + 1, ++s;
+    return s;
+  };
   if (x < 0) return -1;
   int r = steps(x + 1);
   switch (x % 9) {
@@ -226,7 +256,8 @@ TEST("shuffles, votes, match, redux") {
     CHECK_EQ(static_cast<uint32_t>(out[192 + l]), 0xFu << (l / 4 * 4));
     CHECK_EQ(out[224 + l], 496);
     CHECK_EQ(out[256 + l], -9);
-    CHECK_EQ(static_cast<uint32_t>(out[288 + l]), l & 1 ? 0xAAAAAAAAu : static_cast<uint32_t>(l ^ 2));
+    CHECK_EQ(static_cast<uint32_t>(out[288 + l]),
+             l & 1 ? 0xAAAAAAAAu : static_cast<uint32_t>(l ^ 2));
   }
 }
 TEST("cp.async, ldmatrix and mma in fp16") { check_multiply<__half>(); }
@@ -238,7 +269,8 @@ TEST("loads and stores of every space and width") {
     for (int i = 0; i < 64; ++i) in[i] = {i, 2 * i, 3 * i, -i};
     const Array<int4> a(in), out(64);
     const Array<int64_t> scalars(4);
-    memory<<<1, 64>>>({-5, -300, 1ll << 40, {1, 2, 3, 4.5f, 5}}, a.get(), out.get(), scalars.get(), 3);
+    memory<<<1, 64>>>({-5, -300, 1ll << 40, {1, 2, 3, 4.5f, 5}}, a.get(), out.get(), scalars.get(),
+                      3);
     ptx_test::check_clean();
     for (int t = 0; t < 64; ++t) {
       CHECK_EQ(out[t].x, (t ^ 1) + 31 - t);
