@@ -53,7 +53,8 @@ FLASHTILE_INLINE int thread_number() {
 // Calls task(index, thread) once for every index in [0, count); thread is below `threads`. Indices
 // are handed out in order, so tasks that take long should come first.
 template <class Task>
-void parallel_for(int threads, int64_t count, bool flush_denormals, const Task& task) {
+void parallel_for([[maybe_unused]] int threads, int64_t count, bool flush_denormals,
+                  const Task& task) {
   int64_t next = 0;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)

@@ -34,18 +34,23 @@ struct Rows {
   FLASHTILE_INLINE Rows from(int64_t i) const { return {row(i), stride}; }
 };
 
+// Row 0 of a head, `begin` rows into the tensor. A tensor without elements may have no memory.
+template <class T>
+inline Rows<T> rows_of(const View& view, int64_t batch, int64_t begin, int64_t head) {
+  T* const data = static_cast<T*>(view.data);
+  if (data == nullptr) return {nullptr, 0};
+  return {data + batch * view.stride_batch + begin * view.stride_seq + head * view.stride_head,
+          view.stride_seq};
+}
+
 // The query (key) rows of one sequence and head.
 template <class T>
 inline Rows<T> query_rows(const View& view, const Sequence& seq, int64_t head) {
-  return {static_cast<T*>(view.data) + seq.batch * view.stride_batch +
-              seq.q_begin * view.stride_seq + head * view.stride_head,
-          view.stride_seq};
+  return rows_of<T>(view, seq.batch, seq.q_begin, head);
 }
 template <class T>
 inline Rows<T> key_rows(const View& view, const Sequence& seq, int64_t head) {
-  return {static_cast<T*>(view.data) + seq.batch * view.stride_batch +
-              seq.k_begin * view.stride_seq + head * view.stride_head,
-          view.stride_seq};
+  return rows_of<T>(view, seq.batch, seq.k_begin, head);
 }
 
 // One fp32 per query row of a sequence and head; null when the view is absent.
