@@ -39,8 +39,8 @@ struct DqTurns {
   FLASHTILE_DEVICE void start(const BackwardLaunch& launch, int64_t slot) {
     next = launch.turns + slot;
   }
-  // Until it is this key block's turn to add to the next block of queries. Relies on cu_seqlens that
-  // ascend: others can leave an earlier key block without a thread block that passes on.
+  // Until it is this key block's turn to add to the next block of queries. Relies on cu_seqlens
+  // that ascend: others can leave an earlier key block without a thread block that passes on.
   FLASHTILE_DEVICE void wait() {
     if (ptx::thread_index() != 0) return;
     while (ptx::atomic_add_acquire(next, 0) < turn) {
