@@ -3,21 +3,25 @@ include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/flashtile")
+find_package(OpenMP COMPONENTS CXX) # kernel/ has found it in its own scope
 
-install(
-  TARGETS flashtile_shared flashtile_static
-  EXPORT flashtile_core
-  LIBRARY COMPONENT runtime NAMELINK_COMPONENT dev
-  ARCHIVE COMPONENT dev
-  FILE_SET HEADERS COMPONENT dev
-)
-install(
-  EXPORT flashtile_core
-  NAMESPACE flashtile::
-  FILE flashtileCoreTargets.cmake
-  DESTINATION "${package_dir}"
-  COMPONENT dev
-)
+# Two exports: who uses the shared library needs neither OpenMP nor the CUDA runtime.
+foreach(kind IN ITEMS shared static)
+  install(
+    TARGETS flashtile_${kind}
+    EXPORT flashtile_${kind}
+    LIBRARY COMPONENT runtime NAMELINK_COMPONENT dev
+    ARCHIVE COMPONENT dev
+    FILE_SET HEADERS COMPONENT dev
+  )
+  install(
+    EXPORT flashtile_${kind}
+    NAMESPACE flashtile::
+    FILE flashtile-${kind}-targets.cmake
+    DESTINATION "${package_dir}"
+    COMPONENT dev
+  )
+endforeach()
 
 set(FLASHTILE_PC_PRIVATE "-lstdc++ -lm")
 if(OpenMP_CXX_FOUND)
@@ -26,6 +30,7 @@ endif()
 if(FLASHTILE_HAS_CUDA)
   string(APPEND FLASHTILE_PC_PRIVATE " -L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lpthread -ldl -lrt")
 endif()
+file(RELATIVE_PATH FLASHTILE_PC_PREFIX "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
 configure_file(cmake/flashtile.pc.in flashtile.pc @ONLY)
 install(
   FILES "${PROJECT_BINARY_DIR}/flashtile.pc"
