@@ -27,11 +27,11 @@ export PYTHONPATH := $(BUILD)/python
 # (--system-site-packages would not see the packages of another virtual environment).
 $(VENV)/.stamp: cmake/requirements-dev.txt
 	@if $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
-	    && command -v cmake ninja >/dev/null; then
+	    && command -v cmake >/dev/null && command -v ninja >/dev/null; then
 	  echo "using the torch of $(PYTHON)"
 	  $(PYTHON) -m venv --without-pip $(VENV)
-	  site=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-	  echo "$$site" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+	  $(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	else
 	  $(PYTHON) -m venv $(VENV)
 	  $(BIN)/python -m pip install --quiet --requirement cmake/requirements-dev.txt
@@ -76,10 +76,10 @@ $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	touch $@
 
 lint: $(VENV)/.stamp-lint
-	@pre-commit run --all-files --show-diff-on-failure
+	@$(BIN)/python -m pre_commit run --all-files --show-diff-on-failure
 	cmake --preset cpu -DPython_EXECUTABLE=$(BIN)/python >/dev/null
 	$(BIN)/python cmake/run_clang_tidy.py build/cpu
-	mypy
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.stamp-lint
 	@git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
