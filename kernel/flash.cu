@@ -1,17 +1,16 @@
 // START HERE. flashtile's entry points: check, choose the backend, run.
 //
-//   include/flashtile/flashtile.h   the C API that this file implements
-//   check.cpp                       the caller's structs -> params.h, every refusal has its
-//   sentence backend.h                       what a backend answers: plan (name, workspace) and run
-//   cpu/                            the CPU backend: same semantics, one object per instruction set
-//   cuda_backend.cu                 the CUDA backend: device -> memory class, head_dim -> slice
-//   slices/*.cu                     a slice = (pass, head_dim, memory class), compiled on its own
-//   forward_sm80.cuh                forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
-//   backward_sm80.cuh               backward main loop; before it backward_delta.cuh, after it
-//                                   backward_dq.cuh
-//   config.cuh, launch.cuh          tuning table; the only __global__ function
-//   tile/, ptx/                     the words the loops are written in; one function = one
-//   instruction torch/                          the same op for PyTorch, on top of the C API
+//   include/flashtile/flashtile.h  the C API that this file implements
+//   check.cpp          the caller's structs -> params.h, every refusal has its sentence
+//   backend.h          what a backend answers: plan (name, workspace) and run
+//   cpu/               the CPU backend: same semantics, one object per instruction set
+//   cuda_backend.cu    the CUDA backend: device -> memory class, head_dim -> slice
+//   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
+//   forward_sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
+//   backward_sm80.cuh  backward main loop; backward_delta.cuh before, backward_dq.cuh after it
+//   config.cuh         tuning table;  launch.cuh: the only __global__ function
+//   tile/, ptx/        the words the loops are written in; one function = one instruction
+//   torch/             the same op for PyTorch, on top of the C API
 #include <cstdio>
 
 #include "backend.h"
