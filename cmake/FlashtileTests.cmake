@@ -1,13 +1,19 @@
-# flashtile_add_tests(<target> [LABELS label...] [TIMEOUT seconds] [ENVIRONMENT VAR=value...])
+# flashtile_add_tests(<target> [LABELS label...] [TIMEOUT seconds] [ENVIRONMENT VAR=value...]
+#                     [FIRST_WORD_IS_LABEL] [ERROR_TABLE])
 #
 # FIRST_WORD_IS_LABEL: the first word of a test's name is one more label of it.
+#
+# ERROR_TABLE: the tests add to the table of error ratios that the test error_table/print prints.
 #
 # Registers every TEST("name") of the target's sources with ctest as <target>/<name>. Reading the
 # sources needs no run of the executable at build time; editing one reconfigures.
 function(flashtile_add_tests target)
-  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
+  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL;ERROR_TABLE" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
+  endif()
+  if(ARG_ERROR_TABLE)
+    list(APPEND ARG_ENVIRONMENT "FLASHTILE_ERROR_TABLE=${PROJECT_BINARY_DIR}/error_table")
   endif()
   get_target_property(sources ${target} SOURCES)
   foreach(source IN LISTS sources)
@@ -32,6 +38,9 @@ function(flashtile_add_tests target)
                    LABELS "${labels}"
                    ENVIRONMENT "${ARG_ENVIRONMENT}"
       )
+      if(ARG_ERROR_TABLE)
+        set_tests_properties("${target}/${name}" PROPERTIES FIXTURES_REQUIRED flashtile_error_table)
+      endif()
     endforeach()
   endforeach()
 endfunction()

@@ -37,7 +37,8 @@ at::Tensor to_torch(const HostTensor& tensor, Dtype dtype, const Setup& setup, a
   if (!e.empty()) {
     std::vector<uint8_t> bytes = tensor.bytes();
     const int64_t elements = static_cast<int64_t>(bytes.size()) / bytes_of(dtype);
-    const at::Tensor buffer = at::from_blob(bytes.data(), {elements}, options).to(device, false, /*copy=*/true);
+    const at::Tensor buffer =
+        at::from_blob(bytes.data(), {elements}, options).to(device, false, /*copy=*/true);
     result = buffer.as_strided({e.batch, e.seq, e.heads, e.dim}, {s.batch, s.seq, s.head, 1},
                                static_cast<int64_t>(tensor.start_byte()) / bytes_of(dtype));
   }
@@ -50,7 +51,9 @@ std::vector<double> to_doubles(const at::Tensor& tensor) {
 }
 
 // LSE (batch, heads, seq) or (heads, rows) to the order of AttentionOutput: rows, then heads.
-std::vector<double> lse_to_doubles(const at::Tensor& lse) { return to_doubles(lse.transpose(-1, -2)); }
+std::vector<double> lse_to_doubles(const at::Tensor& lse) {
+  return to_doubles(lse.transpose(-1, -2));
+}
 
 struct Inputs {
   at::Tensor q, k, v, dout, dlse;
@@ -58,23 +61,26 @@ struct Inputs {
 
 Inputs inputs_of(const Setup& setup, at::Device device) {
   const auto tensor = [&](const HostTensor& t) { return to_torch(t, setup.dtype, setup, device); };
-  const at::Tensor dlse = to_torch(setup.dlse, Dtype::kFloat32, setup, device);  // (..., seq, heads, 1)
+  const at::Tensor dlse =
+      to_torch(setup.dlse, Dtype::kFloat32, setup, device);  // (..., seq, heads, 1)
   return {tensor(setup.q), tensor(setup.k), tensor(setup.v), tensor(setup.dout),
           dlse.squeeze(-1).transpose(-1, -2)};
 }
 
 // One sequence: q (seq, heads, dim) ... -> out (seq, heads, dim), lse (heads, seq).
-std::pair<at::Tensor, at::Tensor> manual_sequence(const Setup& setup, const at::Tensor& q, const at::Tensor& k,
-                                                  const at::Tensor& v) {
+std::pair<at::Tensor, at::Tensor> manual_sequence(const Setup& setup, const at::Tensor& q,
+                                                  const at::Tensor& k, const at::Tensor& v) {
   const int64_t group = setup.extents_q.heads / setup.extents_k.heads;
   const auto heads_first = [&](const at::Tensor& t, int64_t repeat) {
     return t.transpose(0, 1).repeat_interleave(repeat, 0);
   };
   const int64_t seqlen_q = q.size(0), seqlen_k = k.size(0);
   at::Tensor hidden = at::zeros({seqlen_q, seqlen_k}, at::kBool);
-  if (setup.causal) hidden = at::ones({seqlen_q, seqlen_k}, at::kBool).triu(seqlen_k - seqlen_q + 1);
+  if (setup.causal)
+    hidden = at::ones({seqlen_q, seqlen_k}, at::kBool).triu(seqlen_k - seqlen_q + 1);
   const at::Tensor empty = hidden.all(-1, /*keepdim=*/true);  // rows that see no key
-  const at::Tensor scores = at::matmul(heads_first(q, 1), heads_first(k, group).transpose(1, 2)) * setup.softmax_scale;
+  const at::Tensor scores =
+      at::matmul(heads_first(q, 1), heads_first(k, group).transpose(1, 2)) * setup.softmax_scale;
   const at::Tensor safe = scores.masked_fill(hidden, -kInfinity).masked_fill(empty, 0.0);
   const at::Tensor p = at::softmax(safe, -1).masked_fill(empty, 0.0);
   const at::Tensor out = at::matmul(p, heads_first(v, group)).transpose(0, 1);
@@ -84,17 +90,21 @@ std::pair<at::Tensor, at::Tensor> manual_sequence(const Setup& setup, const at::
 AttentionOutput torch_manual(const Setup& setup, Dtype dtype) {
   at::set_num_threads(1);  // small tensors
   Inputs in = inputs_of(setup, at::kCPU);
-  for (at::Tensor* t : {&in.q, &in.k, &in.v}) *t = t->to(scalar_type(dtype)).detach().requires_grad_(true);
+  for (at::Tensor* t : {&in.q, &in.k, &in.v})
+    *t = t->to(scalar_type(dtype)).detach().requires_grad_(true);
   const auto rows = [&](const at::Tensor& t) { return t.reshape({-1, t.size(-2), t.size(-1)}); };
   const at::Tensor q = rows(in.q), k = rows(in.k), v = rows(in.v);
-  std::vector<at::Tensor> out = {q.narrow(0, 0, 0)}, lse = {q.narrow(0, 0, 0).select(-1, 0).transpose(0, 1)};
+  std::vector<at::Tensor> out = {q.narrow(0, 0, 0)},
+                          lse = {q.narrow(0, 0, 0).select(-1, 0).transpose(0, 1)};
   for (const Span& span : spans_of(setup)) {
-    auto [o, l] = manual_sequence(setup, q.narrow(0, span.row_q, span.seqlen_q), k.narrow(0, span.row_k, span.seqlen_k),
+    auto [o, l] = manual_sequence(setup, q.narrow(0, span.row_q, span.seqlen_q),
+                                  k.narrow(0, span.row_k, span.seqlen_k),
                                   v.narrow(0, span.row_k, span.seqlen_k));
     out.push_back(o);
     lse.push_back(l);
   }
-  const at::Tensor all_out = at::cat(out, 0), all_lse = at::cat(lse, 1);  // (rows, heads, dim), (heads, rows)
+  const at::Tensor all_out = at::cat(out, 0),
+                   all_lse = at::cat(lse, 1);  // (rows, heads, dim), (heads, rows)
   AttentionOutput result;
   result.out = to_doubles(all_out);
   result.lse = lse_to_doubles(all_lse);
@@ -120,9 +130,12 @@ AttentionOutput run_op(const Setup& setup, at::Device device) {
       .causal = setup.causal, .softmax_scale = setup.softmax_scale, .return_lse = true};
   flashtile::AttentionResult result;
   if (setup.spec.is_varlen()) {
-    const auto cu_seqlens = [&](const std::vector<int32_t>& cu) { return at::tensor(cu, at::kInt).to(device); };
-    const flashtile::Sequences sequences = {cu_seqlens(setup.cu_seqlens_q), cu_seqlens(setup.cu_seqlens_k),
-                                            setup.extents_q.seq, setup.extents_k.seq};
+    const auto cu_seqlens = [&](const std::vector<int32_t>& cu) {
+      return at::tensor(cu, at::kInt).to(device);
+    };
+    const flashtile::Sequences sequences = {cu_seqlens(setup.cu_seqlens_q),
+                                            cu_seqlens(setup.cu_seqlens_k), setup.extents_q.seq,
+                                            setup.extents_k.seq};
     result = flashtile::attention_varlen(in.q, in.k, in.v, sequences, options);
   } else {
     result = flashtile::attention(in.q, in.k, in.v, options);
@@ -144,7 +157,8 @@ AttentionOutput run_op(const Setup& setup, at::Device device) {
 }
 
 Truth torch_truth(const Setup& setup) {
-  return Truth(setup, manual_input(setup), torch_manual(setup, Dtype::kFloat64), torch_manual(setup, setup.dtype));
+  return Truth(setup, manual_input(setup), torch_manual(setup, Dtype::kFloat64),
+               torch_manual(setup, setup.dtype));
 }
 
 std::vector<Setup> all_setups(Dtype dtype) {
@@ -153,7 +167,8 @@ std::vector<Setup> all_setups(Dtype dtype) {
     for (const Case& spec : cases) {
       for (const int head_dim : {64, 128}) {
         for (const bool causal : {false, true}) {
-          if (spec.has(causal)) setups.push_back(make_setup(spec, dtype, head_dim, causal, setups.size() + 1));
+          if (spec.has(causal))
+            setups.push_back(make_setup(spec, dtype, head_dim, causal, setups.size() + 1));
         }
       }
     }
@@ -186,7 +201,8 @@ void run_on_machine(Dtype dtype) {
   ErrorTable table;
   for (const Setup& setup : all_setups(dtype)) {
     const std::string name = setup.spec.name;
-    const bool chosen = name == "GQA 4/2" || name == "129 x 129" || name == "values x 3" || name == "5 rows, 2 keys: rows without a key" ||
+    const bool chosen = name == "GQA 4/2" || name == "129 x 129" || name == "values x 3" ||
+                        name == "5 rows, 2 keys: rows without a key" ||
                         name == "varlen: block edges";
     if (chosen) run_case(setup, torch_truth(setup), backend, table);
   }
@@ -207,14 +223,15 @@ TEST("cpu: manual attention of the tests agrees with torch") {
       double top = a.size() == b.size() ? 0.0 : kInfinity;
       for (size_t i = 0; i < a.size() && i < b.size(); ++i) {
         if (std::isnan(a[i]) && std::isnan(b[i])) continue;
-        if (a[i] != b[i]) top = std::max(top, std::fabs(a[i] - b[i]) / std::max(1.0, std::fabs(a[i])));
+        if (a[i] != b[i])
+          top = std::max(top, std::fabs(a[i] - b[i]) / std::max(1.0, std::fabs(a[i])));
       }
       return top;
     };
     const double difference =
-        std::max({largest_difference(ours.out, theirs.out), largest_difference(ours.lse, theirs.lse),
-                  largest_difference(ours.dq, theirs.dq), largest_difference(ours.dk, theirs.dk),
-                  largest_difference(ours.dv, theirs.dv)});
+        std::max({largest_difference(ours.out, theirs.out),
+                  largest_difference(ours.lse, theirs.lse), largest_difference(ours.dq, theirs.dq),
+                  largest_difference(ours.dk, theirs.dk), largest_difference(ours.dv, theirs.dv)});
     CHECK_MESSAGE(difference < 1e-9, setup.name() + ": " + std::to_string(difference));
   }
 }

@@ -1,5 +1,5 @@
-// The table of cases that every runner uses: the kernels on the machine and on a GPU, the CPU op, the
-// libtorch test. A case says nothing about dtype, head dim or backend: those multiply it.
+// The table of cases that every runner uses: the kernels on the machine and on a GPU, the CPU op,
+// the libtorch test. A case says nothing about dtype, head dim or backend: those multiply it.
 #pragma once
 
 #include <cstdint>
@@ -20,14 +20,14 @@ enum class Layout {
 
 // What is in q, k, v.
 enum class Values {
-  kNormal,       // standard normal
-  kTriple,       // 3 times that
-  kVeryNegative, // every logit near -120: q[0] = 1, k[0] = -120 / softmax_scale
-  kPeaked,       // one key holds nearly all the weight
-  kHuge,         // all 8192: logits above 5e8; out is v
-  kZeroScale,    // softmax_scale 0
+  kNormal,        // standard normal
+  kTriple,        // 3 times that
+  kVeryNegative,  // every logit near -120: q[0] = 1, k[0] = -120 / softmax_scale
+  kPeaked,        // one key holds nearly all the weight
+  kHuge,          // all 8192: logits above 5e8; out is v
+  kZeroScale,     // softmax_scale 0
   kNegativeScale,
-  kNan,          // one NaN in q and in dout, one infinity in v; forward only
+  kNan,  // one NaN in q and in dout, one infinity in v; forward only
 };
 
 enum class Masks { kBoth, kFull, kCausal };
@@ -48,7 +48,9 @@ struct Case {
   bool deterministic = false;
 
   bool is_varlen() const { return !lengths_q.empty(); }
-  bool has(bool causal) const { return masks == Masks::kBoth || (masks == Masks::kCausal) == causal; }
+  bool has(bool causal) const {
+    return masks == Masks::kBoth || (masks == Masks::kCausal) == causal;
+  }
 };
 
 // Lengths around the block edges 16, 32, 64, 128, and queries longer and shorter than keys.
@@ -57,7 +59,11 @@ inline std::vector<Case> shape_cases() {
       {.name = "one row, one key", .seqlen_q = 1, .seqlen_k = 1},
       {.name = "one row, 97 keys", .heads = 2, .heads_kv = 2, .seqlen_q = 1, .seqlen_k = 97},
       {.name = "200 rows, one key", .seqlen_q = 200, .seqlen_k = 1},
-      {.name = "5 rows, 2 keys: rows without a key", .heads = 2, .heads_kv = 2, .seqlen_q = 5, .seqlen_k = 2},
+      {.name = "5 rows, 2 keys: rows without a key",
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 5,
+       .seqlen_k = 2},
       {.name = "16 x 16", .seqlen_q = 16, .seqlen_k = 16},
       {.name = "17 x 33", .seqlen_q = 17, .seqlen_k = 33},
       {.name = "31 x 63", .seqlen_q = 31, .seqlen_k = 63},
@@ -71,7 +77,12 @@ inline std::vector<Case> shape_cases() {
       {.name = "257 x 190", .seqlen_q = 257, .seqlen_k = 190},
       {.name = "no keys", .heads = 2, .heads_kv = 2, .seqlen_q = 40, .seqlen_k = 0},
       {.name = "no queries", .heads = 2, .heads_kv = 2, .seqlen_q = 0, .seqlen_k = 40},
-      {.name = "empty batch", .batch = 0, .heads = 2, .heads_kv = 2, .seqlen_q = 40, .seqlen_k = 16},
+      {.name = "empty batch",
+       .batch = 0,
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 40,
+       .seqlen_k = 16},
   };
 }
 
@@ -80,45 +91,145 @@ inline std::vector<Case> option_cases() {
   return {
       {.name = "GQA 4/2", .batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 70, .seqlen_k = 70},
       {.name = "MQA 6/1", .heads = 6, .heads_kv = 1, .seqlen_q = 33, .seqlen_k = 90},
-      {.name = "without dLSE", .heads = 2, .heads_kv = 2, .seqlen_q = 50, .seqlen_k = 80, .dlse = false},
-      {.name = "head-major", .batch = 2, .heads = 2, .heads_kv = 2, .seqlen_q = 40, .seqlen_k = 70, .layout = Layout::kHeadMajor},
-      {.name = "padded", .batch = 2, .heads = 2, .heads_kv = 1, .seqlen_q = 70, .seqlen_k = 90,
+      {.name = "without dLSE",
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 50,
+       .seqlen_k = 80,
+       .dlse = false},
+      {.name = "head-major",
+       .batch = 2,
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 40,
+       .seqlen_k = 70,
+       .layout = Layout::kHeadMajor},
+      {.name = "padded",
+       .batch = 2,
+       .heads = 2,
+       .heads_kv = 1,
+       .seqlen_q = 70,
+       .seqlen_k = 90,
        .layout = Layout::kPadded},
-      {.name = "odd strides", .batch = 2, .heads = 2, .heads_kv = 2, .seqlen_q = 35, .seqlen_k = 67, .layout = Layout::kOdd},
-      {.name = "seq-major", .batch = 3, .heads = 2, .heads_kv = 1, .seqlen_q = 33, .seqlen_k = 40,
+      {.name = "odd strides",
+       .batch = 2,
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 35,
+       .seqlen_k = 67,
+       .layout = Layout::kOdd},
+      {.name = "seq-major",
+       .batch = 3,
+       .heads = 2,
+       .heads_kv = 1,
+       .seqlen_q = 33,
+       .seqlen_k = 40,
        .layout = Layout::kSeqMajor},
-      {.name = "mixed layouts", .batch = 2, .heads = 2, .heads_kv = 2, .seqlen_q = 40, .seqlen_k = 66, .layout = Layout::kMixed},
-      {.name = "broadcast k, v, dout", .batch = 2, .heads = 3, .heads_kv = 1, .seqlen_q = 40, .seqlen_k = 50,
+      {.name = "mixed layouts",
+       .batch = 2,
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 40,
+       .seqlen_k = 66,
+       .layout = Layout::kMixed},
+      {.name = "broadcast k, v, dout",
+       .batch = 2,
+       .heads = 3,
+       .heads_kv = 1,
+       .seqlen_q = 40,
+       .seqlen_k = 50,
        .layout = Layout::kBroadcast},
       {.name = "values x 3", .seqlen_q = 90, .seqlen_k = 140, .values = Values::kTriple},
-      {.name = "every logit near -120", .heads = 2, .heads_kv = 2, .seqlen_q = 64, .seqlen_k = 192, .values = Values::kVeryNegative},
-      {.name = "every logit near -120, one row", .seqlen_q = 1, .seqlen_k = 97, .values = Values::kVeryNegative},
+      {.name = "every logit near -120",
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 64,
+       .seqlen_k = 192,
+       .values = Values::kVeryNegative},
+      {.name = "every logit near -120, one row",
+       .seqlen_q = 1,
+       .seqlen_k = 97,
+       .values = Values::kVeryNegative},
       {.name = "one key takes all", .seqlen_q = 80, .seqlen_k = 150, .values = Values::kPeaked},
-      {.name = "logits of 5e8", .seqlen_q = 33, .seqlen_k = 70, .values = Values::kHuge, .dlse = false},
+      {.name = "logits of 5e8",
+       .seqlen_q = 33,
+       .seqlen_k = 70,
+       .values = Values::kHuge,
+       .dlse = false},
       {.name = "scale 0", .seqlen_q = 40, .seqlen_k = 70, .values = Values::kZeroScale},
       {.name = "negative scale", .seqlen_q = 40, .seqlen_k = 70, .values = Values::kNegativeScale},
-      {.name = "NaN and infinity", .heads = 2, .heads_kv = 2, .seqlen_q = 70, .seqlen_k = 90, .masks = Masks::kFull,
+      {.name = "NaN and infinity",
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 70,
+       .seqlen_k = 90,
+       .masks = Masks::kFull,
        .values = Values::kNan},
-      {.name = "deterministic", .heads = 2, .heads_kv = 2, .seqlen_q = 90, .seqlen_k = 140, .deterministic = true},
+      {.name = "deterministic",
+       .heads = 2,
+       .heads_kv = 2,
+       .seqlen_q = 90,
+       .seqlen_k = 140,
+       .deterministic = true},
   };
 }
 
 inline std::vector<Case> varlen_cases() {
   return {
-      {.name = "varlen: 1, 0, 1", .heads = 9, .heads_kv = 3, .lengths_q = {1, 0, 1}, .lengths_k = {3, 0, 5}},
-      {.name = "varlen: more sequences than rows", .heads = 2, .heads_kv = 2, .lengths_q = {0, 0, 0, 1}, .lengths_k = {0, 0, 0, 1}},
-      {.name = "varlen: no rows", .heads = 2, .heads_kv = 2, .lengths_q = {0, 0}, .lengths_k = {0, 0}},
-      {.name = "varlen: no queries", .heads = 2, .heads_kv = 2, .lengths_q = {0, 0}, .lengths_k = {30, 7}},
-      {.name = "varlen: no keys", .heads = 2, .heads_kv = 2, .lengths_q = {30, 7}, .lengths_k = {0, 0}},
-      {.name = "varlen: empty in the middle", .heads = 2, .heads_kv = 2, .lengths_q = {75, 0, 75}, .lengths_k = {50, 50, 50}},
-      {.name = "varlen: keys for nobody, queries for nothing", .lengths_q = {40, 0, 70, 20},
+      {.name = "varlen: 1, 0, 1",
+       .heads = 9,
+       .heads_kv = 3,
+       .lengths_q = {1, 0, 1},
+       .lengths_k = {3, 0, 5}},
+      {.name = "varlen: more sequences than rows",
+       .heads = 2,
+       .heads_kv = 2,
+       .lengths_q = {0, 0, 0, 1},
+       .lengths_k = {0, 0, 0, 1}},
+      {.name = "varlen: no rows",
+       .heads = 2,
+       .heads_kv = 2,
+       .lengths_q = {0, 0},
+       .lengths_k = {0, 0}},
+      {.name = "varlen: no queries",
+       .heads = 2,
+       .heads_kv = 2,
+       .lengths_q = {0, 0},
+       .lengths_k = {30, 7}},
+      {.name = "varlen: no keys",
+       .heads = 2,
+       .heads_kv = 2,
+       .lengths_q = {30, 7},
+       .lengths_k = {0, 0}},
+      {.name = "varlen: empty in the middle",
+       .heads = 2,
+       .heads_kv = 2,
+       .lengths_q = {75, 0, 75},
+       .lengths_k = {50, 50, 50}},
+      {.name = "varlen: keys for nobody, queries for nothing",
+       .lengths_q = {40, 0, 70, 20},
        .lengths_k = {0, 66, 70, 130}},
-      {.name = "varlen: block edges", .heads = 2, .heads_kv = 1, .lengths_q = {1, 64, 17, 0, 129},
+      {.name = "varlen: block edges",
+       .heads = 2,
+       .heads_kv = 1,
+       .lengths_q = {1, 64, 17, 0, 129},
        .lengths_k = {64, 1, 33, 5, 100}},
-      {.name = "varlen: padded", .heads = 2, .heads_kv = 1, .lengths_q = {33, 50}, .lengths_k = {70, 20},
+      {.name = "varlen: padded",
+       .heads = 2,
+       .heads_kv = 1,
+       .lengths_q = {33, 50},
+       .lengths_k = {70, 20},
        .layout = Layout::kPadded},
-      {.name = "varlen: odd strides", .heads = 2, .heads_kv = 2, .lengths_q = {33, 20}, .lengths_k = {40, 70}, .layout = Layout::kOdd},
-      {.name = "varlen: deterministic", .lengths_q = {70, 90}, .lengths_k = {100, 90}, .deterministic = true},
+      {.name = "varlen: odd strides",
+       .heads = 2,
+       .heads_kv = 2,
+       .lengths_q = {33, 20},
+       .lengths_k = {40, 70},
+       .layout = Layout::kOdd},
+      {.name = "varlen: deterministic",
+       .lengths_q = {70, 90},
+       .lengths_k = {100, 90},
+       .deterministic = true},
   };
 }
 
@@ -129,12 +240,23 @@ inline std::vector<Case> long_cases() {
       {.name = "190 x 500", .seqlen_q = 190, .seqlen_k = 500},
       {.name = "500 x 190", .seqlen_q = 500, .seqlen_k = 190},
       {.name = "GQA 14/2", .heads = 14, .heads_kv = 2, .seqlen_q = 88, .seqlen_k = 448},
-      {.name = "varlen: 150 x 100", .heads = 4, .heads_kv = 2, .lengths_q = {150, 0, 150},
+      {.name = "varlen: 150 x 100",
+       .heads = 4,
+       .heads_kv = 2,
+       .lengths_q = {150, 0, 150},
        .lengths_k = {100, 100, 100}},
       {.name = "varlen: 1023 rows and nothing", .lengths_q = {0, 0, 300}, .lengths_k = {0, 1, 400}},
-      {.name = "every logit near -120, 704", .seqlen_q = 100, .seqlen_k = 704, .values = Values::kVeryNegative},
+      {.name = "every logit near -120, 704",
+       .seqlen_q = 100,
+       .seqlen_k = 704,
+       .values = Values::kVeryNegative},
       {.name = "values x 3, 400", .seqlen_q = 257, .seqlen_k = 400, .values = Values::kTriple},
-      {.name = "deterministic GQA", .batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 200, .seqlen_k = 200,
+      {.name = "deterministic GQA",
+       .batch = 2,
+       .heads = 4,
+       .heads_kv = 2,
+       .seqlen_q = 200,
+       .seqlen_k = 200,
        .deterministic = true},
   };
   for (const int length : {15, 47, 48, 49, 95, 96, 97, 111, 112, 113, 191, 192, 193, 255, 256}) {

@@ -106,10 +106,10 @@ inline int list() {
 
 #define FLASHTILE_JOIN2(a, b) a##b
 #define FLASHTILE_JOIN(a, b) FLASHTILE_JOIN2(a, b)
-#define TEST(name)                                                             \
-  static void FLASHTILE_JOIN(test_, __LINE__)();                               \
-  static const check::Registration FLASHTILE_JOIN(registration_, __LINE__)(    \
-      name, &FLASHTILE_JOIN(test_, __LINE__));                                 \
+#define TEST(name)                                                          \
+  static void FLASHTILE_JOIN(test_, __LINE__)();                            \
+  static const check::Registration FLASHTILE_JOIN(registration_, __LINE__)( \
+      name, &FLASHTILE_JOIN(test_, __LINE__));                              \
   static void FLASHTILE_JOIN(test_, __LINE__)()
 // torch's logging header has macros of these names.
 #undef CHECK
@@ -118,12 +118,13 @@ inline int list() {
 #define CHECK_MESSAGE(condition, message) \
   check::report(static_cast<bool>(condition), __FILE__, __LINE__, (message))
 #define CHECK_EQ(a, b) check::report_equal((a), (b), __FILE__, __LINE__, #a " == " #b)
-#define SKIP(reason) throw check::Skipped{reason}
-#define SKIP_WITHOUT_GPU(reason)                                                \
-  do {                                                                          \
-    if (!check::gpu_is_required()) SKIP(reason);                                \
+#define SKIP(reason) \
+  throw check::Skipped { reason }
+#define SKIP_WITHOUT_GPU(reason)                                                        \
+  do {                                                                                  \
+    if (!check::gpu_is_required()) SKIP(reason);                                        \
     check::report(false, __FILE__, __LINE__, std::string("GPU required: ") + (reason)); \
-    return;                                                                     \
+    return;                                                                             \
   } while (false)
 
 #ifndef FLASHTILE_CHECK_OWN_MAIN

@@ -3,13 +3,14 @@
 //   max |result - truth| <= 2 * max |dtype - truth| + floor
 //
 // truth is manual attention in fp64, dtype the same computation rounded like plain torch in the
-// tensors' dtype. Blocks, because a late causal row averages many values and an error there drowns in
-// the rounding of the first rows. NaN and infinities must stand exactly where they stand in truth.
+// tensors' dtype. Blocks, because a late causal row averages many values and an error there drowns
+// in the rounding of the first rows. NaN and infinities must stand exactly where they stand in
+// truth.
 //
 //   floor = epsilon / 2 * max |truth in the block| + noise
 //
-// half a unit of the largest value, so that a block whose dtype error happens to be 0 is no trap, and
-// the noise of what is computed in fp32 (fp64: in fp64, but the backward reads an fp32 LSE):
+// half a unit of the largest value, so that a block whose dtype error happens to be 0 is no trap,
+// and the noise of what is computed in fp32 (fp64: in fp64, but the backward reads an fp32 LSE):
 // 1e-5 (fp64: 1e-12) * the largest value that enters the sums, plus the rounding of the LSE.
 #pragma once
 
@@ -28,7 +29,8 @@ namespace flashtile::test {
 inline constexpr double kAllowedRatio = 2.0;
 inline constexpr int64_t kBlockRows = 16;
 
-// Largest error / (dtype error + floor / 2), at most 2; infinite when NaN or infinities stand elsewhere.
+// Largest error / (dtype error + floor / 2), at most 2; infinite when NaN or infinities stand
+// elsewhere.
 struct Comparison {
   double ratio = 0.0;
   double error = 0.0;  // largest absolute error
@@ -61,8 +63,8 @@ inline void compare_block(const RowTensor& t, int64_t first, int64_t count, Comp
     if (!same_kind(t.result[at], t.truth[at])) {
       worst.ratio = worst.error = kInfinity;
       worst.where = std::string(t.name) + "[row " + std::to_string(i / row_size) + ", head " +
-                    std::to_string(i % row_size / t.dim) + ", " + std::to_string(i % t.dim) + "] is " +
-                    std::to_string(t.result[at]) + ", not " + std::to_string(t.truth[at]);
+                    std::to_string(i % row_size / t.dim) + ", " + std::to_string(i % t.dim) +
+                    "] is " + std::to_string(t.result[at]) + ", not " + std::to_string(t.truth[at]);
       return;
     }
     if (!std::isfinite(t.truth[at])) continue;
@@ -77,7 +79,8 @@ inline void compare_block(const RowTensor& t, int64_t first, int64_t count, Comp
   if (ratio > worst.ratio) {
     worst.ratio = ratio;
     char text[160];
-    std::snprintf(text, sizeof text, "%s rows %lld..: error %.3g, in the dtype %.3g, floor %.3g, largest value %.3g",
+    std::snprintf(text, sizeof text,
+                  "%s rows %lld..: error %.3g, in the dtype %.3g, floor %.3g, largest value %.3g",
                   t.name, static_cast<long long>(first), error, rounding, floor, largest);
     worst.where = text;
   }
@@ -86,7 +89,8 @@ inline void compare_block(const RowTensor& t, int64_t first, int64_t count, Comp
 inline Comparison compare_rows(const RowTensor& t, const std::vector<Span>& spans) {
   Comparison worst;
   for (const Span& span : spans) {
-    const int64_t begin = t.keys ? span.row_k : span.row_q, rows = t.keys ? span.seqlen_k : span.seqlen_q;
+    const int64_t begin = t.keys ? span.row_k : span.row_q,
+                  rows = t.keys ? span.seqlen_k : span.seqlen_q;
     for (int64_t r = 0; r < rows; r += kBlockRows) {
       compare_block(t, begin + r, std::min(kBlockRows, rows - r), worst);
     }
@@ -106,7 +110,8 @@ inline Comparison compare_lse(const std::vector<double>& result, const std::vect
     if (ratio <= worst.ratio) continue;
     worst.ratio = ratio;
     worst.error = error;
-    worst.where = "lse[" + std::to_string(i) + "] is " + std::to_string(result[i]) + ", not " + std::to_string(truth[i]);
+    worst.where = "lse[" + std::to_string(i) + "] is " + std::to_string(result[i]) + ", not " +
+                  std::to_string(truth[i]);
   }
   return worst;
 }
@@ -119,8 +124,10 @@ struct Truth {
 
   explicit Truth(const Setup& setup) : Truth(setup, manual_input(setup)) {}
   Truth(const Setup& setup, const AttentionInput& input)
-      : Truth(setup, input, manual_attention(input, Dtype::kFloat64), manual_attention(input, setup.dtype)) {}
-  Truth(const Setup& setup, const AttentionInput& input, const AttentionOutput& exact, const AttentionOutput& rounded)
+      : Truth(setup, input, manual_attention(input, Dtype::kFloat64),
+              manual_attention(input, setup.dtype)) {}
+  Truth(const Setup& setup, const AttentionInput& input, const AttentionOutput& exact,
+        const AttentionOutput& rounded)
       : input(input), exact(exact), rounded(rounded) {
     const auto largest = [](const std::vector<double>& values) {
       double top = 0.0;
@@ -130,7 +137,8 @@ struct Truth {
     const double relative = setup.dtype == Dtype::kFloat64 ? 1e-12 : 1e-5;
     const double from_lse = 0x1p-23 * largest(exact.lse);  // relative error of every probability
     const double dp = std::sqrt(static_cast<double>(setup.head_dim)) * largest(input.v);
-    const double ds = dp * std::fabs(input.softmax_scale) * std::max(largest(input.k), largest(input.q));
+    const double ds =
+        dp * std::fabs(input.softmax_scale) * std::max(largest(input.k), largest(input.q));
     out_noise = relative * std::max(1.0, largest(input.v));
     dqk_noise = (relative + from_lse) * std::max(1.0, ds);
     dv_noise = relative + from_lse * std::max(1.0, largest(exact.dv));
@@ -156,8 +164,9 @@ inline Verdict compare(const Setup& setup, const Truth& truth, const AttentionOu
   const auto& [exact, rounded] = std::tie(truth.exact, truth.rounded);
   const std::vector<Span>& spans = truth.input.sequences;
   Verdict verdict;
-  verdict.forward =
-      compare_rows({"out", result.out, exact.out, rounded.out, heads, dim, false, epsilon, truth.out_noise}, spans);
+  verdict.forward = compare_rows(
+      {"out", result.out, exact.out, rounded.out, heads, dim, false, epsilon, truth.out_noise},
+      spans);
   verdict.lse = compare_lse(result.lse, exact.lse);
   if (setup.forward_only()) return verdict;
   const RowTensor gradients[] = {

@@ -12,7 +12,8 @@ namespace {
 
 // Bitwise, so that NaN equals NaN.
 bool identical(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
 
 void run_case(const Setup& setup, const Backend& backend, ErrorTable& table) {
@@ -36,7 +37,8 @@ void run_cases(Dtype dtype) {
     for (const Case& spec : cases) {
       for (const int head_dim : {64, 128, 37}) {
         for (const bool causal : {false, true}) {
-          if (spec.has(causal)) run_case(make_setup(spec, dtype, head_dim, causal, seed++), backend, table);
+          if (spec.has(causal))
+            run_case(make_setup(spec, dtype, head_dim, causal, seed++), backend, table);
         }
       }
     }

@@ -16,18 +16,20 @@ namespace flashtile::test {
 
 class ErrorTable {
  public:
-  void add(const std::string& backend, Dtype dtype, int head_dim, const Verdict& verdict, bool forward_only) {
+  void add(const std::string& backend, Dtype dtype, int head_dim, const Verdict& verdict,
+           bool forward_only) {
     note(backend, dtype, head_dim, "out", verdict.forward);
     note(backend, dtype, head_dim, "lse", verdict.lse);
     if (!forward_only) note(backend, dtype, head_dim, "dq, dk, dv", verdict.backward);
   }
 
   void print() const {
-    std::printf("%-18s %-6s %4s  %-12s %7s  %12s  %s\n", "backend", "dtype", "dim", "result", "runs", "ratio", "error");
+    std::printf("%-18s %-6s %4s  %-12s %7s  %12s  %s\n", "backend", "dtype", "dim", "result",
+                "runs", "ratio", "error");
     for (const auto& [key, row] : rows_) {
       const auto& [backend, dtype, dim, pass] = key;
-      std::printf("%-18s %-6s %4d  %-12s %7d  %12.3f  %.2e\n", backend.c_str(), dtype.c_str(), dim, pass.c_str(),
-                  row.runs, row.ratio, row.error);
+      std::printf("%-18s %-6s %4d  %-12s %7d  %12.3f  %.2e\n", backend.c_str(), dtype.c_str(), dim,
+                  pass.c_str(), row.runs, row.ratio, row.error);
     }
     write();
   }
@@ -38,7 +40,8 @@ class ErrorTable {
     double ratio = 0.0, error = 0.0;
   };
 
-  void note(const std::string& backend, Dtype dtype, int dim, const char* pass, const Comparison& comparison) {
+  void note(const std::string& backend, Dtype dtype, int dim, const char* pass,
+            const Comparison& comparison) {
     Row& row = rows_[{backend, name_of(dtype), dim, pass}];
     ++row.runs;
     row.ratio = std::max(row.ratio, comparison.ratio);
@@ -50,11 +53,11 @@ class ErrorTable {
     if (directory == nullptr || rows_.empty()) return;
     const std::string path = std::string(directory) + "/" + std::to_string(getpid()) + ".tsv";
     std::FILE* file = std::fopen(path.c_str(), "a");
-    if (file == nullptr) return;
+    if (file == nullptr) return;  // the directory is made by error_table/clear
     for (const auto& [key, row] : rows_) {
       const auto& [backend, dtype, dim, pass] = key;
-      std::fprintf(file, "%s\t%s\t%d\t%s\t%d\t%g\t%g\n", backend.c_str(), dtype.c_str(), dim, pass.c_str(), row.runs,
-                   row.ratio, row.error);
+      std::fprintf(file, "%s\t%s\t%d\t%s\t%d\t%g\t%g\n", backend.c_str(), dtype.c_str(), dim,
+                   pass.c_str(), row.runs, row.ratio, row.error);
     }
     std::fclose(file);
   }

@@ -1,5 +1,5 @@
-// A tensor in host memory with odd strides inside a buffer that is NaN wherever the tensor is not, so
-// a stray read shows in the result and a stray write in the buffer.
+// A tensor in host memory with odd strides inside a buffer that is NaN wherever the tensor is not,
+// so a stray read shows in the result and a stray write in the buffer.
 #pragma once
 
 #include <cstdint>
@@ -44,17 +44,24 @@ class HostTensor {
   HostTensor() = default;
   HostTensor(Dtype dtype, const Extents& extents, Layout layout)
       : HostTensor(dtype, extents, strides_of(layout, extents),
-                   layout == Layout::kPadded ? 16 : layout == Layout::kOdd ? 1 : 0) {}
+                   layout == Layout::kPadded ? 16
+                   : layout == Layout::kOdd  ? 1
+                                             : 0) {}
   HostTensor(Dtype dtype, const Extents& extents, const Strides& strides, int64_t start)
       : dtype_(dtype), extents_(extents), strides_(strides), start_(start) {
     if (extents.empty()) return;
-    const int64_t last = start + (extents.batch - 1) * strides.batch + (extents.seq - 1) * strides.seq +
-                         (extents.heads - 1) * strides.head + extents.dim;
+    const int64_t last = start + (extents.batch - 1) * strides.batch +
+                         (extents.seq - 1) * strides.seq + (extents.heads - 1) * strides.head +
+                         extents.dim;
     bytes_.assign(static_cast<size_t>(last) * static_cast<size_t>(bytes_of(dtype)), kPoison);
   }
 
-  double get(int64_t b, int64_t s, int64_t h, int64_t d) const { return load(dtype_, &bytes_[at(b, s, h, d)]); }
-  void set(int64_t b, int64_t s, int64_t h, int64_t d, double x) { store(dtype_, &bytes_[at(b, s, h, d)], x); }
+  double get(int64_t b, int64_t s, int64_t h, int64_t d) const {
+    return load(dtype_, &bytes_[at(b, s, h, d)]);
+  }
+  void set(int64_t b, int64_t s, int64_t h, int64_t d, double x) {
+    store(dtype_, &bytes_[at(b, s, h, d)], x);
+  }
 
   // Calls visit(b, s, h, d) for every element, rows outermost, in the order of dense().
   template <class Visit>
@@ -72,7 +79,8 @@ class HostTensor {
   // All elements, [batch * seq, heads, dim].
   std::vector<double> dense() const {
     std::vector<double> values;
-    for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) { values.push_back(get(b, s, h, d)); });
+    for_each(
+        [&](int64_t b, int64_t s, int64_t h, int64_t d) { values.push_back(get(b, s, h, d)); });
     return values;
   }
 
@@ -80,7 +88,8 @@ class HostTensor {
   bool gaps_are_untouched() const {
     std::vector<bool> owned(bytes_.size(), false);
     for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) {
-      for (int i = 0; i < bytes_of(dtype_); ++i) owned[at(b, s, h, d) + static_cast<size_t>(i)] = true;
+      for (int i = 0; i < bytes_of(dtype_); ++i)
+        owned[at(b, s, h, d) + static_cast<size_t>(i)] = true;
     });
     for (size_t i = 0; i < bytes_.size(); ++i) {
       if (!owned[i] && bytes_[i] != kPoison) return false;
@@ -92,7 +101,9 @@ class HostTensor {
   const std::vector<uint8_t>& bytes() const { return bytes_; }
   const Strides& strides() const { return strides_; }
   const Extents& extents() const { return extents_; }
-  size_t start_byte() const { return static_cast<size_t>(start_) * static_cast<size_t>(bytes_of(dtype_)); }
+  size_t start_byte() const {
+    return static_cast<size_t>(start_) * static_cast<size_t>(bytes_of(dtype_));
+  }
 
  private:
   size_t at(int64_t b, int64_t s, int64_t h, int64_t d) const {

@@ -1,5 +1,5 @@
-// Manual attention in plain loops: softmax(scale * Q K^T + mask) V and its gradients, one sequence and
-// head at a time, the score matrix written out. It shares no code with the library.
+// Manual attention in plain loops: softmax(scale * Q K^T + mask) V and its gradients, one sequence
+// and head at a time, the score matrix written out. It shares no code with the library.
 //
 // One function computes both sides of the error bound. In fp64 it is the truth. In another dtype it
 // rounds where plain torch does: after each product (accumulated in fp32), after scaling, after
@@ -25,7 +25,8 @@ struct Matrix {
   std::vector<double> data;
 
   Matrix() = default;
-  Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), data(static_cast<size_t>(rows * cols)) {}
+  Matrix(int64_t rows, int64_t cols)
+      : rows(rows), cols(cols), data(static_cast<size_t>(rows * cols)) {}
   double& operator()(int64_t r, int64_t c) { return data[static_cast<size_t>(r * cols + c)]; }
   double operator()(int64_t r, int64_t c) const { return data[static_cast<size_t>(r * cols + c)]; }
 };
@@ -91,15 +92,18 @@ inline Matrix product(const Matrix& a, const Matrix& b, Dtype dtype) {
 }
 
 // Rows [first, first + count) of one head.
-inline Matrix rows_of(const std::vector<double>& tensor, int64_t first, int64_t count, int heads, int head, int dim) {
+inline Matrix rows_of(const std::vector<double>& tensor, int64_t first, int64_t count, int heads,
+                      int head, int dim) {
   Matrix m(count, dim);
   for (int64_t r = 0; r < count; ++r) {
-    for (int d = 0; d < dim; ++d) m(r, d) = tensor[static_cast<size_t>(((first + r) * heads + head) * dim + d)];
+    for (int d = 0; d < dim; ++d)
+      m(r, d) = tensor[static_cast<size_t>(((first + r) * heads + head) * dim + d)];
   }
   return m;
 }
 
-inline void add_rows(const Matrix& m, int64_t first, int heads, int head, std::vector<double>& tensor) {
+inline void add_rows(const Matrix& m, int64_t first, int heads, int head,
+                     std::vector<double>& tensor) {
   for (int64_t r = 0; r < m.rows; ++r) {
     for (int64_t d = 0; d < m.cols; ++d) {
       tensor[static_cast<size_t>(((first + r) * heads + head) * m.cols + d)] += m(r, d);
@@ -112,9 +116,11 @@ inline void add_rows(const Matrix& m, int64_t first, int heads, int head, std::v
 inline std::vector<double> softmax_rows(Matrix& s, bool causal, Dtype dtype) {
   std::vector<double> lse(static_cast<size_t>(s.rows), -kInfinity);
   for (int64_t i = 0; i < s.rows; ++i) {
-    const int64_t visible = causal ? std::max<int64_t>(0, std::min(s.cols, i + s.cols - s.rows + 1)) : s.cols;
+    const int64_t visible =
+        causal ? std::max<int64_t>(0, std::min(s.cols, i + s.cols - s.rows + 1)) : s.cols;
     double top = -kInfinity, sum = 0.0;
-    for (int64_t j = 0; j < visible; ++j) top = s(i, j) > top || std::isnan(s(i, j)) ? s(i, j) : top;
+    for (int64_t j = 0; j < visible; ++j)
+      top = s(i, j) > top || std::isnan(s(i, j)) ? s(i, j) : top;
     for (int64_t j = 0; j < visible; ++j) sum += std::exp(s(i, j) - top);
     for (int64_t j = 0; j < s.cols; ++j) {
       s(i, j) = j < visible ? round_to(dtype, std::exp(s(i, j) - top) / sum) : 0.0;
@@ -136,7 +142,8 @@ inline void softmax_backward(const Matrix& p, const Matrix& out, const Matrix& d
   }
 }
 
-inline void attend(const AttentionInput& in, const Span& span, int head, Dtype dtype, AttentionOutput& result) {
+inline void attend(const AttentionInput& in, const Span& span, int head, Dtype dtype,
+                   AttentionOutput& result) {
   const int kv_head = head / (in.heads / in.heads_kv), dim = in.head_dim;
   const Matrix q = rows_of(in.q, span.row_q, span.seqlen_q, in.heads, head, dim);
   const Matrix k = rows_of(in.k, span.row_k, span.seqlen_k, in.heads_kv, kv_head, dim);
@@ -149,12 +156,16 @@ inline void attend(const AttentionInput& in, const Span& span, int head, Dtype d
   const std::vector<double> lse = softmax_rows(p, in.causal, dtype);
   const Matrix out = product(p, v, dtype);
   add_rows(out, span.row_q, in.heads, head, result.out);
-  const auto row_index = [&](int64_t i) { return static_cast<size_t>((span.row_q + i) * in.heads + head); };
-  for (int64_t i = 0; i < span.seqlen_q; ++i) result.lse[row_index(i)] = lse[static_cast<size_t>(i)];
+  const auto row_index = [&](int64_t i) {
+    return static_cast<size_t>((span.row_q + i) * in.heads + head);
+  };
+  for (int64_t i = 0; i < span.seqlen_q; ++i)
+    result.lse[row_index(i)] = lse[static_cast<size_t>(i)];
   if (!in.backward) return;
 
   std::vector<double> dlse(static_cast<size_t>(span.seqlen_q), 0.0);
-  for (int64_t i = 0; i < span.seqlen_q && !in.dlse.empty(); ++i) dlse[static_cast<size_t>(i)] = in.dlse[row_index(i)];
+  for (int64_t i = 0; i < span.seqlen_q && !in.dlse.empty(); ++i)
+    dlse[static_cast<size_t>(i)] = in.dlse[row_index(i)];
   const Matrix dout = rows_of(in.dout, span.row_q, span.seqlen_q, in.heads, head, dim);
   add_rows(product(transposed(p), dout, dtype), span.row_k, in.heads_kv, kv_head, result.dv);
   Matrix ds = product(dout, transposed(v), dtype);
@@ -175,7 +186,8 @@ inline AttentionOutput manual_attention(const AttentionInput& in, Dtype dtype) {
   for (const Span& span : in.sequences) {
     for (int head = 0; head < in.heads; ++head) attend(in, span, head, dtype, result);
   }
-  for (std::vector<double>* gradient : {&result.dk, &result.dv}) {  // sums over the heads of a group
+  for (std::vector<double>* gradient :
+       {&result.dk, &result.dv}) {  // sums over the heads of a group
     for (double& x : *gradient) x = round_to(dtype, x);
   }
   return result;

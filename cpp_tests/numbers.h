@@ -16,7 +16,9 @@ inline const char* name_of(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-inline int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 // Distance of 1 and the next number.
 inline double epsilon_of(Dtype dtype) {
@@ -45,7 +47,8 @@ inline double round_to_bfloat(double x) {
   if (!std::isfinite(x)) return x;
   const double rounded = round_significand<7>(x);
   constexpr double kLargest = 0x1.fep127;
-  if (std::fabs(rounded) > kLargest) return std::copysign(std::numeric_limits<double>::infinity(), x);
+  if (std::fabs(rounded) > kLargest)
+    return std::copysign(std::numeric_limits<double>::infinity(), x);
   return rounded;  // denormals keep more bits than they should: the tests have none
 }
 
@@ -65,7 +68,8 @@ inline uint16_t half_bits(double x) {
   const double magnitude = std::fabs(x);
   if (std::isnan(x)) return 0x7e00;
   if (std::isinf(x)) return sign | 0x7c00;
-  if (magnitude < 0x1p-14) return static_cast<uint16_t>(sign | static_cast<int>(magnitude * 0x1p24));
+  if (magnitude < 0x1p-14)
+    return static_cast<uint16_t>(sign | static_cast<int>(magnitude * 0x1p24));
   const uint64_t bits = std::bit_cast<uint64_t>(magnitude);
   const int exponent = static_cast<int>(bits >> 52) - 1023 + 15;
   return static_cast<uint16_t>(sign | (exponent << 10) | ((bits >> 42) & 0x3ff));
@@ -74,7 +78,8 @@ inline uint16_t half_bits(double x) {
 inline double half_value(uint16_t bits) {
   const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
   const int exponent = (bits >> 10) & 0x1f, mantissa = bits & 0x3ff;
-  if (exponent == 0x1f) return mantissa != 0 ? std::nan("") : sign * std::numeric_limits<double>::infinity();
+  if (exponent == 0x1f)
+    return mantissa != 0 ? std::nan("") : sign * std::numeric_limits<double>::infinity();
   if (exponent == 0) return sign * mantissa * 0x1p-24;
   return sign * std::ldexp(1024 + mantissa, exponent - 25);
 }
@@ -87,9 +92,10 @@ inline void store(Dtype dtype, void* memory, double x) {
     const float value = static_cast<float>(rounded);
     std::memcpy(memory, &value, 4);
   } else {
-    const uint16_t bits = dtype == Dtype::kFloat16
-                              ? half_bits(rounded)
-                              : static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(rounded)) >> 16);
+    const uint16_t bits =
+        dtype == Dtype::kFloat16
+            ? half_bits(rounded)
+            : static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(rounded)) >> 16);
     std::memcpy(memory, &bits, 2);
   }
 }
@@ -107,8 +113,9 @@ inline double load(Dtype dtype, const void* memory) {
   }
   uint16_t bits;
   std::memcpy(&bits, memory, 2);
-  return dtype == Dtype::kFloat16 ? half_value(bits)
-                                  : static_cast<double>(std::bit_cast<float>(static_cast<uint32_t>(bits) << 16));
+  return dtype == Dtype::kFloat16
+             ? half_value(bits)
+             : static_cast<double>(std::bit_cast<float>(static_cast<uint32_t>(bits) << 16));
 }
 
 }  // namespace flashtile::test

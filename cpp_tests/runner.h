@@ -1,5 +1,5 @@
-// Runs a setup through the C API on any backend: copies the poisoned buffers there, calls forward and
-// backward, copies everything back, and looks at the gaps.
+// Runs a setup through the C API on any backend: copies the poisoned buffers there, calls forward
+// and backward, copies everything back, and looks at the gaps.
 #pragma once
 
 #include <cstdint>
@@ -24,17 +24,21 @@ struct Backend {
 };
 
 inline Backend cpu_backend() {
-  return {.device = FLASHTILE_CPU,
-          .allocate = [](size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); },
-          .release = [](void* memory) { std::free(memory); },
-          .copy_in = [](void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); },
-          .copy_out = [](void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }};
+  return {
+      .device = FLASHTILE_CPU,
+      .allocate = [](size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); },
+      .release = [](void* memory) { std::free(memory); },
+      .copy_in = [](void* device, const void* host,
+                    size_t bytes) { std::memcpy(device, host, bytes); },
+      .copy_out = [](void* host, const void* device,
+                     size_t bytes) { std::memcpy(host, device, bytes); }};
 }
 
 // Memory of a backend with the bytes of a host vector; NULL when there are none.
 class DeviceBytes {
  public:
-  DeviceBytes(const Backend& backend, const void* host, size_t bytes) : backend_(backend), bytes_(bytes) {
+  DeviceBytes(const Backend& backend, const void* host, size_t bytes)
+      : backend_(backend), bytes_(bytes) {
     if (bytes == 0) return;
     memory_ = backend.allocate(bytes);
     backend.copy_in(memory_, host, bytes);
@@ -62,7 +66,9 @@ struct DeviceTensor {
 
   DeviceTensor(const Backend& backend, const HostTensor& tensor)
       : host(tensor), bytes(backend, tensor.bytes().data(), tensor.bytes().size()) {}
-  uint8_t* data() const { return bytes.data() == nullptr ? nullptr : bytes.data() + host.start_byte(); }
+  uint8_t* data() const {
+    return bytes.data() == nullptr ? nullptr : bytes.data() + host.start_byte();
+  }
   flashtile_tensor view() const {
     return {data(), host.strides().batch, host.strides().seq, host.strides().head};
   }
@@ -150,14 +156,16 @@ class Run {
   }
 
   std::vector<double> fetch(DeviceTensor& tensor, const char* name) {
-    if (!tensor.fetch().gaps_are_untouched()) result_.error += std::string(name) + ": written outside the tensor; ";
+    if (!tensor.fetch().gaps_are_untouched())
+      result_.error += std::string(name) + ": written outside the tensor; ";
     return tensor.host.dense();
   }
 
   void fill_problem() {
     flashtile_problem_init(&problem_);
     problem_.device = backend_.device;
-    problem_.dtype = problem_.dtype_kv = problem_.dtype_out = static_cast<flashtile_dtype>(setup_.dtype);
+    problem_.dtype = problem_.dtype_kv = problem_.dtype_out =
+        static_cast<flashtile_dtype>(setup_.dtype);
     problem_.batch = setup_.batch;
     problem_.num_heads = setup_.extents_q.heads;
     problem_.num_heads_kv = setup_.extents_k.heads;
@@ -172,8 +180,12 @@ class Run {
       problem_.total_k = setup_.extents_k.seq;
       // The longest length is a hint: here a useful one, a useless one with odd strides.
       const bool useful = setup_.spec.layout != Layout::kOdd;
-      problem_.seqlen_q = useful ? *std::max_element(setup_.spec.lengths_q.begin(), setup_.spec.lengths_q.end()) : 0;
-      problem_.seqlen_k = useful ? *std::max_element(setup_.spec.lengths_k.begin(), setup_.spec.lengths_k.end()) : 1;
+      problem_.seqlen_q =
+          useful ? *std::max_element(setup_.spec.lengths_q.begin(), setup_.spec.lengths_q.end())
+                 : 0;
+      problem_.seqlen_k =
+          useful ? *std::max_element(setup_.spec.lengths_k.begin(), setup_.spec.lengths_k.end())
+                 : 1;
     } else {
       problem_.seqlen_q = setup_.extents_q.seq;
       problem_.seqlen_k = setup_.extents_k.seq;

@@ -37,7 +37,7 @@ struct Setup {
   int head_dim = 64;
   bool causal = false;
   double softmax_scale = 1.0;
-  int64_t batch = 1;                        // sequences
+  int64_t batch = 1;                                // sequences
   std::vector<int32_t> cu_seqlens_q, cu_seqlens_k;  // varlen, else empty
   Extents extents_q, extents_k;
   HostTensor q, k, v, dout;
@@ -45,8 +45,10 @@ struct Setup {
 
   bool forward_only() const { return spec.values == Values::kHuge || spec.values == Values::kNan; }
   std::string name() const {
-    const std::string lengths = std::to_string(spec.seqlen_q) + " x " + std::to_string(spec.seqlen_k);
-    return std::string(spec.name) + (spec.is_varlen() ? "" : " (" + lengths + ")") + ", " + name_of(dtype) + " d" + std::to_string(head_dim) + (causal ? " causal" : " full");
+    const std::string lengths =
+        std::to_string(spec.seqlen_q) + " x " + std::to_string(spec.seqlen_k);
+    return std::string(spec.name) + (spec.is_varlen() ? "" : " (" + lengths + ")") + ", " +
+           name_of(dtype) + " d" + std::to_string(head_dim) + (causal ? " causal" : " full");
   }
 };
 
@@ -57,7 +59,8 @@ inline Layout layout_of(const Case& spec, Role role) {
   if (spec.layout != Layout::kMixed) return spec.layout;
   switch (role) {
     case Role::kK: return Layout::kPadded;
-    case Role::kV: case Role::kDout: return Layout::kHeadMajor;
+    case Role::kV:
+    case Role::kDout: return Layout::kHeadMajor;
     case Role::kGradient: return Layout::kSeqMajor;
     default: return Layout::kDense;
   }
@@ -78,7 +81,8 @@ inline HostTensor make_tensor(const Setup& setup, Role role) {
 // softmax_lse and dsoftmax_lse: [batch, heads, seq] with gaps after every head and batch.
 inline HostTensor make_row_tensor(const Extents& q) {
   const int64_t head = q.seq + 3;
-  return HostTensor(Dtype::kFloat32, {q.batch, q.seq, q.heads, 1}, Strides{q.heads * head + 5, 1, head}, 1);
+  return HostTensor(Dtype::kFloat32, {q.batch, q.seq, q.heads, 1},
+                    Strides{q.heads * head + 5, 1, head}, 1);
 }
 
 inline std::vector<int32_t> cumulative(const std::vector<int>& lengths) {
@@ -88,30 +92,41 @@ inline std::vector<int32_t> cumulative(const std::vector<int>& lengths) {
 }
 
 inline void fill(HostTensor& tensor, Normal& normal, double factor) {
-  tensor.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) { tensor.set(b, s, h, d, factor * normal()); });
+  tensor.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+    tensor.set(b, s, h, d, factor * normal());
+  });
 }
 
 // Changes the normal q, k, v into the case's special ones.
 inline void apply_values(Setup& setup) {
   const Extents q = setup.extents_q, k = setup.extents_k;
   const auto set_all = [](HostTensor& t, auto value) {
-    t.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) { t.set(b, s, h, d, value(b, s, h, d)); });
+    t.for_each(
+        [&](int64_t b, int64_t s, int64_t h, int64_t d) { t.set(b, s, h, d, value(b, s, h, d)); });
   };
   switch (setup.spec.values) {
     case Values::kVeryNegative: {
       const double key = -120.0 / setup.softmax_scale;
-      set_all(setup.q, [&](auto b, auto s, auto h, auto d) { return d == 0 ? 1.0 : setup.q.get(b, s, h, d); });
-      set_all(setup.k, [&](auto b, auto s, auto h, auto d) { return d == 0 ? key : setup.k.get(b, s, h, d); });
+      set_all(setup.q, [&](auto b, auto s, auto h, auto d) {
+        return d == 0 ? 1.0 : setup.q.get(b, s, h, d);
+      });
+      set_all(setup.k, [&](auto b, auto s, auto h, auto d) {
+        return d == 0 ? key : setup.k.get(b, s, h, d);
+      });
       break;
     }
     case Values::kPeaked: {
       const int64_t peak = k.seq / 2;
-      set_all(setup.q, [&](auto b, auto s, auto h, auto d) { return 1.0 + 0.3 * setup.q.get(b, s, h, d); });
-      set_all(setup.k, [&](auto b, auto s, auto h, auto d) { return s == peak ? 2.5 : setup.k.get(b, s, h, d); });
+      set_all(setup.q,
+              [&](auto b, auto s, auto h, auto d) { return 1.0 + 0.3 * setup.q.get(b, s, h, d); });
+      set_all(setup.k, [&](auto b, auto s, auto h, auto d) {
+        return s == peak ? 2.5 : setup.k.get(b, s, h, d);
+      });
       break;
     }
     case Values::kHuge:
-      for (HostTensor* t : {&setup.q, &setup.k, &setup.v}) set_all(*t, [](auto...) { return 8192.0; });
+      for (HostTensor* t : {&setup.q, &setup.k, &setup.v})
+        set_all(*t, [](auto...) { return 8192.0; });
       break;
     case Values::kNan:
       setup.q.set(0, q.seq / 2, 0, 3, std::nan(""));
@@ -121,7 +136,8 @@ inline void apply_values(Setup& setup) {
   }
 }
 
-inline Setup make_setup(const Case& spec, Dtype dtype, int head_dim, bool causal, uint64_t seed = 1) {
+inline Setup make_setup(const Case& spec, Dtype dtype, int head_dim, bool causal,
+                        uint64_t seed = 1) {
   Setup setup;
   setup.spec = spec;
   setup.dtype = dtype;
@@ -164,7 +180,8 @@ inline std::vector<Span> spans_of(const Setup& setup) {
       spans.push_back({setup.cu_seqlens_q[i], setup.cu_seqlens_q[i + 1] - setup.cu_seqlens_q[i],
                        setup.cu_seqlens_k[i], setup.cu_seqlens_k[i + 1] - setup.cu_seqlens_k[i]});
     } else {
-      spans.push_back({b * setup.extents_q.seq, setup.extents_q.seq, b * setup.extents_k.seq, setup.extents_k.seq});
+      spans.push_back({b * setup.extents_q.seq, setup.extents_q.seq, b * setup.extents_k.seq,
+                       setup.extents_k.seq});
     }
   }
   return spans;

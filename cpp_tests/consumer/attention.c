@@ -5,8 +5,8 @@
 #include <stdlib.h>
 
 int main(void) {
-  float q[2] = {1.0f, 2.0f};                /* [1, 1, 1, 2] */
-  float k[4] = {1.0f, 0.0f, 0.0f, 1.0f};    /* [1, 2, 1, 2] */
+  float q[2] = {1.0f, 2.0f};             /* [1, 1, 1, 2] */
+  float k[4] = {1.0f, 0.0f, 0.0f, 1.0f}; /* [1, 2, 1, 2] */
   float v[4] = {10.0f, 20.0f, 30.0f, 40.0f};
   float out[2] = {0.0f, 0.0f}, lse = 0.0f;
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;

@@ -1,5 +1,5 @@
-// What the kernels do, counted by the machine and compared with formulas: products of visible blocks
-// only, every byte of global memory moved once, no bank conflict, nothing in local memory.
+// What the kernels do, counted by the machine and compared with formulas: products of visible
+// blocks only, every byte of global memory moved once, no bank conflict, nothing in local memory.
 #include <cstdint>
 
 #include "kernel_cases.h"
@@ -37,7 +37,8 @@ uint64_t visible_blocks(const Setup& setup, const Blocks& blocks) {
     for (int64_t k0 = 0; k0 < keys; k0 += blocks.k) {
       bool any = false;
       for (int64_t i = q0; i < std::min(rows, q0 + blocks.q); ++i) {
-        for (int64_t j = k0; j < std::min(keys, k0 + blocks.k); ++j) any = any || visible(setup, i, j);
+        for (int64_t j = k0; j < std::min(keys, k0 + blocks.k); ++j)
+          any = any || visible(setup, i, j);
       }
       count += any;
     }
@@ -84,7 +85,8 @@ void for_every_setup(const std::vector<Case>& cases, const Check& check) {
       if (schedule.seed % 3 != 1) continue;  // counters do not depend on the seed
       for (const int dim : {64, 128}) {
         for (const bool causal : {false, true}) {
-          const Setup setup = make_setup(spec, dim == 64 ? Dtype::kFloat16 : Dtype::kBFloat16, dim, causal);
+          const Setup setup =
+              make_setup(spec, dim == 64 ? Dtype::kFloat16 : Dtype::kBFloat16, dim, causal);
           check(setup, schedule, count(setup, schedule, backend));
         }
       }
@@ -103,9 +105,11 @@ const std::vector<Case> kCases = {
 TEST("mma counts are those of the visible blocks") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
     const auto dim = static_cast<uint64_t>(setup.head_dim);
-    const Blocks forward = forward_blocks(on, setup.head_dim), backward = backward_blocks(on, setup.head_dim);
+    const Blocks forward = forward_blocks(on, setup.head_dim),
+                 backward = backward_blocks(on, setup.head_dim);
     const auto mma = [&](const Blocks& b, uint64_t products) {
-      return visible_blocks(setup, b) * products * static_cast<uint64_t>(b.q * b.k) * dim / kMmaProducts;
+      return visible_blocks(setup, b) * products * static_cast<uint64_t>(b.q * b.k) * dim /
+             kMmaProducts;
     };
     CHECK_EQ(counted.forward.mma, mma(forward, 2));    // S, O
     CHECK_EQ(counted.backward.mma, mma(backward, 5));  // S, dP, dV, dK, dQ
@@ -128,7 +132,8 @@ TEST("causal skips blocks") {
 TEST("forward moves every byte once") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
     const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
-    const auto rows = static_cast<uint64_t>(setup.batch * setup.extents_q.heads * setup.extents_q.seq);
+    const auto rows =
+        static_cast<uint64_t>(setup.batch * setup.extents_q.heads * setup.extents_q.seq);
     const uint64_t key_rows = forward_key_rows(setup, forward_blocks(on, setup.head_dim));
     uint64_t q_rows = rows;
     if (setup.causal && setup.extents_q.seq > setup.extents_k.seq) {

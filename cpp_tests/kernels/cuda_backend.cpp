@@ -10,7 +10,8 @@ namespace flashtile::test {
 namespace {
 
 void require(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -26,11 +27,13 @@ Backend cuda_backend() {
           .release = [](void* memory) { require(cudaFree(memory), "cudaFree"); },
           .copy_in =
               [](void* device, const void* host, size_t bytes) {
-                require(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice), "cudaMemcpy to the device");
+                require(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice),
+                        "cudaMemcpy to the device");
               },
           .copy_out =
               [](void* host, const void* device, size_t bytes) {
-                require(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy to the host");
+                require(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost),
+                        "cudaMemcpy to the host");
               }};
 }
 

@@ -1,5 +1,5 @@
-// What the kernel tests run on: the PTX machine (machine_device.cpp) or a GPU (gpu_device.cpp). Both
-// provide the CUDA runtime, so memory and calls are the same; this is what differs.
+// What the kernel tests run on: the PTX machine (machine_device.cpp) or a GPU (gpu_device.cpp).
+// Both provide the CUDA runtime, so memory and calls are the same; this is what differs.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace flashtile::test {
 
 // One way to execute a case: a device model and the seed of its schedule. On a GPU there is one.
 struct Schedule {
-  std::string device;  // "machine sm_80", or the GPU's name
+  std::string device;     // "machine sm_80", or the GPU's name
   int shared_memory = 0;  // bytes a block may use
   uint64_t seed = 0;
 };

@@ -11,8 +11,11 @@ std::string device_unavailable() {
   if (error != cudaSuccess) return std::string("no GPU: ") + cudaGetErrorString(error);
   if (count == 0) return "no GPU: cudaGetDeviceCount found none";
   cudaDeviceProp properties;
-  if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) return "no GPU: cudaGetDeviceProperties failed";
-  return properties.major >= 8 ? "" : std::string(properties.name) + " has a compute capability below 8.0";
+  if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess)
+    return "no GPU: cudaGetDeviceProperties failed";
+  return properties.major >= 8
+             ? ""
+             : std::string(properties.name) + " has a compute capability below 8.0";
 }
 
 std::vector<Schedule> schedules() {

@@ -1,6 +1,6 @@
 // The compiled CUDA kernels, forward and backward, against manual attention in fp64: every case of
-// cases.h, both dtypes, both head dims, full and causal. One test is one process that runs dozens of
-// cases, because loading the kernels takes longer than running one.
+// cases.h, both dtypes, both head dims, full and causal. One test is one process that runs dozens
+// of cases, because loading the kernels takes longer than running one.
 #include "../cases.h"
 #include "kernel_cases.h"
 

@@ -1,5 +1,5 @@
-// The PTX machine as the device of the kernel tests. Kernels come from the manifest that CMake wrote
-// (FLASHTILE_PTX_MANIFEST; the environment variable of the same name overrides it).
+// The PTX machine as the device of the kernel tests. Kernels come from the manifest that CMake
+// wrote (FLASHTILE_PTX_MANIFEST; the environment variable of the same name overrides it).
 #include <cstdlib>
 
 #include "device.h"
@@ -47,7 +47,8 @@ bool is_built(const ptx::Device& device) {
   if (flashtile_get_build_info(&info) != FLASHTILE_OK) return false;
   const std::string built = info.cuda_architectures;
   const std::string own = std::to_string(device.compute_capability());
-  return built.find(own) != std::string::npos || (own[0] == '8' && built.find("80") != std::string::npos);
+  return built.find(own) != std::string::npos ||
+         (own[0] == '8' && built.find("80") != std::string::npos);
 }
 
 // FLASHTILE_TEST_DEVICE picks one model (mutation tests run only what a mutant can break).
@@ -73,6 +74,8 @@ void begin(const Schedule& schedule) {
   ptx::machine().reset_counters();
 }
 
-std::string finish() { return ptx::machine().reports().empty() ? "" : ptx::machine().reports_text(); }
+std::string finish() {
+  return ptx::machine().reports().empty() ? "" : ptx::machine().reports_text();
+}
 
 }  // namespace flashtile::test

@@ -54,7 +54,8 @@ std::string head_dims(flashtile_device device, flashtile_dtype dtype, Runs runs)
     int last = first;
     while (last < kMostHeadDim && runs(Asked{device, dtype, last + 1})) ++last;
     if (!text.empty()) text += ", ";
-    text += last == first ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(last);
+    text +=
+        last == first ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(last);
     first = last + 1;
   }
   return text.empty() ? "no" : text;
@@ -70,14 +71,15 @@ std::string row(const std::string& name, flashtile_device device) {
                 {"fp32", FLASHTILE_FLOAT32},
                 {"fp64", FLASHTILE_FLOAT64}};
   for (const auto& [dtype_name, dtype] : dtypes) {
-    text += "| " + name + " | " + dtype_name + " | " + head_dims(device, dtype, runs_forward) + " | " +
-            head_dims(device, dtype, runs_backward) + " |\n";
+    text += "| " + name + " | " + dtype_name + " | " + head_dims(device, dtype, runs_forward) +
+            " | " + head_dims(device, dtype, runs_backward) + " |\n";
   }
   return text;
 }
 
 std::string table() {
-  std::string text = "| device | dtype | head dims forward | head dims backward |\n| --- | --- | --- | --- |\n";
+  std::string text =
+      "| device | dtype | head dims forward | head dims backward |\n| --- | --- | --- | --- |\n";
   text += row("CPU", FLASHTILE_CPU);
   ptx::machine().configure(ptx::kSm80);
   text += row("CUDA 8.0, 163 KB shared memory", FLASHTILE_CUDA);

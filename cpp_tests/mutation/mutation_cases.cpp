@@ -1,5 +1,5 @@
-// The few cases that mutants run: chosen so that every mistake has one that it breaks, small enough to
-// run dozens of times. fp16, whose small rounding errors hide less.
+// The few cases that mutants run: chosen so that every mistake has one that it breaks, small enough
+// to run dozens of times. fp16, whose small rounding errors hide less.
 #include "../kernels/kernel_cases.h"
 
 using namespace flashtile::test;
@@ -12,7 +12,11 @@ std::vector<Case> cases() {
       {.name = "ragged", .seqlen_q = 257, .seqlen_k = 190},
       {.name = "rows without keys", .heads = 2, .heads_kv = 1, .seqlen_q = 150, .seqlen_k = 77},
       {.name = "values x 3", .seqlen_q = 200, .seqlen_k = 200, .values = Values::kTriple},
-      {.name = "varlen", .heads = 2, .heads_kv = 1, .lengths_q = {65, 0, 130}, .lengths_k = {64, 5, 200}},
+      {.name = "varlen",
+       .heads = 2,
+       .heads_kv = 1,
+       .lengths_q = {65, 0, 130},
+       .lengths_k = {64, 5, 200}},
   };
 }
 

@@ -1,9 +1,9 @@
 """Breaks the CUDA kernels one small way at a time and demands that the tests notice.
 
 Each mutant is a textual patch of a copy of kernel/. The affected slice (one pass, one head dim) is
-compiled to PTX and executed by `mutation_cases` on the PTX machine, in place of the build's own: the
-launch code is unchanged, because only device code is patched. A mutant is caught by a wrong result, a
-report of the machine or a hang. Controls change nothing that matters and must pass.
+compiled to PTX and executed by `mutation_cases` on the PTX machine, in place of the build's own.
+The launch code is unchanged, because only device code is patched. A mutant is caught by a wrong
+result, a report of the machine or a hang. Controls change nothing that matters and must pass.
 """
 
 from __future__ import annotations
@@ -94,12 +94,20 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
 
 def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool, str]:
     """Runs the reduced cases. Returns whether they failed and the first line that says how."""
-    environment = os.environ | {"FLASHTILE_PTX_MANIFEST": str(manifest), "FLASHTILE_TEST_DEVICE": "sm_80"}
+    environment = os.environ | {
+        "FLASHTILE_PTX_MANIFEST": str(manifest),
+        "FLASHTILE_TEST_DEVICE": "sm_80",
+    }
     environment.pop("FLASHTILE_ERROR_TABLE", None)
     command = [str(settings.runner), f"{mutant.kernel} d{mutant.head_dim}"]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return True, f"no end within {RUN_SECONDS} s"
@@ -142,7 +150,9 @@ def main() -> int:
     parser.add_argument("--nvcc", required=True)
     parser.add_argument("--flags", default="", help="compiler flags of the kernels")
     parser.add_argument("--runner", type=Path, required=True, help="the mutation_cases executable")
-    parser.add_argument("--manifest", type=Path, required=True, help="ptx_manifest.txt of the build")
+    parser.add_argument(
+        "--manifest", type=Path, required=True, help="ptx_manifest.txt of the build"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="run mutants whose name contains this")
     arguments = parser.parse_args()
@@ -160,7 +170,10 @@ def main() -> int:
         for outcome in pool.map(lambda mutant: try_mutant(settings, mutant), chosen):
             verdict = "passed" if outcome.mutant.harmless else "caught"
             state = verdict if outcome.right else "WRONG"
-            print(f"{state:7} {outcome.mutant.kernel:8} {outcome.mutant.name}: {outcome.text}", flush=True)
+            print(
+                f"{state:7} {outcome.mutant.kernel:8} {outcome.mutant.name}: {outcome.text}",
+                flush=True,
+            )
             outcomes.append(outcome)
     mutants = [o for o in outcomes if not o.mutant.harmless]
     controls = [o for o in outcomes if o.mutant.harmless]

@@ -36,7 +36,8 @@ TEST("a later struct with an unknown field set is refused") {
   CHECK_EQ(flashtile_forward(&call->forward, nullptr), FLASHTILE_UNSUPPORTED);
   CHECK_EQ(std::string(flashtile_last_error()),
            "problem.struct_size is " + std::to_string(sizeof later) + " and a field past byte " +
-               std::to_string(sizeof(flashtile_problem)) + " is set; allowed: fields of version 0.1.0");
+               std::to_string(sizeof(flashtile_problem)) +
+               " is set; allowed: fields of version 0.1.0");
 }
 
 TEST("struct_size 0 is refused") {
@@ -58,7 +59,8 @@ TEST("init functions and the macro agree") {
   flashtile_forward_params forward;
   flashtile_forward_init(&forward);
   CHECK_EQ(forward.struct_size, sizeof forward);
-  CHECK(forward.problem == nullptr && forward.softmax_lse == nullptr && forward.workspace == nullptr);
+  CHECK(forward.problem == nullptr && forward.softmax_lse == nullptr &&
+        forward.workspace == nullptr);
   flashtile_backward_params backward;
   flashtile_backward_init(&backward);
   CHECK_EQ(backward.struct_size, sizeof backward);
@@ -75,7 +77,8 @@ TEST("each thread has its own last error") {
     const auto second = std::make_unique<SmallCall>();
     at_first = flashtile_last_error();
     second->problem.batch = -1;
-    if (flashtile_forward(&second->forward, nullptr) != FLASHTILE_OK) after = flashtile_last_error();
+    if (flashtile_forward(&second->forward, nullptr) != FLASHTILE_OK)
+      after = flashtile_last_error();
   });
   other.join();
   CHECK_EQ(at_first, std::string());
@@ -126,7 +129,8 @@ TEST("plan names the kernel") {
 TEST("empty problems are accepted with NULL tensors and write nothing but empty rows") {
   const auto call = std::make_unique<SmallCall>();
   call->problem.batch = 0;
-  call->forward.q.data = call->forward.k.data = call->forward.v.data = call->forward.out.data = nullptr;
+  call->forward.q.data = call->forward.k.data = call->forward.v.data = call->forward.out.data =
+      nullptr;
   call->forward.softmax_lse = nullptr;
   CHECK_EQ(flashtile_forward(&call->forward, nullptr), FLASHTILE_OK);
   call->problem.batch = SmallCall::kBatch;
@@ -160,5 +164,6 @@ TEST("every status has a name") {
     CHECK(!names[i].empty());
     for (size_t j = 0; j < i; ++j) CHECK(names[i] != names[j]);
   }
-  CHECK_EQ(std::string(flashtile_status_string(static_cast<flashtile_status>(99))), std::string("unknown status"));
+  CHECK_EQ(std::string(flashtile_status_string(static_cast<flashtile_status>(99))),
+           std::string("unknown status"));
 }

@@ -20,7 +20,8 @@ void check_key_blocks(const Mask& mask, bool causal, int block_q, int block_k) {
       bool any = false, all = (block + 1) * block_k <= mask.seqlen_k;
       for (int q = q0; q < q0 + block_q; ++q) {
         for (int k = block * block_k; k < (block + 1) * block_k; ++k) {
-          const bool seen = k < mask.seqlen_k && (!causal || k <= q + mask.seqlen_k - mask.seqlen_q);
+          const bool seen =
+              k < mask.seqlen_k && (!causal || k <= q + mask.seqlen_k - mask.seqlen_q);
           if (q < mask.seqlen_q && k < mask.seqlen_k) {
             any = any || seen;
             CHECK_EQ(visible(mask, q, k), seen);
@@ -29,8 +30,8 @@ void check_key_blocks(const Mask& mask, bool causal, int block_q, int block_k) {
         }
       }
       const bool visited = block >= range.begin && block < range.end;
-      CHECK_EQ(visited, any);                             // exactly the blocks that somebody sees
-      if (visited && !range.is_edge(block)) CHECK(all);   // untested blocks are seen whole
+      CHECK_EQ(visited, any);                            // exactly the blocks that somebody sees
+      if (visited && !range.is_edge(block)) CHECK(all);  // untested blocks are seen whole
     }
     CHECK(range.end <= blocks);
   }
@@ -60,8 +61,8 @@ TEST("rows without keys are those that see none") {
 }
 
 TEST("varlen slots never collide and stay within the count") {
-  const std::vector<std::vector<int>> problems = {{0, 0, 0}, {1}, {64, 64}, {63, 1, 0, 65, 128, 0, 7}, {1, 1, 1, 1, 1},
-                                                  {200, 0, 0, 3}};
+  const std::vector<std::vector<int>> problems = {
+      {0, 0, 0}, {1}, {64, 64}, {63, 1, 0, 65, 128, 0, 7}, {1, 1, 1, 1, 1}, {200, 0, 0, 3}};
   for (const std::vector<int>& lengths : problems) {
     for (const int block : {32, 64, 128}) {
       int64_t row = 0, next_free = 0, total = 0;

@@ -56,7 +56,7 @@ TEST("number formats") {
   CHECK_EQ(half_bits(0x1p-24), 0x0001);
   CHECK_EQ(round_to_half(65519.9), 65504.0);
   CHECK(std::isinf(round_to_half(65520.0)));
-  CHECK_EQ(round_to_half(1.0 + 0x1p-11), 1.0);            // ties to even
+  CHECK_EQ(round_to_half(1.0 + 0x1p-11), 1.0);  // ties to even
   CHECK_EQ(round_to_half(1.0 + 3 * 0x1p-11), 1.0 + 0x1p-9);
   CHECK_EQ(round_to_bfloat(1.0 + 0x1p-8), 1.0);
   CHECK_EQ(round_to_bfloat(1.0 + 0x1.8p-8), 1.0 + 0x1p-7);
@@ -75,29 +75,34 @@ TEST("number formats") {
 }
 
 TEST("manual attention of one key is its value") {
-  const Setup setup = make_setup({.name = "", .seqlen_q = 3, .seqlen_k = 1}, Dtype::kFloat32, 8, false);
+  const Setup setup =
+      make_setup({.name = "", .seqlen_q = 3, .seqlen_k = 1}, Dtype::kFloat32, 8, false);
   const AttentionInput input = manual_input(setup);
   const AttentionOutput output = manual_attention(input, Dtype::kFloat64);
-  for (size_t i = 0; i < output.out.size(); ++i) CHECK(std::fabs(output.out[i] - input.v[i % 8]) < 1e-15);
+  for (size_t i = 0; i < output.out.size(); ++i)
+    CHECK(std::fabs(output.out[i] - input.v[i % 8]) < 1e-15);
   double score = 0.0;
   for (size_t d = 0; d < 8; ++d) score += input.q[d] * input.k[d];
   CHECK(std::fabs(output.lse[0] - score * setup.softmax_scale) < 1e-12);
 }
 
 TEST("manual attention aligns causal at the bottom right") {
-  const Setup setup = make_setup({.name = "", .seqlen_q = 5, .seqlen_k = 2}, Dtype::kFloat64, 4, true);
+  const Setup setup =
+      make_setup({.name = "", .seqlen_q = 5, .seqlen_k = 2}, Dtype::kFloat64, 4, true);
   const AttentionOutput output = manual_attention(manual_input(setup), Dtype::kFloat64);
   for (size_t row = 0; row < 3; ++row) {
     CHECK_EQ(output.lse[row], -kInfinity);
     for (size_t d = 0; d < 4; ++d) CHECK_EQ(output.out[row * 4 + d], 0.0);
     for (size_t d = 0; d < 4; ++d) CHECK_EQ(output.dq[row * 4 + d], 0.0);
   }
-  for (size_t d = 0; d < 4; ++d) CHECK(std::fabs(output.out[3 * 4 + d] - setup.v.get(0, 0, 0, static_cast<int64_t>(d))) < 1e-15);
+  for (size_t d = 0; d < 4; ++d)
+    CHECK(std::fabs(output.out[3 * 4 + d] - setup.v.get(0, 0, 0, static_cast<int64_t>(d))) < 1e-15);
 }
 
 TEST("manual gradients match finite differences") {
   for (const bool causal : {false, true}) {
-    const Case spec = {.name = "", .batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 5, .seqlen_k = 4};
+    const Case spec = {
+        .name = "", .batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 5, .seqlen_k = 4};
     const AttentionInput input = manual_input(make_setup(spec, Dtype::kFloat64, 6, causal));
     const AttentionOutput output = manual_attention(input, Dtype::kFloat64);
     check_gradient(input, &AttentionInput::q, output.dq);

@@ -1,5 +1,5 @@
-// Every refusal of the C API: the status, the whole sentence, and that nothing was written. Each call
-// is a good one with one thing broken.
+// Every refusal of the C API: the status, the whole sentence, and that nothing was written. Each
+// call is a good one with one thing broken.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -33,8 +33,10 @@ const Refusal kProblemRefusals[] = {
      "problem.struct_size is 12; allowed: 144 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.problem.device = static_cast<flashtile_device>(7); }, kInvalid,
      "device is 7; allowed: FLASHTILE_CPU and FLASHTILE_CUDA"},
-    {[](SmallCall& c) { c.problem.device_index = -2; }, kInvalid, "device_index is -2; allowed: -1 on the CPU"},
-    {[](SmallCall& c) { c.problem.device_index = 3; }, kInvalid, "device_index is 3; allowed: -1 on the CPU"},
+    {[](SmallCall& c) { c.problem.device_index = -2; }, kInvalid,
+     "device_index is -2; allowed: -1 on the CPU"},
+    {[](SmallCall& c) { c.problem.device_index = 3; }, kInvalid,
+     "device_index is 3; allowed: -1 on the CPU"},
     {[](SmallCall& c) { c.problem.dtype = static_cast<flashtile_dtype>(9); }, kInvalid,
      "dtype is 9; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64"},
     {[](SmallCall& c) { c.problem.dtype_kv = static_cast<flashtile_dtype>(-1); }, kInvalid,
@@ -44,38 +46,51 @@ const Refusal kProblemRefusals[] = {
     {[](SmallCall& c) { c.problem.dtype_out = FLASHTILE_BFLOAT16; }, kUnsupported,
      "dtype_out is bfloat16; allowed: float32, the dtype of q"},
     {[](SmallCall& c) { c.problem.batch = -1; }, kInvalid, "batch is -1; allowed: 0 to 2147483646"},
-    {[](SmallCall& c) { c.problem.batch = kHuge; }, kInvalid, "batch is 1099511627776; allowed: 0 to 2147483646"},
-    {[](SmallCall& c) { c.problem.seqlen_q = -4; }, kInvalid, "seqlen_q is -4; allowed: 0 to 2147483647"},
+    {[](SmallCall& c) { c.problem.batch = kHuge; }, kInvalid,
+     "batch is 1099511627776; allowed: 0 to 2147483646"},
+    {[](SmallCall& c) { c.problem.seqlen_q = -4; }, kInvalid,
+     "seqlen_q is -4; allowed: 0 to 2147483647"},
     {[](SmallCall& c) { c.problem.seqlen_q = kHuge; }, kInvalid,
      "seqlen_q is 1099511627776; allowed: 0 to 2147483647"},
-    {[](SmallCall& c) { c.problem.seqlen_k = -1; }, kInvalid, "seqlen_k is -1; allowed: 0 to 2147483647"},
-    {[](SmallCall& c) { c.problem.num_heads = 0; }, kInvalid, "num_heads is 0; allowed: 1 to 2147483647"},
-    {[](SmallCall& c) { c.problem.num_heads = -8; }, kInvalid, "num_heads is -8; allowed: 1 to 2147483647"},
-    {[](SmallCall& c) { c.problem.num_heads_kv = 0; }, kInvalid, "num_heads_kv is 0; allowed: 1 to 2147483647"},
+    {[](SmallCall& c) { c.problem.seqlen_k = -1; }, kInvalid,
+     "seqlen_k is -1; allowed: 0 to 2147483647"},
+    {[](SmallCall& c) { c.problem.num_heads = 0; }, kInvalid,
+     "num_heads is 0; allowed: 1 to 2147483647"},
+    {[](SmallCall& c) { c.problem.num_heads = -8; }, kInvalid,
+     "num_heads is -8; allowed: 1 to 2147483647"},
+    {[](SmallCall& c) { c.problem.num_heads_kv = 0; }, kInvalid,
+     "num_heads_kv is 0; allowed: 1 to 2147483647"},
     {[](SmallCall& c) { c.problem.num_heads_kv = 3; }, kInvalid,
      "num_heads_kv is 3; allowed: a divisor of num_heads, 4"},
     {[](SmallCall& c) { c.problem.num_heads_kv = 8; }, kInvalid,
      "num_heads_kv is 8; allowed: a divisor of num_heads, 4"},
     {[](SmallCall& c) { c.problem.head_dim = 0; }, kInvalid, "head_dim is 0; allowed: 1 to 65536"},
-    {[](SmallCall& c) { c.problem.head_dim = -64; }, kInvalid, "head_dim is -64; allowed: 1 to 65536"},
-    {[](SmallCall& c) { c.problem.head_dim_v = 16; }, kUnsupported, "head_dim_v is 16; allowed: head_dim, 8"},
+    {[](SmallCall& c) { c.problem.head_dim = -64; }, kInvalid,
+     "head_dim is -64; allowed: 1 to 65536"},
+    {[](SmallCall& c) { c.problem.head_dim_v = 16; }, kUnsupported,
+     "head_dim_v is 16; allowed: head_dim, 8"},
     {[](SmallCall& c) { c.problem.softmax_scale = std::nanf(""); }, kInvalid,
      "softmax_scale is nan; allowed: a finite number"},
-    {[](SmallCall& c) { c.problem.softmax_scale = std::numeric_limits<float>::infinity(); }, kInvalid,
-     "softmax_scale is inf; allowed: a finite number"},
-    {[](SmallCall& c) { c.problem.window_left = -3; }, kInvalid, "window_left is -3; allowed: -1 (unlimited)"},
-    {[](SmallCall& c) { c.problem.window_left = 128; }, kUnsupported, "window_left is 128; allowed: -1 (unlimited)"},
+    {[](SmallCall& c) { c.problem.softmax_scale = std::numeric_limits<float>::infinity(); },
+     kInvalid, "softmax_scale is inf; allowed: a finite number"},
+    {[](SmallCall& c) { c.problem.window_left = -3; }, kInvalid,
+     "window_left is -3; allowed: -1 (unlimited)"},
+    {[](SmallCall& c) { c.problem.window_left = 128; }, kUnsupported,
+     "window_left is 128; allowed: -1 (unlimited)"},
     {[](SmallCall& c) { c.problem.window_right = -2; }, kInvalid,
      "window_right is -2; allowed: 0 (causal) and -1 (unlimited)"},
     {[](SmallCall& c) { c.problem.window_right = 5; }, kUnsupported,
      "window_right is 5; allowed: 0 (causal) and -1 (unlimited)"},
     {[](SmallCall& c) { c.problem.alignment = static_cast<flashtile_alignment>(1); }, kInvalid,
      "alignment is 1; allowed: FLASHTILE_BOTTOM_RIGHT"},
-    {[](SmallCall& c) { c.problem.flags = 0x30; }, kInvalid, "flags is 0x30; allowed: 0 and FLASHTILE_DETERMINISTIC"},
+    {[](SmallCall& c) { c.problem.flags = 0x30; }, kInvalid,
+     "flags is 0x30; allowed: 0 and FLASHTILE_DETERMINISTIC"},
     {[](SmallCall& c) { c.problem.cu_seqlens_q = c.cu_q; }, kInvalid,
-     "cu_seqlens_k is NULL and cu_seqlens_q is not; allowed: both NULL (dense) or both set (varlen)"},
+     "cu_seqlens_k is NULL and cu_seqlens_q is not; allowed: both NULL (dense) or both set "
+     "(varlen)"},
     {[](SmallCall& c) { c.problem.cu_seqlens_k = c.cu_k; }, kInvalid,
-     "cu_seqlens_q is NULL and cu_seqlens_k is not; allowed: both NULL (dense) or both set (varlen)"},
+     "cu_seqlens_q is NULL and cu_seqlens_k is not; allowed: both NULL (dense) or both set "
+     "(varlen)"},
     {[](SmallCall& c) { c.make_varlen(), c.problem.total_q = -1; }, kInvalid,
      "total_q is -1; allowed: 0 to 2147483647"},
     {[](SmallCall& c) { c.make_varlen(), c.problem.total_k = kHuge; }, kInvalid,
@@ -84,7 +99,8 @@ const Refusal kProblemRefusals[] = {
 
 // Not seen by flashtile_workspace_size, which reads no pointer.
 const Refusal kCallRefusals[] = {
-    {[](SmallCall& c) { c.make_varlen(), c.cu_q[0] = 1; }, kInvalid, "cu_seqlens_q[0] is 1; allowed: 0"},
+    {[](SmallCall& c) { c.make_varlen(), c.cu_q[0] = 1; }, kInvalid,
+     "cu_seqlens_q[0] is 1; allowed: 0"},
     {[](SmallCall& c) { c.make_varlen(), c.cu_k[1] = -2; }, kInvalid,
      "cu_seqlens_k[1] is -2; allowed: at least 0, the value before it"},
     {[](SmallCall& c) { c.make_varlen(), c.cu_q[1] = 9; }, kInvalid,
@@ -119,9 +135,12 @@ const Refusal kBackwardRefusals[] = {
      "params.struct_size is 8; allowed: 336 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.backward.dout.data = nullptr; }, kInvalid,
      "dout.data is NULL; allowed: a pointer to 4 rows"},
-    {[](SmallCall& c) { c.backward.dq.data = nullptr; }, kInvalid, "dq.data is NULL; allowed: a pointer to 4 rows"},
-    {[](SmallCall& c) { c.backward.dk.data = nullptr; }, kInvalid, "dk.data is NULL; allowed: a pointer to 6 rows"},
-    {[](SmallCall& c) { c.backward.dv.data = nullptr; }, kInvalid, "dv.data is NULL; allowed: a pointer to 6 rows"},
+    {[](SmallCall& c) { c.backward.dq.data = nullptr; }, kInvalid,
+     "dq.data is NULL; allowed: a pointer to 4 rows"},
+    {[](SmallCall& c) { c.backward.dk.data = nullptr; }, kInvalid,
+     "dk.data is NULL; allowed: a pointer to 6 rows"},
+    {[](SmallCall& c) { c.backward.dv.data = nullptr; }, kInvalid,
+     "dv.data is NULL; allowed: a pointer to 6 rows"},
     {[](SmallCall& c) { c.backward.softmax_lse = nullptr; }, kInvalid,
      "softmax_lse is NULL; allowed: the softmax_lse of the forward call"},
     {[](SmallCall& c) { c.backward.dq.stride_head = 0; }, kInvalid,
@@ -174,7 +193,8 @@ void check_refusal(const Refusal& refusal, Entry entry) {
   const Outcome outcome = entry(*call);
   CHECK_EQ(outcome.status, refusal.status);
   CHECK_EQ(outcome.sentence, std::string(refusal.sentence));
-  for (const float* written : {call->out, call->dq, call->dk, call->dv, call->lse}) CHECK_EQ(written[0], 42.0f);
+  for (const float* written : {call->out, call->dq, call->dk, call->dv, call->lse})
+    CHECK_EQ(written[0], 42.0f);
 }
 
 template <size_t kCount>
@@ -198,7 +218,9 @@ TEST("the unbroken call runs") {
 TEST("problem refusals") {
   check_all(kProblemRefusals, {forward, backward, can_run, can_run_backward, workspace_size, plan});
 }
-TEST("call refusals") { check_all(kCallRefusals, {forward, backward, can_run, can_run_backward, plan}); }
+TEST("call refusals") {
+  check_all(kCallRefusals, {forward, backward, can_run, can_run_backward, plan});
+}
 TEST("forward refusals") { check_all(kForwardRefusals, {forward, can_run}); }
 TEST("backward refusals") { check_all(kBackwardRefusals, {backward, can_run_backward, plan}); }
 
@@ -222,7 +244,8 @@ TEST("NULL params") {
 TEST("NULL results") {
   const auto call = std::make_unique<SmallCall>();
   CHECK_EQ(flashtile_workspace_size(&call->forward, nullptr), kInvalid);
-  CHECK_EQ(std::string(flashtile_last_error()), std::string("bytes is NULL; allowed: a pointer to the result"));
+  CHECK_EQ(std::string(flashtile_last_error()),
+           std::string("bytes is NULL; allowed: a pointer to the result"));
   CHECK_EQ(flashtile_workspace_size_backward(&call->backward, nullptr), kInvalid);
   CHECK_EQ(flashtile_get_build_info(nullptr), kInvalid);
   CHECK_EQ(flashtile_plan(&call->forward, nullptr, 0), FLASHTILE_OK);  // asks whether, not what
@@ -232,7 +255,8 @@ TEST("a stream on the CPU") {
   const auto call = std::make_unique<SmallCall>();
   auto* const stream = reinterpret_cast<CUstream_st*>(uintptr_t{0x40});
   CHECK_EQ(flashtile_forward(&call->forward, stream), kInvalid);
-  CHECK_EQ(std::string(flashtile_last_error()), std::string("stream is 0x40; allowed: NULL on the CPU"));
+  CHECK_EQ(std::string(flashtile_last_error()),
+           std::string("stream is 0x40; allowed: NULL on the CPU"));
   CHECK_EQ(flashtile_backward(&call->backward, stream), kInvalid);
 }
 
@@ -245,8 +269,8 @@ TEST("a workspace that is too small, absent or misaligned") {
   call->backward.workspace_bytes = backward_bytes - 1;
   CHECK_EQ(flashtile_backward(&call->backward, nullptr), FLASHTILE_WORKSPACE_TOO_SMALL);
   CHECK_EQ(std::string(flashtile_last_error()),
-           "workspace_bytes is " + std::to_string(backward_bytes - 1) + "; allowed: " + std::to_string(backward_bytes) +
-               " (flashtile_workspace_size) and more");
+           "workspace_bytes is " + std::to_string(backward_bytes - 1) + "; allowed: " +
+               std::to_string(backward_bytes) + " (flashtile_workspace_size) and more");
   call->backward.workspace_bytes = backward_bytes;
   CHECK_EQ(flashtile_backward(&call->backward, nullptr), FLASHTILE_OK);
   call->backward.workspace = nullptr;
@@ -292,5 +316,6 @@ TEST("CUDA without a device") {
            std::string("q.stride_seq is 33; allowed on CUDA: a multiple of 8 elements (16 bytes)"));
   call->forward.q.stride_seq = 32;
   call->forward.v.data = call->v + 1;
-  CHECK(forward(*call).sentence.find("allowed on CUDA: a multiple of 16 bytes") != std::string::npos);
+  CHECK(forward(*call).sentence.find("allowed on CUDA: a multiple of 16 bytes") !=
+        std::string::npos);
 }

@@ -1,4 +1,5 @@
-// A small attention call that every argument check accepts: what the refusal tests break one by one.
+// A small attention call that every argument check accepts: what the refusal tests break one by
+// one.
 #pragma once
 
 #include <cstddef>
@@ -13,15 +14,15 @@ struct SmallCall {
   static constexpr int64_t kBatch = 2, kHeads = 4, kHeadsKv = 2, kQ = 4, kK = 6, kDim = 8;
   static constexpr int64_t kRowsQ = kBatch * kQ, kRowsK = kBatch * kK;
 
-  alignas(256) float q[kRowsQ * kHeads * kDim] = {};       // [batch, seqlen_q, heads, dim]
-  alignas(256) float k[kRowsK * kHeadsKv * kDim] = {};     // [batch, seqlen_k, heads_kv, dim]
+  alignas(256) float q[kRowsQ * kHeads * kDim] = {};    // [batch, seqlen_q, heads, dim]
+  alignas(256) float k[kRowsK * kHeadsKv * kDim] = {};  // [batch, seqlen_k, heads_kv, dim]
   alignas(256) float v[kRowsK * kHeadsKv * kDim] = {};
   alignas(256) float out[kRowsQ * kHeads * kDim] = {};
   alignas(256) float dout[kRowsQ * kHeads * kDim] = {};
   alignas(256) float dq[kRowsQ * kHeads * kDim] = {};
   alignas(256) float dk[kRowsK * kHeadsKv * kDim] = {};
   alignas(256) float dv[kRowsK * kHeadsKv * kDim] = {};
-  alignas(256) float lse[kRowsQ * kHeads] = {};            // [batch, heads, seqlen_q]
+  alignas(256) float lse[kRowsQ * kHeads] = {};  // [batch, heads, seqlen_q]
   alignas(256) unsigned char workspace[1 << 20] = {};
   int32_t cu_q[3] = {0, 4, 8};
   int32_t cu_k[3] = {0, 6, 12};
@@ -77,8 +78,12 @@ struct SmallCall {
     forward.lse_stride_head = backward.lse_stride_head = kRowsQ;
   }
 
-  static flashtile_tensor queries(float* data) { return {data, kQ * kHeads * kDim, kHeads * kDim, kDim}; }
-  static flashtile_tensor keys(float* data) { return {data, kK * kHeadsKv * kDim, kHeadsKv * kDim, kDim}; }
+  static flashtile_tensor queries(float* data) {
+    return {data, kQ * kHeads * kDim, kHeads * kDim, kDim};
+  }
+  static flashtile_tensor keys(float* data) {
+    return {data, kK * kHeadsKv * kDim, kHeadsKv * kDim, kDim};
+  }
 };
 
 }  // namespace flashtile::test

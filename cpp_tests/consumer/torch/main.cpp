@@ -1,4 +1,5 @@
-// A libtorch program that trains through flashtile: gradients of its C++ autograd against torch's own.
+// A libtorch program that trains through flashtile: gradients of its C++ autograd against torch's
+// own.
 #include <flashtile/torch.h>
 #include <torch/torch.h>
 
@@ -6,7 +7,9 @@
 
 int main() {
   torch::manual_seed(0);
-  const auto leaf = [] { return torch::randn({2, 33, 4, 16}, torch::kDouble).requires_grad_(true); };
+  const auto leaf = [] {
+    return torch::randn({2, 33, 4, 16}, torch::kDouble).requires_grad_(true);
+  };
   const at::Tensor q = leaf(), k = leaf(), v = leaf();
   const flashtile::AttentionResult result =
       flashtile::attention(q, k, v, {.causal = true, .return_lse = true});
