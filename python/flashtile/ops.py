@@ -129,8 +129,8 @@ def attention(
         ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
         RuntimeError, and forward-mode AD is not supported. ``torch.compile(fullgraph=True)`` traces
         it, with symbolic lengths. Under ``torch.autocast`` inputs are cast to its dtype. With
-        ``torch.use_deterministic_algorithms(True)`` gradients are equal from run to run, or
-        refused: on the CPU they always are equal, on CUDA this version adds dq atomically.
+        ``torch.use_deterministic_algorithms(True)`` gradients are bitwise equal from run to run;
+        on the CPU they always are.
 
     Numerics:
         Scores, softmax and sums are float32 (float64 for float64 inputs), whatever the inputs are;
