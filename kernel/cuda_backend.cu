@@ -25,6 +25,14 @@ struct Device {
   Memory memory = Memory::kSmall;
 };
 
+Status set_device(int index) {
+  const cudaError_t error = cudaSetDevice(index);
+  if (error != cudaErrorInvalidDevice) return check_cuda(error, "cudaSetDevice");
+  cudaGetLastError();  // reported here, not by the caller's next launch
+  return fail(FLASHTILE_INVALID_ARGUMENT,
+              "device_index is %d; allowed: -1 (current device) or a CUDA device ordinal", index);
+}
+
 // Makes `index` current for this scope; -1 keeps the caller's device.
 class DeviceScope {
  public:
@@ -35,7 +43,7 @@ class DeviceScope {
       previous_ = -1;
       return;
     }
-    status_ = check_cuda(cudaSetDevice(index), "cudaSetDevice");
+    status_ = set_device(index);
     if (status_ != FLASHTILE_OK) previous_ = -1;
   }
   ~DeviceScope() {
@@ -132,6 +140,27 @@ Status check_dtype(const Problem& problem) {
               dtype_name(problem.dtype));
 }
 
+// The kernels number their thread blocks with an int: one for every block of rows and head.
+Status check_blocks(const Problem& problem, const char* name, int64_t heads, int64_t seqlen,
+                    int64_t total) {
+  constexpr int64_t kBlock = 32;  // rows of the smallest block in config.cuh
+  const int64_t blocks = problem.is_varlen() ? total / kBlock + problem.batch
+                                             : (seqlen + kBlock - 1) / kBlock * problem.batch;
+  int64_t all = 0;
+  if (!__builtin_mul_overflow(blocks, heads, &all) && all <= INT32_MAX) return FLASHTILE_OK;
+  return fail(FLASHTILE_UNSUPPORTED,
+              "%s is %lld for %lld blocks of %lld rows; allowed on CUDA: a product up to %d", name,
+              static_cast<I64>(heads), static_cast<I64>(blocks), static_cast<I64>(kBlock),
+              INT32_MAX);
+}
+
+Status check_query_blocks(const Problem& p) {
+  return check_blocks(p, "num_heads", p.num_heads, p.seqlen_q, p.total_q);
+}
+Status check_key_blocks(const Problem& p) {
+  return check_blocks(p, "num_heads_kv", p.num_heads_kv, p.seqlen_k, p.total_k);
+}
+
 struct NamedView {
   const char* name;
   const View& view;
@@ -184,6 +213,7 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
                     size_t& workspace_bytes) {
   const Problem& problem = params.problem;
   if (Status s = check_dtype(problem)) return s;
+  if (Status s = check_query_blocks(problem)) return s;
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const NamedView views[] = {{"q", params.q, q, problem.num_heads},
                              {"k", params.k, k, problem.num_heads_kv},
@@ -205,11 +235,8 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
                      size_t& workspace_bytes) {
   const Problem& problem = params.problem;
   if (Status s = check_dtype(problem)) return s;
-  if (problem.deterministic) {
-    return fail(FLASHTILE_UNSUPPORTED,
-                "flags is FLASHTILE_DETERMINISTIC; allowed on CUDA in this version: 0 "
-                "(dq is accumulated by atomic additions)");
-  }
+  if (Status s = check_query_blocks(problem)) return s;
+  if (Status s = check_key_blocks(problem)) return s;
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
   const NamedView views[] = {{"q", params.q, q, heads},       {"k", params.k, k, heads_kv},
