@@ -24,7 +24,10 @@ DELTA = "backward_delta.cuh"
 
 V_LANDED = "__syncthreads();  // V_j has landed; nobody reads K_j any more"
 K_LANDED = "__syncthreads();  // K_{j-1} has landed; nobody reads V_j any more"
-LOAD_K = "if (j > range.begin) load_previous<0>(k_loader, target);"
+LOAD_K = "if (j > range.begin) stream.load_previous_k();"
+KV_HEAD = (
+    "work.head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv))"
+)
 BLOCK_LANDED = (
     "__syncthreads();  // block i has landed; nobody reads block i - 1 or its dS any more"
 )
@@ -55,8 +58,8 @@ MUTANTS = [
         [
             (
                 FORWARD,
-                "load_previous<kFromKToV>(v_loader, target);",
-                "load_previous<0>(v_loader, target);",
+                "v.template load<kFromKToV>(target);",
+                "v.template load<0>(target);",
             )
         ],
     ),
@@ -116,8 +119,8 @@ MUTANTS = [
         [
             (
                 FORWARD,
-                "const int keys = work.sequence.seqlen_k - (range.end - 1) * kKeys;",
-                "const int keys = work.sequence.seqlen_k - (range.end - 1) * kKeys + 1;",
+                "const int keys = work.sequence.seqlen_k - block * kKeys;",
+                "const int keys = work.sequence.seqlen_k - block * kKeys + 1;",
             )
         ],
     ),
@@ -200,7 +203,7 @@ MUTANTS = [
         [
             (
                 FORWARD,
-                "work.head / static_cast<int>(problem.num_heads / problem.num_heads_kv)",
+                KV_HEAD,
                 "work.head % static_cast<int>(problem.num_heads_kv)",
             )
         ],
