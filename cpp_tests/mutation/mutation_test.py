@@ -111,8 +111,8 @@ def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool,
         )
     except subprocess.TimeoutExpired:
         return True, f"no end within {RUN_SECONDS} s"
-    if done.returncode == 77:
-        raise ValueError(f"the cases skipped themselves: {done.stdout}")
+    if done.returncode == 77 or "no loaded PTX has this kernel" in done.stdout:
+        raise ValueError(f"the cases did not run: {done.stdout[:300]}")
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     first = next((line for line in lines if not line.startswith("/")), lines[0] if lines else "")
     for line in lines:
@@ -137,8 +137,11 @@ def try_mutant(settings: Settings, mutant: Mutant) -> Outcome:
             return Outcome(mutant, False, f"the patch does not apply: {error}")
         except subprocess.CalledProcessError as error:
             return Outcome(mutant, False, f"does not compile: {error.stderr.strip()[:300]}")
-        write_manifest(settings, mutant, scratch / "mutant.ptx", scratch / "manifest.txt")
-        failed, text = run_cases(settings, mutant, scratch / "manifest.txt")
+        try:
+            write_manifest(settings, mutant, scratch / "mutant.ptx", scratch / "manifest.txt")
+            failed, text = run_cases(settings, mutant, scratch / "manifest.txt")
+        except ValueError as error:
+            return Outcome(mutant, False, str(error))
     return Outcome(mutant, failed != mutant.harmless, text[:150])
 
 
