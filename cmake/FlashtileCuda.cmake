@@ -16,7 +16,7 @@ if(FLASHTILE_CUDA STREQUAL "OFF")
 endif()
 
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES "80-real;89-real;90a-real;90-virtual" CACHE STRING "" FORCE)
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;89-real;90a-real;90-virtual")
 endif()
 
 # check_language tests what CUDACXX names; CMAKE_CUDA_COMPILER would skip the test.

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files that include libtorch's headers take a minute each and are checked by the compiler's warnings.
+# Files that include libtorch's headers take a minute each: the compiler's warnings check them.
 SKIPPED = ("kernel/torch/", "cpp_tests/attention_test", "cpp_tests/consumer/", "examples/")
 
 

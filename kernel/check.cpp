@@ -149,6 +149,20 @@ Status check_target(const flashtile_problem& p, Target& target) {
   return FLASHTILE_OK;
 }
 
+// Sizes of tensors and of workspaces are products of these: none may leave 63 bits.
+Status check_size(const flashtile_problem& p, const Problem& problem) {
+  int64_t rows = 0, size = 0;
+  if (__builtin_add_overflow(problem.total_q, problem.total_k, &rows) ||
+      __builtin_mul_overflow(rows, p.num_heads, &size) ||
+      __builtin_mul_overflow(size, p.head_dim, &size) || size >= int64_t{1} << 52) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "batch is %lld; allowed: batch * (seqlen_q + seqlen_k) * num_heads * head_dim "
+                "below 2^52",
+                static_cast<I64>(p.batch));
+  }
+  return FLASHTILE_OK;
+}
+
 Status convert_problem(const flashtile_problem* user, Target& target, Problem& out) {
   flashtile_problem p = FLASHTILE_PROBLEM_INIT;
   if (Status s = read_struct(user, p, "problem")) return s;
@@ -175,6 +189,7 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
     out.total_q = p.total_q;
     out.total_k = p.total_k;
   }
+  if (Status s = check_size(p, out)) return s;
   out.softmax_scale = p.softmax_scale;
   out.band = {p.window_left, p.window_right};
   out.dtype = static_cast<Dtype>(p.dtype);
@@ -217,6 +232,24 @@ Status check_tensor(const TensorArgument& argument, const Problem& problem) {
       return fail(FLASHTILE_INVALID_ARGUMENT,
                   "%s.%s is 0 over %lld entries; allowed: any other value, it is written", name,
                   dim.name, static_cast<I64>(dim.extent));
+    }
+  }
+  return FLASHTILE_OK;
+}
+
+// A stride that was never set would put every head into the same rows.
+Status check_lse(const flashtile_forward_params& p, const Problem& problem) {
+  if (p.softmax_lse == nullptr || problem.rows_q() == 0 || problem.batch == 0) return FLASHTILE_OK;
+  const struct {
+    const char* name;
+    int64_t stride, extent;
+  } dims[] = {{"lse_stride_batch", p.lse_stride_batch, problem.is_varlen() ? 1 : problem.batch},
+              {"lse_stride_head", p.lse_stride_head, problem.num_heads}};
+  for (const auto& dim : dims) {
+    if (dim.stride == 0 && dim.extent > 1) {
+      return fail(FLASHTILE_INVALID_ARGUMENT,
+                  "%s is 0 over %lld entries; allowed: any other value, it is written", dim.name,
+                  static_cast<I64>(dim.extent));
     }
   }
   return FLASHTILE_OK;
@@ -272,6 +305,7 @@ Status check_forward(const flashtile_forward_params* user, Target& target, Forwa
                                       {"v", p.v, k, problem.num_heads_kv, false},
                                       {"out", p.out, q, problem.num_heads, true}};
   if (Status s = check_tensors(arguments, problem)) return s;
+  if (Status s = check_lse(p, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   params.q = view(p.q);
   params.k = view(p.k);

@@ -1,7 +1,8 @@
 // The tuning table: one row per (pass, memory class, head_dim). A row changes speed, never results.
 //
-// Memory classes: kLarge is 163 KB of shared memory per block and more (sm_80, sm_87, sm_90), kSmall
-// is 99 KB (sm_86, sm_89, sm_120). Values come from reading the machine code (`make sass-report`).
+// Memory classes: kLarge is 163 KB of shared memory per block and more (sm_80, sm_87, sm_90),
+// kSmall is 99 KB (sm_86, sm_89, sm_120). Values come from reading the machine code (`make
+// sass-report`).
 #pragma once
 
 #include "ptx/common.cuh"
@@ -15,10 +16,10 @@ FLASHTILE_HOST_DEVICE int shared_memory_limit(Memory memory) {
 }
 
 struct ForwardConfig {
-  int block_q;         // queries per thread block
-  int block_k;         // keys per step
-  int warps;           // each owns block_q / warps rows
-  int blocks_per_sm;   // what registers and shared memory are planned for
+  int block_q;        // queries per thread block
+  int block_k;        // keys per step
+  int warps;          // each owns block_q / warps rows
+  int blocks_per_sm;  // what registers and shared memory are planned for
   bool q_in_registers;
 };
 
@@ -35,8 +36,8 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
   return {.block_q = 64, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
 }
 
-// One thread block of the backward: block_k keys against blocks of block_q queries. warps_k x warps_q
-// warps share the scores; each keeps dK and dV of its keys in registers.
+// One thread block of the backward: block_k keys against blocks of block_q queries. warps_k x
+// warps_q warps share the scores; each keeps dK and dV of its keys in registers.
 struct BackwardConfig {
   int block_q, block_k;
   int warps_k, warps_q;

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
 
 inline Status check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return FLASHTILE_OK;
+  cudaGetLastError();  // told here: the caller's next check must not find it again
   return fail(FLASHTILE_DEVICE_ERROR, "%s failed: %s", call, cudaGetErrorString(error));
 }
 
@@ -40,9 +41,12 @@ template <class Kernel>
                    "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
     if (status != FLASHTILE_OK) return status;
   }
-  run<Kernel>
-      <<<static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(params);
-  return check_cuda(cudaGetLastError(), "kernel launch");
+  // Not <<<>>>: its error would have to be asked for, and be that of an earlier call of the caller.
+  void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+  return check_cuda(
+      cudaLaunchKernel(run<Kernel>, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads),
+                       arguments, Kernel::kSharedBytes, stream),
+      "kernel launch");
 }
 
 }  // namespace flashtile

@@ -120,6 +120,8 @@ const Refusal kCallRefusals[] = {
 };
 
 const Refusal kForwardRefusals[] = {
+    {[](SmallCall& c) { c.forward.lse_stride_head = 0; }, kInvalid,
+     "lse_stride_head is 0 over 4 entries; allowed: any other value, it is written"},
     {[](SmallCall& c) { c.forward.struct_size = 8; }, kInvalid,
      "params.struct_size is 8; allowed: 184 (its sizeof) to 4096"},
     {[](SmallCall& c) { c.forward.out.stride_head = 0; }, kInvalid,

@@ -211,7 +211,6 @@ std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
   } else {
     flashtile_forward_params params = forward_params(args, problem);
     params.out = like_q;
-    params.softmax_lse = &lse;
     status = flashtile_plan(&params, name, sizeof(name));
   }
   return {status == FLASHTILE_OK, status == FLASHTILE_OK ? name : flashtile_last_error()};

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashtile import _checks
 from flashtile._registration import UNLIMITED
@@ -33,13 +34,19 @@ def _call(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, Tensor
     """
     if torch.compiler.is_compiling():
         return op(*args)  # type: ignore[no-any-return]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in args[:3]):
+        # torch would drop the tangents in silence.
+        raise NotImplementedError(
+            "flashtile: an input carries a forward-mode tangent; allowed: reverse mode "
+            "(use torch's math attention for forward mode)"
+        )
     try:
         return op(*args)  # type: ignore[no-any-return]
     except RuntimeError as error:
         refusal = error
     *tensors, softmax_scale, _, _ = args
     _checks.check_tensors(*tensors[:5])
-    _checks.check_softmax_scale(softmax_scale)
+    _checks.check_softmax_scale(softmax_scale)  # not finite
     raise refusal
 
 
@@ -47,6 +54,14 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.check_tensor_type(name, tensor)
     return _autocast(q, k, v)
+
+
+def _check_options(causal: object, softmax_scale: object, return_lse: object) -> None:
+    _checks.check_flag("causal", causal)
+    _checks.check_flag("return_lse", return_lse)
+    # The op would take a bool, and a tensor as a number without a gradient.
+    if not isinstance(softmax_scale, float):
+        _checks.check_softmax_scale(softmax_scale)
 
 
 def _check_varlen(
@@ -147,7 +162,7 @@ def attention(
         FlashAttention-2, https://arxiv.org/abs/2307.08691
     """
     q, k, v = _prepare(q, k, v)
-    _checks.check_flag("causal", causal)
+    _check_options(causal, softmax_scale, return_lse)
     args = (q, k, v, softmax_scale, UNLIMITED, 0 if causal else UNLIMITED)
     out, lse = _call(torch.ops.flashtile.forward, args)
     return (out, lse) if return_lse else out
@@ -245,7 +260,7 @@ def attention_varlen(
     """
     q, k, v = _prepare(q, k, v)
     _check_varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _checks.check_flag("causal", causal)
+    _check_options(causal, softmax_scale, return_lse)
     args = (
         q,
         k,
