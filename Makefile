@@ -43,7 +43,9 @@ build: $(VENV)/.stamp
 	cmake --build --preset $(PRESET) --parallel $(JOBS)
 
 test: build
-	@ctest --preset default
+	@rm -rf build/error_table/*
+	ctest --preset default
+	$(BIN)/python cpp_tests/error_table.py build/error_table
 	$(BIN)/python -m pytest -q python/tests
 
 test-long: build
