@@ -79,7 +79,7 @@ $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 
 lint: $(VENV)/.stamp-lint
 	@$(BIN)/python -m pre_commit run --all-files --show-diff-on-failure
-	cmake --preset cpu -DPython_EXECUTABLE=$(BIN)/python >/dev/null
+	cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) >/dev/null
 	$(BIN)/python cmake/run_clang_tidy.py build
 	$(BIN)/python -m mypy
 

@@ -143,7 +143,6 @@ class Decoder {
     if (ops == nullptr) {
       return fail("unknown opcode '" + std::string(raw.opcode) + "'", raw.site.ptx_line);
     }
-    std::string why;
     for (const Op& op : *ops) {
       if (match(raw, op, index)) return true;
     }
@@ -208,11 +207,11 @@ class Decoder {
         result = false;
         continue;
       }
-      if (next == raw.operands.size() ||
-          !operand(raw, raw.operands[next++], letter, result, flow)) {
+      if (next == raw.operands.size() || !operand(raw, raw.operands[next], letter, result, flow)) {
         next = raw.operands.size() + 1;
         break;
       }
+      ++next;
     }
     if (next != raw.operands.size()) {
       operands_.resize(operand_mark);

@@ -12,7 +12,7 @@ namespace {
 void land(Warp& warp, PendingCopy& copy) {
   Block& block = *warp.block;
   char* to = block.shared.data() + copy.offset;
-  std::memcpy(to, copy.source, copy.copied);
+  if (copy.copied != 0) std::memcpy(to, copy.source, copy.copied);  // source is null for zero fill
   std::memset(to + copy.copied, 0, copy.bytes - copy.copied);
   copy.landed = true;
 }

@@ -97,6 +97,7 @@ TEST("calls from many threads give the same result") {
   CHECK_EQ(flashtile_forward(&expected->forward, nullptr), FLASHTILE_OK);
   std::vector<int> same(4, 0);
   std::vector<std::thread> threads;
+  threads.reserve(same.size());
   for (size_t t = 0; t < same.size(); ++t) {
     threads.emplace_back([&, t] {
       const auto call = std::make_unique<SmallCall>();
