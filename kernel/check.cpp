@@ -54,18 +54,17 @@ Status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
 }
 
 Status check_dtypes(const flashtile_problem& p) {
-  const auto known = [](flashtile_dtype dtype) {
+  const auto known = [](int32_t dtype) {
     return dtype >= FLASHTILE_FLOAT16 && dtype <= FLASHTILE_FLOAT64;
   };
   const struct {
     const char* name;
-    flashtile_dtype value;
+    int32_t value;
   } dtypes[] = {{"dtype", p.dtype}, {"dtype_kv", p.dtype_kv}, {"dtype_out", p.dtype_out}};
   for (const auto& [name, value] : dtypes) {
     if (!known(value)) {
       return fail(FLASHTILE_INVALID_ARGUMENT,
-                  "%s is %d; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64", name,
-                  static_cast<int>(value));
+                  "%s is %d; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64", name, value);
     }
     if (value != p.dtype) {
       return fail(FLASHTILE_UNSUPPORTED, "%s is %s; allowed: %s, the dtype of q", name,
@@ -124,7 +123,7 @@ Status check_options(const flashtile_problem& p) {
   }
   if (p.alignment != FLASHTILE_BOTTOM_RIGHT) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "alignment is %d; allowed: FLASHTILE_BOTTOM_RIGHT",
-                static_cast<int>(p.alignment));
+                p.alignment);
   }
   if ((p.flags & ~static_cast<uint32_t>(FLASHTILE_DETERMINISTIC)) != 0) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "flags is 0x%x; allowed: 0 and FLASHTILE_DETERMINISTIC",
@@ -136,15 +135,14 @@ Status check_options(const flashtile_problem& p) {
 Status check_target(const flashtile_problem& p, Target& target) {
   if (p.device != FLASHTILE_CPU && p.device != FLASHTILE_CUDA) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
-                "device is %d; allowed: FLASHTILE_CPU and FLASHTILE_CUDA",
-                static_cast<int>(p.device));
+                "device is %d; allowed: FLASHTILE_CPU and FLASHTILE_CUDA", p.device);
   }
   if (p.device_index < -1 || (p.device == FLASHTILE_CPU && p.device_index > 0)) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "device_index is %d; allowed: %s", p.device_index,
                 p.device == FLASHTILE_CPU ? "-1 on the CPU"
                                           : "-1 (current device) or a CUDA device ordinal");
   }
-  target.device = p.device;
+  target.device = static_cast<flashtile_device>(p.device);
   target.device_index = p.device_index;
   return FLASHTILE_OK;
 }

@@ -325,7 +325,7 @@ std::string Block::where(uint32_t pc) const {
     if (site.outer_line > 0) {
       text += " (from ";
       add(site.outer_file, site.outer_line);
-      text += ")";
+      text += ')';
     }
     text += ", ";
   }

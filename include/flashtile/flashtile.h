@@ -72,21 +72,22 @@ typedef struct {
   int64_t stride_head;
 } flashtile_tensor;
 
-/* What is computed. Forward and backward of one attention share one problem. */
+/* What is computed. Forward and backward of one attention share one problem. Enumerations are
+ * stored as int32_t: their size does not depend on the compiler, and any value can be refused. */
 typedef struct {
-  uint32_t struct_size;      /* sizeof(flashtile_problem); set by FLASHTILE_PROBLEM_INIT */
-  flashtile_device device;   /* where every pointer below and in the params lives */
-  int32_t device_index;      /* CUDA device ordinal; -1: the calling thread's current device */
-  flashtile_dtype dtype;     /* q, dq, dout */
-  flashtile_dtype dtype_kv;  /* k, v, dk, dv; must equal dtype in this version */
-  flashtile_dtype dtype_out; /* out; must equal dtype in this version */
-  int64_t batch;             /* sequences; >= 0 */
-  int64_t num_heads;         /* query heads; >= 1 */
-  int64_t num_heads_kv;      /* key/value heads; divides num_heads (GQA, MQA) */
-  int64_t head_dim;          /* of q and k */
-  int64_t head_dim_v;        /* of v and out; 0: as head_dim; must equal head_dim in this version */
-  int64_t seqlen_q;          /* varlen: the longest sequence, a hint */
-  int64_t seqlen_k;          /* varlen: the longest sequence, a hint */
+  uint32_t struct_size; /* sizeof(flashtile_problem); set by FLASHTILE_PROBLEM_INIT */
+  int32_t device;       /* flashtile_device: where all pointers here and in the params live */
+  int32_t device_index; /* CUDA device ordinal; -1: the calling thread's current device */
+  int32_t dtype;        /* flashtile_dtype of q, dq, dout */
+  int32_t dtype_kv;     /* of k, v, dk, dv; must equal dtype in this version */
+  int32_t dtype_out;    /* of out; must equal dtype in this version */
+  int64_t batch;        /* sequences; >= 0 */
+  int64_t num_heads;    /* query heads; >= 1 */
+  int64_t num_heads_kv; /* key/value heads; divides num_heads (GQA, MQA) */
+  int64_t head_dim;     /* of q and k */
+  int64_t head_dim_v;   /* of v and out; 0: as head_dim; must equal head_dim in this version */
+  int64_t seqlen_q;     /* varlen: the longest sequence, a hint */
+  int64_t seqlen_k;     /* varlen: the longest sequence, a hint */
   /* [batch + 1], int32, on `device`: sequence b has rows cu[b] to cu[b + 1] - 1; both or neither */
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
@@ -95,8 +96,8 @@ typedef struct {
   float softmax_scale;  /* factor on q k^T; usually 1 / sqrt(head_dim) */
   int64_t window_left;  /* keys left of the diagonal that a query sees; FLASHTILE_UNLIMITED only */
   int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED is full */
-  flashtile_alignment alignment;
-  uint32_t flags; /* FLASHTILE_DETERMINISTIC or 0 */
+  int32_t alignment;    /* flashtile_alignment */
+  uint32_t flags;       /* FLASHTILE_DETERMINISTIC or 0 */
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
