@@ -14,30 +14,36 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = ("kernel/torch/", "cpp_tests/attention_test", "cpp_tests/consumer/", "examples/")
 
 
-def sources(build: Path) -> list[str]:
-    """Our own C++ files in the compilation database, each once."""
-    found: set[str] = set()
+def prepare(build: Path, folder: Path) -> list[str]:
+    """Writes our C++ files' compile commands to folder, each file once, and returns their names.
+
+    A file that is compiled for several instruction sets would be analysed for each.
+    """
+    found: dict[str, object] = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
         path = Path(entry["directory"], entry["file"]).resolve()
         if not path.is_relative_to(ROOT):
             continue
         name = str(path.relative_to(ROOT))
         if name.endswith(".cpp") and not name.startswith((*SKIPPED, "build/")):
-            found.add(name)
+            found.setdefault(name, entry)
+    folder.mkdir(exist_ok=True)
+    (folder / "compile_commands.json").write_text(json.dumps(list(found.values())))
     return sorted(found)
 
 
 def main() -> int:
     """Exit status 1 when any file has a finding."""
     build = Path(sys.argv[1])
-    names = sources(build)
+    folder = build / "clang-tidy"
+    names = prepare(build, folder)
     if not names:
         print(f"no sources in {build}/compile_commands.json", file=sys.stderr)
         return 1
 
     def check(name: str) -> tuple[str, subprocess.CompletedProcess[str]]:
         # clang-tidy comes without omp.h; without OpenMP the same code runs on one thread.
-        command = ["clang-tidy", "--quiet", "--extra-arg=-fno-openmp", "-p", str(build), name]
+        command = ["clang-tidy", "--quiet", "--extra-arg=-fno-openmp", "-p", str(folder), name]
         return name, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     failed = 0

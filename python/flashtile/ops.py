@@ -34,7 +34,7 @@ def _call(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, Tensor
     """
     if torch.compiler.is_compiling():
         return op(*args)  # type: ignore[no-any-return]
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in args[:3]):
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in args[:3]):  # type: ignore[no-untyped-call]
         # torch would drop the tangents in silence.
         raise NotImplementedError(
             "flashtile: an input carries a forward-mode tangent; allowed: reverse mode "
