@@ -2,6 +2,7 @@
 #include "check.h"
 
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 
 namespace flashtile {
@@ -21,17 +22,18 @@ struct TensorArgument {
   bool written;
 };
 
-// Copies what the caller's version of a struct has over our defaults. Fields that a newer caller
-// added must be zero: they ask for something that this version would silently ignore.
+// Copies what the caller's version of a struct has over our defaults; `least` is the size of the
+// first version. Fields that a newer caller added must be zero: they ask for something that this
+// version would silently ignore.
 template <class T>
-Status read_struct(const T* user, T& out, const char* name) {
+Status read_struct(const T* user, T& out, const char* name, size_t least = sizeof(T)) {
   if (user == nullptr)
     return fail(FLASHTILE_INVALID_ARGUMENT, "%s is NULL; allowed: a pointer to the struct", name);
   uint32_t size = 0;
   std::memcpy(&size, user, sizeof size);
-  if (size < sizeof(T) || size > kLargestStruct) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.struct_size is %u; allowed: %zu (its sizeof) to %u",
-                name, size, sizeof(T), kLargestStruct);
+  if (size < least || size > kLargestStruct) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s.struct_size is %u; allowed: %zu to %u", name, size,
+                least, kLargestStruct);
   }
   const auto* bytes = reinterpret_cast<const unsigned char*>(user);
   for (size_t i = sizeof(T); i < size; ++i) {
@@ -43,7 +45,7 @@ Status read_struct(const T* user, T& out, const char* name) {
                   FLASHTILE_VERSION_PATCH);
     }
   }
-  std::memcpy(&out, user, sizeof(T));
+  std::memcpy(&out, user, size < sizeof(T) ? size : sizeof(T));
   return FLASHTILE_OK;
 }
 
@@ -84,11 +86,7 @@ Status check_heads(const flashtile_problem& p) {
                 static_cast<I64>(p.num_heads_kv), static_cast<I64>(p.num_heads));
   }
   if (Status s = check_range("head_dim", p.head_dim, 1, 65536)) return s;
-  if (p.head_dim_v != 0 && p.head_dim_v != p.head_dim) {
-    return fail(FLASHTILE_UNSUPPORTED, "head_dim_v is %lld; allowed: head_dim, %lld",
-                static_cast<I64>(p.head_dim_v), static_cast<I64>(p.head_dim));
-  }
-  return FLASHTILE_OK;
+  return check_range("head_dim_v", p.head_dim_v, 0, 65536);  // 0: as head_dim
 }
 
 Status check_lengths(const flashtile_problem& p) {
@@ -103,8 +101,9 @@ Status check_lengths(const flashtile_problem& p) {
                 p.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
   }
   if (p.cu_seqlens_q == nullptr) return FLASHTILE_OK;
-  if (Status s = check_range("total_q", p.total_q, 0, kMost)) return s;
-  return check_range("total_k", p.total_k, 0, kMost);
+  const int64_t most_rows = p.batch == 0 ? 0 : kMost;  // without a sequence nobody defines them
+  if (Status s = check_range("total_q", p.total_q, 0, most_rows)) return s;
+  return check_range("total_k", p.total_k, 0, most_rows);
 }
 
 Status check_options(const flashtile_problem& p) {
@@ -112,17 +111,20 @@ Status check_options(const flashtile_problem& p) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "softmax_scale is %g; allowed: a finite number",
                 static_cast<double>(p.softmax_scale));
   }
-  if (p.window_left != FLASHTILE_UNLIMITED) {
-    return fail(p.window_left < 0 ? FLASHTILE_INVALID_ARGUMENT : FLASHTILE_UNSUPPORTED,
-                "window_left is %lld; allowed: -1 (unlimited)", static_cast<I64>(p.window_left));
+  const struct {
+    const char* name;
+    int64_t value;
+  } sides[] = {{"window_left", p.window_left}, {"window_right", p.window_right}};
+  for (const auto& [name, value] : sides) {
+    if (value < FLASHTILE_UNLIMITED) {
+      return fail(FLASHTILE_INVALID_ARGUMENT,
+                  "%s is %lld; allowed: 0 and more keys, or -1 (unlimited)", name,
+                  static_cast<I64>(value));
+    }
   }
-  if (p.window_right != FLASHTILE_UNLIMITED && p.window_right != 0) {
-    return fail(p.window_right < 0 ? FLASHTILE_INVALID_ARGUMENT : FLASHTILE_UNSUPPORTED,
-                "window_right is %lld; allowed: 0 (causal) and -1 (unlimited)",
-                static_cast<I64>(p.window_right));
-  }
-  if (p.alignment != FLASHTILE_BOTTOM_RIGHT) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "alignment is %d; allowed: FLASHTILE_BOTTOM_RIGHT",
+  if (p.alignment != FLASHTILE_BOTTOM_RIGHT && p.alignment != FLASHTILE_TOP_LEFT) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "alignment is %d; allowed: FLASHTILE_BOTTOM_RIGHT and FLASHTILE_TOP_LEFT",
                 p.alignment);
   }
   if ((p.flags & ~static_cast<uint32_t>(FLASHTILE_DETERMINISTIC)) != 0) {
@@ -152,7 +154,8 @@ Status check_size(const flashtile_problem& p, const Problem& problem) {
   int64_t rows = 0, size = 0;
   if (__builtin_add_overflow(problem.total_q, problem.total_k, &rows) ||
       __builtin_mul_overflow(rows, p.num_heads, &size) ||
-      __builtin_mul_overflow(size, p.head_dim, &size) || size >= int64_t{1} << 52) {
+      __builtin_mul_overflow(size, problem.largest_head_dim(), &size) ||
+      size >= int64_t{1} << 52) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "batch is %lld; allowed: batch * (seqlen_q + seqlen_k) * num_heads * head_dim "
                 "below 2^52",
@@ -163,7 +166,7 @@ Status check_size(const flashtile_problem& p, const Problem& problem) {
 
 Status convert_problem(const flashtile_problem* user, Target& target, Problem& out) {
   flashtile_problem p = FLASHTILE_PROBLEM_INIT;
-  if (Status s = read_struct(user, p, "problem")) return s;
+  if (Status s = read_struct(user, p, "problem", offsetof(flashtile_problem, seqused_q))) return s;
   if (Status s = check_target(p, target)) return s;
   if (Status s = check_dtypes(p)) return s;
   if (Status s = check_lengths(p)) return s;
@@ -173,10 +176,13 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   out.num_heads = p.num_heads;
   out.num_heads_kv = p.num_heads_kv;
   out.head_dim = p.head_dim;
+  out.head_dim_v = p.head_dim_v == 0 ? p.head_dim : p.head_dim_v;
   out.seqlen_q = p.seqlen_q;
   out.seqlen_k = p.seqlen_k;
   out.cu_seqlens_q = p.cu_seqlens_q;
   out.cu_seqlens_k = p.cu_seqlens_k;
+  out.seqused_q = p.seqused_q;
+  out.seqused_k = p.seqused_k;
   const bool varlen = p.cu_seqlens_q != nullptr;
   if (!varlen && (__builtin_mul_overflow(p.batch, p.seqlen_q, &out.total_q) ||
                   __builtin_mul_overflow(p.batch, p.seqlen_k, &out.total_k))) {
@@ -189,7 +195,7 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   }
   if (Status s = check_size(p, out)) return s;
   out.softmax_scale = p.softmax_scale;
-  out.band = {p.window_left, p.window_right};
+  out.band = {p.window_left, p.window_right, p.alignment == FLASHTILE_TOP_LEFT};
   out.dtype = static_cast<Dtype>(p.dtype);
   out.deterministic = (p.flags & FLASHTILE_DETERMINISTIC) != 0;
   return FLASHTILE_OK;
@@ -205,9 +211,24 @@ Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t batch, int6
                   static_cast<I64>(b) + 1, cu[b + 1], cu[b]);
     }
   }
-  if (cu[batch] != total) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: %lld, the number of rows",
+  if (cu[batch] > total) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: up to %lld, the number of rows",
                 name, static_cast<I64>(batch), cu[batch], static_cast<I64>(total));
+  }
+  return FLASHTILE_OK;
+}
+
+// The same for the rows in use: `cu` or, when it is null, `seqlen` says how many there are.
+Status check_seqused(const char* name, const int32_t* used, const int32_t* cu, int64_t seqlen,
+                     int64_t batch) {
+  if (used == nullptr) return FLASHTILE_OK;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = cu == nullptr ? seqlen : cu[b + 1] - cu[b];
+    if (used[b] < 0 || used[b] > length) {
+      return fail(FLASHTILE_INVALID_ARGUMENT,
+                  "%s[%lld] is %d; allowed: 0 to %lld, the rows of the sequence", name,
+                  static_cast<I64>(b), used[b], static_cast<I64>(length));
+    }
   }
   return FLASHTILE_OK;
 }
@@ -257,12 +278,15 @@ View view(const flashtile_tensor& t) {
   return {t.data, t.stride_batch, t.stride_seq, t.stride_head};
 }
 
-Status check_offsets(const Target& target, const Problem& problem) {
-  if (target.device != FLASHTILE_CPU || !problem.is_varlen()) return FLASHTILE_OK;
-  if (Status s =
-          check_cu_seqlens("cu_seqlens_q", problem.cu_seqlens_q, problem.batch, problem.total_q))
+Status check_offsets(const Target& target, const Problem& p) {
+  if (target.device != FLASHTILE_CPU) return FLASHTILE_OK;
+  if (p.is_varlen()) {
+    if (Status s = check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q)) return s;
+    if (Status s = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k)) return s;
+  }
+  if (Status s = check_seqused("seqused_q", p.seqused_q, p.cu_seqlens_q, p.seqlen_q, p.batch))
     return s;
-  return check_cu_seqlens("cu_seqlens_k", problem.cu_seqlens_k, problem.batch, problem.total_k);
+  return check_seqused("seqused_k", p.seqused_k, p.cu_seqlens_k, p.seqlen_k, p.batch);
 }
 
 template <size_t kCount>

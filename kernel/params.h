@@ -28,23 +28,26 @@ struct RowView {
   int64_t stride_head = 0;
 };
 
-// Which keys a query sees, relative to the bottom-right aligned diagonal j == i + seqlen_k -
-// seqlen_q. -1 is unlimited. Causal is {-1, 0}, full is {-1, -1}; this version admits no other
-// band.
+// Which keys a query sees: i + shift - left <= j <= i + shift + right, where shift is
+// seqlen_k - seqlen_q, or 0 when top_left. -1 is no bound. Causal is {-1, 0}, full is {-1, -1}.
 struct Band {
   int64_t left = -1;
   int64_t right = -1;
+  bool top_left = false;
 };
 
 struct Problem {
   int64_t batch = 0;
   int64_t num_heads = 0;
   int64_t num_heads_kv = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;                   // of q and k
+  int64_t head_dim_v = 0;                 // of v and out
   int64_t seqlen_q = 0;                   // varlen: a hint, never relied on
   int64_t seqlen_k = 0;                   // varlen: a hint, never relied on
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1] or null
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1] or null
+  const int32_t* seqused_q = nullptr;     // [batch] or null: all rows of a sequence are in use
+  const int32_t* seqused_k = nullptr;     // [batch] or null
   int64_t total_q = 0;                    // varlen: rows of q; dense: batch * seqlen_q
   int64_t total_k = 0;                    // varlen: rows of k; dense: batch * seqlen_k
   float softmax_scale = 0.0f;
@@ -57,6 +60,13 @@ struct Problem {
   // Rows that stride_seq runs over: of one batch when dense, of the whole tensor in varlen.
   constexpr int64_t rows_q() const { return is_varlen() ? total_q : seqlen_q; }
   constexpr int64_t rows_k() const { return is_varlen() ? total_k : seqlen_k; }
+  constexpr int64_t largest_head_dim() const {
+    return head_dim > head_dim_v ? head_dim : head_dim_v;
+  }
+  // "full", "causal" or "window": what a plan's name says of the mask.
+  constexpr const char* mask_name() const {
+    return band.left >= 0 || band.right > 0 ? "window" : band.right == 0 ? "causal" : "full";
+  }
 };
 
 struct ForwardParams {

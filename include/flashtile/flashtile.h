@@ -7,8 +7,11 @@
  * be captured into a CUDA graph.
  *
  * Contract: softmax_lse is the natural logarithm of the sum of exp(scores). A query row that sees
- * no key has out = 0, softmax_lse = -inf and gradients 0. The causal mask is aligned bottom-right:
- * query i sees key j when j <= i + seqlen_k - seqlen_q.
+ * no key has out = 0, softmax_lse = -inf and gradients 0; so has a row that belongs to no sequence.
+ *
+ * Mask: query i sees key j when i + shift - window_left <= j <= i + shift + window_right, where
+ * shift is seqlen_k - seqlen_q (FLASHTILE_BOTTOM_RIGHT) or 0 (FLASHTILE_TOP_LEFT), with the lengths
+ * of the sequence that they belong to. A side that is FLASHTILE_UNLIMITED has no bound.
  *
  * Every error is a status plus one sentence (flashtile_last_error) that names the argument, its
  * value and what is allowed. When a call fails before launching, nothing was written.
@@ -29,7 +32,7 @@
 #define FLASHTILE_VERSION_MINOR 1
 #define FLASHTILE_VERSION_PATCH 0
 
-/* window_left / window_right: no limit on this side. */
+/* window_left / window_right: no bound on this side. */
 #define FLASHTILE_UNLIMITED ((int64_t)-1)
 
 #ifdef __cplusplus
@@ -56,8 +59,8 @@ typedef enum {
   FLASHTILE_FLOAT64 = 3  /* CPU only; softmax_lse stays float32 */
 } flashtile_dtype;
 
-/* Which corner of the score matrix the mask's diagonal ends in, when seqlen_q != seqlen_k. */
-typedef enum { FLASHTILE_BOTTOM_RIGHT = 0 } flashtile_alignment;
+/* The corner of the score matrix that the mask's diagonal meets, when seqlen_q != seqlen_k. */
+typedef enum { FLASHTILE_BOTTOM_RIGHT = 0, FLASHTILE_TOP_LEFT = 1 } flashtile_alignment;
 
 /* flashtile_problem.flags */
 enum { FLASHTILE_DETERMINISTIC = 1 }; /* backward: bitwise equal gradients from run to run */
@@ -85,19 +88,25 @@ typedef struct {
   int64_t num_heads;    /* query heads; >= 1 */
   int64_t num_heads_kv; /* key/value heads; divides num_heads (GQA, MQA) */
   int64_t head_dim;     /* of q and k */
-  int64_t head_dim_v;   /* of v and out; 0: as head_dim; must equal head_dim in this version */
+  int64_t head_dim_v;   /* of v and out; 0: as head_dim */
   int64_t seqlen_q;     /* varlen: the longest sequence, a hint */
   int64_t seqlen_k;     /* varlen: the longest sequence, a hint */
-  /* [batch + 1], int32, on `device`: sequence b has rows cu[b] to cu[b + 1] - 1; both or neither */
+  /* [batch + 1], int32, on `device`, ascending from 0: sequence b has rows cu[b] to cu[b + 1] - 1;
+   * both or neither. Rows from cu[batch] on belong to no sequence. */
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
   int64_t total_q;      /* varlen: rows of q, out, dout, dq */
   int64_t total_k;      /* varlen: rows of k, v, dk, dv */
   float softmax_scale;  /* factor on q k^T; usually 1 / sqrt(head_dim) */
-  int64_t window_left;  /* keys left of the diagonal that a query sees; FLASHTILE_UNLIMITED only */
-  int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED is full */
+  int64_t window_left;  /* keys left of the diagonal that a query sees, itself not counted */
+  int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED both is full */
   int32_t alignment;    /* flashtile_alignment */
   uint32_t flags;       /* FLASHTILE_DETERMINISTIC or 0 */
+  /* Since 0.2. [batch], int32, on `device`, each may be NULL: the rows of every sequence that are in
+   * use, counted from its first; at most its length. The other rows of the tensors are not read;
+   * their out, dq, dk, dv are written as 0 and their softmax_lse as -inf. */
+  const int32_t* seqused_q;
+  const int32_t* seqused_k;
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
@@ -137,7 +146,7 @@ typedef struct {
 #define FLASHTILE_PROBLEM_INIT                                                                   \
   { (uint32_t)sizeof(flashtile_problem), FLASHTILE_CPU, -1,                                      \
     FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL,    \
-    0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0 }
+    0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0, NULL, NULL }
 /* clang-format on */
 
 /* The same defaults as functions: sizes zero, pointers NULL, full attention. */
