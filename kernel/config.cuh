@@ -23,17 +23,26 @@ struct ForwardConfig {
   bool q_in_registers;
 };
 
-// instructions per HMMA of the clean loop, and registers: benchmarks/sass_report.py
+// 32 rows per warp read shared memory half as often as 16; 16 rows suffice for the slower tensor
+// cores of the small class, whose shared memory holds two such blocks.
 FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) {
-  if (head_dim == 64) {
-    return {.block_q = 128, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false};
+  const bool large = memory == Memory::kLarge;
+  switch (head_dim) {
+    case 32:
+    case 64: return {128, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false};
+    case 96:
+      return large ? ForwardConfig{128, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false}
+                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
+    case 128:
+      return large ? ForwardConfig{128, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false}
+                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
+    case 192:
+      return large ? ForwardConfig{128, 64, .warps = 8, .blocks_per_sm = 1, .q_in_registers = false}
+                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 1, .q_in_registers = false};
+    default:
+      return large ? ForwardConfig{128, 64, .warps = 8, .blocks_per_sm = 1, .q_in_registers = false}
+                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 1, .q_in_registers = false};
   }
-  // 32 rows per warp read shared memory half as often as 16; 16 rows suffice for the slower tensor
-  // cores of the small class, whose shared memory holds two such blocks.
-  if (memory == Memory::kLarge) {
-    return {.block_q = 128, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false};
-  }
-  return {.block_q = 64, .block_k = 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
 }
 
 // One thread block of the backward: block_k keys against blocks of block_q queries. warps_k x

@@ -4,6 +4,7 @@
 // no state to initialise, to lock or to get wrong with several devices.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <type_traits>
@@ -13,11 +14,14 @@
 #include "check.h"
 #include "launch.cuh"
 #include "slices.cuh"
+#include "tile/mask.cuh"
 
 namespace flashtile::cuda {
 namespace {
 
 using I64 = long long;
+
+constexpr int kLargestOfAll = 256;  // head dim of the family's largest slice
 
 struct Device {
   int capability = 0;     // 80, 89, 90
@@ -107,23 +111,25 @@ Status query_device(Device& device) {
   return FLASHTILE_OK;
 }
 
-// Calls f(integral_constant<head_dim>) for the slice that serves head_dim.
+// Calls f(integral_constant<slice>) for the smallest slice that holds the head dims.
 template <int... kDims, class F>
-Status visit_head_dim(std::integer_sequence<int, kDims...>, int64_t head_dim, F f) {
+Status visit_head_dim(std::integer_sequence<int, kDims...>, const Problem& problem, F f) {
   Status status = FLASHTILE_OK;
+  const int64_t largest = problem.largest_head_dim();
   const bool found =
-      ((head_dim == kDims && (status = f(std::integral_constant<int, kDims>()), true)) || ...);
+      ((largest <= kDims && (status = f(std::integral_constant<int, kDims>()), true)) || ...);
   if (found) return status;
-  const bool family_has_it = head_dim == 64 || head_dim == 128;
-  return fail(family_has_it ? FLASHTILE_NOT_BUILT : FLASHTILE_UNSUPPORTED,
-              "head_dim is %lld; allowed on CUDA in this build: %s", static_cast<I64>(head_dim),
-              kHeadDimList);
+  constexpr int kLargestSlice = std::max({kDims...});
+  return fail(largest <= kLargestOfAll ? FLASHTILE_NOT_BUILT : FLASHTILE_UNSUPPORTED,
+              "%s is %lld; allowed on CUDA in this build: 1 to %d",
+              problem.head_dim == largest ? "head_dim" : "head_dim_v", static_cast<I64>(largest),
+              kLargestSlice);
 }
 
-// Calls f(integral_constant<head_dim>, integral_constant<memory>).
-template <class F>
-Status visit_slice(int64_t head_dim, Memory memory, F f) {
-  return visit_head_dim(HeadDims{}, head_dim, [&](auto dim) -> Status {
+// Calls f(integral_constant<slice>, integral_constant<memory>).
+template <class HeadDims, class F>
+Status visit_slice(const Problem& problem, Memory memory, F f) {
+  return visit_head_dim(HeadDims{}, problem, [&](auto dim) -> Status {
     if constexpr (kHasLargeMemory) {
       if (memory == Memory::kLarge) return f(dim, std::integral_constant<Memory, Memory::kLarge>());
     }
@@ -161,50 +167,33 @@ Status check_key_blocks(const Problem& p) {
   return check_blocks(p, "num_heads_kv", p.num_heads_kv, p.seqlen_k, p.total_k);
 }
 
-struct NamedView {
-  const char* name;
-  const View& view;
-  int64_t rows;
-  int64_t heads;
-};
-
-// The kernels move rows in pieces of 16 bytes: 8 elements of a 16-bit dtype.
-Status check_alignment(const NamedView& argument, const Problem& problem) {
-  const auto& [name, view, rows, heads] = argument;
-  if (rows == 0 || problem.batch == 0) return FLASHTILE_OK;
-  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) {
-    return fail(FLASHTILE_UNSUPPORTED, "%s.data is %p; allowed on CUDA: a multiple of 16 bytes",
-                name, view.data);
-  }
+// Positions in a sequence and their sums are ints.
+Status check_lengths(const Problem& p) {
   const struct {
     const char* name;
-    int64_t stride, extent;
-  } dims[] = {{"stride_batch", view.stride_batch, problem.is_varlen() ? 1 : problem.batch},
-              {"stride_seq", view.stride_seq, rows},
-              {"stride_head", view.stride_head, heads}};
-  for (const auto& dim : dims) {
-    if (dim.extent > 1 && dim.stride % 8 != 0) {
-      return fail(FLASHTILE_UNSUPPORTED,
-                  "%s.%s is %lld; allowed on CUDA: a multiple of 8 elements (16 bytes)", name,
-                  dim.name, static_cast<I64>(dim.stride));
+    int64_t value;
+  } lengths[] = {{p.is_varlen() ? "total_q" : "seqlen_q", p.rows_q()},
+                 {p.is_varlen() ? "total_k" : "seqlen_k", p.rows_k()}};
+  for (const auto& [name, value] : lengths) {
+    if (value > kLongestSequence) {
+      return fail(FLASHTILE_UNSUPPORTED, "%s is %lld; allowed on CUDA: 0 to %d", name,
+                  static_cast<I64>(value), kLongestSequence);
     }
   }
   return FLASHTILE_OK;
 }
 
-template <size_t kCount>
-Status check_alignments(const NamedView (&arguments)[kCount], const Problem& problem) {
-  for (const NamedView& argument : arguments) {
-    if (Status s = check_alignment(argument, problem)) return s;
-  }
-  return FLASHTILE_OK;
+Status check_forward_sizes(const Problem& problem) {
+  if (Status s = check_dtype(problem)) return s;
+  if (Status s = check_lengths(problem)) return s;
+  return check_query_blocks(problem);
 }
 
-void write_name(PlanName& name, const char* pass, const Problem& problem, Memory memory) {
+void write_name(PlanName& name, const char* pass, const Problem& problem, Memory memory,
+                int slice) {
   std::snprintf(name.text, sizeof name.text, "%s_sm80_%s_d%d_%s_%s", pass,
-                memory == Memory::kLarge ? "large" : "small", static_cast<int>(problem.head_dim),
-                problem.dtype == Dtype::kFloat16 ? "fp16" : "bf16",
-                problem.is_causal() ? "causal" : "full");
+                memory == Memory::kLarge ? "large" : "small", slice,
+                problem.dtype == Dtype::kFloat16 ? "fp16" : "bf16", problem.mask_name());
 }
 
 }  // namespace
@@ -212,20 +201,13 @@ void write_name(PlanName& name, const char* pass, const Problem& problem, Memory
 Status forward_plan(const ForwardParams& params, int device_index, PlanName& name,
                     size_t& workspace_bytes) {
   const Problem& problem = params.problem;
-  if (Status s = check_dtype(problem)) return s;
-  if (Status s = check_query_blocks(problem)) return s;
-  const int64_t q = problem.rows_q(), k = problem.rows_k();
-  const NamedView views[] = {{"q", params.q, q, problem.num_heads},
-                             {"k", params.k, k, problem.num_heads_kv},
-                             {"v", params.v, k, problem.num_heads_kv},
-                             {"out", params.out, q, problem.num_heads}};
-  if (Status s = check_alignments(views, problem)) return s;
+  if (Status s = check_forward_sizes(problem)) return s;
   const DeviceScope scope(device_index);
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice(problem.head_dim, device.memory, [&](auto, auto) {
-    write_name(name, "forward", problem, device.memory);
+  return visit_slice<ForwardHeadDims>(problem, device.memory, [&](auto dim, auto) {
+    write_name(name, "forward", problem, device.memory, dim.value);
     workspace_bytes = 0;
     return FLASHTILE_OK;
   });
@@ -234,22 +216,14 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
 Status backward_plan(const BackwardParams& params, int device_index, PlanName& name,
                      size_t& workspace_bytes) {
   const Problem& problem = params.problem;
-  if (Status s = check_dtype(problem)) return s;
-  if (Status s = check_query_blocks(problem)) return s;
+  if (Status s = check_forward_sizes(problem)) return s;
   if (Status s = check_key_blocks(problem)) return s;
-  const int64_t q = problem.rows_q(), k = problem.rows_k();
-  const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
-  const NamedView views[] = {{"q", params.q, q, heads},       {"k", params.k, k, heads_kv},
-                             {"v", params.v, k, heads_kv},    {"out", params.out, q, heads},
-                             {"dout", params.dout, q, heads}, {"dq", params.dq, q, heads},
-                             {"dk", params.dk, k, heads_kv},  {"dv", params.dv, k, heads_kv}};
-  if (Status s = check_alignments(views, problem)) return s;
   const DeviceScope scope(device_index);
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice(problem.head_dim, device.memory, [&](auto dim, auto memory) {
-    write_name(name, "backward", problem, device.memory);
+  return visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto memory) {
+    write_name(name, "backward", problem, device.memory, dim.value);
     workspace_bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
     return FLASHTILE_OK;
   });
@@ -260,7 +234,7 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice(params.problem.head_dim, device.memory, [&](auto dim, auto memory) {
+  return visit_slice<ForwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_forward_sm80<dim.value, memory.value>(params, stream);
   });
 }
@@ -270,7 +244,7 @@ Status backward(const BackwardParams& params, int device_index, CUstream_st* str
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice(params.problem.head_dim, device.memory, [&](auto dim, auto memory) {
+  return visit_slice<BackwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_backward_sm80<dim.value, memory.value>(params, stream);
   });
 }

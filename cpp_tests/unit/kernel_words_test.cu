@@ -11,52 +11,99 @@ using namespace flashtile;
 
 namespace {
 
-template <class Mask>
-void check_key_blocks(const Mask& mask, bool causal, int block_q, int block_k) {
-  for (int q0 = 0; q0 < mask.seqlen_q; q0 += block_q) {
-    const KvRange range = key_blocks(mask, q0, block_q, block_k);
-    const int blocks = (mask.seqlen_k + block_k - 1) / block_k;
-    for (int block = 0; block < blocks; ++block) {
-      bool any = false, all = (block + 1) * block_k <= mask.seqlen_k;
-      for (int q = q0; q < q0 + block_q; ++q) {
-        for (int k = block * block_k; k < (block + 1) * block_k; ++k) {
-          const bool seen =
-              k < mask.seqlen_k && (!causal || k <= q + mask.seqlen_k - mask.seqlen_q);
-          if (q < mask.seqlen_q && k < mask.seqlen_k) {
-            any = any || seen;
-            CHECK_EQ(visible(mask, q, k), seen);
-          }
-          if (q < mask.seqlen_q) all = all && seen;
-        }
-      }
-      const bool visited = block >= range.begin && block < range.end;
-      CHECK_EQ(visited, any);                            // exactly the blocks that somebody sees
-      if (visited && !range.is_edge(block)) CHECK(all);  // untested blocks are seen whole
+// The definition, written out.
+bool sees(const Band& band, int seqlen_q, int seqlen_k, int q, int k) {
+  const int diagonal = band.top_left ? q : q + seqlen_k - seqlen_q;
+  return (band.left < 0 || k >= diagonal - band.left) &&
+         (band.right < 0 || k <= diagonal + band.right);
+}
+
+// Whether somebody in a rectangle sees something, and whether everybody sees everything.
+struct Seen {
+  bool any = false, all = true;
+};
+
+Seen rectangle(const Band& band, const BandMask& mask, int q0, int block_q, int k0, int block_k) {
+  Seen seen;
+  for (int q = q0; q < q0 + block_q && q < mask.seqlen_q; ++q) {
+    for (int k = k0; k < k0 + block_k; ++k) {
+      const bool one = k < mask.seqlen_k && sees(band, mask.seqlen_q, mask.seqlen_k, q, k);
+      seen.any = seen.any || one;
+      seen.all = seen.all && one;
+      if (k < mask.seqlen_k) CHECK_EQ(mask.visible(q, k), one);
     }
-    CHECK(range.end <= blocks);
   }
+  return seen;
+}
+
+// Exactly the blocks in which somebody sees something are visited (`exact`; else at least these),
+// and those that are not tested are seen whole.
+void check_range(const BlockRange& range, int block, const Seen& seen, bool exact) {
+  const bool visited = block >= range.begin && block < range.end;
+  if (exact || seen.any) CHECK_EQ(visited, seen.any);
+  if (visited && !range.is_edge(block)) CHECK(seen.all);
+  if (visited && seen.all && exact) CHECK(!range.is_edge(block));
+}
+
+void check_band(const Band& band, int seqlen_q, int seqlen_k, int block_q, int block_k) {
+  const BandMask mask(band, seqlen_q, seqlen_k);
+  for (int q0 = 0; q0 < seqlen_q; q0 += block_q) {
+    const BlockRange range = mask.key_blocks(q0, block_q, block_k);
+    for (int k0 = 0; k0 < seqlen_k; k0 += block_k) {
+      check_range(range, k0 / block_k, rectangle(band, mask, q0, block_q, k0, block_k), true);
+    }
+    CHECK(range.end <= ceil_div(seqlen_k, block_k));
+  }
+  for (int k0 = 0; k0 < seqlen_k; k0 += block_k) {
+    const BlockRange range = mask.query_blocks(k0, block_k, block_q);
+    for (int q0 = 0; q0 < seqlen_q; q0 += block_q) {
+      check_range(range, q0 / block_q, rectangle(band, mask, q0, block_q, k0, block_k), false);
+    }
+    CHECK(range.end <= ceil_div(seqlen_q, block_q));
+    CHECK(range.begin <= range.full_begin && range.full_begin <= range.full_end);
+  }
+}
+
+std::vector<Band> bands() {
+  std::vector<Band> all;
+  for (const bool top_left : {false, true}) {
+    for (const int left : {-1, 0, 1, 5, 17, 100}) {
+      for (const int right : {-1, 0, 1, 6, 23, 100}) all.push_back({left, right, top_left});
+    }
+  }
+  return all;
 }
 
 }  // namespace
 
 TEST("mask block ranges by brute force") {
-  for (const int seqlen_q : {1, 2, 7, 16, 33, 48}) {
-    for (const int seqlen_k : {0, 1, 3, 8, 16, 31, 50}) {
-      for (const int block_q : {4, 16}) {
-        for (const int block_k : {4, 8}) {
-          check_key_blocks(FullMask{seqlen_q, seqlen_k}, false, block_q, block_k);
-          check_key_blocks(CausalMask{seqlen_q, seqlen_k}, true, block_q, block_k);
+  for (const Band& band : bands()) {
+    for (const int seqlen_q : {1, 2, 7, 16, 33, 48}) {
+      for (const int seqlen_k : {0, 1, 3, 8, 16, 31, 50}) {
+        for (const int block_q : {4, 16}) {
+          for (const int block_k : {4, 8}) check_band(band, seqlen_q, seqlen_k, block_q, block_k);
         }
       }
+    }
+  }
+}
+
+TEST("bounds beyond every length are no bounds") {
+  for (const int64_t far : {int64_t{1} << 31, int64_t{1} << 62, INT64_MAX}) {
+    const BandMask mask({far, far, false}, kLongestSequence, 50);
+    for (const int q : {0, 1, kLongestSequence - 1}) {
+      CHECK_EQ(mask.key_begin(q), 0);
+      CHECK_EQ(mask.key_end(q), 50);
     }
   }
 }
 
 TEST("rows without keys are those that see none") {
   for (int q = 0; q < 9; ++q) {
-    CHECK_EQ(sees_no_key(CausalMask{9, 4}, q), q < 5);
-    CHECK_EQ(sees_no_key(FullMask{9, 4}, q), false);
-    CHECK_EQ(sees_no_key(FullMask{9, 0}, q), true);
+    CHECK_EQ(BandMask({-1, 0, false}, 9, 4).sees_no_key(q), q < 5);
+    CHECK_EQ(BandMask({-1, -1, false}, 9, 4).sees_no_key(q), false);
+    CHECK_EQ(BandMask({-1, -1, false}, 9, 0).sees_no_key(q), true);
+    CHECK_EQ(BandMask({2, 0, true}, 9, 4).sees_no_key(q), q >= 6);
   }
 }
 
@@ -93,7 +140,7 @@ TEST("dense slots are the blocks of all sequences") {
 
 TEST("rows of the tuning table are whole warps and fit their memory class") {
   for (const Memory memory : {Memory::kLarge, Memory::kSmall}) {
-    for (const int dim : {64, 128}) {
+    for (const int dim : {32, 64, 96, 128, 192, 256}) {
       const ForwardConfig forward = forward_config(memory, dim);
       CHECK_EQ(forward.block_q % (16 * forward.warps), 0);
       CHECK_EQ(forward.block_k % 16, 0);

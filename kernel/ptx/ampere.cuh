@@ -6,13 +6,14 @@
 
 namespace flashtile::ptx {
 
-// 16 bytes global -> shared, past L1. Zero bytes instead where `valid` is false: `global` is then
-// not read.
-FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
-  const int bytes = valid ? 16 : 0;
+// 16 bytes global -> shared, past L1. Only the first `bytes` (0 to 16) are read, the rest are zeros.
+FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(bytes)
                : "memory");
+}
+FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  cp_async_16(shared, global, valid ? 16 : 0);
 }
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");

@@ -1,18 +1,27 @@
-// Masks: which keys a query sees, per element and per block of keys.
+// The mask: which keys a query sees, per element and per block of keys or queries.
 //
-// A mask says for every query the range of keys it sees; all the rest follows from that. Blocks of
-// keys in [full_begin, full_end) are seen whole by every query of a tile and need no test.
+// Every mask is one band: query q sees the keys [q + lowest, q + highest), cut to [0, seqlen_k).
+// Full is a band without bounds, causal one without a lower bound. Blocks that are seen whole need
+// no test; blocks that nobody sees are never visited.
 #pragma once
 
-#include <concepts>
+#include <cstdint>
 
+#include "../params.h"
 #include "../ptx/common.cuh"
 
 namespace flashtile {
 
-// Blocks of keys that a tile of queries visits: [begin, full_begin) tested per element,
-// [full_begin, full_end) seen whole, [full_end, end) tested per element.
-struct KvRange {
+FLASHTILE_HOST_DEVICE int ceil_div(int x, int y) { return x / y + (x % y > 0); }
+FLASHTILE_HOST_DEVICE int min_of(int x, int y) { return x < y ? x : y; }
+FLASHTILE_HOST_DEVICE int max_of(int x, int y) { return x > y ? x : y; }
+
+// Lengths and bounds stay below this, so that their sums are ints.
+inline constexpr int kLongestSequence = (1 << 30) - 512;
+
+// Blocks that a tile visits: [begin, full_begin) tested per element, [full_begin, full_end) seen
+// whole, [full_end, end) tested per element.
+struct BlockRange {
   int begin, full_begin, full_end, end;
 
   FLASHTILE_HOST_DEVICE bool empty() const { return begin >= end; }
@@ -21,56 +30,54 @@ struct KvRange {
   }
 };
 
-FLASHTILE_HOST_DEVICE int ceil_div(int x, int y) { return x / y + (x % y > 0); }
-FLASHTILE_HOST_DEVICE int min_of(int x, int y) { return x < y ? x : y; }
-FLASHTILE_HOST_DEVICE int max_of(int x, int y) { return x > y ? x : y; }
-
-// key_begin(q), key_end(q): query q sees the keys in [key_begin, key_end), both within [0,
-// seqlen_k] for q < seqlen_q; an empty range may be given as key_end <= key_begin.
-template <class Mask>
-concept MaskPolicy = requires(const Mask mask, int q) {
-  { Mask::kHasBegin } -> std::convertible_to<bool>;  // false: key_begin is 0 for every query
-  { mask.key_begin(q) } -> std::same_as<int>;
-  { mask.key_end(q) } -> std::same_as<int>;
-};
-
-struct FullMask {
-  static constexpr bool kHasBegin = false;
+struct BandMask {
   int seqlen_q, seqlen_k;
+  int lowest;   // first key seen, minus the query
+  int highest;  // one past the last key seen, minus the query
 
-  FLASHTILE_HOST_DEVICE int key_begin(int) const { return 0; }
-  FLASHTILE_HOST_DEVICE int key_end(int) const { return seqlen_k; }
+  FLASHTILE_HOST_DEVICE BandMask(const Band& band, int seqlen_q, int seqlen_k)
+      : seqlen_q(seqlen_q), seqlen_k(seqlen_k), lowest(-kLongestSequence), highest(seqlen_k) {
+    const int64_t shift = band.top_left ? 0 : int64_t{seqlen_k} - seqlen_q;
+    if (band.left >= 0) lowest = clamp(shift - band.left, kLongestSequence);
+    if (band.right >= 0) highest = clamp(shift + band.right + 1, seqlen_k);
+  }
+
+  FLASHTILE_HOST_DEVICE int key_begin(int q) const { return max_of(q + lowest, 0); }
+  FLASHTILE_HOST_DEVICE int key_end(int q) const { return min_of(q + highest, seqlen_k); }
+  FLASHTILE_HOST_DEVICE bool visible(int q, int k) const {
+    return k >= key_begin(q) && k < key_end(q);
+  }
+  FLASHTILE_HOST_DEVICE bool sees_no_key(int q) const { return key_end(q) <= key_begin(q); }
+
+  // Blocks of keys that the queries [q0, q0 + block_q) see, q0 < seqlen_q.
+  FLASHTILE_HOST_DEVICE BlockRange key_blocks(int q0, int block_q, int block_k) const {
+    const int last = min_of(q0 + block_q, seqlen_q) - 1;
+    return {.begin = key_begin(q0) / block_k,
+            .full_begin = ceil_div(key_begin(last), block_k),
+            .full_end = max_of(key_end(q0), 0) / block_k,
+            .end = ceil_div(max_of(key_end(last), 0), block_k)};
+  }
+
+  // Blocks of queries that see some of the keys [k0, k0 + block_k), k0 < seqlen_k. Queries past the
+  // end count as seeing everything.
+  FLASHTILE_HOST_DEVICE BlockRange query_blocks(int k0, int block_k, int block_q) const {
+    const int last = min_of(k0 + block_k, seqlen_k) - 1;
+    const int see_first_until = k0 - lowest + 1;  // queries below this see the first key
+    BlockRange range;
+    range.end = ceil_div(min_of(max_of(last - lowest + 1, 0), seqlen_q), block_q);
+    range.begin = min_of(max_of(k0 - highest + 1, 0) / block_q, range.end);
+    range.full_begin = ceil_div(max_of(last - highest + 1, 0), block_q);
+    range.full_end = see_first_until >= seqlen_q ? range.end : max_of(see_first_until, 0) / block_q;
+    range.full_begin = min_of(max_of(range.full_begin, range.begin), range.end);
+    range.full_end = max_of(range.full_end, range.full_begin);
+    if (k0 + block_k > seqlen_k) range.full_end = range.full_begin;  // keys past the end: all tested
+    return range;
+  }
+
+ private:
+  static FLASHTILE_HOST_DEVICE int clamp(int64_t x, int64_t limit) {
+    return static_cast<int>(x < -kLongestSequence ? -kLongestSequence : x > limit ? limit : x);
+  }
 };
-
-// Query i sees key j when j <= i + seqlen_k - seqlen_q: aligned at the bottom right corner.
-struct CausalMask {
-  static constexpr bool kHasBegin = false;
-  int seqlen_q, seqlen_k;
-
-  FLASHTILE_HOST_DEVICE int key_begin(int) const { return 0; }
-  FLASHTILE_HOST_DEVICE int key_end(int q) const { return q - seqlen_q + seqlen_k + 1; }
-};
-
-template <MaskPolicy Mask>
-FLASHTILE_HOST_DEVICE bool visible(const Mask& mask, int q, int k) {
-  return k < mask.key_end(q) && (!Mask::kHasBegin || k >= mask.key_begin(q));
-}
-
-template <MaskPolicy Mask>
-FLASHTILE_HOST_DEVICE bool sees_no_key(const Mask& mask, int q) {
-  return mask.key_end(q) <= mask.key_begin(q);
-}
-
-// For queries [q0, q0 + block_q), q0 < seqlen_q. key_begin and key_end grow with q.
-template <MaskPolicy Mask>
-FLASHTILE_HOST_DEVICE KvRange key_blocks(const Mask& mask, int q0, int block_q, int block_k) {
-  const int last = q0 + min_of(block_q, mask.seqlen_q - q0) - 1;
-  KvRange range;
-  range.begin = mask.key_begin(q0) / block_k;
-  range.end = ceil_div(max_of(mask.key_end(last), 0), block_k);
-  range.full_begin = Mask::kHasBegin ? ceil_div(mask.key_begin(last), block_k) : range.begin;
-  range.full_end = max_of(mask.key_end(q0), 0) / block_k;
-  return range;
-}
 
 }  // namespace flashtile

@@ -21,10 +21,10 @@ template <int kRowsValue, int kColsValue>
 struct SmemTile {
   static constexpr int kRows = kRowsValue;
   static constexpr int kCols = kColsValue;
-  static constexpr int kPanels = kCols / kPanelCols;
+  static constexpr int kPanels = (kCols + kPanelCols - 1) / kPanelCols;  // the last may be half used
   static constexpr int kPanelBytes = kRows * kPanelRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
-  static_assert(kCols % kPanelCols == 0 && kRows % 8 == 0);
+  static_assert(kCols % 32 == 0 && kRows % 8 == 0);
 
   // Byte offset of 16-byte chunk `chunk` (0 .. kCols / 8 - 1) of row `row`.
   static FLASHTILE_HOST_DEVICE uint32_t offset(int row, int chunk) {

@@ -14,13 +14,16 @@
 
 namespace flashtile {
 
-// Rows [row, row + length) of a tensor, offset by `batch` strides when dense.
+// The rows of one sequence. Its tiles write all the rows that it owns: those in use with results,
+// the others with zeros. In varlen the last sequence owns what lies behind it, too.
 struct Sequence {
   int64_t batch = 0;  // index of the dense batch; 0 in varlen
   int64_t row_q = 0;  // first row in q
   int64_t row_k = 0;  // first row in k
-  int seqlen_q = 0;
+  int seqlen_q = 0;   // rows in use
   int seqlen_k = 0;
+  int owned_q = 0;  // rows written
+  int owned_k = 0;
 };
 
 // Slots that cover every row once: grid size and padded workspace length, in blocks of `block`
@@ -49,24 +52,39 @@ FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t
   return low;
 }
 
-// Rows of sequence `index` in varlen. Clamped to the tensor, so wrong offsets cannot leave it.
-FLASHTILE_DEVICE Sequence varlen_sequence(const Problem& problem, int index) {
+// Where one side (queries or keys) of a sequence lies.
+struct SequenceSide {
+  int64_t row;
+  int length, owned;
+};
+
+// Everything that device memory says is clamped to the tensor, so wrong offsets cannot leave it.
+FLASHTILE_DEVICE SequenceSide sequence_side(const int32_t* cu_seqlens, const int32_t* seqused,
+                                            int64_t index, int64_t batch, int64_t rows) {
   const auto clamp = [](int64_t x, int64_t low, int64_t high) { return min(max(x, low), high); };
-  Sequence s;
-  s.row_q = clamp(problem.cu_seqlens_q[index], 0, problem.total_q);
-  s.row_k = clamp(problem.cu_seqlens_k[index], 0, problem.total_k);
-  s.seqlen_q =
-      static_cast<int>(clamp(problem.cu_seqlens_q[index + 1], s.row_q, problem.total_q) - s.row_q);
-  s.seqlen_k =
-      static_cast<int>(clamp(problem.cu_seqlens_k[index + 1], s.row_k, problem.total_k) - s.row_k);
-  return s;
+  int64_t begin = 0, end = rows, owned_end = rows;
+  if (cu_seqlens != nullptr) {
+    begin = clamp(cu_seqlens[index], 0, rows);
+    end = clamp(cu_seqlens[index + 1], begin, rows);
+    owned_end = index + 1 == batch ? rows : end;
+  }
+  if (seqused != nullptr) end = begin + clamp(seqused[index], 0, end - begin);
+  return {begin, static_cast<int>(end - begin), static_cast<int>(owned_end - begin)};
 }
 
-// Rows of the sequence of a dense problem.
-FLASHTILE_DEVICE Sequence dense_sequence(const Problem& problem, int64_t batch) {
-  return {.batch = batch,
-          .seqlen_q = static_cast<int>(problem.seqlen_q),
-          .seqlen_k = static_cast<int>(problem.seqlen_k)};
+// Sequence `index` of a problem, dense or varlen.
+FLASHTILE_DEVICE Sequence sequence_of(const Problem& p, int64_t index) {
+  const SequenceSide q =
+      sequence_side(p.cu_seqlens_q, p.seqused_q, index, p.batch, p.rows_q());
+  const SequenceSide k =
+      sequence_side(p.cu_seqlens_k, p.seqused_k, index, p.batch, p.rows_k());
+  return {.batch = p.is_varlen() ? 0 : index,
+          .row_q = q.row,
+          .row_k = k.row,
+          .seqlen_q = q.length,
+          .seqlen_k = k.length,
+          .owned_q = q.owned,
+          .owned_k = k.owned};
 }
 
 // Forward's work: queries [q0, q0 + block) of one head.
@@ -75,8 +93,8 @@ struct QueryTile {
   int head = 0;
   int q0 = 0;
 
-  // A slot past its sequence's end, or before the first sequence.
-  FLASHTILE_DEVICE bool empty() const { return q0 < 0 || q0 >= sequence.seqlen_q; }
+  // A slot past the sequence's rows, or before the first sequence: nothing to write.
+  FLASHTILE_DEVICE bool empty() const { return q0 < 0 || q0 >= sequence.owned_q; }
 };
 
 // Blocks of queries per head and, when dense, per batch.
@@ -98,12 +116,12 @@ FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blo
   QueryTile tile;
   tile.head = outer % heads;
   if (!problem.is_varlen()) {
-    tile.sequence = dense_sequence(problem, outer / heads);
+    tile.sequence = sequence_of(problem, outer / heads);
     tile.q0 = slot * block;
     return tile;
   }
   const int b = find_sequence(problem.cu_seqlens_q, static_cast<int>(problem.batch), slot, block);
-  tile.sequence = varlen_sequence(problem, b);
+  tile.sequence = sequence_of(problem, b);
   tile.q0 = static_cast<int>(slot - first_slot(tile.sequence.row_q, b, block)) * block;
   return tile;
 }

@@ -1,0 +1,76 @@
+// What a row of a tensor looks like in memory, for the paths that do not take 16 whole bytes at a
+// time: rows that end inside a tile (head_dim between two slices) and rows that are not 16-byte
+// aligned (odd head_dim, views with an offset).
+#pragma once
+
+#include "../params.h"
+#include "../ptx/ampere.cuh"
+
+namespace flashtile {
+
+struct RowFormat {
+  int bytes;     // of a row: 2 * head_dim
+  bool aligned;  // every row starts at a multiple of 16 bytes
+};
+
+// `rows` and `heads` are what the strides run over.
+inline RowFormat row_format(const View& view, const Problem& problem, int64_t head_dim,
+                            int64_t rows, int64_t heads) {
+  const auto is_aligned = [](int64_t stride, int64_t extent) {
+    return extent <= 1 || stride % 8 == 0;
+  };
+  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+  return {.bytes = static_cast<int>(2 * head_dim),
+          .aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+                     is_aligned(view.stride_batch, batch) && is_aligned(view.stride_seq, rows) &&
+                     is_aligned(view.stride_head, heads)};
+}
+inline RowFormat query_format(const View& view, const Problem& p, int64_t head_dim) {
+  return row_format(view, p, head_dim, p.rows_q(), p.num_heads);
+}
+inline RowFormat key_format(const View& view, const Problem& p, int64_t head_dim) {
+  return row_format(view, p, head_dim, p.rows_k(), p.num_heads_kv);
+}
+
+// Whether rows fill a tile of `cols` columns and can be moved 16 bytes at a time.
+inline bool is_plain(const RowFormat& format, int cols) {
+  return format.aligned && format.bytes == 2 * cols;
+}
+
+// The first `bytes` (any number; at most 16 count) of a chunk, element by element; zeros follow.
+FLASHTILE_DEVICE uint4 load_elements(const char* global, int bytes) {
+  const auto* const elements = reinterpret_cast<const uint16_t*>(global);
+  uint32_t pairs[4];
+  FLASHTILE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = 4 * i < bytes ? elements[2 * i] : 0u;
+    const uint32_t high = 4 * i + 2 < bytes ? elements[2 * i + 1] : 0u;
+    pairs[i] = low | high << 16;
+  }
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// One chunk of a row to shared memory: `bytes` of it exist. Asynchronous when rows are aligned.
+FLASHTILE_DEVICE void copy_chunk(uint32_t shared, const char* global, int bytes, bool aligned) {
+  if (aligned) {
+    ptx::cp_async_16(shared, global, min(max(bytes, 0), 16));
+  } else {
+    ptx::sts_u32x4(shared, load_elements(global, bytes));
+  }
+}
+
+// The first `bytes` of a chunk to global memory.
+FLASHTILE_DEVICE void store_chunk(char* global, const uint4& x, int bytes, bool aligned) {
+  if (aligned && bytes >= 16) {
+    *reinterpret_cast<uint4*>(global) = x;
+    return;
+  }
+  const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+  auto* const elements = reinterpret_cast<uint16_t*>(global);
+  FLASHTILE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (2 * i < bytes) elements[i] = static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
+  }
+}
+
+}  // namespace flashtile
