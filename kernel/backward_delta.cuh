@@ -3,8 +3,7 @@
 //
 // Also rewrites lse in base 2 and clears the fp32 dQ that the main kernel adds to. One block per
 // slot and head; kLanes neighbouring lanes read one row, 16 bytes each. A query that sees no key,
-// and a row past the sequence's end, gets lse = +inf: its probabilities exp2(s - lse) are exactly
-// 0.
+// and a row that is not in use, gets lse = +inf: its probabilities exp2(s - lse) are exactly 0.
 #pragma once
 
 #include "backward_layout.cuh"
@@ -31,7 +30,7 @@ struct BackwardDelta {
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
   static constexpr int kBlockQ = backward_config(kHeadDim, kMemory).block_q;
-  static constexpr int kLanes = kHeadDim / 8;
+  static constexpr int kLanes = kHeadDim == 192 ? 32 : kHeadDim / 8;  // a power of two
   static constexpr int kRowsPerPass = kThreads / kLanes;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
 
@@ -44,10 +43,12 @@ struct BackwardDelta {
     if (block.empty()) return;
     const int64_t tile = block.head * launch.slots_q + block.slot;
     clear_dq(launch.dq_accumulator + tile * Slot::kDq, thread);
+    float* const statistics = launch.statistics + tile * Slot::kStatistics;
+    bool huge = false;
     FLASHTILE_UNROLL
     for (int row = thread / kLanes; row < kBlockQ; row += kRowsPerPass) {
       const float sum =
-          row < block.rows ? row_dot(p, block, block.row0 + row, thread % kLanes) : 0.0f;
+          row < block.rows ? row_dot(launch, block, block.row0 + row, thread % kLanes) : 0.0f;
       float delta = sum_over_lanes(sum);
       float lse = INFINITY;
       if (row < block.rows) {
@@ -59,14 +60,27 @@ struct BackwardDelta {
           lse = INFINITY;
           delta = 0.0f;
         }
+        huge |= is_huge(lse);
+        lse -= lse_margin(lse);
       }
       if (thread % kLanes == 0) {
-        float* statistics = launch.statistics + tile * Slot::kStatistics;
         statistics[Slot::lse(row)] = lse * kLog2e;
         statistics[Slot::minus_delta(row)] = -delta;
         statistics[Slot::minus_delta(row) + 2] = -delta;
       }
     }
+    huge = __syncthreads_or(huge) != 0;
+    if (thread == 0) statistics[Slot::kHuge] = huge ? 1.0f : 0.0f;
+  }
+
+  // Scores beyond 2^22 are so coarse in fp32, and with them the LSE, that exp(score - lse) of a
+  // row's largest score could be anything. A few units of their last place less than the LSE, and
+  // the main kernel's limit of 1, make it 1.
+  static FLASHTILE_DEVICE bool is_huge(float lse) {
+    return fabsf(lse) > 4194304.0f && fabsf(lse) < INFINITY;
+  }
+  static FLASHTILE_DEVICE float lse_margin(float lse) {
+    return is_huge(lse) ? fabsf(lse) * 4.76837158203125e-7f : 0.0f;  // 2^-21
   }
 
   static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
@@ -83,15 +97,12 @@ struct BackwardDelta {
   }
 
   // This lane's eight columns of dO . O in one row.
-  static FLASHTILE_DEVICE float row_dot(const BackwardParams& p, const RowBlock& block, int row,
+  static FLASHTILE_DEVICE float row_dot(const Params& launch, const RowBlock& block, int row,
                                         int lane) {
     const Sequence& s = block.sequence;
-    const T* out = static_cast<const T*>(p.out.data) +
-                   element_offset(p.out, s.batch, s.row_q + row, block.head) + 8 * lane;
-    const T* dout = static_cast<const T*>(p.dout.data) +
-                    element_offset(p.dout, s.batch, s.row_q + row, block.head) + 8 * lane;
-    const uint4 x = *reinterpret_cast<const uint4*>(out);
-    const uint4 y = *reinterpret_cast<const uint4*>(dout);
+    const BackwardParams& p = launch.params;
+    const uint4 x = row_chunk(p.out, launch.out, s, s.row_q + row, block.head, lane);
+    const uint4 y = row_chunk(p.dout, launch.dout, s, s.row_q + row, block.head, lane);
     const uint32_t xs[4] = {x.x, x.y, x.z, x.w};  // pairs of T
     const uint32_t ys[4] = {y.x, y.y, y.z, y.w};
     float sum = 0.0f;
@@ -102,6 +113,15 @@ struct BackwardDelta {
       sum += a.x * b.x + a.y * b.y;
     }
     return sum;
+  }
+
+  static FLASHTILE_DEVICE uint4 row_chunk(const View& view, const RowFormat& format,
+                                          const Sequence& s, int64_t row, int head, int lane) {
+    const char* source = static_cast<const char*>(view.data) +
+                         2 * (element_offset(view, s.batch, row, head) + 8 * lane);
+    const int bytes = format.bytes - lane * kChunkBytes;
+    if (format.aligned && bytes >= kChunkBytes) return *reinterpret_cast<const uint4*>(source);
+    return load_elements(source, bytes);
   }
 
   static FLASHTILE_DEVICE float sum_over_lanes(float x) {

@@ -5,7 +5,8 @@
 //   statistics [block_q / 16][3][4][4], fp32, padded to 4 floats a query: for 16 queries, lane l
 //   reads at l % 4 one float4 of
 //     lse * log2(e) (queries 2t, 2t+1, 2t+8, 2t+9, t = l % 4) and two of -delta (2t, 2t+1, 2t,
-//     2t+1, then the same 8 queries on): what an n8 accumulator tile of dP^T starts from.
+//     2t+1, then the same 8 queries on): what an n8 accumulator tile of dP^T starts from;
+//   behind them a flag, see BackwardSlot::kHuge.
 //   dq [block_q * head_dim], fp32: dQ / scale in accumulator order, [register][thread]: every
 //   addition
 //     of a warp goes to 128 neighbouring bytes.
@@ -15,6 +16,8 @@
 #include "params.h"
 #include "tile/constants.cuh"
 #include "tile/mask.cuh"
+#include "tile/row_format.cuh"
+#include "tile/smem_tile.cuh"
 #include "tile/work.cuh"
 
 namespace flashtile {
@@ -30,12 +33,15 @@ struct BackwardLaunch {
   float scale_log2 = 0.0f;      // softmax_scale * log2(e)
   int64_t q_pass_bytes = 0;     // from a row that a thread copies to its next one, in q
   int64_t dout_pass_bytes = 0;  // and in dout
+  bool plain = false;           // rows of q, k, v, dout fill the tiles and are 16-byte aligned
+  RowFormat q, k, v, out, dout, dq, dk, dv;
 };
 
 template <int kBlockQ, int kHeadDim>
 struct BackwardSlot {
   static constexpr int kStatistics = 4 * kBlockQ;  // floats
   static constexpr int kDq = kBlockQ * kHeadDim;   // floats
+  static constexpr int kHuge = 3 * kBlockQ;          // floats to the flag: some |lse| is huge
 
   // Floats from the start of the statistics to the lse of `query`, 0 <= query < kBlockQ.
   static FLASHTILE_HOST_DEVICE int lse(int query) {
@@ -47,20 +53,39 @@ struct BackwardSlot {
   }
 };
 
+// How warps share the columns of a tile of kHeadDim columns: each takes an equal part of every panel
+// of 64, so that its 16 x 16 blocks lie at constant distances from the first one.
+template <int kHeadDim, int kParts>
+struct ColumnSplit {
+  static constexpr int kPart = (kHeadDim < kPanelCols ? kHeadDim : kPanelCols) / kParts;
+  static constexpr int kCols = kHeadDim / kParts;  // of one warp
+  static constexpr int kBlocksPerPanel = kPart / 16;
+  static_assert(kPart % 16 == 0 && (kHeadDim % kPanelCols == 0 || kHeadDim < kPanelCols));
+
+  // 16-byte chunk of part `part`'s first column.
+  static FLASHTILE_HOST_DEVICE int first_chunk(int part) { return part * kPart / 8; }
+  static FLASHTILE_HOST_DEVICE int part(int col) { return col % kPanelCols / kPart; }
+  // Column `col` among those of its part.
+  static FLASHTILE_HOST_DEVICE int col_in_part(int col) {
+    return col / kPanelCols * kPart + col % kPart;
+  }
+};
+
 // Where dQ's accumulators lie: [register][thread], for warps (row, column) of the dQ warp grid.
 template <int kHeadDim, Memory kMemory>
 struct DqOrder {
   static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
   static constexpr int kWarpCols = kConfig.warps() / kConfig.dq_warps_q;
   static constexpr int kRows = kConfig.block_q / kConfig.dq_warps_q;  // of one warp
-  static constexpr int kCols = kHeadDim / kWarpCols;                  // of one warp
+  using Columns = ColumnSplit<kHeadDim, kWarpCols>;
+  static constexpr int kCols = Columns::kCols;  // of one warp
   static constexpr int kThreads = 32 * kConfig.warps();
 
   // Floats from the start of the slot to (row, col), col a multiple of 8. Columns col + 2 i and
   // col + 2 i + 1 lie i and kThreads + i floats further, i < 4.
   static FLASHTILE_HOST_DEVICE int offset(int row, int col) {
-    const int warp = row / kRows * kWarpCols + col / kCols;
-    const int block = row % kRows / 16 * (kCols / 8) + col % kCols / 8;
+    const int warp = row / kRows * kWarpCols + Columns::part(col);
+    const int block = row % kRows / 16 * (kCols / 8) + Columns::col_in_part(col) / 8;
     const int first_register = block * 4 + row / 8 % 2 * 2;
     return first_register * kThreads + warp * 32 + row % 8 * 4;
   }
@@ -72,10 +97,11 @@ struct RowBlock {
   int64_t first_slot_q = 0;  // slot of the sequence's first queries
   int64_t slot = 0;
   int head = 0;
-  int row0 = 0;  // first row, within the sequence
-  int rows = 0;  // from row0 to the sequence's end
+  int row0 = 0;   // first row, within the sequence
+  int rows = 0;   // in use, from row0 on; may be negative
+  int owned = 0;  // to be written, from row0 on
 
-  FLASHTILE_DEVICE bool empty() const { return rows <= 0 || row0 < 0; }
+  FLASHTILE_DEVICE bool empty() const { return owned <= 0 || row0 < 0; }
 };
 
 enum class Rows { kQueries, kKeys };
@@ -92,19 +118,19 @@ FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int i
   if (problem.is_varlen()) {
     const int32_t* cu_seqlens = kQueries ? problem.cu_seqlens_q : problem.cu_seqlens_k;
     const int b = find_sequence(cu_seqlens, static_cast<int>(problem.batch), slot, kBlock);
-    sequence = varlen_sequence(problem, b);
+    sequence = sequence_of(problem, b);
     const int64_t first = first_slot(kQueries ? sequence.row_q : sequence.row_k, b, kBlock);
     block.row0 = static_cast<int>(slot - first) * kBlock;
     block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);
   } else {
-    sequence.seqlen_q = static_cast<int>(problem.seqlen_q);
-    sequence.seqlen_k = static_cast<int>(problem.seqlen_k);
-    const int per_sequence = ceil_div(kQueries ? sequence.seqlen_q : sequence.seqlen_k, kBlock);
-    sequence.batch = slot / per_sequence;
+    const int seqlen = static_cast<int>(kQueries ? problem.seqlen_q : problem.seqlen_k);
+    const int per_sequence = ceil_div(seqlen, kBlock);
+    sequence = sequence_of(problem, slot / per_sequence);
     block.row0 = slot % per_sequence * kBlock;
-    block.first_slot_q = sequence.batch * ceil_div(sequence.seqlen_q, kBlockQ);
+    block.first_slot_q = sequence.batch * ceil_div(static_cast<int>(problem.seqlen_q), kBlockQ);
   }
   block.rows = (kQueries ? sequence.seqlen_q : sequence.seqlen_k) - block.row0;
+  block.owned = (kQueries ? sequence.owned_q : sequence.owned_k) - block.row0;
   return block;
 }
 

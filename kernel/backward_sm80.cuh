@@ -15,24 +15,6 @@
 
 namespace flashtile {
 
-// Blocks of queries that see keys [k0, k0 + block_k): [begin, full_begin) tested per element,
-// [full_begin, end) see every key of the block.
-struct QueryRange {
-  int begin, full_begin, end;
-};
-
-FLASHTILE_DEVICE QueryRange query_blocks(bool causal, const Sequence& s, int k0, int block_q,
-                                         int block_k) {
-  const int shift = s.seqlen_q - s.seqlen_k;  // key j is seen from query j + shift on when causal
-  QueryRange range;
-  range.end = ceil_div(s.seqlen_q, block_q);
-  range.begin = causal ? min(max(k0 + shift, 0) / block_q, range.end) : 0;
-  range.full_begin = causal ? ceil_div(max(k0 + shift + block_k - 1, 0), block_q) : 0;
-  range.full_begin = min(max(range.full_begin, range.begin), range.end);
-  if (k0 + block_k > s.seqlen_k) range.full_begin = range.end;
-  return range;
-}
-
 template <class T, int kHeadDim, Memory kMemory, bool kDeterministic>
 struct BackwardSm80 {
   using Params = BackwardLaunch;
@@ -49,13 +31,17 @@ struct BackwardSm80 {
   static constexpr int kBlockK = kConfig.block_k;
   static constexpr int kKeys = kBlockK / kConfig.warps_k;     // of one warp
   static constexpr int kQueries = kBlockQ / kConfig.warps_q;  // of one warp's scores
-  static constexpr int kGradCols = kConfig.split_head_dim ? kHeadDim / kConfig.warps_q : kHeadDim;
+  using GradColumns = ColumnSplit<kHeadDim, kConfig.split_head_dim ? kConfig.warps_q : 1>;
+  using DqColumns = typename Dq::Columns;
+  static constexpr bool kPairs = kConfig.warps_q == 2;  // of warps that exchange scores
   static constexpr int kHalfBytes =
       kQueries * kPanelRowBytes;  // from one warp's queries to the next's
   static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
   using Scores = Accumulator<kKeys, kQueries>;  // S^T, P^T, dP^T, dS^T: [key, query]
   using Packed = PackedScores<kKeys, kQueries>;
-  using Gradient = Accumulator<kKeys, kGradCols>;  // dK, dV: [key, head_dim]
+  using Gradient = Accumulator<kKeys, GradColumns::kCols>;  // dK, dV: [key, head_dim]
+  using QueryColumns = Cursor<QueryTile, kConfig.split_head_dim ? kConfig.warps_q : 1>;
+  using KeyColumns = Cursor<KeyTile, Dq::kWarpCols>;
   using QueryCopy = RowCopy<QueryTile, kThreads>;
   using KeyCopy = RowCopy<KeyTile, kThreads>;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
@@ -78,88 +64,162 @@ struct BackwardSm80 {
   struct QueryLoader {
     const char *q, *dout, *statistics;  // first source of the next block
     uint32_t fill;                      // its place in the stage that the next block goes to
-    int rows_left;                      // from the thread's first row to the end of the sequence
+    uint32_t fill_dout;                 // the same of dO, where it has one place only
+    int plain_blocks;                   // blocks before this one are whole and their rows plain
     bool copies_statistics;
 
-    FLASHTILE_DEVICE QueryLoader(uint32_t stage, int thread)
-        : fill(stage + QueryCopy::offset(thread)),
-          copies_statistics(QueryCopy::offset(thread) < Smem::kStatisticsBytes) {}
+    FLASHTILE_DEVICE QueryLoader(const Params& launch, uint32_t stages, int seqlen_q, int thread)
+        : fill(stages + QueryCopy::offset(thread)),
+          fill_dout(fill + Smem::kDout),
+          plain_blocks(launch.plain ? seqlen_q / kBlockQ : 0),
+          copies_statistics(statistics_offset(thread) < Smem::kStatisticsBytes) {}
 
     // Goes to row `row` of a head of the sequence; slot: its place in the workspace.
-    FLASHTILE_DEVICE void start(const BackwardLaunch& launch, const Sequence& s, int row, int head,
+    FLASHTILE_DEVICE void start(const Params& launch, const Sequence& s, int row, int head,
                                 int64_t slot) {
       const int thread = ptx::thread_index();
       q = QueryCopy::source(launch.params.q, s.batch, s.row_q + row, head, thread);
       dout = QueryCopy::source(launch.params.dout, s.batch, s.row_q + row, head, thread);
       statistics = reinterpret_cast<const char*>(launch.statistics + slot * Slot::kStatistics) +
-                   QueryCopy::offset(thread);
-      rows_left = s.seqlen_q - row - QueryCopy::row(thread);
+                   statistics_offset(thread);
     }
 
-    FLASHTILE_DEVICE void load(const BackwardLaunch& launch) {
-      QueryCopy::copy(fill, q, launch.q_pass_bytes, rows_left);
-      QueryCopy::copy(fill + Smem::kDout, dout, launch.dout_pass_bytes, rows_left);
-      if (copies_statistics) ptx::cp_async_16(fill + Smem::kStatistics, statistics);
-      statistics += Smem::kStatisticsBytes;
-      rows_left -= kBlockQ;
+    // Q of block i; dO and the statistics of block i; or all in one burst. Blocks come in order.
+    FLASHTILE_DEVICE void load_q(const Params& launch, int i, uint32_t notes) {
+      if (i < plain_blocks) {
+        copy_q(launch);
+      } else {
+        copy_q_any(launch, rows_of(i, notes));
+      }
       ptx::cp_async_commit();
+    }
+    FLASHTILE_DEVICE void load_dout(const Params& launch, int i, uint32_t notes) {
+      if (i < plain_blocks) {
+        copy_dout(launch);
+      } else {
+        copy_dout_any(launch, rows_of(i, notes));
+      }
+      ptx::cp_async_commit();
+    }
+    FLASHTILE_DEVICE void load(const Params& launch, int i, uint32_t notes) {
+      if (i < plain_blocks) {
+        copy_q(launch);
+        copy_dout(launch);
+      } else {
+        const int rows = rows_of(i, notes);
+        copy_q_any(launch, rows);
+        copy_dout_any(launch, rows);
+      }
+      ptx::cp_async_commit();
+    }
+
+   private:
+    // The thread's part of a block's statistics. The first eight rows of a tile lie in as many bytes
+    // as they: what leads to the thread's chunk there leads to its part.
+    static FLASHTILE_DEVICE int statistics_offset(int thread) {
+      return kSameOffset ? static_cast<int>(QueryCopy::offset(thread)) : thread * kChunkBytes;
+    }
+    static constexpr bool kSameOffset = QueryCopy::kLanes >= 8;
+
+    static FLASHTILE_DEVICE int rows_of(int i, uint32_t notes) {
+      return BackwardNotes::read(notes).seqlen_q - i * kBlockQ;
+    }
+    FLASHTILE_DEVICE uint32_t dout_place() const {
+      return Smem::kTogether ? fill + Smem::kDout : fill_dout;
+    }
+    FLASHTILE_DEVICE void copy_q(const Params& launch) {
+      QueryCopy::copy(fill, q, launch.q_pass_bytes);
+    }
+    FLASHTILE_DEVICE void copy_dout(const Params& launch) {
+      QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
+      copy_statistics();
+    }
+    FLASHTILE_DEVICE void copy_q_any(const Params& launch, int rows) {
+      QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows, launch.q);
+    }
+    FLASHTILE_DEVICE void copy_dout_any(const Params& launch, int rows) {
+      QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows, launch.dout);
+      copy_statistics();
+    }
+    FLASHTILE_DEVICE void copy_statistics() {
+      if (copies_statistics) {
+        uint32_t to = dout_place() + (Smem::kStatistics - Smem::kDout);
+        if constexpr (!kSameOffset) {
+          const int thread = ptx::thread_index();
+          to += thread * kChunkBytes - QueryCopy::offset(thread);
+        }
+        ptx::cp_async_16(to, statistics);
+      }
+      statistics += Slot::kStatistics * sizeof(float);
     }
   };
 
   // The lane's shared memory addresses of one stage; flip() moves them to the other stage.
   struct Stage {
-    Cursor<QueryTile> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, kDout further)
-    Cursor<QueryTile> cols;  // the same queries, and the warp's columns: B of dK += dS^T Q
+    Cursor<QueryTile> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
+    QueryColumns cols;       // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
     uint32_t statistics;
     int step;
 
-    FLASHTILE_DEVICE Stage(uint32_t stage, const Warp& warp)
-        : rows(stage, Lanes::kColsFirst, warp.lane, warp.query * kQueries),
-          cols(stage, Lanes::kRowsFirst, warp.lane, warp.query * kQueries,
-               kConfig.split_head_dim ? warp.query * kGradCols / 8 : 0),
-          statistics(stage + Smem::kStatistics + warp.query * kQueries * 12 + warp.lane % 4 * 16),
+    FLASHTILE_DEVICE Stage(uint32_t stages, const Warp& warp)
+        : rows(first(stages), Lanes::kColsFirst, warp.lane, warp.query * kQueries),
+          cols(first(stages), Lanes::kRowsFirst, warp.lane, kPairs ? warp.query * kQueries : 0,
+               kConfig.split_head_dim ? GradColumns::first_chunk(warp.query) : 0),
+          statistics((Smem::kTogether ? first(stages) : stages) + Smem::kStatistics +
+                     warp.query * kQueries * 12 + warp.lane % 4 * 16),
           step(-Smem::kStageBytes) {}
 
     FLASHTILE_DEVICE void flip(uint32_t& fill) {
-      rows.base += step;
-      cols.base += step;
-      statistics += step;
-      fill -= step;
-      step = -step;
+      if constexpr (kConfig.stages_q == 2) {
+        rows.base += step;
+        cols.base += step;
+        if constexpr (Smem::kTogether) statistics += step;
+        fill -= step;
+        step = -step;
+      }
       ptx::hide(rows.base);
       ptx::hide(cols.base);
+    }
+    // Where only Q has two places: the same address as in Q's first stage. kDout leads on from it.
+    template <class Address>
+    FLASHTILE_DEVICE Address of_dout(Address address) const {
+      if constexpr (!Smem::kTogether) address.base -= (Smem::kStageBytes - step) / 2;
+      return address;
     }
     FLASHTILE_DEVICE float4 lse(int n16) const { return ptx::lds_f32x4(statistics + n16 * 192); }
     FLASHTILE_DEVICE float4 minus_delta(int n8) const {
       return ptx::lds_f32x4(statistics + n8 / 2 * 192 + 64 + n8 % 2 * 64);
     }
+
+   private:
+    // The stage before the first flip: the second one, where there are two.
+    static FLASHTILE_DEVICE uint32_t first(uint32_t stages) {
+      return stages + (kConfig.stages_q - 1) * Smem::kStageBytes;
+    }
   };
 
   // Which of the lane's scores are hidden by the mask or by the end of the keys. Hidden
   // probabilities are written as -0, which exp2 never gives: they add nothing, and carry the
-  // outcome to dS.
+  // outcome to dS. The others are at most 1: huge scores make every block an edge (is_huge).
   struct EdgeTest {
-    int diagonal;   // first query that sees the lane's first key, minus the lane's first query
-    int keys_left;  // from the lane's first key to the end of the sequence
-
-    FLASHTILE_DEVICE EdgeTest(bool causal, const RowBlock& block, int query_block,
-                              const Warp& warp) {
-      const int key = warp.key * kKeys + warp.lane / 4;
+    static FLASHTILE_DEVICE void hide(Scores& p, int query_block, uint32_t notes_address) {
+      const BackwardNotes notes = BackwardNotes::read(notes_address);
+      const Warp warp(ptx::thread_index());
+      const int lane_key = warp.key * kKeys + warp.lane / 4;
       const int query = query_block * kBlockQ + warp.query * kQueries + warp.lane % 4 * 2;
-      const int shift = block.sequence.seqlen_q - block.sequence.seqlen_k;
-      diagonal = (causal ? block.row0 + key + shift : -(1 << 30)) - query;
-      keys_left = block.rows - key;
-    }
-    FLASHTILE_DEVICE void hide(Scores& p) const {
+      const int diagonal = notes.diagonal + lane_key - query;
+      const int keys_left = notes.keys - lane_key;
       FLASHTILE_UNROLL
       for (int m = 0; m < kKeys / 16; ++m) {
         FLASHTILE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int key = 16 * m + 8 * (i / 2);
-          const int first = key < keys_left ? diagonal + key : INT32_MAX;
+          const unsigned seen = key < keys_left ? notes.queries : 0u;
+          const int first = diagonal + key;
           FLASHTILE_UNROLL
           for (int n = 0; n < kQueries / 8; ++n) {
-            p.d[m][n][i] = first <= 8 * n + i % 2 ? p.d[m][n][i] : -0.0f;
+            const bool sees = static_cast<unsigned>(8 * n + i % 2 - first) < seen;
+            p.d[m][n][i] = sees ? ptx::min_nan(p.d[m][n][i], 1.0f) : -0.0f;
           }
         }
       }
@@ -170,42 +230,49 @@ struct BackwardSm80 {
   // The lane's shared memory addresses that stay where they are.
   struct Places {
     Cursor<KeyTile> k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
-    Cursor<KeyTile> k_cols;     // all keys, the warp's columns of dQ: B of dQ = dS K
+    KeyColumns k_cols;          // all keys, the warp's columns of dQ: B of dQ = dS K
     Cursor<ScoreTile> dq_rows;  // all keys, the warp's queries of dQ: A of dQ = dS K
-    Cursor<ScoreTile> partner;  // the warp's keys, the partner's queries (P^T further on)
+    Cursor<ScoreTile> partner;  // the warp's keys, the partner's (all) queries (P^T further on)
     uint32_t scores;            // the lane's first pair of its own scores
 
     FLASHTILE_DEVICE Places(uint32_t smem, const Warp& warp)
         : k_rows(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, warp.key * kKeys),
-          k_cols(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, 0, warp.dq_col * Dq::kCols / 8),
+          k_cols(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, 0,
+                 DqColumns::first_chunk(warp.dq_col)),
           dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0,
                   warp.dq_row * Dq::kRows / 8),
           partner(smem + Smem::kScores, Lanes::kRowsFirst, warp.lane, warp.key * kKeys,
-                  (1 - warp.query) * kQueries / 8),
+                  kPairs ? (1 - warp.query) * kQueries / 8 : 0),
           scores(smem + Smem::kScores + warp.lane % 4 * 4 +
                  ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
   };
 
-  // gradient += scores b: over the warp's own queries, and where warps share the columns of the
-  // gradient among them also over the partner's, whose scores are at `exchange`.
+  // gradient += scores b. Where warps share the columns of the gradient among them, the scores of
+  // all their queries: of two, a warp has its own in registers and reads its partner's at
+  // `exchange`; of more, it reads all there.
   static FLASHTILE_DEVICE void accumulate(Gradient& gradient, const Packed& scores,
-                                          const Cursor<QueryTile>& b, int b_offset,
+                                          const QueryColumns& b, int b_offset,
                                           const Cursor<ScoreTile>& exchange, int exchange_offset) {
-    FLASHTILE_UNROLL
-    for (int k = 0; k < kQueries / 16; ++k) {
-      product_AB_step<T>(gradient, scores.x[k], b, 16 * k, b_offset);
-    }
-    if constexpr (kConfig.split_head_dim) {
-      Cursor<QueryTile> partner_b = b;
-      partner_b.base += Warp(ptx::thread_index()).query == 0 ? kHalfBytes : -kHalfBytes;
+    constexpr bool kExchanged = kConfig.split_head_dim;
+    if constexpr (kPairs || !kExchanged) {
       FLASHTILE_UNROLL
       for (int k = 0; k < kQueries / 16; ++k) {
+        product_AB_step<T>(gradient, scores.x[k], b, 16 * k, b_offset);
+      }
+    }
+    if constexpr (kExchanged) {
+      QueryColumns other_b = b;
+      if constexpr (kPairs) {
+        other_b.base += Warp(ptx::thread_index()).query == 0 ? kHalfBytes : -kHalfBytes;
+      }
+      FLASHTILE_UNROLL
+      for (int k = 0; k < (kPairs ? kQueries : kBlockQ) / 16; ++k) {
         uint32_t a[kKeys / 16][4];
         FLASHTILE_UNROLL
         for (int m = 0; m < kKeys / 16; ++m) {
           ptx::ldmatrix_x4(a[m], exchange.at(16 * m, k, exchange_offset));
         }
-        product_AB_step<T>(gradient, a, partner_b, 16 * k, b_offset);
+        product_AB_step<T>(gradient, a, other_b, 16 * k, b_offset);
       }
     }
   }
@@ -217,7 +284,7 @@ struct BackwardSm80 {
 
   // dQ of the whole block of queries, the warp's rows and columns of it.
   static FLASHTILE_DEVICE void add_dq(float* dq, const Cursor<ScoreTile>& ds,
-                                      const Cursor<KeyTile>& k_cols) {
+                                      const KeyColumns& k_cols) {
     Accumulator<Dq::kRows, Dq::kCols> sum;
     clear(sum);
     FLASHTILE_UNROLL
@@ -238,23 +305,38 @@ struct BackwardSm80 {
     }
   }
 
+  // Whether some query of these blocks has scores so large that exp2(score - lse) may be anything
+  // (see BackwardDelta). All threads ask.
+  static FLASHTILE_DEVICE bool has_huge_scores(const Params& launch, int64_t slot, int blocks) {
+    bool huge = false;
+    for (int i = ptx::thread_index(); i < blocks; i += kThreads) {
+      huge |= launch.statistics[(slot + i) * Slot::kStatistics + Slot::kHuge] != 0.0f;
+    }
+    return __syncthreads_or(huge) != 0;
+  }
+
   static FLASHTILE_DEVICE int work_index(const Params& launch, char* shared) {
     if constexpr (!kDeterministic) return ptx::block_index();
     return take_ticket(launch.turns + launch.params.problem.num_heads * launch.slots_q, shared);
   }
 
-  static FLASHTILE_DEVICE void load_keys(const BackwardParams& p, const RowBlock& block,
-                                         uint32_t smem, int thread) {
+  static FLASHTILE_DEVICE void load_keys(const Params& launch, const RowBlock& block, uint32_t smem,
+                                         int thread) {
+    const BackwardParams& p = launch.params;
     const Sequence& s = block.sequence;
     const uint32_t offset = KeyCopy::offset(thread);
     const int64_t row0 = s.row_k + block.row0;
     const char* k = KeyCopy::source(p.k, s.batch, row0, block.head, thread);
     const char* v = KeyCopy::source(p.v, s.batch, row0, block.head, thread);
-    const int rows_left = block.rows - KeyCopy::row(thread);
-    KeyCopy::copy(smem + Smem::kK + offset, k, 2 * KeyCopy::kRowsPerPass * p.k.stride_seq,
-                  rows_left);
-    KeyCopy::copy(smem + Smem::kV + offset, v, 2 * KeyCopy::kRowsPerPass * p.v.stride_seq,
-                  rows_left);
+    const int64_t k_pass = 2 * KeyCopy::kRowsPerPass * p.k.stride_seq;
+    const int64_t v_pass = 2 * KeyCopy::kRowsPerPass * p.v.stride_seq;
+    if (launch.plain && block.rows >= kBlockK) {
+      KeyCopy::copy(smem + Smem::kK + offset, k, k_pass);
+      KeyCopy::copy(smem + Smem::kV + offset, v, v_pass);
+    } else {
+      KeyCopy::copy_any(smem + Smem::kK + offset, k, k_pass, block.rows, launch.k);
+      KeyCopy::copy_any(smem + Smem::kV + offset, v, v_pass, block.rows, launch.v);
+    }
     ptx::cp_async_commit();
   }
 
@@ -305,73 +387,98 @@ struct BackwardSm80 {
     const uint32_t smem = ptx::shared_address(shared);
     const Places at(smem, warp);
 
-    load_keys(p, block, smem, thread);
+    const BandMask mask(p.problem.band, s.seqlen_q, s.seqlen_k);
+    const uint32_t notes = smem + Smem::kNotes;
+    load_keys(launch, block, smem, thread);
     using V = std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>,
                                  SharedRows<KeyTile>>;
     ptx::cp_async_wait<0>();
     __syncthreads();  // K and V have landed, for every thread
     const V v(at.k_rows, Smem::kV - Smem::kK);
     if constexpr (kConfig.v_in_registers) __syncthreads();  // V has been read: the stages are free
+    if (thread == 0) {
+      BackwardNotes{.diagonal = block.row0 - mask.highest + 1,
+                    .queries = static_cast<unsigned>(mask.highest - mask.lowest),
+                    .keys = block.rows,
+                    .seqlen_q = s.seqlen_q}
+          .write(notes);
+    }
+    __syncthreads();  // the notes are there
 
     Gradient dk, dv;
     clear(dk);
     clear(dv);
-    Stage stage(smem + Smem::kStages + Smem::kStageBytes, warp);
-    QueryLoader loader(smem + Smem::kStages, thread);
-    std::conditional_t<kDeterministic, DqTurns, NoTurns> turns(block.row0 / kBlockK);
-    const bool causal = p.problem.is_causal();
-    const QueryRange range = query_blocks(causal, s, block.row0, kBlockQ, kBlockK);
+    Stage stage(smem + Smem::kStages, warp);
+    QueryLoader loader(launch, smem + Smem::kStages, s.seqlen_q, thread);
+    std::conditional_t<kDeterministic, DqTurns<kBlockQ, kBlockK>, NoTurns> turns(block.row0 / kBlockK);
+    const BlockRange range = block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ)
+                                            : BlockRange{0, 0, 0, 0};
     const int group = static_cast<int>(p.problem.num_heads / p.problem.num_heads_kv);
 
-    for (int g = 0; g < group && range.begin < range.end; ++g) {
+    for (int g = 0; g < group && !range.empty(); ++g) {
       const int head = block.head * group + g;
       const int64_t slot = head * launch.slots_q + block.first_slot_q + range.begin;
       loader.start(launch, s, range.begin * kBlockQ, head, slot);
-      loader.load(launch);  // into the stage that nobody reads: see step
+      loader.load(launch, range.begin, notes);  // into the stage that nobody reads: see step
       float* dq = launch.dq_accumulator + slot * Slot::kDq + thread;
 
       turns.start(launch, slot);
-      EdgeTest test(causal, block, range.begin, warp);
       int i = range.begin;  // block of queries
       auto step = [&](auto edge) {
         ptx::cp_async_wait<0>();
         __syncthreads();  // block i has landed; nobody reads block i - 1 or its dS any more
         if (i > range.begin) turns.pass();  // ... nor adds to its dQ
         stage.flip(loader.fill);
-        if (i + 1 < range.end) loader.load(launch);
+        const bool more = i + 1 < range.end;
+        if constexpr (kConfig.stages_dout == 2) {
+          if (more) loader.load(launch, i + 1, notes);
+        } else if constexpr (kConfig.stages_q == 2) {
+          if (more) loader.load_q(launch, i + 1, notes);
+        }
 
         Scores scores;
         product_ABt<T>(scores, SharedRows<KeyTile>(at.k_rows, 0), stage.rows, 0,
                        [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
         probabilities(scores, stage, launch.scale_log2);
-        if constexpr (edge.value) {
-          test.hide(scores);
-          test.diagonal -= kBlockQ;
-        }
+        if constexpr (edge.value) EdgeTest::hide(scores, i, notes);
         Packed packed;
         packed.template pack<T>(scores);
         if constexpr (kConfig.split_head_dim) {
           packed.store(at.scores + kExchange);
           share_scores();  // P^T of the warp's keys is complete
         }
-        accumulate(dv, packed, stage.cols, Smem::kDout, at.partner, kExchange);
+        accumulate(dv, packed, stage.of_dout(stage.cols), Smem::kDout, at.partner, kExchange);
 
         Scores ds;
-        product_ABt<T>(ds, v, stage.rows, Smem::kDout, [&](int n) {
+        product_ABt<T>(ds, v, stage.of_dout(stage.rows), Smem::kDout, [&](int n) {
           return stage.minus_delta(n);
         });  // dP^T - delta = V dO^T - delta
         multiply<edge.value>(ds, scores);
         packed.template pack<T>(ds);
+        if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
         packed.store(at.scores);
-        turns.wait();
-        __syncthreads();  // dS of block i is complete
+        turns.wait(mask, i);
+        __syncthreads();  // dS of block i is complete; nobody reads its dO any more
+        if constexpr (kConfig.stages_dout == 1) {
+          if (more) loader.load_dout(launch, i + 1, notes);
+        }
         accumulate(dk, packed, stage.cols, 0, at.partner, 0);
+        if constexpr (kConfig.stages_q == 1) {
+          __syncthreads();  // nobody reads Q of block i any more
+          if (more) loader.load_q(launch, i + 1, notes);
+        }
         add_dq(dq, at.dq_rows, at.k_cols);
         turns.added();
         dq += Slot::kDq;
+        ++i;
       };
-      for (; i < range.full_begin; ++i) step(std::true_type());
-      for (; i < range.end; ++i) step(std::false_type());
+      const bool huge = has_huge_scores(launch, slot, range.end - range.begin);
+      const int full_end = huge ? range.begin : range.full_end;
+      for (int until = range.full_begin;; until = range.end) {
+        while (i < until) step(std::true_type());
+        while (i < full_end) step(std::false_type());
+        if (i >= range.end) break;
+      }
       if constexpr (kDeterministic) {
         __syncthreads();  // dQ of the last block has been added to
         turns.pass();

@@ -7,17 +7,21 @@
 
 namespace flashtile {
 
-// A warp's gradient, times `scale` and rounded to T, into the tile at `tile`.
-template <class T, class Tile, int kRows, int kCols>
+// A warp's gradient, times `scale` and rounded to T, into the tile at `tile`: rows from row0 on, the
+// columns of part `part` of kParts.
+template <class T, class Tile, int kParts, int kRows, int kCols>
 FLASHTILE_DEVICE void stage_gradient(uint32_t tile, const Accumulator<kRows, kCols>& x, float scale,
-                                     int row0, int col0, int lane) {
-  const uint32_t address = tile + Tile::offset(row0 + lane / 4, col0 / 8) + lane % 4 * 4;
+                                     int row0, int part, int lane) {
+  using Columns = ColumnSplit<Tile::kCols, kParts>;
+  constexpr int kPerPanel = 2 * Columns::kBlocksPerPanel;  // n8 blocks
+  const uint32_t address =
+      tile + Tile::offset(row0 + lane / 4, Columns::first_chunk(part)) + lane % 4 * 4;
   FLASHTILE_UNROLL
   for (int m = 0; m < kRows / 16; ++m) {
     FLASHTILE_UNROLL
     for (int n = 0; n < kCols / 8; ++n) {
-      const uint32_t block =
-          (address ^ (n % 8 * kChunkBytes)) + n / 8 * Tile::kPanelBytes + 16 * m * kPanelRowBytes;
+      const uint32_t block = (address ^ (n % kPerPanel * kChunkBytes)) +
+                             n / kPerPanel * Tile::kPanelBytes + 16 * m * kPanelRowBytes;
       ptx::sts_u32(block, ptx::pack<T>(x.d[m][n][0] * scale, x.d[m][n][1] * scale));
       ptx::sts_u32(block + 8 * kPanelRowBytes,
                    ptx::pack<T>(x.d[m][n][2] * scale, x.d[m][n][3] * scale));
@@ -55,21 +59,27 @@ FLASHTILE_DEVICE void add_registers(Accumulator<kRows, kCols>& x, uint32_t addre
   }
 }
 
-// The rows of a tile that lie in the sequence.
-template <class Copy>
-FLASHTILE_DEVICE void store_rows(const View& view, const RowBlock& block, uint32_t tile,
-                                 int thread) {
+// The rows of a tile that the sequence owns: zeros where they are not in use.
+template <class Copy, class Tile>
+FLASHTILE_DEVICE void store_rows(const View& view, const RowFormat& format, const RowBlock& block,
+                                 uint32_t tile, int thread) {
   const Sequence& s = block.sequence;
   const uint32_t source = tile + Copy::offset(thread);
+  const int bytes = format.bytes - Copy::chunk(thread) * kChunkBytes;
   char* target =
       const_cast<char*>(Copy::source(view, s.batch, s.row_k + block.row0, block.head, thread));
   FLASHTILE_UNROLL
   for (int i = 0; i < Copy::kPasses; ++i) {
-    const int row = i * Copy::kRowsPerPass;
-    if (Copy::row(thread) + row < block.rows) {
-      *reinterpret_cast<uint4*>(target + 2 * row * view.stride_seq) =
-          ptx::lds_u32x4(source + row * kPanelRowBytes);
+    const int row = Copy::row(thread) + i * Copy::kRowsPerPass;
+    if (row >= block.owned) break;
+    FLASHTILE_UNROLL
+    for (int c = 0; c < Copy::kChunks; ++c) {
+      uint4 x = ptx::lds_u32x4(source + i * Copy::kRowsPerPass * kPanelRowBytes +
+                               c * Tile::kPanelBytes);
+      if (row >= block.rows) x = make_uint4(0, 0, 0, 0);
+      store_chunk(target + c * kPanelRowBytes, x, bytes - c * kPanelRowBytes, format.aligned);
     }
+    target += 2 * Copy::kRowsPerPass * view.stride_seq;
   }
 }
 
@@ -112,18 +122,19 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, u
     }
     __syncthreads();  // they have been read
     if (warp_query == 0) {
-      stage_gradient<T, Tile>(dk_tile, dk, scale, warp_key * kKeys, 0, lane);
+      stage_gradient<T, Tile, 1>(dk_tile, dk, scale, warp_key * kKeys, 0, lane);
     } else {
-      stage_gradient<T, Tile>(dv_tile, dv, 1.0f, warp_key * kKeys, 0, lane);
+      stage_gradient<T, Tile, 1>(dv_tile, dv, 1.0f, warp_key * kKeys, 0, lane);
     }
   } else {
-    const int col0 = kConfig.split_head_dim ? warp_query * Gradient::kCols : 0;
-    stage_gradient<T, Tile>(dk_tile, dk, scale, warp_key * kKeys, col0, lane);
-    stage_gradient<T, Tile>(dv_tile, dv, 1.0f, warp_key * kKeys, col0, lane);
+    constexpr int kParts = kConfig.split_head_dim ? kConfig.warps_q : 1;
+    const int part = kConfig.split_head_dim ? warp_query : 0;
+    stage_gradient<T, Tile, kParts>(dk_tile, dk, scale, warp_key * kKeys, part, lane);
+    stage_gradient<T, Tile, kParts>(dv_tile, dv, 1.0f, warp_key * kKeys, part, lane);
   }
   __syncthreads();  // dK and dV of the block are complete
-  store_rows<Copy>(p.dk, block, dk_tile, thread);
-  store_rows<Copy>(p.dv, block, dv_tile, thread);
+  store_rows<Copy, Tile>(p.dk, launch.dk, block, dk_tile, thread);
+  store_rows<Copy, Tile>(p.dv, launch.dv, block, dv_tile, thread);
 }
 
 }  // namespace flashtile

@@ -7,7 +7,8 @@
 namespace flashtile {
 
 // Byte offsets of the tiles in shared memory. A stage holds one block of Q, dO and its statistics;
-// while one stage is read the next block is copied into the other.
+// with two, the next block is copied into one while the other is read. Where only Q has two places,
+// dO and the statistics lie behind both.
 template <int kHeadDim, Memory kMemory>
 struct BackwardSmem {
   static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
@@ -16,67 +17,125 @@ struct BackwardSmem {
   using ScoreTile = SmemTile<kConfig.block_k, 64>;        // P^T, dS^T: [key, query], 16 bit
   static_assert(kConfig.block_q <= ScoreTile::kCols);
 
-  static constexpr int kStatisticsBytes = 16 * kConfig.block_q;
-  static constexpr int kDout = QueryTile::kBytes;            // within a stage
-  static constexpr int kStatistics = 2 * QueryTile::kBytes;  // within a stage
-  static constexpr int kStageBytes = kStatistics + 1024;     // a multiple of 1024, as tiles need
-  static_assert(kStatisticsBytes <= 1024);
+  static constexpr bool kTogether = kConfig.stages_q == kConfig.stages_dout;
+  static_assert(kTogether || (kConfig.stages_q == 2 && kConfig.stages_dout == 1));
+  static constexpr int kStatisticsBytes = 12 * kConfig.block_q;
+  static constexpr int kStatisticsPlace = 1024;  // tiles start at multiples of it
+  static constexpr int kNotesBytes = 16;
+  static_assert(kStatisticsBytes + kNotesBytes <= kStatisticsPlace);
+  // From Q of the first stage.
+  static constexpr int kDout = (kTogether ? 1 : 2) * QueryTile::kBytes;
+  static constexpr int kStatistics = kDout + QueryTile::kBytes;
+  static constexpr int kStageBytes =  // from Q to Q
+      kTogether ? kStatistics + kStatisticsPlace : QueryTile::kBytes;
+  static constexpr int kAllStages =
+      kTogether ? kConfig.stages_q * kStageBytes : kStatistics + kStatisticsPlace;
 
   static constexpr int kK = 0;
   static constexpr int kStages = KeyTile::kBytes;
-  static constexpr int kScores = kStages + 2 * kStageBytes;      // dS^T
-  static constexpr int kExchange = kScores + ScoreTile::kBytes;  // P^T
-  static constexpr int kOwnV = kExchange + (kConfig.split_head_dim ? ScoreTile::kBytes : 0);
+  static constexpr int kScores = kStages + kAllStages;  // dS^T
+  static constexpr bool kHasExchange = kConfig.split_head_dim && !kConfig.one_exchange;
+  static constexpr int kExchange = kScores + (kHasExchange ? ScoreTile::kBytes : 0);  // P^T
+  static constexpr int kOwnV = kExchange + ScoreTile::kBytes;
   // V that is kept in registers passes through the stages before their first use.
   static constexpr int kV = kConfig.v_in_registers ? kStages : kOwnV;
   static constexpr int kBytes = kOwnV + (kConfig.v_in_registers ? 0 : KeyTile::kBytes);
-  static_assert(!kConfig.v_in_registers || KeyTile::kBytes <= 2 * kStageBytes);
+  // BackwardNotes, in what the first stage's statistics leave free.
+  static constexpr int kNotes = kStages + kStatistics + kStatisticsBytes;
+  static_assert(!kConfig.v_in_registers || KeyTile::kBytes <= kAllStages);
   static_assert(kBytes + 1024 <= shared_memory_limit(kMemory));  // 1 KB is the driver's
 };
 
+// What the main loop seldom needs about its block of keys: kept in shared memory, since registers
+// are what it lacks.
+struct BackwardNotes {
+  int diagonal;      // first query that sees the block's first key; may be negative
+  unsigned queries;  // that see a key: from the first on
+  int keys;          // of the block, in use
+  int seqlen_q;
+
+  FLASHTILE_DEVICE static BackwardNotes read(uint32_t address) {
+    const uint4 x = ptx::lds_u32x4(address);
+    return {static_cast<int>(x.x), x.y, static_cast<int>(x.z), static_cast<int>(x.w)};
+  }
+  FLASHTILE_DEVICE void write(uint32_t address) const {
+    ptx::sts_u32x4(address, make_uint4(diagonal, queries, keys, seqlen_q));
+  }
+};
+
 // A lane's addresses of the 16 x 16 blocks of a tile, in one register: column blocks of a panel
-// differ by an XOR, panels and rows are immediates of the instruction.
-template <class Tile>
+// differ by an XOR, panels and rows are immediates of the instruction. kParts: the blocks are those
+// of one part of a ColumnSplit.
+template <class Tile, int kParts = 1>
 struct Cursor {
+  using Columns = ColumnSplit<Tile::kCols, kParts>;
   uint32_t base;
 
   FLASHTILE_DEVICE Cursor(uint32_t tile, Lanes lanes, int lane, int row0, int chunk0 = 0)
       : base(tile + Tile::offset(row0 + lane_row(lanes, lane), chunk0 + lane_chunk(lanes, lane))) {}
 
   FLASHTILE_DEVICE uint32_t at(int row, int column_block, int tile_offset = 0) const {
-    return (base ^ (column_block % 4 * 2 * kChunkBytes)) + column_block / 4 * Tile::kPanelBytes +
-           row * kPanelRowBytes + tile_offset;
+    return (base ^ (column_block % Columns::kBlocksPerPanel * 2 * kChunkBytes)) +
+           column_block / Columns::kBlocksPerPanel * Tile::kPanelBytes + row * kPanelRowBytes +
+           tile_offset;
   }
 };
 
-// Copies rows of one tensor into tiles: one thread, one 16-byte column, every kRowsPerPass-th row.
+// Copies rows of one tensor into tiles. A thread moves one 16-byte column of every panel (of all
+// panels where they are a power of two: one column), in every kRowsPerPass-th row.
 template <class Tile, int kThreads>
 struct RowCopy {
-  static constexpr int kLanes = Tile::kCols / 8;
+  static constexpr int kRowChunks = Tile::kCols / 8;
+  static constexpr int kLanes = kRowChunks == 24 ? 8 : kRowChunks;
+  static constexpr int kChunks = kRowChunks / kLanes;  // of a row, per thread, 8 apart
   static constexpr int kRowsPerPass = kThreads / kLanes;
   static constexpr int kPasses = Tile::kRows / kRowsPerPass;
   static_assert(kRowsPerPass % 8 == 0 && kPasses * kRowsPerPass == Tile::kRows);
 
-  static FLASHTILE_DEVICE int row(int thread) { return thread / kLanes; }
+  // Rows of four chunks are taken in the order 0 4 1 5 2 6 3 7: eight neighbouring threads then
+  // write to different banks.
+  static FLASHTILE_DEVICE int row(int thread) {
+    const int group = thread / kLanes;
+    return kLanes == 4 ? group / 8 * 8 + group % 2 * 4 + group % 8 / 2 : group;
+  }
+  static FLASHTILE_DEVICE int chunk(int thread) { return thread % kLanes; }
   static FLASHTILE_DEVICE uint32_t offset(int thread) {
-    return Tile::offset(thread / kLanes, thread % kLanes);
+    return Tile::offset(row(thread), chunk(thread));
   }
   // The thread's first element; row0: the tile's first row within the tensor.
   static FLASHTILE_DEVICE const char* source(const View& view, int64_t batch, int64_t row0,
                                              int head, int thread) {
     return static_cast<const char*>(view.data) +
-           2 * (element_offset(view, batch, row0 + row(thread), head) + thread % kLanes * 8);
+           2 * (element_offset(view, batch, row0 + row(thread), head) + chunk(thread) * 8);
   }
-  // Rows from rows_left on (counted from the thread's first row) become 0. Leaves `source` at the
-  // thread's first row of the next tile.
-  static FLASHTILE_DEVICE void copy(uint32_t shared, const char*& source, int64_t pass_bytes,
-                                    int rows_left) {
+  // All rows of the tile exist. Leaves `source` at the thread's first row of the next tile.
+  static FLASHTILE_DEVICE void copy(uint32_t shared, const char*& source, int64_t pass_bytes) {
     FLASHTILE_UNROLL
     for (int i = 0; i < kPasses; ++i) {
-      ptx::cp_async_16(shared + i * kRowsPerPass * kPanelRowBytes, source,
-                       i * kRowsPerPass < rows_left);
+      FLASHTILE_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        ptx::cp_async_16(shared + i * kRowsPerPass * kPanelRowBytes + c * Tile::kPanelBytes,
+                         source + c * kPanelRowBytes);
+      }
       source += pass_bytes;
       ptx::hide(source);
+    }
+  }
+  // The same for rows of any format, of which those from `rows` on become 0.
+  static FLASHTILE_DEVICE void copy_any(uint32_t shared, const char*& source, int64_t pass_bytes,
+                                        int rows, const RowFormat& format) {
+    const int thread = ptx::thread_index();
+    const int bytes = format.bytes - chunk(thread) * kChunkBytes;
+    const int rows_left = rows - row(thread);
+#pragma unroll 1
+    for (int i = 0; i < kPasses; ++i) {
+#pragma unroll 1
+      for (int c = 0; c < kChunks; ++c) {
+        copy_chunk(shared + i * kRowsPerPass * kPanelRowBytes + c * Tile::kPanelBytes,
+                   source + c * kPanelRowBytes,
+                   i * kRowsPerPass < rows_left ? bytes - c * kPanelRowBytes : 0, format.aligned);
+      }
+      source += pass_bytes;
     }
   }
 };
@@ -113,10 +172,10 @@ FLASHTILE_DEVICE void product_ABt(Accumulator<kRows, kCols>& c, const Operand& a
 }
 
 // c += a b for k16 step `a` and rows row.. of b, a tile stored [k, n].
-template <class T, int kRows, int kCols, class Tile>
+template <class T, int kRows, int kCols, class Tile, int kParts>
 FLASHTILE_DEVICE void product_AB_step(Accumulator<kRows, kCols>& c,
-                                      const uint32_t (&a)[kRows / 16][4], const Cursor<Tile>& b,
-                                      int row, int b_offset) {
+                                      const uint32_t (&a)[kRows / 16][4],
+                                      const Cursor<Tile, kParts>& b, int row, int b_offset) {
   FLASHTILE_UNROLL
   for (int n = 0; n < kCols / 16; ++n) {
     uint32_t b_kn[4];

@@ -13,7 +13,7 @@ namespace flashtile {
 struct NoTurns {
   FLASHTILE_DEVICE explicit NoTurns(int) {}
   FLASHTILE_DEVICE void start(const BackwardLaunch&, int64_t) {}
-  FLASHTILE_DEVICE void wait() {}
+  FLASHTILE_DEVICE void wait(const BandMask&, int) {}
   FLASHTILE_DEVICE void added() {}
   FLASHTILE_DEVICE void pass() {}
 };
@@ -30,19 +30,22 @@ FLASHTILE_DEVICE int take_ticket(int* tickets, char* shared) {
 
 // Of one key block. All threads call; wait stands before a barrier of the whole block, pass after
 // one, which makes one thread's turn everybody's.
+template <int kBlockQ, int kBlockK>
 struct DqTurns {
-  int turn;             // index of the key block in its sequence
+  int key_block;        // its index in the sequence
   int* next = nullptr;  // counter of the block of queries that comes next
 
-  FLASHTILE_DEVICE explicit DqTurns(int turn) : turn(turn) {}
+  FLASHTILE_DEVICE explicit DqTurns(int key_block) : key_block(key_block) {}
 
   FLASHTILE_DEVICE void start(const BackwardLaunch& launch, int64_t slot) {
     next = launch.turns + slot;
   }
-  // Until it is this key block's turn to add to the next block of queries. Relies on cu_seqlens
-  // that ascend: others can leave an earlier key block without a thread block that passes on.
-  FLASHTILE_DEVICE void wait() {
+  // Until it is this key block's turn to add to query block `query_block`: all key blocks from the
+  // first that visits it (BandMask::query_blocks) have passed. Relies on cu_seqlens that ascend:
+  // others can leave an earlier key block without a thread block that passes on.
+  FLASHTILE_DEVICE void wait(const BandMask& mask, int query_block) {
     if (ptx::thread_index() != 0) return;
+    const int turn = key_block - mask.key_begin(query_block * kBlockQ) / kBlockK;
     while (ptx::atomic_add_acquire(next, 0) < turn) {
     }
   }

@@ -29,19 +29,19 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
   const bool large = memory == Memory::kLarge;
   switch (head_dim) {
     case 32:
-    case 64: return {128, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false};
+    case 64: return {128, 64, 4, 2, false};
     case 96:
-      return large ? ForwardConfig{128, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false}
-                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
+      return large ? ForwardConfig{128, 64, 4, 2, false}
+                   : ForwardConfig{64, 64, 4, 2, true};
     case 128:
-      return large ? ForwardConfig{128, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = false}
-                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 2, .q_in_registers = true};
+      return large ? ForwardConfig{128, 64, 4, 2, false}
+                   : ForwardConfig{64, 64, 4, 2, true};
     case 192:
-      return large ? ForwardConfig{128, 64, .warps = 8, .blocks_per_sm = 1, .q_in_registers = false}
-                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 1, .q_in_registers = false};
+      return large ? ForwardConfig{128, 64, 8, 1, false}
+                   : ForwardConfig{64, 64, 4, 1, false};
     default:
-      return large ? ForwardConfig{128, 64, .warps = 8, .blocks_per_sm = 1, .q_in_registers = false}
-                   : ForwardConfig{64, 64, .warps = 4, .blocks_per_sm = 1, .q_in_registers = false};
+      return large ? ForwardConfig{128, 64, 8, 1, false}
+                   : ForwardConfig{64, 64, 4, 1, false};
   }
 }
 
@@ -54,14 +54,28 @@ struct BackwardConfig {
   bool split_head_dim;  // warps_q warps split the columns of dK, dV and exchange P, dS; else each
                         // sums over its own queries and the partial sums are added at the end
   bool v_in_registers;  // V is read from shared memory once, and its place reused
+  bool one_exchange;    // P^T and dS^T pass through the same place
+  int stages_q;         // blocks of Q in shared memory: 2, the next arrives while one is read, or 1
+  int stages_dout;      // the same for dO and the statistics
 
   FLASHTILE_HOST_DEVICE int warps() const { return warps_k * warps_q; }
 };
 
 FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory) {
-  if (head_dim == 64) return {64, 128, 4, 2, 4, false, false};
-  if (memory == Memory::kLarge) return {64, 128, 4, 2, 2, true, false};
-  return {32, 128, 8, 1, 2, false, true};
+  const bool large = memory == Memory::kLarge;
+  switch (head_dim) {
+    case 32:
+    case 64: return {64, 128, 4, 2, 4, false, false, false, 2, 2};
+    case 128:
+      return large ? BackwardConfig{64, 128, 4, 2, 2, true, false, false, 2, 2}
+                   : BackwardConfig{32, 128, 8, 1, 2, false, true, false, 2, 2};
+    case 192:
+      return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 2, 2}
+                   : BackwardConfig{32, 64, 4, 2, 2, true, true, false, 2, 2};
+    default:
+      return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 1, 1}
+                   : BackwardConfig{32, 64, 4, 2, 2, true, true, true, 1, 1};
+  }
 }
 
 }  // namespace flashtile

@@ -44,6 +44,13 @@ FLASHTILE_DEVICE float ex2(float x) {
   return y;
 }
 
+// The smaller one, NaN if one of them is NaN.
+FLASHTILE_DEVICE float min_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // Two fp32 rounded to T: `low` in bits 0..15, `high` in bits 16..31.
 template <class T>
 FLASHTILE_DEVICE uint32_t pack(float low, float high);
