@@ -1,57 +1,20 @@
 // The table of cases that every runner uses: the kernels on the machine and on a GPU, the CPU op,
-// the libtorch test. A case says nothing about dtype, head dim or backend: those multiply it.
+// the libtorch test. Here shapes, options and varlen; the groups of contract_cases.h belong to it.
 #pragma once
 
-#include <cstdint>
+#include <initializer_list>
 #include <vector>
+
+#include "case.h"
+#include "contract_cases.h"
 
 namespace flashtile::test {
 
-// How tensors lie in memory. Everything that is not the tensor is NaN.
-enum class Layout {
-  kDense,      // (batch, seq, heads, dim) without gaps; the allocation ends with the tensor
-  kHeadMajor,  // (batch, heads, seq, dim) transposed
-  kPadded,     // gaps after every head and every row, 16-byte aligned, as in a packed qkv
-  kOdd,        // odd gaps and an odd start: only element-aligned, which CUDA refuses
-  kSeqMajor,   // (seq, batch, heads, dim)
-  kMixed,      // q dense, k padded, v head-major, gradients seq-major
-  kBroadcast,  // k and v with head stride 0 (MQA only), dout with every stride 0
-};
-
-// What is in q, k, v.
-enum class Values {
-  kNormal,        // standard normal
-  kTriple,        // 3 times that
-  kVeryNegative,  // every logit near -120: q[0] = 1, k[0] = -120 / softmax_scale
-  kPeaked,        // one key holds nearly all the weight
-  kHuge,          // all 8192: logits above 5e8; out is v
-  kZeroScale,     // softmax_scale 0
-  kNegativeScale,
-  kNan,  // one NaN in q and in dout, one infinity in v; forward only
-};
-
-enum class Masks { kBoth, kFull, kCausal };
-
-struct Case {
-  const char* name;
-  int batch = 1;
-  int heads = 1;
-  int heads_kv = 1;
-  int seqlen_q = 0;
-  int seqlen_k = 0;
-  std::vector<int> lengths_q = {};  // not empty: varlen, and batch, seqlen_q, seqlen_k are unread
-  std::vector<int> lengths_k = {};
-  Masks masks = Masks::kBoth;
-  Layout layout = Layout::kDense;
-  Values values = Values::kNormal;
-  bool dlse = true;
-  bool deterministic = false;
-
-  bool is_varlen() const { return !lengths_q.empty(); }
-  bool has(bool causal) const {
-    return masks == Masks::kBoth || (masks == Masks::kCausal) == causal;
-  }
-};
+inline std::vector<Case> joined(std::initializer_list<std::vector<Case>> groups) {
+  std::vector<Case> all;
+  for (const std::vector<Case>& group : groups) all.insert(all.end(), group.begin(), group.end());
+  return all;
+}
 
 // Lengths around the block edges 16, 32, 64, 128, and queries longer and shorter than keys.
 inline std::vector<Case> shape_cases() {
@@ -163,7 +126,7 @@ inline std::vector<Case> option_cases() {
        .heads_kv = 2,
        .seqlen_q = 70,
        .seqlen_k = 90,
-       .masks = Masks::kFull,
+       .masks = {kFull},
        .values = Values::kNan},
       {.name = "deterministic",
        .heads = 2,

@@ -5,7 +5,8 @@
 // truth is manual attention in fp64, dtype the same computation rounded like plain torch in the
 // tensors' dtype. Blocks, because a late causal row averages many values and an error there drowns
 // in the rounding of the first rows. NaN and infinities must stand exactly where they stand in
-// truth.
+// truth, and rows that take no part must be exactly 0: those that are not in use, queries that see
+// no key, keys that no query sees.
 //
 //   floor = epsilon / 2 * max |truth in the block| + noise
 //
@@ -86,9 +87,42 @@ inline void compare_block(const RowTensor& t, int64_t first, int64_t count, Comp
   }
 }
 
-inline Comparison compare_rows(const RowTensor& t, const std::vector<Span>& spans) {
+// Which rows take part: a query that sees a key, a key that a query sees.
+inline std::vector<bool> rows_that_take_part(const AttentionInput& in, size_t rows, bool keys) {
+  std::vector<bool> part(rows, false);
+  for (const Span& span : in.sequences) {
+    for (int64_t i = 0; i < span.seqlen_q; ++i) {
+      for (int64_t j = 0; j < span.seqlen_k; ++j) {
+        if (!sees(in.mask, span.seqlen_q, span.seqlen_k, i, j)) continue;
+        part[static_cast<size_t>(keys ? span.row_k + j : span.row_q + i)] = true;
+      }
+    }
+  }
+  return part;
+}
+
+inline void compare_zeros(const RowTensor& t, const std::vector<bool>& part, Comparison& worst) {
+  const auto row_size = static_cast<size_t>(int64_t{t.heads} * t.dim);
+  for (size_t i = 0; i < t.result.size(); ++i) {
+    if (part[i / row_size] || t.result[i] == 0.0) continue;
+    worst.ratio = worst.error = kInfinity;
+    worst.where = std::string(t.name) + "[row " + std::to_string(i / row_size) +
+                  ", which takes no part] has " + std::to_string(t.result[i]) + ", not 0";
+    return;
+  }
+}
+
+inline Comparison compare_rows(const RowTensor& t, const AttentionInput& in) {
   Comparison worst;
-  for (const Span& span : spans) {
+  if (t.result.size() != t.truth.size()) {
+    worst.ratio = worst.error = kInfinity;
+    worst.where = std::string(t.name) + " has " + std::to_string(t.result.size()) +
+                  " elements, not " + std::to_string(t.truth.size());
+    return worst;
+  }
+  const size_t rows = t.result.size() / static_cast<size_t>(int64_t{t.heads} * t.dim);
+  compare_zeros(t, rows_that_take_part(in, rows, t.keys), worst);
+  for (const Span& span : in.sequences) {
     const int64_t begin = t.keys ? span.row_k : span.row_q,
                   rows = t.keys ? span.seqlen_k : span.seqlen_q;
     for (int64_t r = 0; r < rows; r += kBlockRows) {
@@ -136,7 +170,7 @@ struct Truth {
     };
     const double relative = setup.dtype == Dtype::kFloat64 ? 1e-12 : 1e-5;
     const double from_lse = 0x1p-23 * largest(exact.lse);  // relative error of every probability
-    const double dp = std::sqrt(static_cast<double>(setup.head_dim)) * largest(input.v);
+    const double dp = std::sqrt(static_cast<double>(setup.head_dim_v)) * largest(input.v);
     const double ds =
         dp * std::fabs(input.softmax_scale) * std::max(largest(input.k), largest(input.q));
     out_noise = relative * std::max(1.0, largest(input.v));
@@ -160,22 +194,22 @@ struct Verdict {
 
 inline Verdict compare(const Setup& setup, const Truth& truth, const AttentionOutput& result) {
   const double epsilon = epsilon_of(setup.dtype);
-  const int heads = truth.input.heads, heads_kv = truth.input.heads_kv, dim = setup.head_dim;
+  const int heads = truth.input.heads, heads_kv = truth.input.heads_kv;
+  const int dim = setup.head_dim, dim_v = setup.head_dim_v;
   const auto& [exact, rounded] = std::tie(truth.exact, truth.rounded);
-  const std::vector<Span>& spans = truth.input.sequences;
   Verdict verdict;
   verdict.forward = compare_rows(
-      {"out", result.out, exact.out, rounded.out, heads, dim, false, epsilon, truth.out_noise},
-      spans);
+      {"out", result.out, exact.out, rounded.out, heads, dim_v, false, epsilon, truth.out_noise},
+      truth.input);
   verdict.lse = compare_lse(result.lse, exact.lse);
   if (setup.forward_only()) return verdict;
   const RowTensor gradients[] = {
       {"dq", result.dq, exact.dq, rounded.dq, heads, dim, false, epsilon, truth.dqk_noise},
       {"dk", result.dk, exact.dk, rounded.dk, heads_kv, dim, true, epsilon, truth.dqk_noise},
-      {"dv", result.dv, exact.dv, rounded.dv, heads_kv, dim, true, epsilon, truth.dv_noise},
+      {"dv", result.dv, exact.dv, rounded.dv, heads_kv, dim_v, true, epsilon, truth.dv_noise},
   };
   for (const RowTensor& gradient : gradients) {
-    const Comparison one = compare_rows(gradient, spans);
+    const Comparison one = compare_rows(gradient, truth.input);
     if (one.ratio > verdict.backward.ratio) verdict.backward = one;
   }
   return verdict;

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cases.h"
+#include "case.h"
 #include "numbers.h"
 
 namespace flashtile::test {
@@ -61,6 +61,14 @@ class HostTensor {
   }
   void set(int64_t b, int64_t s, int64_t h, int64_t d, double x) {
     store(dtype_, &bytes_[at(b, s, h, d)], x);
+  }
+
+  // The heads of one row become poison again, as if nobody had ever written them.
+  void poison_row(int64_t b, int64_t s) {
+    const size_t head_bytes =
+        static_cast<size_t>(extents_.dim) * static_cast<size_t>(bytes_of(dtype_));
+    for (int64_t h = 0; h < extents_.heads; ++h)
+      std::memset(&bytes_[at(b, s, h, 0)], kPoison, head_bytes);
   }
 
   // Calls visit(b, s, h, d) for every element, rows outermost, in the order of dense().

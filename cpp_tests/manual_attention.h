@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "mask.h"
 #include "numbers.h"
 
 namespace flashtile::test {
@@ -31,17 +32,19 @@ struct Matrix {
   double operator()(int64_t r, int64_t c) const { return data[static_cast<size_t>(r * cols + c)]; }
 };
 
-// Where a sequence's rows lie in the tensors below.
+// Where the rows of a sequence that are in use lie in the tensors below. No other row is read: its
+// results are 0, its LSE -inf.
 struct Span {
   int64_t row_q = 0, seqlen_q = 0, row_k = 0, seqlen_k = 0;
 };
 
-// Dense copies of the tensors: index (row * heads + head) * head_dim + d; rows of all sequences.
+// Dense copies of the tensors: index (row * heads + head) * dim + d, where dim is head_dim for q
+// and k, head_dim_v for v and dout; rows of all sequences.
 struct AttentionInput {
   std::vector<Span> sequences;
-  int heads = 1, heads_kv = 1, head_dim = 1;
+  int heads = 1, heads_kv = 1, head_dim = 1, head_dim_v = 1;
   double softmax_scale = 1.0;
-  bool causal = false;
+  Mask mask;
   std::vector<double> q, k, v;
   bool backward = true;
   std::vector<double> dout;
@@ -111,21 +114,27 @@ inline void add_rows(const Matrix& m, int64_t first, int heads, int head,
   }
 }
 
-// Scores, masked with -inf, become probabilities in place; returns the log of each row's sum. A row
-// that sees no key gets zeros and -inf.
-inline std::vector<double> softmax_rows(Matrix& s, bool causal, Dtype dtype) {
+// Scores become probabilities in place, 0 where visible(i, j) is false; returns the log of each
+// row's sum. A row that sees no key gets zeros and -inf.
+template <class Visible>
+std::vector<double> softmax_rows(Matrix& s, const Visible& visible, Dtype dtype) {
   std::vector<double> lse(static_cast<size_t>(s.rows), -kInfinity);
+  std::vector<int64_t> seen;
   for (int64_t i = 0; i < s.rows; ++i) {
-    const int64_t visible =
-        causal ? std::max<int64_t>(0, std::min(s.cols, i + s.cols - s.rows + 1)) : s.cols;
-    double top = -kInfinity, sum = 0.0;
-    for (int64_t j = 0; j < visible; ++j)
-      top = s(i, j) > top || std::isnan(s(i, j)) ? s(i, j) : top;
-    for (int64_t j = 0; j < visible; ++j) sum += std::exp(s(i, j) - top);
+    seen.clear();
     for (int64_t j = 0; j < s.cols; ++j) {
-      s(i, j) = j < visible ? round_to(dtype, std::exp(s(i, j) - top) / sum) : 0.0;
+      if (visible(i, j)) {
+        seen.push_back(j);
+      } else {
+        s(i, j) = 0.0;
+      }
     }
-    if (visible > 0) lse[static_cast<size_t>(i)] = top + std::log(sum);
+    if (seen.empty()) continue;
+    double top = -kInfinity, sum = 0.0;
+    for (const int64_t j : seen) top = s(i, j) > top || std::isnan(s(i, j)) ? s(i, j) : top;
+    for (const int64_t j : seen) sum += std::exp(s(i, j) - top);
+    for (const int64_t j : seen) s(i, j) = round_to(dtype, std::exp(s(i, j) - top) / sum);
+    lse[static_cast<size_t>(i)] = top + std::log(sum);
   }
   return lse;
 }
@@ -144,16 +153,19 @@ inline void softmax_backward(const Matrix& p, const Matrix& out, const Matrix& d
 
 inline void attend(const AttentionInput& in, const Span& span, int head, Dtype dtype,
                    AttentionOutput& result) {
-  const int kv_head = head / (in.heads / in.heads_kv), dim = in.head_dim;
-  const Matrix q = rows_of(in.q, span.row_q, span.seqlen_q, in.heads, head, dim);
-  const Matrix k = rows_of(in.k, span.row_k, span.seqlen_k, in.heads_kv, kv_head, dim);
-  const Matrix v = rows_of(in.v, span.row_k, span.seqlen_k, in.heads_kv, kv_head, dim);
+  const int kv_head = head / (in.heads / in.heads_kv);
+  const Matrix q = rows_of(in.q, span.row_q, span.seqlen_q, in.heads, head, in.head_dim);
+  const Matrix k = rows_of(in.k, span.row_k, span.seqlen_k, in.heads_kv, kv_head, in.head_dim);
+  const Matrix v = rows_of(in.v, span.row_k, span.seqlen_k, in.heads_kv, kv_head, in.head_dim_v);
   const auto scaled = [&](Matrix m) {
     for (double& x : m.data) x = round_to(dtype, x * in.softmax_scale);
     return m;
   };
   Matrix p = scaled(product(q, transposed(k), dtype));
-  const std::vector<double> lse = softmax_rows(p, in.causal, dtype);
+  const auto visible = [&](int64_t i, int64_t j) {
+    return sees(in.mask, span.seqlen_q, span.seqlen_k, i, j);
+  };
+  const std::vector<double> lse = softmax_rows(p, visible, dtype);
   const Matrix out = product(p, v, dtype);
   add_rows(out, span.row_q, in.heads, head, result.out);
   const auto row_index = [&](int64_t i) {
@@ -166,7 +178,7 @@ inline void attend(const AttentionInput& in, const Span& span, int head, Dtype d
   std::vector<double> dlse(static_cast<size_t>(span.seqlen_q), 0.0);
   for (int64_t i = 0; i < span.seqlen_q && !in.dlse.empty(); ++i)
     dlse[static_cast<size_t>(i)] = in.dlse[row_index(i)];
-  const Matrix dout = rows_of(in.dout, span.row_q, span.seqlen_q, in.heads, head, dim);
+  const Matrix dout = rows_of(in.dout, span.row_q, span.seqlen_q, in.heads, head, in.head_dim_v);
   add_rows(product(transposed(p), dout, dtype), span.row_k, in.heads_kv, kv_head, result.dv);
   Matrix ds = product(dout, transposed(v), dtype);
   softmax_backward(p, out, dout, dlse, dtype, ds);
@@ -178,8 +190,9 @@ inline void attend(const AttentionInput& in, const Span& span, int head, Dtype d
 // Everything above, computed in `dtype`. lse has the scores of `dtype` in it; it is not rounded.
 inline AttentionOutput manual_attention(const AttentionInput& in, Dtype dtype) {
   AttentionOutput result;
-  result.out.assign(in.q.size(), 0.0);
-  result.lse.assign(in.q.size() / static_cast<size_t>(in.head_dim), -kInfinity);
+  const size_t rows = in.q.size() / static_cast<size_t>(in.head_dim);  // of all heads
+  result.out.assign(rows * static_cast<size_t>(in.head_dim_v), 0.0);
+  result.lse.assign(rows, -kInfinity);
   result.dq.assign(in.backward ? in.q.size() : 0, 0.0);
   result.dk.assign(in.backward ? in.k.size() : 0, 0.0);
   result.dv.assign(in.backward ? in.v.size() : 0, 0.0);

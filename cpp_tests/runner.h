@@ -91,16 +91,18 @@ class Run {
         backend_(backend),
         cu_q_(backend, setup.cu_seqlens_q.data(), setup.cu_seqlens_q.size() * sizeof(int32_t)),
         cu_k_(backend, setup.cu_seqlens_k.data(), setup.cu_seqlens_k.size() * sizeof(int32_t)),
+        used_q_(backend, setup.used_q.data(), setup.used_q.size() * sizeof(int32_t)),
+        used_k_(backend, setup.used_k.data(), setup.used_k.size() * sizeof(int32_t)),
         q_(backend, setup.q),
         k_(backend, setup.k),
         v_(backend, setup.v),
         dout_(backend, setup.dout),
         dlse_(backend, setup.dlse),
         lse_(backend, make_row_tensor(setup.extents_q)),
-        out_(backend, empty(setup.extents_q, Role::kOut)),
+        out_(backend, empty(setup.extents_out, Role::kOut)),
         dq_(backend, empty(setup.extents_q, Role::kGradient)),
         dk_(backend, empty(setup.extents_k, Role::kGradient)),
-        dv_(backend, empty(setup.extents_k, Role::kGradient)) {
+        dv_(backend, empty(setup.extents_v, Role::kGradient)) {
     fill_problem();
     fill_params();
   }
@@ -170,8 +172,13 @@ class Run {
     problem_.num_heads = setup_.extents_q.heads;
     problem_.num_heads_kv = setup_.extents_k.heads;
     problem_.head_dim = setup_.head_dim;
+    problem_.head_dim_v = setup_.head_dim_v;
     problem_.softmax_scale = static_cast<float>(setup_.softmax_scale);
-    problem_.window_right = setup_.causal ? 0 : FLASHTILE_UNLIMITED;
+    problem_.window_left = setup_.mask.left;
+    problem_.window_right = setup_.mask.right;
+    problem_.alignment = setup_.mask.top_left ? FLASHTILE_TOP_LEFT : FLASHTILE_BOTTOM_RIGHT;
+    problem_.seqused_q = reinterpret_cast<const int32_t*>(used_q_.data());
+    problem_.seqused_k = reinterpret_cast<const int32_t*>(used_k_.data());
     problem_.flags = setup_.spec.deterministic ? FLASHTILE_DETERMINISTIC : 0;
     if (setup_.spec.is_varlen()) {
       problem_.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_q_.data());
@@ -222,7 +229,7 @@ class Run {
 
   const Setup& setup_;
   const Backend& backend_;
-  DeviceBytes cu_q_, cu_k_;
+  DeviceBytes cu_q_, cu_k_, used_q_, used_k_;
   DeviceTensor q_, k_, v_, dout_, dlse_, lse_, out_, dq_, dk_, dv_;
   flashtile_problem problem_ = {};
   flashtile_forward_params forward_ = {};

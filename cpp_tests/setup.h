@@ -1,4 +1,5 @@
-// A case with dtype, head dim and mask chosen: its tensors in poisoned memory, filled from a seed.
+// A case with dtype, head dims and mask chosen: its tensors in poisoned memory, filled from a seed.
+// Rows that are not in use stay poison.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cases.h"
+#include "case.h"
 #include "host_tensor.h"
 #include "manual_attention.h"
 
@@ -34,12 +35,13 @@ class Normal {
 struct Setup {
   Case spec;
   Dtype dtype = Dtype::kFloat16;
-  int head_dim = 64;
-  bool causal = false;
+  int head_dim = 64, head_dim_v = 64;
+  Mask mask;
   double softmax_scale = 1.0;
   int64_t batch = 1;                                // sequences
   std::vector<int32_t> cu_seqlens_q, cu_seqlens_k;  // varlen, else empty
-  Extents extents_q, extents_k;
+  std::vector<int32_t> used_q, used_k;              // rows in use, empty: all of a sequence
+  Extents extents_q, extents_k, extents_v, extents_out;
   HostTensor q, k, v, dout;
   HostTensor dlse;  // fp32, dim 1: seq runs fastest
 
@@ -47,8 +49,10 @@ struct Setup {
   std::string name() const {
     const std::string lengths =
         std::to_string(spec.seqlen_q) + " x " + std::to_string(spec.seqlen_k);
+    const std::string dims = std::to_string(head_dim) + "/" + std::to_string(head_dim_v);
     return std::string(spec.name) + (spec.is_varlen() ? "" : " (" + lengths + ")") + ", " +
-           name_of(dtype) + " d" + std::to_string(head_dim) + (causal ? " causal" : " full");
+           name_of(dtype) + " d" + (head_dim_v == head_dim ? std::to_string(head_dim) : dims) +
+           " " + name_of(mask);
   }
 };
 
@@ -68,7 +72,10 @@ inline Layout layout_of(const Case& spec, Role role) {
 
 inline HostTensor make_tensor(const Setup& setup, Role role) {
   const bool is_key = role == Role::kK || role == Role::kV;
-  const Extents& extents = is_key ? setup.extents_k : setup.extents_q;
+  const Extents& extents = role == Role::kK   ? setup.extents_k
+                           : role == Role::kV ? setup.extents_v
+                           : role == Role::kQ ? setup.extents_q
+                                              : setup.extents_out;
   if (setup.spec.layout == Layout::kBroadcast && role == Role::kDout) {
     return HostTensor(setup.dtype, extents, Strides{0, 0, 0}, 0);
   }
@@ -129,62 +136,103 @@ inline void apply_values(Setup& setup) {
         set_all(*t, [](auto...) { return 8192.0; });
       break;
     case Values::kNan:
-      setup.q.set(0, q.seq / 2, 0, 3, std::nan(""));
-      setup.v.set(0, k.seq / 3, 0, 5, kInfinity);
+      setup.q.set(0, q.seq / 2, 0, std::min<int64_t>(3, q.dim - 1), std::nan(""));
+      setup.v.set(0, k.seq / 3, 0, std::min<int64_t>(5, setup.extents_v.dim - 1), kInfinity);
       break;
     default: break;
   }
 }
 
-inline Setup make_setup(const Case& spec, Dtype dtype, int head_dim, bool causal,
-                        uint64_t seed = 1) {
-  Setup setup;
-  setup.spec = spec;
-  setup.dtype = dtype;
-  setup.head_dim = head_dim;
-  setup.causal = causal;
-  // A float, as the library gets it.
-  setup.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  if (spec.values == Values::kZeroScale) setup.softmax_scale = 0.0;
-  if (spec.values == Values::kNegativeScale) setup.softmax_scale *= -1.0;
+// Where the sequences' rows in use are.
+inline std::vector<Span> spans_of(const Setup& setup) {
+  std::vector<Span> spans;
+  for (int64_t b = 0; b < setup.batch; ++b) {
+    const auto i = static_cast<size_t>(b);
+    Span span = {b * setup.extents_q.seq, setup.extents_q.seq, b * setup.extents_k.seq,
+                 setup.extents_k.seq};
+    if (setup.spec.is_varlen()) {
+      span = {setup.cu_seqlens_q[i], setup.cu_seqlens_q[i + 1] - setup.cu_seqlens_q[i],
+              setup.cu_seqlens_k[i], setup.cu_seqlens_k[i + 1] - setup.cu_seqlens_k[i]};
+    }
+    if (!setup.used_q.empty()) span.seqlen_q = setup.used_q[i];
+    if (!setup.used_k.empty()) span.seqlen_k = setup.used_k[i];
+    spans.push_back(span);
+  }
+  return spans;
+}
+
+// Which rows are in use, in the order of HostTensor::dense().
+inline std::vector<bool> rows_in_use(const Setup& setup, bool keys) {
+  const Extents& extents = keys ? setup.extents_k : setup.extents_q;
+  std::vector<bool> in_use(static_cast<size_t>(extents.batch * extents.seq), false);
+  for (const Span& span : spans_of(setup)) {
+    const int64_t first = keys ? span.row_k : span.row_q,
+                  count = keys ? span.seqlen_k : span.seqlen_q;
+    std::fill_n(in_use.begin() + first, count, true);
+  }
+  return in_use;
+}
+
+// The rows that nobody may read are NaN.
+inline void poison_unused_rows(Setup& setup) {
+  const auto poison = [&](HostTensor& tensor, bool keys) {
+    const std::vector<bool> in_use = rows_in_use(setup, keys);
+    const Extents& extents = tensor.extents();
+    for (int64_t row = 0; row < extents.batch * extents.seq; ++row) {
+      if (!in_use[static_cast<size_t>(row)])
+        tensor.poison_row(row / extents.seq, row % extents.seq);
+    }
+  };
+  for (HostTensor* tensor : {&setup.q, &setup.dout, &setup.dlse}) poison(*tensor, false);
+  for (HostTensor* tensor : {&setup.k, &setup.v}) poison(*tensor, true);
+}
+
+inline void set_extents(Setup& setup) {
+  const Case& spec = setup.spec;
   setup.batch = spec.batch;
-  setup.extents_q = {spec.batch, spec.seqlen_q, spec.heads, head_dim};
-  setup.extents_k = {spec.batch, spec.seqlen_k, spec.heads_kv, head_dim};
+  setup.used_q.assign(spec.used_q.begin(), spec.used_q.end());
+  setup.used_k.assign(spec.used_k.begin(), spec.used_k.end());
+  Extents q = {spec.batch, spec.seqlen_q, spec.heads, setup.head_dim};
+  Extents k = {spec.batch, spec.seqlen_k, spec.heads_kv, setup.head_dim};
   if (spec.is_varlen()) {
     setup.cu_seqlens_q = cumulative(spec.lengths_q);
     setup.cu_seqlens_k = cumulative(spec.lengths_k);
     setup.batch = static_cast<int64_t>(spec.lengths_q.size());
-    setup.extents_q.batch = setup.extents_k.batch = 1;
-    setup.extents_q.seq = setup.cu_seqlens_q.back();
-    setup.extents_k.seq = setup.cu_seqlens_k.back();
+    q.batch = k.batch = 1;
+    q.seq = setup.cu_seqlens_q.back() + spec.tail_q;
+    k.seq = setup.cu_seqlens_k.back() + spec.tail_k;
   }
+  setup.extents_q = setup.extents_out = q;
+  setup.extents_k = setup.extents_v = k;
+  setup.extents_out.dim = setup.extents_v.dim = setup.head_dim_v;
+}
+
+inline Setup make_setup(const Case& spec, Dtype dtype, const HeadDims& head_dims, const Mask& mask,
+                        uint64_t seed = 1) {
+  Setup setup;
+  setup.spec = spec;
+  setup.dtype = dtype;
+  setup.head_dim = head_dims.qk;
+  setup.head_dim_v = head_dims.v;
+  setup.mask = mask;
+  // A float, as the library gets it.
+  setup.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dims.qk)));
+  if (spec.values == Values::kZeroScale) setup.softmax_scale = 0.0;
+  if (spec.values == Values::kNegativeScale) setup.softmax_scale *= -1.0;
+  set_extents(setup);
   setup.q = make_tensor(setup, Role::kQ);
   setup.k = make_tensor(setup, Role::kK);
   setup.v = make_tensor(setup, Role::kV);
   setup.dout = make_tensor(setup, Role::kDout);
   setup.dlse = make_row_tensor(setup.extents_q);
-  Normal normal(seed * 1000003 + static_cast<uint64_t>(head_dim));
+  Normal normal(seed * 1000003 + static_cast<uint64_t>(head_dims.qk));
   const double factor = spec.values == Values::kTriple ? 3.0 : 1.0;
   for (HostTensor* tensor : {&setup.q, &setup.k, &setup.v}) fill(*tensor, normal, factor);
   fill(setup.dout, normal, 1.0);
   fill(setup.dlse, normal, 1.0);
   if (!setup.extents_q.empty() && !setup.extents_k.empty()) apply_values(setup);
+  poison_unused_rows(setup);
   return setup;
-}
-
-inline std::vector<Span> spans_of(const Setup& setup) {
-  std::vector<Span> spans;
-  for (int64_t b = 0; b < setup.batch; ++b) {
-    if (setup.spec.is_varlen()) {
-      const auto i = static_cast<size_t>(b);
-      spans.push_back({setup.cu_seqlens_q[i], setup.cu_seqlens_q[i + 1] - setup.cu_seqlens_q[i],
-                       setup.cu_seqlens_k[i], setup.cu_seqlens_k[i + 1] - setup.cu_seqlens_k[i]});
-    } else {
-      spans.push_back({b * setup.extents_q.seq, setup.extents_q.seq, b * setup.extents_k.seq,
-                       setup.extents_k.seq});
-    }
-  }
-  return spans;
 }
 
 inline AttentionInput manual_input(const Setup& setup) {
@@ -193,8 +241,9 @@ inline AttentionInput manual_input(const Setup& setup) {
   input.heads = static_cast<int>(setup.extents_q.heads);
   input.heads_kv = static_cast<int>(setup.extents_k.heads);
   input.head_dim = setup.head_dim;
+  input.head_dim_v = setup.head_dim_v;
   input.softmax_scale = setup.softmax_scale;
-  input.causal = setup.causal;
+  input.mask = setup.mask;
   input.q = setup.q.dense();
   input.k = setup.k.dense();
   input.v = setup.v.dense();

@@ -25,10 +25,6 @@ Blocks backward_blocks(const Schedule& on, int head_dim) {
   return {small_d128 ? 32 : 64, 128};
 }
 
-bool visible(const Setup& setup, int64_t i, int64_t j) {
-  return !setup.causal || j <= i + setup.extents_k.seq - setup.extents_q.seq;
-}
-
 // Pairs of blocks with a visible element, found by looking at every element.
 uint64_t visible_blocks(const Setup& setup, const Blocks& blocks) {
   const int64_t rows = setup.extents_q.seq, keys = setup.extents_k.seq;
@@ -38,7 +34,7 @@ uint64_t visible_blocks(const Setup& setup, const Blocks& blocks) {
       bool any = false;
       for (int64_t i = q0; i < std::min(rows, q0 + blocks.q); ++i) {
         for (int64_t j = k0; j < std::min(keys, k0 + blocks.k); ++j)
-          any = any || visible(setup, i, j);
+          any = any || sees(setup.mask, rows, keys, i, j);
       }
       count += any;
     }
@@ -52,7 +48,7 @@ uint64_t forward_key_rows(const Setup& setup, const Blocks& blocks) {
   uint64_t count = 0;
   for (int64_t q0 = 0; q0 < rows; q0 += blocks.q) {
     const int64_t last = std::min(rows, q0 + blocks.q) - 1;
-    const int64_t end = setup.causal ? std::max<int64_t>(0, last + keys - rows + 1) : keys;
+    const int64_t end = setup.mask == kCausal ? std::max<int64_t>(0, last + keys - rows + 1) : keys;
     count += static_cast<uint64_t>(std::min(keys, (end + blocks.k - 1) / blocks.k * blocks.k));
   }
   return count * static_cast<uint64_t>(setup.batch * setup.extents_q.heads);
@@ -84,9 +80,9 @@ void for_every_setup(const std::vector<Case>& cases, const Check& check) {
     for (const Schedule& schedule : schedules()) {
       if (schedule.seed % 3 != 1) continue;  // counters do not depend on the seed
       for (const int dim : {64, 128}) {
-        for (const bool causal : {false, true}) {
+        for (const Mask& mask : {kFull, kCausal}) {
           const Setup setup =
-              make_setup(spec, dim == 64 ? Dtype::kFloat16 : Dtype::kBFloat16, dim, causal);
+              make_setup(spec, dim == 64 ? Dtype::kFloat16 : Dtype::kBFloat16, dim, mask);
           check(setup, schedule, count(setup, schedule, backend));
         }
       }
@@ -136,7 +132,7 @@ TEST("forward moves every byte once") {
         static_cast<uint64_t>(setup.batch * setup.extents_q.heads * setup.extents_q.seq);
     const uint64_t key_rows = forward_key_rows(setup, forward_blocks(on, setup.head_dim));
     uint64_t q_rows = rows;
-    if (setup.causal && setup.extents_q.seq > setup.extents_k.seq) {
+    if (setup.mask == kCausal && setup.extents_q.seq > setup.extents_k.seq) {
       // Tiles of queries that see no key are not read.
       const int64_t block = forward_blocks(on, setup.head_dim).q;
       const int64_t blind = (setup.extents_q.seq - setup.extents_k.seq) / block * block;
@@ -174,7 +170,7 @@ TEST("counters do not depend on the schedule") {
   const std::string reason = device_unavailable();
   if (!reason.empty()) SKIP(reason);
   const Backend backend = cuda_backend();
-  const Setup setup = make_setup(kCases[1], Dtype::kFloat16, 64, true);
+  const Setup setup = make_setup(kCases[1], Dtype::kFloat16, 64, kCausal);
   const std::vector<Schedule> all = schedules();
   for (const Schedule& a : all) {
     const Counted one = count(setup, a, backend);

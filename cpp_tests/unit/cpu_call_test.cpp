@@ -102,8 +102,8 @@ TEST("every instruction set agrees with manual attention") {
            {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64}) {
         if (isa == "amx-emulated" && dtype != Dtype::kBFloat16) continue;
         for (const int head_dim : {40, 64}) {
-          for (const bool causal : {false, true}) {
-            const Setup setup = make_setup(spec, dtype, head_dim, causal, seed++);
+          for (const Mask& mask : spec.masks) {
+            const Setup setup = make_setup(spec, dtype, head_dim, mask, seed++);
             const RunResult result = Run(setup, cpu_backend())();
             CHECK_MESSAGE(result.error.empty(), isa + " " + setup.name() + ": " + result.error);
             const Verdict verdict = compare(setup, Truth(setup), result.values);
@@ -131,7 +131,7 @@ TEST("results are bitwise equal for any number of threads") {
     for (const Case& spec : cases) {
       for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat32}) {
         if (isa == "amx-emulated" && dtype != Dtype::kBFloat16) continue;
-        const Setup setup = make_setup(spec, dtype, 32, true, 5);
+        const Setup setup = make_setup(spec, dtype, 32, kCausal, 5);
         set_threads(1);
         const AttentionOutput one = Run(setup, cpu_backend())().values;
         for (const int threads : {2, 3, 8}) {
@@ -150,7 +150,7 @@ TEST("NaN and inf reach the rows that see them and no other") {
   constexpr int64_t kOffset = 30, kRow = 50, kDim = 24;
   for_each_instruction_set([&](const std::string& isa) {
     for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat32}) {
-      const Setup setup = make_setup(spec, dtype, kDim, true, 3);
+      const Setup setup = make_setup(spec, dtype, kDim, kCausal, 3);
       for (const double value : {double{NAN}, double{INFINITY}}) {
         for (const char tensor : {'k', 'v'}) {
           const AttentionOutput r = run_with(setup, tensor, kRow + kOffset, value);
@@ -218,7 +218,7 @@ TEST("less workspace means fewer threads, too little is refused") {
 TEST("the caller's denormal mode is kept") {
 #if defined(__SSE2__)
   const Setup setup =
-      make_setup({.name = "", .seqlen_q = 40, .seqlen_k = 40}, Dtype::kFloat32, 8, true);
+      make_setup({.name = "", .seqlen_q = 40, .seqlen_k = 40}, Dtype::kFloat32, 8, kCausal);
   for (const unsigned mode : {0x1f80u, 0x9fc0u}) {  // denormals on, and off (FTZ | DAZ)
     _mm_setcsr(mode);
     Run(setup, cpu_backend())();
@@ -233,7 +233,7 @@ TEST("the caller's denormal mode is kept") {
 TEST("an instruction set that is not there is refused by name") {
   setenv("FLASHTILE_CPU_ISA", "quantum", 1);
   const Setup setup =
-      make_setup({.name = "", .seqlen_q = 4, .seqlen_k = 4}, Dtype::kFloat32, 8, true);
+      make_setup({.name = "", .seqlen_q = 4, .seqlen_k = 4}, Dtype::kFloat32, 8, kCausal);
   const RunResult result = Run(setup, cpu_backend())();
   CHECK(result.error.find("\"quantum\"") != std::string::npos);
   CHECK(std::string(flashtile::cpu::instruction_set_used()).empty());

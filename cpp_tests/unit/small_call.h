@@ -26,6 +26,8 @@ struct SmallCall {
   alignas(256) unsigned char workspace[1 << 20] = {};
   int32_t cu_q[3] = {0, 4, 8};
   int32_t cu_k[3] = {0, 6, 12};
+  int32_t used_q[2] = {4, 3};
+  int32_t used_k[2] = {0, 6};
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
   flashtile_forward_params forward;
   flashtile_backward_params backward;
@@ -76,6 +78,12 @@ struct SmallCall {
     problem.total_q = kRowsQ;
     problem.total_k = kRowsK;
     forward.lse_stride_head = backward.lse_stride_head = kRowsQ;
+  }
+
+  // Not all rows of every sequence are in use.
+  void set_seqused() {
+    problem.seqused_q = used_q;
+    problem.seqused_k = used_k;
   }
 
   static flashtile_tensor queries(float* data) {

@@ -1,0 +1,62 @@
+// What a test case is. It says nothing about dtype, head dims or backend: those multiply it.
+#pragma once
+
+#include <vector>
+
+#include "mask.h"
+
+namespace flashtile::test {
+
+// How tensors lie in memory. Everything that is not the tensor is NaN.
+enum class Layout {
+  kDense,      // (batch, seq, heads, dim) without gaps; the allocation ends with the tensor
+  kHeadMajor,  // (batch, heads, seq, dim) transposed
+  kPadded,     // gaps after every head and every row, 16-byte aligned, as in a packed qkv
+  kOdd,        // odd gaps and an odd start: only element-aligned
+  kSeqMajor,   // (seq, batch, heads, dim)
+  kMixed,      // q dense, k padded, v head-major, gradients seq-major
+  kBroadcast,  // k and v with head stride 0 (MQA only), dout with every stride 0
+};
+
+// What is in q, k, v.
+enum class Values {
+  kNormal,        // standard normal
+  kTriple,        // 3 times that
+  kVeryNegative,  // every logit near -120: q[0] = 1, k[0] = -120 / softmax_scale
+  kPeaked,        // one key holds nearly all the weight
+  kHuge,          // all 8192: logits above 5e8; out is v
+  kZeroScale,     // softmax_scale 0
+  kNegativeScale,
+  kNan,  // one NaN in q and in dout, one infinity in v; forward only
+};
+
+// head_dim of q and k, head_dim_v of v and out; from one number, both.
+struct HeadDims {
+  int qk, v;
+  HeadDims(int both) : qk(both), v(both) {}  // NOLINT(google-explicit-constructor): 64 is {64, 64}
+  HeadDims(int qk, int v) : qk(qk), v(v) {}
+};
+
+struct Case {
+  const char* name;
+  int batch = 1;
+  int heads = 1;
+  int heads_kv = 1;
+  int seqlen_q = 0;
+  int seqlen_k = 0;
+  std::vector<int> lengths_q = {};  // not empty: varlen, and batch, seqlen_q, seqlen_k are unread
+  std::vector<int> lengths_k = {};
+  std::vector<int> used_q = {};  // rows in use of every sequence; empty: all, and no pointer passed
+  std::vector<int> used_k = {};
+  int tail_q = 0;  // varlen: rows beyond the last sequence
+  int tail_k = 0;
+  std::vector<Mask> masks = {kFull, kCausal};  // one run each
+  Layout layout = Layout::kDense;
+  Values values = Values::kNormal;
+  bool dlse = true;
+  bool deterministic = false;
+
+  bool is_varlen() const { return !lengths_q.empty(); }
+};
+
+}  // namespace flashtile::test
