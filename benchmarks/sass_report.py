@@ -104,8 +104,8 @@ class Kernel:
             inner = re.search(r"run\w*?I\w*?NS_\d+(\w+?)I?L?i?\d*E", self.symbol)
             return inner[1] if inner else self.symbol
         dtype = "bf16" if "nv_bfloat16" in self.symbol else "fp16"
-        mask = re.search(r"\d(Full|Causal|Band)Mask", self.symbol)
-        return f"{key[0]} d{key[1]} {key[2]} {dtype} {mask[1].lower() if mask else ''}".rstrip()
+        
+        return f"{key[0]} d{key[1]} {key[2]} {dtype}"
 
 
 @dataclasses.dataclass

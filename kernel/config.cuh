@@ -26,22 +26,22 @@ struct ForwardConfig {
 // 32 rows per warp read shared memory half as often as 16; 16 rows suffice for the slower tensor
 // cores of the small class, whose shared memory holds two such blocks.
 FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) {
-  const bool large = memory == Memory::kLarge;
+  if (memory == Memory::kLarge) {
+    switch (head_dim) {
+      case 32: return {128, 128, 4, 2, false};
+      case 64:
+      case 96:
+      case 128: return {128, 64, 4, 2, false};
+      default: return {128, 64, 8, 1, false};
+    }
+  }
   switch (head_dim) {
-    case 32:
+    case 32: return {128, 128, 4, 2, false};
     case 64: return {128, 64, 4, 2, false};
     case 96:
-      return large ? ForwardConfig{128, 64, 4, 2, false}
-                   : ForwardConfig{64, 64, 4, 2, true};
-    case 128:
-      return large ? ForwardConfig{128, 64, 4, 2, false}
-                   : ForwardConfig{64, 64, 4, 2, true};
-    case 192:
-      return large ? ForwardConfig{128, 64, 8, 1, false}
-                   : ForwardConfig{64, 64, 4, 1, false};
-    default:
-      return large ? ForwardConfig{128, 64, 8, 1, false}
-                   : ForwardConfig{64, 64, 4, 1, false};
+    case 128: return {64, 64, 4, 2, true};
+    case 192: return {128, 64, 8, 1, false};
+    default: return {64, 64, 4, 1, false};
   }
 }
 

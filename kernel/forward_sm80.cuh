@@ -13,10 +13,12 @@
 #include "launch.cuh"
 #include "params.h"
 #include "slices.cuh"
+#include "tile/band_edges.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/load_sm80.cuh"
 #include "tile/mask.cuh"
 #include "tile/product_sm80.cuh"
+#include "tile/row_format.cuh"
 #include "tile/softmax.cuh"
 #include "tile/work.cuh"
 
@@ -24,12 +26,14 @@ namespace flashtile {
 
 struct ForwardSm80Params {
   ForwardParams forward;
+  RowFormat q, k, v, out;
+  int32_t plain_k, plain_v;  // is_plain(): 0 or 1, as one comparison takes it
   int32_t query_blocks;  // see query_blocks()
   float scale_log2;      // positive_scale_log2(softmax_scale)
   bool negate_q;         // softmax_scale < 0
 };
 
-template <int kHeadDim, Memory kMemory, class T, MaskPolicy Mask>
+template <int kHeadDim, Memory kMemory, class T>
 struct ForwardSm80 {
   using Params = ForwardSm80Params;
   static constexpr ForwardConfig kConfig = forward_config(kMemory, kHeadDim);
@@ -55,8 +59,7 @@ struct ForwardSm80 {
     const QueryTile work =
         query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
     if (work.empty()) return;
-    const Mask mask{work.sequence.seqlen_q, work.sequence.seqlen_k};
-    const KvRange range = key_blocks(mask, work.q0, kQueries, kKeys);
+    const BlockRange range = key_blocks(params, work);
 
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
@@ -69,7 +72,8 @@ struct ForwardSm80 {
     OnlineSoftmax<kRows> softmax(params.scale_log2);
 
     if (!range.empty()) {
-      KvStream stream(params.forward, work, range.end - 1, k_tile, thread);
+      KvStream stream(params, work, range.end - 1, k_tile, thread);
+      const BandEdges edges(band_mask(params, work), work.q0 + warp_row, lane);
       start(params, work, range.end - 1, q_tile, thread, stream);
 
       QOperand q(q_tile, lane, warp_row);
@@ -77,12 +81,14 @@ struct ForwardSm80 {
       const LaneAddress<KvTile> v(k_tile + kFromKToV, Lanes::kRowsFirst, lane);
       q.load();
       for (int j = range.end - 1;; --j) {
+        ptx::hide(j);
         Accumulator<kRows, kKeys> s;
         mma_ABt<T>(s, q, k);  // S = Q K_j^T
         ptx::cp_async_wait<0>();
         __syncthreads();  // V_j has landed; nobody reads K_j any more
-        if (j > range.begin) stream.load_previous_k();
-        if (range.is_edge(j)) apply_mask(s, mask, work.q0 + warp_row, j * kKeys, lane);
+        if (j > range.begin) stream.load_previous_k(params);
+        if (j >= range.full_end) edges.hide_right(s, j * kKeys);
+        if (j < range.full_begin) edges.hide_left(s, j * kKeys);
         softmax.raise_maximum(s, o);
         FLASHTILE_UNROLL
         for (int step = 0; step < kKeys / 16; ++step) {
@@ -95,32 +101,40 @@ struct ForwardSm80 {
         if (j == range.begin) break;
         ptx::cp_async_wait<0>();
         __syncthreads();  // K_{j-1} has landed; nobody reads V_j any more
-        stream.load_previous_v();
+        stream.load_previous_v(params);
       }
     }
     finish(params, o, softmax, q_tile);
   }
 
  private:
+  FLASHTILE_DEVICE static BandMask band_mask(const Params& params, const QueryTile& work) {
+    return BandMask(params.forward.problem.band, work.sequence.seqlen_q, work.sequence.seqlen_k);
+  }
+
+  // None for a tile whose queries are all unused.
+  FLASHTILE_DEVICE static BlockRange key_blocks(const Params& params, const QueryTile& work) {
+    if (work.q0 >= work.sequence.seqlen_q) return {0, 0, 0, 0};
+    return band_mask(params, work).key_blocks(work.q0, kQueries, kKeys);
+  }
+
   // The keys and values of one head on their way to shared memory, block after block.
   struct KvStream {
     typename KvLoader::Target target;
     KvLoader k, v;
 
-    FLASHTILE_DEVICE KvStream(const ForwardParams& params, const QueryTile& work, int block,
+    FLASHTILE_DEVICE KvStream(const Params& params, const QueryTile& work, int block,
                               uint32_t k_tile, int thread)
         : target(k_tile, thread),
-          k(loader(params.k, params.problem, work, block, thread)),
-          v(loader(params.v, params.problem, work, block, thread)) {}
+          k(loader(params.forward.k, params.forward.problem, work, block, thread)),
+          v(loader(params.forward.v, params.forward.problem, work, block, thread)) {}
 
-    FLASHTILE_DEVICE void load_previous_k() {
-      k.step_back();
-      k.template load<0>(target);
+    FLASHTILE_DEVICE void load_previous_k(const Params& params) {
+      k.template load_previous<0>(target, params.k, params.plain_k);
       ptx::cp_async_commit();
     }
-    FLASHTILE_DEVICE void load_previous_v() {
-      v.step_back();
-      v.template load<kFromKToV>(target);
+    FLASHTILE_DEVICE void load_previous_v(const Params& params) {
+      v.template load_previous<kFromKToV>(target, params.v, params.plain_v);
       ptx::cp_async_commit();
     }
 
@@ -142,40 +156,17 @@ struct ForwardSm80 {
     const QLoader q_loader(row_address(q, work.sequence, work.sequence.row_q + work.q0, work.head),
                            q.stride_seq, thread);
     const int keys = work.sequence.seqlen_k - block * kKeys;
-    q_loader.load_ragged(q_target, work.sequence.seqlen_q - work.q0);
-    stream.k.template load_ragged<0>(stream.target, keys);
+    q_loader.load(q_target, params.q, work.sequence.seqlen_q - work.q0);
+    stream.k.template load<0>(stream.target, params.k, keys);
     ptx::cp_async_commit();
-    stream.v.template load_ragged<kFromKToV>(stream.target, keys);
+    stream.v.template load<kFromKToV>(stream.target, params.v, keys);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     if (params.negate_q) negate(q_target);
     __syncthreads();  // Q and K have landed, and Q has its sign
   }
 
-  // Scores that the mask hides become -inf. q0, k0: this warp's first query, the block's first key.
-  FLASHTILE_DEVICE static void apply_mask(Accumulator<kRows, kKeys>& s, const Mask& mask, int q0,
-                                          int k0, int lane) {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < s.kRowBlocks; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int query = q0 + accumulator_row(lane, m, 2 * half);
-        const int first = k0 + accumulator_col(lane, 0, 0);
-        const int end = mask.key_end(query) - first;
-        const int begin = Mask::kHasBegin ? mask.key_begin(query) - first : 0;
-        FLASHTILE_UNROLL
-        for (int n = 0; n < s.kColBlocks; ++n) {
-          FLASHTILE_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const bool hidden = n * 8 + i >= end || (Mask::kHasBegin && n * 8 + i < begin);
-            if (hidden) s.d[m][n][2 * half + i] = negative_infinity();
-          }
-        }
-      }
-    }
-  }
-
-  // A row without keys is 0, also where a value that its neighbours see is NaN.
+  // A row without keys, or not in use, is 0, also where a value that its neighbours see is NaN.
   FLASHTILE_DEVICE static void clear_row(Accumulator<kRows, kHeadDim>& o, int m, int half,
                                          float& factor) {
     factor = 0.0f;
@@ -189,11 +180,11 @@ struct ForwardSm80 {
                                       const OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
     const QueryTile work =
         query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
-    const Mask mask{work.sequence.seqlen_q, work.sequence.seqlen_k};
+    const BandMask mask = band_mask(params, work);
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
     const int warp_row = thread / 32 * kRows;
-    const int rows = work.sequence.seqlen_q - work.q0;
+    const int rows = work.sequence.owned_q - work.q0;
     const RowView& lse = params.forward.lse;
     float* const lse_rows = lse.data + work.sequence.batch * lse.stride_batch +
                             work.head * lse.stride_head + work.sequence.row_q + work.q0;
@@ -204,7 +195,8 @@ struct ForwardSm80 {
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + accumulator_row(lane, m, 2 * half);
         const float sum = softmax.row_sum(m, half);
-        const bool empty = sees_no_key(mask, work.q0 + row);
+        const int query = work.q0 + row;
+        const bool empty = query >= work.sequence.seqlen_q || mask.sees_no_key(query);
         factor[m][half] = 1.0f / sum;
         if (empty) clear_row(o, m, half, factor[m][half]);
         if (lse.data != nullptr && lane % 4 == 0 && row < rows) {
@@ -216,16 +208,24 @@ struct ForwardSm80 {
     __syncwarp();
     store_global<QTile, kRows>(
         row_address(params.forward.out, work.sequence, work.sequence.row_q + work.q0, work.head),
-        params.forward.out.stride_seq, rows, q_tile, warp_row, lane);
+        params.forward.out.stride_seq, params.out, rows, q_tile, warp_row, lane);
   }
 };
 
-template <int kHeadDim, Memory kMemory, class T, class Mask>
+template <int kHeadDim, Memory kMemory, class T>
 Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
-  using Kernel = ForwardSm80<kHeadDim, kMemory, T, Mask>;
+  using Kernel = ForwardSm80<kHeadDim, kMemory, T>;
   const Problem& problem = params.problem;
+  const RowFormat k = key_format(params.k, problem, problem.head_dim);
+  const RowFormat v = key_format(params.v, problem, problem.head_dim_v);
   const ForwardSm80Params kernel_params{
       .forward = params,
+      .q = query_format(params.q, problem, problem.head_dim),
+      .k = k,
+      .v = v,
+      .out = query_format(params.out, problem, problem.head_dim_v),
+      .plain_k = is_plain(k, kHeadDim),
+      .plain_v = is_plain(v, kHeadDim),
       .query_blocks = static_cast<int32_t>(query_blocks(problem, Kernel::kQueries)),
       .scale_log2 = positive_scale_log2(problem.softmax_scale),
       .negate_q = problem.softmax_scale < 0.0f};
@@ -234,14 +234,9 @@ Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
 
 template <int kHeadDim, Memory kMemory>
 Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream) {
-  const bool causal = params.problem.is_causal();
-  if (params.problem.dtype == Dtype::kBFloat16) {
-    return causal
-               ? launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, CausalMask>(params, stream)
-               : launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16, FullMask>(params, stream);
-  }
-  return causal ? launch_forward_kernel<kHeadDim, kMemory, __half, CausalMask>(params, stream)
-                : launch_forward_kernel<kHeadDim, kMemory, __half, FullMask>(params, stream);
+  return params.problem.dtype == Dtype::kBFloat16
+             ? launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16>(params, stream)
+             : launch_forward_kernel<kHeadDim, kMemory, __half>(params, stream);
 }
 
 }  // namespace flashtile

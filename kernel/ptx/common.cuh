@@ -10,12 +10,14 @@
 #define FLASHTILE_DEVICE __device__ __forceinline__
 #define FLASHTILE_HOST_DEVICE __host__ __device__ constexpr
 #define FLASHTILE_UNROLL _Pragma("unroll")
+#define FLASHTILE_ROLL _Pragma("unroll 1")
 
 namespace flashtile::ptx {
 
 // The compiler forgets what it knows about x: keeps it from hoisting, rematerialising or folding an
 // address that the kernel wants in one register.
 FLASHTILE_DEVICE void hide(uint32_t& x) { asm volatile("" : "+r"(x)); }
+FLASHTILE_DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 template <class T>
 FLASHTILE_DEVICE void hide(T*& x) {
   asm volatile("" : "+l"(x));

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "accumulator.cuh"
+#include "load_sm80.cuh"
+#include "row_format.cuh"
 #include "smem_tile.cuh"
 
 namespace flashtile {
@@ -28,20 +30,27 @@ FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane,
 }
 
 // The warp's rows [row0, row0 + kRows) of the tile to global memory; rows from `rows` on do not
-// exist. `first_row`: the tile's row 0; `stride` in elements.
+// exist. `first_row`: the tile's row 0; `stride` in elements. Lanes share rows as in load_row().
 template <class Tile, int kRows>
-FLASHTILE_DEVICE void store_global(void* first_row, int64_t stride, int rows, uint32_t tile,
+FLASHTILE_DEVICE void store_global(void* first_row, int64_t stride, const RowFormat& format, int rows, uint32_t tile,
                                    int row0, int lane) {
-  constexpr int kChunksPerRow = Tile::kCols / 8;
-  constexpr int kRowsPerPass = 32 / kChunksPerRow;
-  char* const target = static_cast<char*>(first_row);
-  const int chunk = lane % kChunksPerRow;
-  FLASHTILE_UNROLL
+  constexpr int kRowsPerPass = 32 / kThreadsPerRow;
+  const int chunk = lane % kThreadsPerRow;
+  const bool plain = format.aligned && format.bytes == 2 * Tile::kCols;
+  FLASHTILE_ROLL
   for (int i = 0; i < kRows; i += kRowsPerPass) {
-    const int row = row0 + i + lane / kChunksPerRow;
-    if (row < rows) {
-      const uint4 x = ptx::lds_u32x4(tile + Tile::offset(row, chunk));
-      *reinterpret_cast<uint4*>(target + row * stride * 2 + chunk * kChunkBytes) = x;
+    const int row = row0 + i + load_row(lane);
+    if (row >= rows) continue;
+    char* const target = static_cast<char*>(first_row) + row * stride * 2 + chunk * kChunkBytes;
+    FLASHTILE_UNROLL
+    for (int c = 0; c < Tile::kCols / 8; c += kThreadsPerRow) {
+      const uint4 x = ptx::lds_u32x4(tile + Tile::offset(row, chunk + c));
+      char* const place = target + c * kChunkBytes;
+      if (plain) {
+        *reinterpret_cast<uint4*>(place) = x;
+      } else {
+        store_chunk(place, x, format.bytes - (chunk + c) * kChunkBytes, format.aligned);
+      }
     }
   }
 }

@@ -1,5 +1,8 @@
 // Copies tiles from global to shared memory with cp.async, all threads of a block together.
 //
+// Rows that fill the tile and are 16-byte aligned take straight-line code; all others one rolled
+// loop, whose chunks end where the row ends (row_format.cuh).
+//
 // Four threads share a row: each moves every fourth 16-byte chunk, so that a thread needs one
 // pointer and few sums, and the chunks of a row are immediates of the instruction. Eight
 // neighbouring threads, whose 16 bytes go to shared memory at once, take rows r and r + 4: the
@@ -7,11 +10,13 @@
 #pragma once
 
 #include "../ptx/ampere.cuh"
+#include "row_format.cuh"
 #include "smem_tile.cuh"
 
 namespace flashtile {
 
 inline constexpr int kThreadsPerRow = 4;
+inline constexpr int kChunkStep = kThreadsPerRow * kChunkBytes;  // between a thread's chunks
 
 // Row of a thread in a pass over the tile. Of every eight rows, in the order of threads: 0 4 1 5 2
 // 6 3 7.
@@ -33,7 +38,7 @@ struct LoadTarget {
 
   FLASHTILE_DEVICE LoadTarget(uint32_t tile, int thread) {
     base[0] = tile + Tile::offset(load_row(thread), thread % kThreadsPerRow);
-    base[1] = base[0] ^ (kThreadsPerRow * kChunkBytes);
+    base[1] = base[0] ^ kChunkStep;
     ptx::hide(base[0]);
     ptx::hide(base[1]);
   }
@@ -43,57 +48,78 @@ struct LoadTarget {
   }
 };
 
-// A thread's place in global memory: walks backwards over the tiles of one head.
+// A thread's place in global memory: walks backwards over the rows of one head.
 template <class Tile, int kThreads>
 struct TileLoader {
   using Target = LoadTarget<Tile, kThreads>;
 
-  const char* source;  // this thread's first chunk in the current tile
+  const char* source;  // this thread's first chunk in its first row of the current tile
   int64_t pass_bytes;  // from row r to row r + kRowsPerPass
-  int row;             // this thread's first row in the tile
 
-  // `first_row`: the tile's row 0, column 0. Rows are 16-byte aligned, `stride` is in elements.
+  // `first_row`: the tile's row 0, column 0. `stride` in elements.
   FLASHTILE_DEVICE TileLoader(const void* first_row, int64_t stride, int thread) {
-    row = load_row(thread);
-    source = static_cast<const char*>(first_row) + row * stride * 2 +
+    source = static_cast<const char*>(first_row) + load_row(thread) * stride * 2 +
              thread % kThreadsPerRow * kChunkBytes;
     pass_bytes = stride * 2 * Target::kRowsPerPass;
   }
 
-  FLASHTILE_DEVICE void step_back() {
-    source -= pass_bytes * Target::kPasses;
-    ptx::hide(source);
+  // The tile before the current one. All its rows exist; `plain` as is_plain() has it.
+  template <int kTileBytes = 0>
+  FLASHTILE_DEVICE void load_previous(const Target& target, const RowFormat& format, bool plain) {
+    if (!plain) {
+      source -= pass_bytes * Target::kPasses;
+      load<kTileBytes>(target, format, Tile::kRows);
+      return;
+    }
+    FLASHTILE_UNROLL
+    for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
+      source -= pass_bytes;
+      ptx::hide(source);
+      FLASHTILE_UNROLL
+      for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
+        ptx::cp_async_16(target.at(pass, chunk) + kTileBytes,
+                         source + chunk * kChunkStep);
+      }
+    }
   }
 
-  // All rows of the tile exist.
+  // The current tile. Rows from `rows` on do not exist: they become zeros, as do the columns past
+  // the end of a row. Neither is read.
   template <int kTileBytes = 0>
-  FLASHTILE_DEVICE void load(const Target& target) const {
-    copy<kTileBytes>(
-        [&](uint32_t shared, const char* global, int) { ptx::cp_async_16(shared, global); },
-        target);
-  }
-
-  // Rows from `rows` on do not exist: they become zeros, and are not read.
-  template <int kTileBytes = 0>
-  FLASHTILE_DEVICE void load_ragged(const Target& target, int rows) const {
-    copy<kTileBytes>([&](uint32_t shared, const char* global,
-                         int tile_row) { ptx::cp_async_16(shared, global, tile_row < rows); },
-                     target);
+  FLASHTILE_DEVICE void load(const Target& target, const RowFormat& format, int rows) const {
+    const int thread = ptx::thread_index();
+    const int column = thread % kThreadsPerRow * kChunkBytes;
+    const char* row_source = source;
+    uint32_t shared = target.base[0] + kTileBytes;
+    FLASHTILE_ROLL
+    for (int row = load_row(thread); row < Tile::kRows; row += Target::kRowsPerPass) {
+      const int bytes = row < rows ? format.bytes - column : 0;
+      if (format.aligned) {
+        copy_row_16(shared, row_source, bytes);
+      } else {
+        copy_row_elements(shared, row_source, bytes);
+      }
+      shared += Target::kRowsPerPass * kPanelRowBytes;
+      row_source += pass_bytes;
+    }
   }
 
  private:
-  template <int kTileBytes, class Copy>
-  FLASHTILE_DEVICE void copy(const Copy& copy_16, const Target& target) const {
-    const char* row_source = source;
+  // This thread's chunks of a row, of which `bytes` exist from the first one on.
+  FLASHTILE_DEVICE static void copy_row_16(uint32_t shared, const char* row, int bytes) {
     FLASHTILE_UNROLL
-    for (int pass = 0; pass < Target::kPasses; ++pass) {
-      FLASHTILE_UNROLL
-      for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
-        copy_16(target.at(pass, chunk) + kTileBytes,
-                row_source + chunk * kThreadsPerRow * kChunkBytes,
-                row + pass * Target::kRowsPerPass);
-      }
-      row_source += pass_bytes;
+    for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
+      const int step = chunk * kChunkStep;
+      ptx::cp_async_16((shared ^ (chunk % 2 * kChunkStep)) + chunk / 2 * Tile::kPanelBytes,
+                       row + step, min(max(bytes - step, 0), kChunkBytes));
+    }
+  }
+  FLASHTILE_DEVICE static void copy_row_elements(uint32_t shared, const char* row, int bytes) {
+    FLASHTILE_ROLL
+    for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
+      const int step = chunk * kChunkStep;
+      ptx::sts_u32x4((shared ^ (chunk % 2 * kChunkStep)) + chunk / 2 * Tile::kPanelBytes,
+                     load_elements(row + step, bytes - step));
     }
   }
 };

@@ -15,8 +15,6 @@ namespace flashtile {
 
 inline constexpr float kSlack = 8.0f;
 
-FLASHTILE_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
-
 // State of one warp's rows: indices [row block][half], rows 16 m + 8 half + lane / 4.
 template <int kRows>
 struct OnlineSoftmax {
