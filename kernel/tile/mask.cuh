@@ -37,9 +37,12 @@ struct BandMask {
 
   FLASHTILE_HOST_DEVICE BandMask(const Band& band, int seqlen_q, int seqlen_k)
       : seqlen_q(seqlen_q), seqlen_k(seqlen_k), lowest(-kLongestSequence), highest(seqlen_k) {
+    constexpr int64_t kFar = int64_t{1} << 32;  // beyond every difference of two positions
     const int64_t shift = band.top_left ? 0 : int64_t{seqlen_k} - seqlen_q;
-    if (band.left >= 0) lowest = clamp(shift - band.left, kLongestSequence);
-    if (band.right >= 0) highest = clamp(shift + band.right + 1, seqlen_k);
+    const int64_t left = band.left < kFar ? band.left : kFar;
+    const int64_t right = band.right < kFar ? band.right : kFar;
+    if (left >= 0) lowest = clamp(shift - left, kLongestSequence);
+    if (right >= 0) highest = clamp(shift + right + 1, seqlen_k);
   }
 
   FLASHTILE_HOST_DEVICE int key_begin(int q) const { return max_of(q + lowest, 0); }
@@ -52,10 +55,11 @@ struct BandMask {
   // Blocks of keys that the queries [q0, q0 + block_q) see, q0 < seqlen_q.
   FLASHTILE_HOST_DEVICE BlockRange key_blocks(int q0, int block_q, int block_k) const {
     const int last = min_of(q0 + block_q, seqlen_q) - 1;
-    return {.begin = key_begin(q0) / block_k,
+    const int first_key = key_begin(q0);
+    return {.begin = first_key / block_k,
             .full_begin = ceil_div(key_begin(last), block_k),
             .full_end = max_of(key_end(q0), 0) / block_k,
-            .end = ceil_div(max_of(key_end(last), 0), block_k)};
+            .end = first_key < seqlen_k ? ceil_div(max_of(key_end(last), 0), block_k) : 0};
   }
 
   // Blocks of queries that see some of the keys [k0, k0 + block_k), k0 < seqlen_k. Queries past the
