@@ -292,6 +292,13 @@ void Block::arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, u
   try_release(id);
 }
 
+void Block::vote(uint32_t id, const BarrierResult& result, uint32_t set) {
+  BarrierState& b = barriers[id];
+  b.any = b.any || set != 0;
+  b.all = b.all && set == result.lanes;
+  b.results.push_back(result);
+}
+
 void Block::try_release(uint32_t id) {
   BarrierState& b = barriers[id];
   if (b.arrived.empty()) return;
@@ -302,6 +309,11 @@ void Block::try_release(uint32_t id) {
     clocks.join_all();
   else
     clocks.join(b.arrived, b.waiting);
+  for (const BarrierResult& result : b.results) {
+    uint32_t& predicate = result.warp->pred(result.predicate);
+    const bool value = result.is_or ? b.any : b.all;
+    predicate = value ? predicate | result.lanes : predicate & ~result.lanes;
+  }
   b = {};
   for (Warp& warp : warps) {
     for (Split& s : warp.others) {

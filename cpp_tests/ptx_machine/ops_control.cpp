@@ -89,6 +89,21 @@ void barrier(Warp& warp, const Inst& inst, uint32_t mask) {
   warp.block->arrive(warp, id, mask, expected, count, kWait);
 }
 
+// bar.red of a predicate over the whole block. Operands: result, barrier, source and its negation.
+template <bool kOr>
+void reducing_barrier(Warp& warp, const Inst& inst, uint32_t mask) {
+  if (warp.needs_lanes(mask, warp.live)) return;
+  const int32_t* o = inst.operand;
+  const uint32_t id = uniform(warp, o[1], mask, "barrier numbers");
+  if (id >= kBarriers)
+    warp.block->fail(Error::kDivergence, warp, warp.pc, __builtin_ctz(mask), "barrier number above 15");
+  const uint32_t set = (warp.pred(o[2]) ^ static_cast<uint32_t>(o[3])) & mask;
+  ++warp.block->counters->barriers;
+  warp.block_on(Wait::kBarrier, id, warp.pc + 1, mask);
+  warp.block->vote(id, {&warp, o[0], mask, kOr}, set);
+  warp.block->arrive(warp, id, mask, 0, kLanes, true);
+}
+
 void warp_barrier(Warp& warp, const Inst& inst, uint32_t mask) {
   const uint32_t members =
       uniform(warp, inst.operand[0], mask, "masks for bar.warp.sync") & warp.live;
@@ -130,6 +145,10 @@ void add_control_ops(OpTable& t) {
   t.add("barrier.arrive.aligned", "rr", barrier<true, true, false>);
   t.add("barrier.cta.sync", "r", barrier<false, false, true>);
   t.add("barrier.cta.sync.aligned", "r", barrier<true, false, true>);
+  for (const char* name : {"bar.red", "barrier.cta.red.aligned"}) {
+    t.add(std::string(name) + ".or.pred", "p=rq", reducing_barrier<true>);
+    t.add(std::string(name) + ".and.pred", "p=rq", reducing_barrier<false>);
+  }
   t.add("bar.warp.sync", "r", warp_barrier);
   for (const char* scope : {"cta", "gl", "sys"}) t.add(std::string("membar.") + scope, "", nothing);
   for (const char* order : {"sc", "acq_rel", "acquire", "release"}) {

@@ -101,11 +101,21 @@ struct Warp {
   bool has_runnable() const;
 };
 
+// Where a warp's lanes get what a reducing barrier found.
+struct BarrierResult {
+  Warp* warp;
+  int32_t predicate;  // its place in the registers
+  uint32_t lanes;
+  bool is_or;
+};
+
 struct BarrierState {
   uint32_t expected = 0;     // threads; 0: all of the block
   uint32_t count = 0;        // arrived, counted as the hardware does: 32 for a warp
   std::vector<int> arrived;  // threads at bar.arrive and bar.sync
   std::vector<int> waiting;  // threads at bar.sync
+  std::vector<BarrierResult> results;
+  bool any = false, all = true;  // over the predicates given so far
 };
 
 struct Block {
@@ -135,6 +145,7 @@ struct Block {
   void run();
   void arrive(Warp& warp, uint32_t id, uint32_t lanes, uint32_t expected, uint32_t count,
               bool wait);
+  void vote(uint32_t id, const BarrierResult& result, uint32_t set);  // before arrive
 
   // Reports and aborts the launch.
   [[noreturn]] void fail(Error kind, const Warp& warp, uint32_t pc, int lane,

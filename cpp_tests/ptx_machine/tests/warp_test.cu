@@ -239,6 +239,15 @@ __global__ void relay(int* out, int rounds) {
   if (threadIdx.x >= 32) out[lane] = sum;
 }
 
+// Two warps, of which one thread may differ from the others.
+__global__ void block_votes(int* out) {
+  const int t = static_cast<int>(threadIdx.x);
+  out[t] = __syncthreads_or(t == 37);
+  out[64 + t] = __syncthreads_or(t == 100);
+  out[128 + t] = __syncthreads_and(t != 37);
+  out[192 + t] = __syncthreads_and(t != 100);
+}
+
 }  // namespace
 
 TEST("shuffles, votes, match, redux") {
@@ -320,5 +329,16 @@ TEST("named barriers hand over without a report") {
     relay<<<1, 64>>>(out.get(), 50);
     ptx_test::check_clean();
     for (int l = 0; l < 32; ++l) CHECK_EQ(out[l], 1225 * (31 - l));
+  }
+}
+TEST("votes of a whole block") {
+  for (uint64_t seed = 1; seed <= 3; ++seed) {
+    ptx_test::fresh_machine(seed);
+    const Array<int> out(4 * 64);
+    block_votes<<<1, 64>>>(out.get());
+    ptx_test::check_clean();
+    for (int t = 0; t < 64; ++t) {
+      CHECK(out[t] != 0 && out[64 + t] == 0 && out[128 + t] == 0 && out[192 + t] != 0);
+    }
   }
 }
