@@ -56,7 +56,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
 
-COPIES = ("LDGSTS", "RED", "ATOMG", "STS", "LDSM", "BAR")
+COPIES = ("LDGSTS", "RED", "ATOMG", "LDSM", "BAR")
 
 
 @dataclasses.dataclass(frozen=True)

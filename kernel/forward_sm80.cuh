@@ -50,10 +50,11 @@ struct ForwardSm80 {
   using QLoader = TileLoader<QTile, kThreads>;
   using KvLoader = TileLoader<KvTile, kThreads>;
 
-  // Shared memory: Q, later O; then K; then V.
-  static constexpr int kSharedBytes = QTile::kBytes + 2 * KvTile::kBytes;
+  // Shared memory: Q, later O; then K; then V; then the shifts of the softmax.
   static constexpr int kFromKToV = KvTile::kBytes;
-  static_assert(kSharedBytes <= shared_memory_limit(kMemory));
+  static constexpr int kFromQToShifts = QTile::kBytes + 2 * KvTile::kBytes;
+  static constexpr int kSharedBytes = kFromQToShifts + kQueries * sizeof(float);
+  static_assert(kBlocksPerSm * (kSharedBytes + 1024) <= shared_memory_limit(kMemory) + 1024);
 
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
     const QueryTile work =
@@ -69,7 +70,7 @@ struct ForwardSm80 {
 
     Accumulator<kRows, kHeadDim> o;  // not yet divided by the row sums
     clear(o);
-    OnlineSoftmax<kRows> softmax(params.scale_log2);
+    OnlineSoftmax<kRows> softmax(params.scale_log2, q_tile + kFromQToShifts + warp_row * 4);
 
     if (!range.empty()) {
       KvStream stream(params, work, range.end - 1, k_tile, thread);
