@@ -21,30 +21,18 @@
 namespace flashtile {
 namespace {
 
-// What the CPU backend does not serve yet.
-Status check_served(const Target& target, const Problem& p) {
-  if (target.device == FLASHTILE_CUDA) return FLASHTILE_OK;
-  const bool plain = p.band.left < 0 && p.band.right <= 0 && !p.band.top_left;
-  if (plain && p.seqused_q == nullptr && p.seqused_k == nullptr && p.head_dim == p.head_dim_v)
-    return FLASHTILE_OK;
-  return fail(FLASHTILE_UNSUPPORTED, "windows, top-left alignment, seqused and head_dim_v other than "
-                                     "head_dim are not served yet");
-}
-
 struct Plan {
   PlanName name;
   size_t workspace_bytes = 0;
 };
 
 Status plan(const Target& target, const ForwardParams& params, Plan& plan) {
-  if (Status s = check_served(target, params.problem)) return s;
   return target.device == FLASHTILE_CPU
              ? cpu::forward_plan(params.problem, plan.name, plan.workspace_bytes)
              : cuda::forward_plan(params, target.device_index, plan.name, plan.workspace_bytes);
 }
 
 Status plan(const Target& target, const BackwardParams& params, Plan& plan) {
-  if (Status s = check_served(target, params.problem)) return s;
   return target.device == FLASHTILE_CPU
              ? cpu::backward_plan(params.problem, plan.name, plan.workspace_bytes)
              : cuda::backward_plan(params, target.device_index, plan.name, plan.workspace_bytes);

@@ -9,7 +9,7 @@
 
 #include "../check.h"
 #include "../numbers.h"
-#include "cpu/amx_pack.h"
+#include "cpu/tiles_pack.h"
 #include "cpu/exp2.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"

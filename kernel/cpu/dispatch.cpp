@@ -9,6 +9,7 @@
 
 #include "backend.h"
 #include "engine.h"
+#include "unused_rows.h"
 #if defined(FLASHTILE_CPU_HAVE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -23,6 +24,10 @@ namespace {
 
 // Query rows per key/value head (the whole group's) up to which the decode pass is faster.
 constexpr int64_t kDecodeRows = 16;
+
+int64_t decode_queries(const Problem& problem) {
+  return kDecodeRows / (problem.num_heads / problem.num_heads_kv);
+}
 
 struct InstructionSet {
   const char* name;
@@ -110,7 +115,7 @@ const char* dtype_name(Dtype dtype) {
 }
 
 bool is_decode(const Problem& problem, const Extent& extent) {
-  return problem.num_heads / problem.num_heads_kv * extent.max_q <= kDecodeRows;
+  return extent.max_q <= decode_queries(problem);
 }
 
 Extent exact_extent(const Problem& problem) {
@@ -128,17 +133,26 @@ Extent exact_extent(const Problem& problem) {
 int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > total ? total : hint; }
 
 // Without reading cu_seqlens: room for all threads if the longest lengths were told truly, and for
-// one thread if they were not.
+// one thread if they were not. `most_queries`: with longer sequences the pass does not run.
 template <class Params>
-size_t planned_bytes(const Pass<Params>& pass, const Problem& problem) {
+size_t planned_bytes(const Pass<Params>& pass, const Problem& problem,
+                     int64_t most_queries = INT64_MAX) {
+  const auto at_most = [&](int64_t max_q, int64_t max_k) {
+    return Extent{max_q < most_queries ? max_q : most_queries, max_k};
+  };
   if (!problem.is_varlen()) {
-    return pass.scratch(problem, {problem.seqlen_q, problem.seqlen_k}, max_threads()).wanted;
+    return pass.scratch(problem, at_most(problem.seqlen_q, problem.seqlen_k), max_threads()).wanted;
   }
-  const Extent hint = {clamp_hint(problem.seqlen_q, problem.total_q),
-                       clamp_hint(problem.seqlen_k, problem.total_k)};
+  const Extent hint = at_most(clamp_hint(problem.seqlen_q, problem.total_q),
+                              clamp_hint(problem.seqlen_k, problem.total_k));
+  const Extent most = at_most(problem.total_q, problem.total_k);
   const size_t wanted = pass.scratch(problem, hint, max_threads()).wanted;
-  const size_t needed = pass.scratch(problem, {problem.total_q, problem.total_k}, 1).minimum;
+  const size_t needed = pass.scratch(problem, most, 1).minimum;
   return wanted > needed ? wanted : needed;
+}
+
+size_t planned_decode_bytes(const Engine& engine, const Problem& problem) {
+  return planned_bytes(engine.decode, problem, decode_queries(problem));
 }
 
 template <class Params>
@@ -156,6 +170,7 @@ Status run(const Pass<Params>& pass, const Params& params, const Extent& extent)
                 params.workspace == nullptr ? size_t{0} : params.workspace_bytes, needed);
   }
   pass.run(params, extent, threads);
+  clear_unused(params);
   return FLASHTILE_OK;
 }
 
@@ -168,9 +183,11 @@ Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_by
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
   std::snprintf(name.text, sizeof name.text, "%s_cpu_%s_%s", decode ? "decode" : "forward",
                 set->name, dtype_name(problem.dtype));
-  workspace_bytes = planned_bytes(decode ? engine.decode : engine.forward, problem);
+  workspace_bytes =
+      decode ? planned_decode_bytes(engine, problem) : planned_bytes(engine.forward, problem);
   if (problem.is_varlen()) {  // the lengths may turn out to need the other pass
-    const size_t other = planned_bytes(decode ? engine.forward : engine.decode, problem);
+    const size_t other =
+        decode ? planned_bytes(engine.forward, problem) : planned_decode_bytes(engine, problem);
     if (other > workspace_bytes) workspace_bytes = other;
   }
   return FLASHTILE_OK;

@@ -2,23 +2,19 @@
 #include "engine.h"
 
 #include "backward.h"
+#include "backward_vector.h"
 #include "decode.h"
 #include "forward.h"
+#include "forward_vector.h"
+#include "pass.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 namespace {
 
-template <class Work, class Params>
-constexpr Pass<Params> pass_of() {
-  return {&Work::scratch, [](const Params& params, const Extent& extent, int threads) {
-            Work(params, extent, threads).run();
-          }};
-}
-
 template <class T>
 constexpr Engine engine_of() {
-  return {pass_of<Forward<T>, ForwardParams>(), pass_of<Decode<T>, ForwardParams>(),
-          pass_of<Backward<T>, BackwardParams>()};
+  return {pass_of<Forward<VectorForward<T>>, ForwardParams>(), pass_of<Decode<T>, ForwardParams>(),
+          pass_of<Backward<VectorBackward<T>>, BackwardParams>()};
 }
 
 }  // namespace

@@ -68,16 +68,4 @@ struct Matrix {
   FLASHTILE_INLINE C* row(int64_t r) const { return data + r * stride; }
 };
 
-// Which keys the queries of a tile see: query i sees the keys [0, end(i)), key j is seen by the
-// queries [begin(j), queries). All numbers are relative to the tile.
-struct Visible {
-  int64_t diagonal;  // query i sees key j when j < i + diagonal
-  int64_t keys;
-  FLASHTILE_INLINE int64_t end(int64_t query) const {
-    return smaller_of(larger_of(query + diagonal, 0), keys);
-  }
-  FLASHTILE_INLINE int64_t begin(int64_t key) const { return larger_of(key - diagonal + 1, 0); }
-  FLASHTILE_INLINE bool all() const { return diagonal >= keys; }
-};
-
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

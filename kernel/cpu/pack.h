@@ -1,6 +1,7 @@
 // Packing: rows of a tensor, in any layout and any storage format, become right operands of gemm.h.
 #pragma once
 
+#include "gemm.h"
 #include "sequence.h"
 #include "storage.h"
 

@@ -1,29 +1,29 @@
-// Where the rows of one (sequence, head) lie, dense or varlen.
+// Where the rows in use of one (sequence, head) lie, dense or varlen.
 #pragma once
 
-#include "gemm.h"
 #include "params.h"
+#include "visible.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
 struct Sequence {
-  int64_t batch;
-  int64_t q_begin, q_len;  // rows of the packed tensor when varlen, else 0 and seqlen_q
+  int64_t batch;           // what stride_batch is multiplied with: 0 when varlen
+  int64_t q_begin, q_len;  // rows of the packed tensor when varlen, else 0 and up
   int64_t k_begin, k_len;
+  Visible visible;
 };
 
-inline Sequence sequence_of(const Problem& problem, int64_t batch) {
-  if (problem.cu_seqlens_q == nullptr) return {batch, 0, problem.seqlen_q, 0, problem.seqlen_k};
-  const int64_t q = problem.cu_seqlens_q[batch];
-  const int64_t k = problem.cu_seqlens_k[batch];
-  return {0, q, problem.cu_seqlens_q[batch + 1] - q, k, problem.cu_seqlens_k[batch + 1] - k};
-}
-
-// The keys that the queries [q0, ...) see of the keys [k0, k0 + keys).
-inline Visible visible_keys(const Problem& problem, const Sequence& seq, int64_t q0, int64_t k0,
-                            int64_t keys) {
-  if (problem.band.right != 0) return {keys, keys};
-  return {q0 + seq.k_len - seq.q_len - k0 + 1, keys};
+inline Sequence sequence_of(const Problem& problem, int64_t index) {
+  Sequence seq = {index, 0, problem.seqlen_q, 0, problem.seqlen_k, {}};
+  if (problem.is_varlen()) {
+    const int32_t* const q = problem.cu_seqlens_q + index;
+    const int32_t* const k = problem.cu_seqlens_k + index;
+    seq = {0, q[0], q[1] - q[0], k[0], k[1] - k[0], {}};
+  }
+  if (problem.seqused_q != nullptr) seq.q_len = problem.seqused_q[index];
+  if (problem.seqused_k != nullptr) seq.k_len = problem.seqused_k[index];
+  seq.visible = visible_of(problem, seq.q_len, seq.k_len);
+  return seq;
 }
 
 template <class T>

@@ -1,10 +1,12 @@
-// Online softmax over rows of a score tile (FlashAttention-2, Algorithm 1), in base 2: the scores
-// already carry the factor softmax_scale * log2(e).
+// Online softmax over rows of a score tile (FlashAttention-2, Algorithm 1), in base 2. A score times
+// `factor` is a logit in base 2; factor > 0. The largest score is subtracted before the factor is
+// applied: that difference is exact where it matters, so that logits of any size come out right.
 #pragma once
 
 #include "exp2.h"
 #include "gemm.h"
 #include "storage.h"
+#include "visible.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
@@ -44,37 +46,40 @@ FLASHTILE_INLINE C row_maximum(const C* scores, int64_t count) {
   return largest_lane<C>(larger<C>(larger<C>(best[0], best[1]), larger<C>(best[2], best[3])));
 }
 
-// Replaces `seen` scores by the weights 2^(score - largest) and the rest up to `width` by zeros,
-// and updates the state. Returns the factor that the row's earlier output has to be multiplied
-// with. `width` may be rounded up to whole vectors.
-template <class C, int kDegree>
-FLASHTILE_INLINE C weigh_row(C* scores, int64_t seen, int64_t width, RowState<C>& state) {
+// The scores of `seen` become the weights 2^(factor * (score - largest)); the rest of `width`, whose
+// ends are rounded to whole vectors, gets weight 0. Updates the state; returns what the row's earlier
+// output has to be multiplied with. Weights may replace the scores.
+template <class C, int kDegree, class Weight>
+FLASHTILE_INLINE C weigh_row(C* scores, const Range& seen, const Range& width, C factor,
+                             Weight* weights, RowState<C>& state) {
   constexpr int kWidth = kLanes<C>;
-  const int64_t end = round_up(width, kWidth);
-  for (int64_t i = seen; i < end; ++i) scores[i] = -kInfinity<C>;
-  const C found = row_maximum(scores, end);
+  const int64_t begin = round_down(width.begin, kWidth), end = round_up(width.end, kWidth);
+  for (int64_t i = begin; i < smaller_of(seen.begin, end); ++i) scores[i] = -kInfinity<C>;
+  for (int64_t i = larger_of(seen.end, begin); i < end; ++i) scores[i] = -kInfinity<C>;
+  const C found = row_maximum(scores + begin, end - begin);
   const C largest = found > state.largest ? found : state.largest;
   const C base = largest == -kInfinity<C> ? C{0} : largest;  // -inf - -inf would be NaN
   Vec<C> sum[2] = {Vec<C>{}, Vec<C>{}};
-  int64_t i = 0;
+  int64_t i = begin;
   for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
-      const Vec<C> weight = exp2<C, kDegree>(load(scores + i + u * kWidth) - base);
+      const Vec<C> weight = exp2<C, kDegree>((load(scores + i + u * kWidth) - base) * factor);
       sum[u] += weight;
-      store(scores + i + u * kWidth, weight);
+      write(weights + i + u * kWidth, weight);
     }
   }
   if (i < end) {
-    const Vec<C> weight = exp2<C, kDegree>(load(scores + i) - base);
+    const Vec<C> weight = exp2<C, kDegree>((load(scores + i) - base) * factor);
     sum[0] += weight;
-    store(scores + i, weight);
+    write(weights + i, weight);
   }
-  const C factor =
-      largest == state.largest ? C{1} : exp2<C, kDegree>(splat(state.largest - base))[0];
+  const C rescale = largest == state.largest
+                        ? C{1}
+                        : exp2<C, kDegree>(splat((state.largest - base) * factor))[0];
   state.largest = largest;
-  state.sum = state.sum * factor + sum_of_lanes<C>(sum[0] + sum[1]);
-  return factor;
+  state.sum = state.sum * rescale + sum_of_lanes<C>(sum[0] + sum[1]);
+  return rescale;
 }
 
 template <class C>
@@ -82,21 +87,30 @@ FLASHTILE_INLINE void scale_row(C* row, int64_t count, C factor) {
   for (int64_t i = 0; i < count; i += kLanes<C>) store(row + i, load(row + i) * factor);
 }
 
-// Natural logarithm of the sum of exp(score); -inf for a row without keys.
+// What a row of the output is made of.
 template <class C>
-inline float log_sum_exp(const RowState<C>& state) {
-  if (state.sum == 0) return -__builtin_inff();
-  return static_cast<float>(static_cast<double>(state.largest) * kLn2 +
-                            __builtin_log(static_cast<double>(state.sum)));
-}
+struct FinishedRow {
+  const C* out;  // unnormalised
+  RowState<C> state;
+  bool sees_keys;
+  double unit;  // a score times this is a logit
+};
 
-// Writes output / sum and the log-sum-exp of one query row; a row without keys gets 0 and -inf.
+// Writes output / sum and the log-sum-exp of one query row. A row that sees no key gets 0 and -inf,
+// one whose keys all score -inf is 0 / 0.
 template <class T>
-inline void finish_row(const Compute<T>* output, const RowState<Compute<T>>& state, int64_t dim,
-                       T* out, float* lse) {
+inline void finish_row(const FinishedRow<Compute<T>>& row, int64_t dim, T* out, float* lse) {
   using C = Compute<T>;
-  narrow(output, dim, state.sum == 0 ? C{0} : C{1} / state.sum, out);
-  if (lse != nullptr) *lse = log_sum_exp(state);
+  if (!row.sees_keys) {
+    for (int64_t d = 0; d < dim; d += kLanes<C>) write_some(out + d, Vec<C>{}, dim - d);
+    if (lse != nullptr) *lse = -__builtin_inff();
+    return;
+  }
+  const C sum = row.state.sum == 0 ? static_cast<C>(__builtin_nan("")) : row.state.sum;
+  narrow(row.out, dim, C{1} / sum, out);
+  if (lse == nullptr) return;
+  *lse = static_cast<float>(static_cast<double>(row.state.largest) * row.unit +
+                            __builtin_log(static_cast<double>(sum)));
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

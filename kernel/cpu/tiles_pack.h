@@ -1,14 +1,38 @@
-// Packing of bfloat16 rows into the operands of amx_tiles.h. Bits are moved, numbers are not
-// touched.
+// Packing of bfloat16 rows into the operands of tiles.h. Bits are moved, numbers are not touched.
 #pragma once
 
-#include "amx_tiles.h"
 #include "pack.h"
+#include "softmax.h"
+#include "tiles.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
 // Rows and columns come in blocks of two tiles.
 constexpr int64_t kTilePair = 2 * kTileSide;
+
+FLASHTILE_INLINE Range whole_tiles(const Range& range) {
+  if (range.empty()) return range;
+  return {round_down(range.begin, kTilePair), round_up(range.end, kTilePair)};
+}
+
+// softmax_scale for scores that are products of unscaled numbers. Its sign goes to q.
+struct TileScale {
+  double magnitude;
+  float log2;  // magnitude * log2(e); positive even if the scale is 0: -inf * 0 would be NaN
+  bool negative;
+
+  explicit TileScale(const Problem& problem)
+      : magnitude(__builtin_fabs(static_cast<double>(problem.softmax_scale))),
+        log2(static_cast<float>(magnitude) * kLog2E<float>),
+        negative(problem.softmax_scale < 0) {
+    constexpr float kSmallest = 1.2e-38f;
+    if (log2 < kSmallest) log2 = kSmallest;
+  }
+};
+
+inline void flip_signs(BFloat16* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) numbers[i].bits ^= 0x8000u;
+}
 
 // kLanes<float> words of two bfloat16, zeros behind `count` bfloat16.
 FLASHTILE_INLINE Vec<float> read_pairs(const BFloat16* from, int64_t count) {
@@ -96,6 +120,22 @@ inline bool all_finite(Rows<const BFloat16> rows, int64_t count, int64_t dim) {
   bool finite = true;
   for (int i = 0; i < kLanes<float>; ++i) finite = finite && found[i] == 0;
   return finite;
+}
+
+FLASHTILE_INLINE float value_of(BFloat16 number) {
+  return bit_cast<float>(uint32_t{number.bits} << 16);
+}
+
+// to[0..columns) += sum over `rows` of left[row] * right[row]: like a product of tiles that reads
+// nothing but these rows. Slow.
+inline void add_products(const BFloat16* left, const Range& rows, const TilePanels& right,
+                         int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const BFloat16* pair = right.at(round_down(r, 2), round_down(c, kTileSide));
+      to[c] += value_of(left[r]) * value_of(pair[c % kTileSide * 2 + r % 2]);
+    }
+  }
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

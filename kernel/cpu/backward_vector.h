@@ -1,0 +1,195 @@
+// The products of the backward pass in vectors of fp32 or fp64. Score tiles are transposed (keys
+// are rows), so that what belongs to a query is a vector along the rows.
+#pragma once
+
+#include "backward_statistics.h"
+#include "pack.h"
+
+namespace flashtile::cpu::FLASHTILE_CPU_ISA {
+
+template <class T>
+class VectorBackward {
+ public:
+  using Storage = T;
+  using C = Compute<T>;
+  static constexpr int64_t kBlockQ = 96;
+  static constexpr int64_t kBlockK = 96;
+
+  static int64_t padded(int64_t dim) { return round_up(dim, kPanel<C>); }
+
+  // Packed queries as right operands, [panels][...][kPanel], block behind block.
+  struct Queries {
+    C* q_transposed;     // [panels][head_dim][kPanel], times softmax_scale * log2(e)
+    C* dout_transposed;  // [panels][head_dim_v][kPanel]
+    C* q;                // per block [head_dim panels][queries][kPanel]
+    C* dout;             // per block [head_dim_v panels][queries][kPanel]
+
+    static Queries take(Arena& arena, const Problem& problem, int64_t queries) {
+      return {arena.take<C>(queries * problem.head_dim), arena.take<C>(queries * problem.head_dim_v),
+              arena.take<C>(queries * padded(problem.head_dim)),
+              arena.take<C>(queries * padded(problem.head_dim_v))};
+    }
+  };
+
+  // A block of keys, and its scores with a block of queries.
+  struct Tile {
+    Matrix<C> k;  // [keys, head_dim]
+    Matrix<C> v;  // [keys, head_dim_v]
+    C* k_packed;  // k as right operand [head_dim panels][keys][kPanel]
+    Matrix<C> p;   // [keys, queries]: S^T, then P^T
+    Matrix<C> ds;  // [keys, queries]: dP^T, then dS^T
+
+    static Tile take(Arena& arena, const Problem& problem) {
+      const int64_t narrow = round_up(problem.head_dim, kLanes<C>);
+      const int64_t narrow_v = round_up(problem.head_dim_v, kLanes<C>);
+      const int64_t stride = kBlockQ + 2 * kLanes<C>;
+      Tile tile;
+      tile.k = {arena.take<C>(kBlockK * narrow), narrow};
+      tile.v = {arena.take<C>(kBlockK * narrow_v), narrow_v};
+      tile.k_packed = arena.take<C>(kBlockK * padded(problem.head_dim));
+      tile.p = {arena.take<C>(kBlockK * stride), stride};
+      tile.ds = {arena.take<C>(kBlockK * stride), stride};
+      return tile;
+    }
+  };
+
+  struct Gradients {
+    C* dq;         // [queries of the block, head_dim]
+    Matrix<C> dk;  // [keys of the block, head_dim]
+    Matrix<C> dv;  // [keys of the block, head_dim_v]
+  };
+
+  VectorBackward(const Problem& problem, const Queries& queries, const Tile& tile)
+      : dim_(problem.head_dim),
+        dim_v_(problem.head_dim_v),
+        scale_log2_(static_cast<C>(problem.softmax_scale) * kLog2E<C>),
+        queries_(queries),
+        tile_(tile) {}
+
+  // Both say whether no number was inf or NaN, as far as it could meet a zero weight.
+  bool pack_queries(int64_t q0, int64_t count, Rows<const T> q, Rows<const T> dout) {
+    pack_transposed(q, count, dim_, scale_log2_, queries_.q_transposed + q0 * dim_);
+    pack_transposed(dout, count, dim_v_, C{1}, queries_.dout_transposed + q0 * dim_v_);
+    const bool q_finite = pack_rows(q, count, dim_, queries_.q + q0 * padded(dim_));
+    const bool dout_finite = pack_rows(dout, count, dim_v_, queries_.dout + q0 * padded(dim_v_));
+    return q_finite && dout_finite;
+  }
+  bool pack_keys(Rows<const T> k, Rows<const T> v, int64_t count) {
+    copy_rows(k, count, dim_, C{1}, tile_.k);
+    copy_rows(v, count, dim_v_, C{1}, tile_.v);
+    return pack_rows(k, count, dim_, tile_.k_packed);
+  }
+
+  // scores() = S^T of the queries from q0 on and the packed keys.
+  void multiply_scores(int64_t q0, const Visible& visible) {
+    multiply_transposed(tile_.k, queries_.q_transposed + q0 * dim_, dim_, visible, tile_.p);
+  }
+  const Matrix<C>& scores() const { return tile_.p; }
+  C factor() const { return 1; }
+  double unit() const { return kLn2; }
+
+  void differentiate(int64_t q0, const Visible& visible, const Statistics<C>& statistics,
+                     bool finite, const Gradients& sum) {
+    multiply_scores(q0, visible);
+    multiply_transposed(tile_.v, queries_.dout_transposed + q0 * dim_v_, dim_v_, visible, tile_.ds);
+    for (int64_t r = 0; r < visible.keys; ++r) {
+      const Range group = visible.queries_of_group(round_down(r, kTileRows), kTileRows);
+      if (!group.empty()) differentiate_row(r, visible, statistics);
+    }
+    if (finite || visible.all()) {
+      accumulate<kTileRows>(q0, visible, sum);
+    } else {
+      accumulate<1>(q0, visible, sum);
+    }
+  }
+
+  static void store_dq(const Problem& problem, const C* dq, C scale, int64_t count, Rows<T> to) {
+    for (int64_t i = 0; i < count; ++i) {
+      narrow(dq + i * padded(problem.head_dim), problem.head_dim, scale, to.row(i));
+    }
+  }
+
+ private:
+  // to = rows * panels where some query of the panel sees some key of the group.
+  static void multiply_transposed(const Matrix<C>& rows, const C* panels, int64_t dim,
+                                  const Visible& visible, const Matrix<C>& to) {
+    for (int64_t i = 0; i < visible.queries; i += kPanel<C>) {
+      const Range seen = visible.keys_of_group(i, kPanel<C>);
+      for (int64_t r = round_down(seen.begin, kTileRows); r < seen.end; r += kTileRows) {
+        multiply_tile<C, kTileRows, Left::kRowMajor, false>(
+            rows.row(r), rows.stride, panels + i * dim, dim, to.row(r) + i, to.stride);
+      }
+    }
+  }
+
+  // S^T, dP^T -> P^T, dS^T for one key: zero for the queries that do not see it, as far as the
+  // products of a group of rows or columns read them.
+  FLASHTILE_INLINE void differentiate_row(int64_t key, const Visible& visible,
+                                          const Statistics<C>& statistics) const {
+    constexpr int kWidth = kLanes<C>;
+    const Range seen = visible.queries_of(key);
+    const int64_t begin = round_down(larger_of(seen.begin - (kTileRows - 1), 0), kWidth);
+    const int64_t end = smaller_of(seen.end + kTileRows - 1, visible.queries);
+    C* const p = tile_.p.row(key);
+    C* const ds = tile_.ds.row(key);
+    for (int64_t i = begin; i < end; i += kWidth) {
+      Vec<C> weight = exp2<C, kExp2Degree<T>>(load(p + i) - load(statistics.base + i) -
+                                              load(statistics.rest + i));
+      Vec<C> slope = weight * (load(ds + i) - load(statistics.delta + i));
+      if (i < seen.begin || i + kWidth > seen.end) {
+        const IntVec<C> mask = lanes_in<C>(seen, i);
+        weight = bit_cast<Vec<C>>(bit_cast<IntVec<C>>(weight) & mask);
+        slope = bit_cast<Vec<C>>(bit_cast<IntVec<C>>(slope) & mask);
+      }
+      store(p + i, weight);
+      store(ds + i, slope);
+    }
+  }
+
+  // kRows = 1 reads exactly the rows whose weight is not masked.
+  template <int kRows>
+  void accumulate(int64_t q0, const Visible& visible, const Gradients& sum) const {
+    accumulate_keys<kRows>(tile_.p, queries_.dout + q0 * padded(dim_v_), visible, sum.dv);
+    accumulate_keys<kRows>(tile_.ds, queries_.q + q0 * padded(dim_), visible, sum.dk);
+    accumulate_queries<kRows>({sum.dq, padded(dim_)}, visible);
+  }
+
+  // to[key] += sum over queries of left[key][query] * panels[query].
+  template <int kRows>
+  static void accumulate_keys(const Matrix<C>& left, const C* panels, const Visible& visible,
+                              const Matrix<C>& to) {
+    for (int64_t d = 0; d < to.stride; d += kPanel<C>) {
+      for (int64_t r = 0; r < visible.keys; r += kRows) {
+        const Range seen = visible.queries_of_group(r, kRows);
+        if (seen.empty()) continue;
+        multiply_tile<C, kRows, Left::kRowMajor, true>(
+            left.row(r) + seen.begin, left.stride,
+            panels + d * visible.queries + seen.begin * kPanel<C>, seen.end - seen.begin,
+            to.row(r) + d, to.stride);
+      }
+    }
+  }
+
+  // to[query] += sum over keys of ds[key][query] * k[key].
+  template <int kRows>
+  void accumulate_queries(const Matrix<C>& to, const Visible& visible) const {
+    for (int64_t d = 0; d < to.stride; d += kPanel<C>) {
+      for (int64_t r = 0; r < visible.queries; r += kRows) {
+        const int64_t rows = smaller_of(kRows, visible.queries - r);
+        const Range seen = visible.keys_of_group(r, rows);
+        if (seen.empty()) continue;
+        multiply_tile<C, kRows, Left::kTransposed, true>(
+            tile_.ds.row(seen.begin) + r, tile_.ds.stride,
+            tile_.k_packed + d * visible.keys + seen.begin * kPanel<C>, seen.end - seen.begin,
+            to.row(r) + d, to.stride);
+      }
+    }
+  }
+
+  const int64_t dim_, dim_v_;
+  const C scale_log2_;
+  const Queries queries_;
+  const Tile tile_;
+};
+
+}  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

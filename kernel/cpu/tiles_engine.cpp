@@ -1,0 +1,16 @@
+// The bfloat16 engine on AMX tiles, or, in namespace amx_emulated, on emulated ones.
+#include "backward.h"
+#include "backward_tiles.h"
+#include "decode.h"
+#include "engine.h"
+#include "forward.h"
+#include "forward_tiles.h"
+#include "pass.h"
+
+namespace flashtile::cpu::FLASHTILE_CPU_ISA {
+
+const Engine kBFloat16Engine = {pass_of<Forward<TileForward>, ForwardParams>(),
+                                pass_of<Decode<BFloat16>, ForwardParams>(),
+                                pass_of<Backward<TileBackward>, BackwardParams>()};
+
+}  // namespace flashtile::cpu::FLASHTILE_CPU_ISA
