@@ -5,7 +5,7 @@ and kernel/torch/arguments.cpp.
 """
 
 import math
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ def check_softmax_scale(value: object) -> None:
         raise ValueError(f"softmax_scale is {value}; allowed: a finite number")
 
 
-def refuse_tangents(_ctx: Any = None, *_tangents: Any) -> NoReturn:
+def refuse_tangents(*_tangents: object) -> NoReturn:
     """Forward-mode AD is refused, not answered with zeros."""
     raise NotImplementedError(
         "flashtile: an input carries a forward-mode tangent; allowed: reverse mode "

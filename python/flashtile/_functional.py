@@ -25,7 +25,7 @@ class _Backward(torch.autograd.Function):
     def setup_context(_ctx: Any, _inputs: tuple[Any, ...], _output: Any) -> None:
         """Nothing is kept: there is no second derivative."""
 
-    jvp = staticmethod(_checks.refuse_tangents)
+    jvp = staticmethod(_checks.refuse_tangents)  # type: ignore[assignment]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -43,7 +43,7 @@ class Attention(torch.autograd.Function):
 
     setup_context = staticmethod(_registration.setup_context)
 
-    jvp = staticmethod(_checks.refuse_tangents)
+    jvp = staticmethod(_checks.refuse_tangents)  # type: ignore[assignment]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> _registration.Gradients:
