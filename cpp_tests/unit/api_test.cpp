@@ -37,7 +37,7 @@ TEST("a later struct with an unknown field set is refused") {
   CHECK_EQ(std::string(flashtile_last_error()),
            "problem.struct_size is " + std::to_string(sizeof later) + " and a field past byte " +
                std::to_string(sizeof(flashtile_problem)) +
-               " is set; allowed: fields of version 0.1.0");
+               " is set; allowed: fields of version 0.2.0");
 }
 
 TEST("struct_size 0 is refused") {
@@ -144,7 +144,7 @@ TEST("empty problems are accepted with NULL tensors and write nothing but empty 
 }
 
 TEST("version and build information") {
-  CHECK_EQ(std::string(flashtile_version()), std::string("0.1.0"));
+  CHECK_EQ(std::string(flashtile_version()), std::string("0.2.0"));
   flashtile_build_info info = {};
   CHECK_EQ(flashtile_get_build_info(&info), FLASHTILE_INVALID_ARGUMENT);
   info.struct_size = sizeof info;

@@ -29,7 +29,7 @@
 #endif
 
 #define FLASHTILE_VERSION_MAJOR 0
-#define FLASHTILE_VERSION_MINOR 1
+#define FLASHTILE_VERSION_MINOR 2
 #define FLASHTILE_VERSION_PATCH 0
 
 /* window_left / window_right: no bound on this side. */
@@ -186,7 +186,7 @@ FLASHTILE_API flashtile_status flashtile_backward(const flashtile_backward_param
 FLASHTILE_API const char* flashtile_last_error(void);
 FLASHTILE_API const char* flashtile_status_string(flashtile_status status);
 
-FLASHTILE_API const char* flashtile_version(void); /* "0.1.0" */
+FLASHTILE_API const char* flashtile_version(void); /* "0.2.0" */
 
 /* What is in this build, each a comma-separated list: CUDA architectures ("" without CUDA), head
  * dims of the CUDA kernels, CPU instruction sets compiled in, and the one this machine uses. */

@@ -7,13 +7,15 @@
 // beside the Python package. Link the CMake target flashtile::torch, which keeps that library.
 //
 // Contract, as in flashtile.h: softmax_lse is a natural logarithm, fp32; a row that sees no key has
-// out 0, softmax_lse -inf and gradients 0; the causal mask is aligned bottom-right.
+// out 0, softmax_lse -inf and gradients 0.
 #pragma once
 
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -24,23 +26,40 @@
 
 namespace flashtile {
 
+// Where query i stands among the keys: at i + seqlen_k - seqlen_q, or at i.
+enum class CausalAlignment : int64_t { kBottomRight = 0, kTopLeft = 1 };
+
 // How to attend. New options are added at the end.
 struct AttentionOptions {
-  bool causal = false;  // query i sees key j only if j <= i + seqlen_k - seqlen_q
+  bool causal = false;  // no query sees a key behind its own position: window_size.second is 0
   std::optional<double> softmax_scale = std::nullopt;  // factor on q k^T; unset: 1 / sqrt(head_dim)
   bool return_lse = false;                             // also return softmax_lse
+  CausalAlignment causal_alignment = CausalAlignment::kBottomRight;  // of causal and window_size
+  // (left, right): a query at position p sees keys p - left to p + right; -1: no bound
+  std::pair<int64_t, int64_t> window_size = {-1, -1};
+  bool deterministic = false;  // gradients bitwise equal from run to run; so does torch's own flag
+  // Written and returned as out. Shaped like it, any strides that keep its elements apart, the last
+  // one 1; shares no memory with q, k, v. Only where no gradient is wanted.
+  std::optional<at::Tensor> out = std::nullopt;
 };
 
-// Where the packed sequences of attention_varlen begin and end.
+// Where the packed sequences of attention_varlen begin and end. New members are added at the end.
 struct Sequences {
-  at::Tensor cu_seqlens_q;   // (batch + 1), int32, contiguous, on q's device: first row of each
-  at::Tensor cu_seqlens_k;   // (batch + 1), int32; both end with the number of rows
+  at::Tensor cu_seqlens_q;   // (batch + 1), int32, contiguous, on q's device: first row of each;
+  at::Tensor cu_seqlens_k;   // rows from the last one on belong to no sequence
   int64_t max_seqlen_q = 0;  // rows of the longest; a hint, on which no result depends
   int64_t max_seqlen_k = 0;
+  // (batch), int32, contiguous: rows in use of every sequence, from its first; unset: all. The
+  // others are not read, and have out 0, softmax_lse -inf and gradients 0.
+  std::optional<at::Tensor> seqused_q = std::nullopt;
+  std::optional<at::Tensor> seqused_k = std::nullopt;
+  // On CUDA, check the values above by assertions on the device, for which the host does not wait.
+  // On the CPU they are always checked.
+  bool check = false;
 };
 
 struct AttentionResult {
-  at::Tensor out;          // shaped like q, contiguous, in the dtype of q
+  at::Tensor out;          // shaped like q, with head_dim_v; contiguous if new; in the dtype of q
   at::Tensor softmax_lse;  // fp32 (batch, num_heads, seqlen_q), varlen (num_heads, total_q);
                            // undefined unless return_lse
 };
@@ -50,41 +69,59 @@ namespace detail {
 using Gradients = torch::autograd::variable_list;
 using torch::autograd::AutogradContext;
 
-// Everything about a call that is not differentiated.
+// The options of the op schemas.
 struct Call {
-  std::optional<Sequences> sequences = {};  // unset: dense
   std::optional<double> softmax_scale = {};
   int64_t window_left = -1;   // FLASHTILE_UNLIMITED
   int64_t window_right = -1;  // 0 is causal
+  bool deterministic = false;
+  int64_t alignment = 0;
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
+  std::optional<at::Tensor> cu_seqlens_q = {}, cu_seqlens_k = {};  // unset: dense
+  std::optional<at::Tensor> seqused_q = {}, seqused_k = {};
 };
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
-  TORCH_CHECK(op.has_value(), "flashtile: the op ", name,
-              " is not registered; allowed: a process with libflashtile_torch.so, which the CMake "
-              "target flashtile::torch links");
-  return op->typed<Signature>();
-}
-
 using TensorRef = const at::Tensor&;
+using OptionalRef = const std::optional<at::Tensor>&;
 using Forward = std::tuple<at::Tensor, at::Tensor>;
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-inline Forward call_forward(TensorRef q, TensorRef k, TensorRef v, const Call& call) {
-  if (!call.sequences.has_value()) {
-    static const auto op =
-        find_op<Forward(TensorRef, TensorRef, TensorRef, std::optional<double>, int64_t, int64_t)>(
-            "flashtile::forward");
-    return op.call(q, k, v, call.softmax_scale, call.window_left, call.window_right);
+// An op that takes tensors and then the options.
+template <class Result, class... Tensors>
+class Op {
+ public:
+  explicit Op(const char* name) : handle_(find(name)) {}
+  Result operator()(Tensors... tensors, const Call& call) const {
+    return handle_.call(tensors..., call.softmax_scale, call.window_left, call.window_right,
+                        call.deterministic, call.alignment, call.max_seqlen_q, call.max_seqlen_k,
+                        call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k);
   }
-  static const auto op =
-      find_op<Forward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, c10::SymInt,
-                      c10::SymInt, std::optional<double>, int64_t, int64_t)>(
-          "flashtile::forward_varlen");
-  const Sequences& seq = *call.sequences;
-  return op.call(q, k, v, seq.cu_seqlens_q, seq.cu_seqlens_k, seq.max_seqlen_q, seq.max_seqlen_k,
-                 call.softmax_scale, call.window_left, call.window_right);
+
+ private:
+  using Signature = Result(Tensors..., std::optional<double>, c10::SymInt, c10::SymInt, bool,
+                           int64_t, c10::SymInt, c10::SymInt, OptionalRef, OptionalRef, OptionalRef,
+                           OptionalRef);
+  static c10::TypedOperatorHandle<Signature> find(const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    TORCH_CHECK(
+        op.has_value(), "flashtile: the op ", name,
+        " is not registered; allowed: a process with libflashtile_torch.so, which the CMake "
+        "target flashtile::torch links");
+    return op->typed<Signature>();
+  }
+  c10::TypedOperatorHandle<Signature> handle_;
+};
+
+inline Forward call_forward(TensorRef q, TensorRef k, TensorRef v, const Call& call) {
+  static const Op<Forward, TensorRef, TensorRef, TensorRef> op("flashtile::forward");
+  return op(q, k, v, call);
+}
+
+inline at::Tensor call_forward_out(TensorRef q, TensorRef k, TensorRef v, at::Tensor& out,
+                                   const Call& call) {
+  static const Op<at::Tensor, TensorRef, TensorRef, TensorRef, at::Tensor&> op(
+      "flashtile::forward_out");
+  return op(q, k, v, out, call);
 }
 
 // What the backward op reads beside the tensors that it is differentiated in.
@@ -96,27 +133,14 @@ struct Saved {
 
 inline Backward call_backward(TensorRef dout, TensorRef q, TensorRef k, TensorRef v,
                               const Saved& saved) {
-  const Call& call = saved.call;
+  static const Op<Backward, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
+                  OptionalRef>
+      op("flashtile::backward");
   const at::Context& context = at::globalContext();
-  const bool deterministic =
+  Call call = saved.call;
+  call.deterministic |=
       context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
-  if (!call.sequences.has_value()) {
-    static const auto op =
-        find_op<Backward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
-                         const std::optional<at::Tensor>&, std::optional<double>, int64_t, int64_t,
-                         bool)>("flashtile::backward");
-    return op.call(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse, call.softmax_scale,
-                   call.window_left, call.window_right, deterministic);
-  }
-  static const auto op =
-      find_op<Backward(TensorRef, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
-                       const std::optional<at::Tensor>&, TensorRef, TensorRef, c10::SymInt,
-                       c10::SymInt, std::optional<double>, int64_t, int64_t, bool)>(
-          "flashtile::backward_varlen");
-  const Sequences& seq = *call.sequences;
-  return op.call(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse, seq.cu_seqlens_q,
-                 seq.cu_seqlens_k, seq.max_seqlen_q, seq.max_seqlen_k, call.softmax_scale,
-                 call.window_left, call.window_right, deterministic);
+  return op(dout, q, k, v, saved.out, saved.softmax_lse, saved.dlse, call);
 }
 
 // A copy is made only of gradients whose layout torch chose badly: the ops want stride 1 in the
@@ -149,23 +173,28 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   }
 };
 
+// An absent tensor is saved as an undefined one.
+inline at::Tensor saveable(OptionalRef tensor) { return tensor.value_or(at::Tensor()); }
+inline std::optional<at::Tensor> restored(TensorRef tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
 struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
   static Gradients forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
                            const at::Tensor& v, const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, softmax_lse] = call_forward(q, k, v, call);
-    Gradients saved = {q, k, v, out, softmax_lse};
-    context->saved_data["dense"] = !call.sequences.has_value();
-    if (call.sequences.has_value()) {
-      saved.push_back(call.sequences->cu_seqlens_q);
-      saved.push_back(call.sequences->cu_seqlens_k);
-      context->saved_data["max_seqlen_q"] = call.sequences->max_seqlen_q;
-      context->saved_data["max_seqlen_k"] = call.sequences->max_seqlen_k;
-    }
-    context->saved_data["softmax_scale"] = call.softmax_scale;
-    context->saved_data["window_left"] = call.window_left;
-    context->saved_data["window_right"] = call.window_right;
-    context->save_for_backward(std::move(saved));
+    context->save_for_backward({q, k, v, out, softmax_lse, saveable(call.cu_seqlens_q),
+                                saveable(call.cu_seqlens_k), saveable(call.seqused_q),
+                                saveable(call.seqused_k)});
+    auto& data = context->saved_data;
+    data["softmax_scale"] = call.softmax_scale;
+    data["window_left"] = call.window_left;
+    data["window_right"] = call.window_right;
+    data["deterministic"] = call.deterministic;
+    data["alignment"] = call.alignment;
+    data["max_seqlen_q"] = call.max_seqlen_q;
+    data["max_seqlen_k"] = call.max_seqlen_k;
     context->set_materialize_grads(false);
     return {out, softmax_lse};
   }
@@ -177,11 +206,15 @@ struct ForwardFunction : torch::autograd::Function<ForwardFunction> {
     Saved saved = {.out = t[3], .softmax_lse = t[4]};
     saved.call = {.softmax_scale = data["softmax_scale"].toOptional<double>(),
                   .window_left = data["window_left"].toInt(),
-                  .window_right = data["window_right"].toInt()};
-    if (!data["dense"].toBool()) {
-      saved.call.sequences = {t[5], t[6], data["max_seqlen_q"].toInt(),
-                              data["max_seqlen_k"].toInt()};
-    }
+                  .window_right = data["window_right"].toInt(),
+                  .deterministic = data["deterministic"].toBool(),
+                  .alignment = data["alignment"].toInt(),
+                  .max_seqlen_q = data["max_seqlen_q"].toInt(),
+                  .max_seqlen_k = data["max_seqlen_k"].toInt(),
+                  .cu_seqlens_q = restored(t[5]),
+                  .cu_seqlens_k = restored(t[6]),
+                  .seqused_q = restored(t[7]),
+                  .seqused_k = restored(t[8])};
     const at::Tensor dout = gradients[0].defined() ? gradients[0] : at::zeros_like(saved.out);
     if (gradients[1].defined()) saved.dlse = gradients[1].contiguous();
     Gradients result = BackwardFunction::apply(readable(dout), t[0], t[1], t[2], saved);
@@ -198,42 +231,86 @@ inline at::Tensor autocast(const at::Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
-inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v, const Call& call,
-                              bool return_lse) {
-  const Gradients result = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call);
-  return {result[0], return_lse ? result[1] : at::Tensor()};
+inline void refuse_gradients(TensorRef q, TensorRef k, TensorRef v) {
+  for (const auto& [name, tensor] : {std::pair("q", &q), std::pair("k", &k), std::pair("v", &v)}) {
+    TORCH_CHECK(
+        !at::GradMode::is_enabled() || !tensor->requires_grad(), "flashtile: out is a tensor and ",
+        name,
+        " requires grad; allowed: none, or at::NoGradGuard, as what is written into out has "
+        "no gradient");
+  }
 }
 
-inline int64_t window_right(const AttentionOptions& options) { return options.causal ? 0 : -1; }
+inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v, Call call,
+                              const AttentionOptions& options) {
+  call.softmax_scale = options.softmax_scale;
+  std::tie(call.window_left, call.window_right) = options.window_size;
+  if (options.causal) call.window_right = 0;
+  call.deterministic = options.deterministic;
+  call.alignment = static_cast<int64_t>(options.causal_alignment);
+  AttentionResult result;
+  if (options.out.has_value()) {
+    refuse_gradients(q, k, v);
+    result.out = *options.out;
+    result.softmax_lse = call_forward_out(autocast(q), autocast(k), autocast(v), result.out, call);
+  } else {
+    const Gradients both = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call);
+    result = {both[0], both[1]};
+  }
+  if (!options.return_lse) result.softmax_lse.reset();
+  return result;
+}
+
+// Checks values where they lie. Shapes that are wrong are left to the op, which names them.
+inline void assert_sequence(int64_t rows, TensorRef cu_seqlens, OptionalRef seqused) {
+  if (cu_seqlens.dim() != 1 || cu_seqlens.size(0) == 0) return;
+  const int64_t batch = cu_seqlens.size(0) - 1;
+  const at::Tensor lengths = cu_seqlens.slice(0, 1) - cu_seqlens.slice(0, 0, batch);
+  at::_assert_async(
+      cu_seqlens[0].eq(0) & cu_seqlens[batch].le(rows) & lengths.ge(0).all(),
+      "flashtile: cu_seqlens does not rise from 0 to the rows that there are; "
+      "allowed: 0 first, no value below the one before it, the last at most the rows");
+  if (!seqused.has_value() || seqused->sizes() != lengths.sizes()) return;
+  at::_assert_async((seqused->ge(0) & seqused->le(lengths)).all(),
+                    "flashtile: seqused has a value outside its sequence; "
+                    "allowed: 0 to the rows of the sequence");
+}
 
 }  // namespace detail
 
 // out = softmax(softmax_scale * q k^T + mask) v, per batch and head, in memory linear in the
 // length.
 //
-// q (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim),
-// where num_heads_kv divides num_heads and query head h reads key head h / (num_heads /
-// num_heads_kv). fp16, bf16, fp32, fp64 on the CPU, fp16 and bf16 on CUDA; any strides, 1 in the
-// last dimension; nothing is copied. CUDA work goes to the current stream and is not waited for.
+// q (batch, seqlen_q, num_heads, head_dim); k (batch, seqlen_k, num_heads_kv, head_dim) and v
+// (batch, seqlen_k, num_heads_kv, head_dim_v), where num_heads_kv divides num_heads and query head
+// h reads key head h / (num_heads / num_heads_kv). fp16, bf16, fp32, fp64 on the CPU, fp16 and bf16
+// on CUDA; any strides, 1 in the last dimension; nothing is copied. CUDA work goes to the current
+// stream and is not waited for.
 //
 // Differentiable once in q, k and v, through out and softmax_lse. Throws c10::Error or
 // std::runtime_error with a sentence that names the argument, its value and what is allowed.
 inline AttentionResult attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const AttentionOptions& options = {}) {
-  const detail::Call call = {.softmax_scale = options.softmax_scale,
-                             .window_right = detail::window_right(options)};
-  return detail::attend(q, k, v, call, options.return_lse);
+  return detail::attend(q, k, v, {}, options);
 }
 
-// The same over packed sequences: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_kv,
-// head_dim). Sequence b owns the rows cu_seqlens[b] to cu_seqlens[b + 1] - 1.
+// The same over packed sequences: q (total_q, num_heads, head_dim), k (total_k, num_heads_kv,
+// head_dim), v (total_k, num_heads_kv, head_dim_v). Sequence b owns the rows cu_seqlens[b] to
+// cu_seqlens[b + 1] - 1; its mask is aligned by its own rows in use.
 inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k,
                                         const at::Tensor& v, const Sequences& sequences,
                                         const AttentionOptions& options = {}) {
-  const detail::Call call = {.sequences = sequences,
-                             .softmax_scale = options.softmax_scale,
-                             .window_right = detail::window_right(options)};
-  return detail::attend(q, k, v, call, options.return_lse);
+  if (sequences.check && q.is_cuda()) {
+    detail::assert_sequence(q.size(0), sequences.cu_seqlens_q, sequences.seqused_q);
+    detail::assert_sequence(k.size(0), sequences.cu_seqlens_k, sequences.seqused_k);
+  }
+  const detail::Call call = {.max_seqlen_q = sequences.max_seqlen_q,
+                             .max_seqlen_k = sequences.max_seqlen_k,
+                             .cu_seqlens_q = sequences.cu_seqlens_q,
+                             .cu_seqlens_k = sequences.cu_seqlens_k,
+                             .seqused_q = sequences.seqused_q,
+                             .seqused_k = sequences.seqused_k};
+  return detail::attend(q, k, v, call, options);
 }
 
 }  // namespace flashtile

@@ -2,9 +2,12 @@
 // structs. python/flashtile/_checks.py says the same sentences before an op is called.
 #include "arguments.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <sstream>
+
+#include "overlap.h"
 
 namespace flashtile::ops {
 namespace {
@@ -135,77 +138,126 @@ std::string q_refusal(const Tensor& q, bool is_varlen) {
   return text.empty() ? kind_refusal("q", q, q) : text;
 }
 
-std::string cu_seqlens_refusal(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
-  if (std::string text = shape_refusal(name, cu_seqlens, {"batch + 1"}); !text.empty()) return text;
-  if (std::string text = kind_refusal(name, cu_seqlens, q, ScalarType::Int); !text.empty()) {
-    return text;
-  }
-  if (cu_seqlens.size(0) == 0) {
-    return sentence(name, " has 0 elements; allowed: batch + 1, at least 1");
-  }
-  return {};
+// k and v against q. One sentence for all three dtypes: which of them is wrong is not ours to say.
+std::string dtypes_refusal(const Arguments& args) {
+  const ScalarType q = args.q.scalar_type(), k = args.k.scalar_type(), v = args.v.scalar_type();
+  if (q == k && q == v) return {};
+  return sentence("q, k, v have dtypes ", dtype_name(q), ", ", dtype_name(k), ", ", dtype_name(v),
+                  "; allowed: one dtype for all three");
 }
 
-std::string varlen_refusal(const Arguments& args) {
-  if (!args.cu_seqlens_k.has_value()) {
-    return "cu_seqlens_k is None; allowed: a tensor, as cu_seqlens_q is one";
+std::string kv_refusal(const Arguments& args) {
+  const Tensor& k = args.k;
+  const int64_t head_dim = args.q.size(args.q.dim() - 1);
+  std::string text =
+      args.is_varlen()
+          ? shape_refusal("k", k, {"total_k", "num_heads_kv", head_dim})
+          : shape_refusal("k", k, {args.q.size(0), "seqlen_k", "num_heads_kv", head_dim});
+  if (text.empty()) text = kind_refusal("k", k, args.q);
+  if (text.empty()) {
+    text = args.is_varlen()
+               ? shape_refusal("v", args.v, {k.size(0), k.size(1), "head_dim_v"})
+               : shape_refusal("v", args.v, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
   }
-  const Tensor& cu_q = *args.cu_seqlens_q;
-  const Tensor& cu_k = *args.cu_seqlens_k;
-  if (std::string text = cu_seqlens_refusal("cu_seqlens_q", cu_q, args.q); !text.empty())
-    return text;
-  if (std::string text = cu_seqlens_refusal("cu_seqlens_k", cu_k, args.q); !text.empty())
-    return text;
-  return shape_refusal("cu_seqlens_k", cu_k, {cu_q.size(0)});
+  if (text.empty()) text = kind_refusal("v", args.v, args.q);
+  // 0 means "as head_dim" in the C API.
+  if (text.empty() && args.head_dim_v() == 0) text = "head_dim_v is 0; allowed: 1 to 65536";
+  return text;
+}
+
+std::string cu_seqlens_refusal(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
+  std::string text = shape_refusal(name, cu_seqlens, {"batch + 1"});
+  if (text.empty()) text = kind_refusal(name, cu_seqlens, q, ScalarType::Int);
+  if (text.empty() && cu_seqlens.size(0) == 0) {
+    text = sentence(name, " has 0 elements; allowed: batch + 1, at least 1");
+  }
+  return text;
+}
+
+std::string sequences_refusal(const Arguments& args) {
+  const std::optional<Tensor>&cu_q = args.cu_seqlens_q, &cu_k = args.cu_seqlens_k;
+  if (cu_q.has_value() != cu_k.has_value()) {
+    const auto [unset, set] = cu_q.has_value() ? std::pair("cu_seqlens_k", "cu_seqlens_q")
+                                               : std::pair("cu_seqlens_q", "cu_seqlens_k");
+    return sentence(unset, " is None; allowed: a tensor, as ", set, " is one");
+  }
+  std::string text;
+  if (cu_q.has_value()) {
+    text = cu_seqlens_refusal("cu_seqlens_q", *cu_q, args.q);
+    if (text.empty()) text = cu_seqlens_refusal("cu_seqlens_k", *cu_k, args.q);
+    if (text.empty()) text = shape_refusal("cu_seqlens_k", *cu_k, {cu_q->size(0)});
+  }
+  for (const auto& [name, used] :
+       {std::pair("seqused_q", &args.seqused_q), std::pair("seqused_k", &args.seqused_k)}) {
+    if (!text.empty() || !used->has_value()) continue;
+    text = shape_refusal(name, **used, {args.batch()});
+    if (text.empty()) text = kind_refusal(name, **used, args.q, ScalarType::Int);
+  }
+  return text;
+}
+
+// Anything shaped like out: out itself, dout.
+std::string like_out_refusal(const char* name, const Tensor& tensor, const Arguments& args) {
+  const Tensor& q = args.q;
+  std::string text =
+      args.is_varlen()
+          ? shape_refusal(name, tensor, {q.size(0), q.size(1), args.head_dim_v()})
+          : shape_refusal(name, tensor, {q.size(0), q.size(1), q.size(2), args.head_dim_v()});
+  return text.empty() ? kind_refusal(name, tensor, q) : text;
+}
+
+std::string lse_refusal(const char* name, const Tensor& tensor, const Arguments& args) {
+  const Tensor& q = args.q;
+  std::string text = args.is_varlen()
+                         ? shape_refusal(name, tensor, {q.size(1), q.size(0)})
+                         : shape_refusal(name, tensor, {q.size(0), q.size(2), q.size(1)});
+  return text.empty() ? kind_refusal(name, tensor, q, ScalarType::Float) : text;
+}
+
+std::string written_refusal(const Tensor& out, const Arguments& args) {
+  if (std::string text = like_out_refusal("out", out, args); !text.empty()) return text;
+  const Footprint written(out);
+  if (written.may_meet_itself()) {
+    return sentence("out has strides ", tuple_text(out.strides()), " over shape ",
+                    tuple_text(out.sizes()), "; allowed: strides that keep its elements apart");
+  }
+  for (const auto& [name, tensor] :
+       {std::pair("q", &args.q), std::pair("k", &args.k), std::pair("v", &args.v)}) {
+    if (written.may_meet(Footprint(*tensor))) {
+      return sentence("out shares memory with ", name, "; allowed: memory of its own");
+    }
+  }
+  return {};
 }
 
 }  // namespace
 
 std::string refusal(const Arguments& args) {
-  const bool is_varlen = args.is_varlen();
-  if (std::string text = q_refusal(args.q, is_varlen); !text.empty()) return text;
-  const Tensor& k = args.k;
-  const int64_t head_dim = args.q.size(args.q.dim() - 1);
-  std::string text =
-      is_varlen ? shape_refusal("k", k, {"total_k", "num_heads_kv", head_dim})
-                : shape_refusal("k", k, {args.q.size(0), "seqlen_k", "num_heads_kv", head_dim});
-  if (text.empty()) text = kind_refusal("k", k, args.q);
-  if (text.empty()) {
-    text = is_varlen ? shape_refusal("v", args.v, {k.size(0), k.size(1), "head_dim_v"})
-                     : shape_refusal("v", args.v, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
-  }
-  if (text.empty()) text = kind_refusal("v", args.v, args.q);
-  if (text.empty() && is_varlen) text = varlen_refusal(args);
-  if (text.empty() && !is_varlen && args.cu_seqlens_k.has_value()) {
-    text = "cu_seqlens_q is None; allowed: a tensor, as cu_seqlens_k is one";
-  }
+  std::string text = q_refusal(args.q, args.is_varlen());
+  if (text.empty()) text = dtypes_refusal(args);
+  if (text.empty()) text = kv_refusal(args);
+  if (text.empty()) text = sequences_refusal(args);
+  if (text.empty() && args.out.has_value()) text = written_refusal(*args.out, args);
   return text;
 }
 
 std::string refusal(const BackwardArguments& args) {
   const Arguments& forward = args.forward;
-  if (std::string text = refusal(forward); !text.empty()) return text;
-  const Tensor& q = forward.q;
-  const int64_t head_dim_v = forward.v.size(forward.v.dim() - 1);
-  auto check = [&](const char* name, const Tensor& tensor, bool is_lse) -> std::string {
-    std::string text;
-    if (forward.is_varlen()) {
-      text = is_lse ? shape_refusal(name, tensor, {q.size(1), q.size(0)})
-                    : shape_refusal(name, tensor, {q.size(0), q.size(1), head_dim_v});
-    } else {
-      text = is_lse ? shape_refusal(name, tensor, {q.size(0), q.size(2), q.size(1)})
-                    : shape_refusal(name, tensor, {q.size(0), q.size(1), q.size(2), head_dim_v});
-    }
-    if (!text.empty()) return text;
-    return is_lse ? kind_refusal(name, tensor, q, ScalarType::Float)
-                  : kind_refusal(name, tensor, q);
-  };
-  if (std::string text = check("dout", args.dout, false); !text.empty()) return text;
-  if (std::string text = check("out", args.out, false); !text.empty()) return text;
-  if (std::string text = check("softmax_lse", args.softmax_lse, true); !text.empty()) return text;
-  if (!args.dsoftmax_lse.has_value()) return {};
-  return check("dsoftmax_lse", *args.dsoftmax_lse, true);
+  std::string text = refusal(forward);
+  if (text.empty()) text = like_out_refusal("dout", args.dout, forward);
+  if (text.empty()) text = like_out_refusal("out", args.out, forward);
+  if (text.empty()) text = lse_refusal("softmax_lse", args.softmax_lse, forward);
+  if (text.empty() && args.dsoftmax_lse.has_value()) {
+    text = lse_refusal("dsoftmax_lse", *args.dsoftmax_lse, forward);
+  }
+  return text;
 }
+
+namespace {
+const int32_t* int_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const int32_t*>(tensor->const_data_ptr()) : nullptr;
+}
+}  // namespace
 
 flashtile_problem to_problem(const Arguments& args) {
   const Tensor& q = args.q;
@@ -219,17 +271,18 @@ flashtile_problem to_problem(const Arguments& args) {
   problem.num_heads = q.size(heads_dim);
   problem.num_heads_kv = args.k.size(heads_dim);
   problem.head_dim = q.size(heads_dim + 1);
-  problem.head_dim_v = args.v.size(heads_dim + 1);
+  problem.head_dim_v = args.head_dim_v();
+  problem.batch = args.batch();
+  problem.cu_seqlens_q = int_data(args.cu_seqlens_q);
+  problem.cu_seqlens_k = int_data(args.cu_seqlens_k);
+  problem.seqused_q = int_data(args.seqused_q);
+  problem.seqused_k = int_data(args.seqused_k);
   if (args.is_varlen()) {
-    problem.batch = args.cu_seqlens_q->size(0) - 1;
     problem.seqlen_q = args.max_seqlen_q;
     problem.seqlen_k = args.max_seqlen_k;
-    problem.cu_seqlens_q = static_cast<const int32_t*>(args.cu_seqlens_q->const_data_ptr());
-    problem.cu_seqlens_k = static_cast<const int32_t*>(args.cu_seqlens_k->const_data_ptr());
     problem.total_q = q.size(0);
     problem.total_k = args.k.size(0);
   } else {
-    problem.batch = q.size(0);
     problem.seqlen_q = q.size(1);
     problem.seqlen_k = args.k.size(1);
   }
@@ -238,6 +291,8 @@ flashtile_problem to_problem(const Arguments& args) {
       static_cast<float>(args.softmax_scale.value_or(1.0 / std::sqrt(head_dim)));
   problem.window_left = args.window_left;
   problem.window_right = args.window_right;
+  problem.alignment = static_cast<int32_t>(std::clamp<int64_t>(args.alignment, -1, INT32_MAX));
+  problem.flags = args.deterministic ? FLASHTILE_DETERMINISTIC : 0;
   return problem;
 }
 

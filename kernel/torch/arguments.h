@@ -15,28 +15,35 @@ namespace flashtile::ops {
 
 using torch::stable::Tensor;
 
-// Dense: q (batch, seqlen_q, num_heads, head_dim), k and v (batch, seqlen_k, num_heads_kv,
-// head_dim). Varlen: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_kv, head_dim).
+// Dense: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_kv, head_dim), v
+// and out the same with head_dim_v. Varlen: q and out (total_q, ...), k and v (total_k, ...). From
+// softmax_scale to seqused_k the members are the options of the op schemas, in their order.
 struct Arguments {
   Tensor q, k, v;
-  std::optional<Tensor> cu_seqlens_q = std::nullopt;   // [batch + 1], int32; both set: varlen
-  std::optional<Tensor> cu_seqlens_k = std::nullopt;   // [batch + 1], int32
-  int64_t max_seqlen_q = 0;                            // varlen only
-  int64_t max_seqlen_k = 0;                            // varlen only
   std::optional<double> softmax_scale = std::nullopt;  // unset: 1 / sqrt(head_dim)
   int64_t window_left = FLASHTILE_UNLIMITED;
   int64_t window_right = FLASHTILE_UNLIMITED;
+  bool deterministic = false;
+  int64_t alignment = FLASHTILE_BOTTOM_RIGHT;
+  int64_t max_seqlen_q = 0;                           // varlen only
+  int64_t max_seqlen_k = 0;                           // varlen only
+  std::optional<Tensor> cu_seqlens_q = std::nullopt;  // [batch + 1], int32; both set: varlen
+  std::optional<Tensor> cu_seqlens_k = std::nullopt;  // [batch + 1], int32
+  std::optional<Tensor> seqused_q = std::nullopt;     // [batch], int32; unset: all rows
+  std::optional<Tensor> seqused_k = std::nullopt;     // [batch], int32
+  std::optional<Tensor> out = std::nullopt;           // forward: written; unset: a new tensor
 
   bool is_varlen() const { return cu_seqlens_q.has_value(); }
+  int64_t batch() const { return is_varlen() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
+  int64_t head_dim_v() const { return v.size(v.dim() - 1); }
 };
 
 struct BackwardArguments {
   Arguments forward;
   Tensor dout;                                        // shaped like out
-  Tensor out;                                         // shaped like q
+  Tensor out;                                         // shaped like q, with head_dim_v
   Tensor softmax_lse;                                 // fp32, see lse_sizes
   std::optional<Tensor> dsoftmax_lse = std::nullopt;  // shaped like softmax_lse
-  bool deterministic = false;
 };
 
 // One sentence that names the argument, what it was and what is allowed; empty when all is well.

@@ -1,15 +1,14 @@
-// The torch ops flashtile::{forward, backward}[_varlen], can_run and build_info, on the libtorch
+// The torch ops flashtile::{forward, forward_out, backward, can_run, build_info}, on the libtorch
 // stable ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its
 // tensors, allocates outputs and workspace through torch, fills the C structs and calls the C API.
 //
-// Outputs are contiguous. On CUDA nobody reads cu_seqlens on the host, so rows may belong to no
-// sequence: they get out 0, LSE -inf and gradients 0, and padding never carries garbage on.
+// Dense and varlen are one op: cu_seqlens make the difference. New outputs are contiguous, and the
+// core writes every row of them, also those that belong to no sequence.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -23,6 +22,7 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 namespace flashtile::ops {
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
@@ -78,21 +78,6 @@ std::vector<int64_t> lse_sizes(const Arguments& args) {
   return {q.size(0), q.size(2), q.size(1)};
 }
 
-// On the CPU the core refuses cu_seqlens that leave rows out.
-bool may_leave_rows_out(const Arguments& args) { return args.is_varlen() && args.q.is_cuda(); }
-
-// Contiguous, in the dtype of q.
-Tensor new_output(const Arguments& args, const std::vector<int64_t>& sizes) {
-  return may_leave_rows_out(args) ? torch::stable::new_zeros(args.q, sizes)
-                                  : torch::stable::new_empty(args.q, sizes);
-}
-
-Tensor new_lse(const Arguments& args) {
-  Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), ScalarType::Float);
-  if (may_leave_rows_out(args)) torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  return lse;
-}
-
 int64_t lse_stride_batch(const Tensor& lse) { return lse.dim() == 3 ? lse.stride(0) : 0; }
 int64_t lse_stride_head(const Tensor& lse) { return lse.stride(lse.dim() - 2); }
 
@@ -114,8 +99,9 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
 
   size_t bytes = 0;
   raise_unless_ok(flashtile_workspace_size(&params, &bytes));
-  const Tensor out = new_output(args, out_sizes(args));
-  const Tensor lse = new_lse(args);
+  const Tensor out =
+      args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
+  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), ScalarType::Float);
   const Workspace workspace(args.q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -153,14 +139,13 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
   raise_unless_empty(refusal(args));
   const Arguments& forward = args.forward;
   const DeviceScope device(forward.q);
-  flashtile_problem problem = to_problem(forward);
-  if (args.deterministic) problem.flags |= FLASHTILE_DETERMINISTIC;
+  const flashtile_problem problem = to_problem(forward);
   flashtile_backward_params params = backward_params(args, problem);
 
   size_t bytes = 0;
   raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes));
   auto gradient_of = [&](const Tensor& tensor) {
-    return new_output(forward, {tensor.sizes().begin(), tensor.sizes().end()});
+    return torch::stable::new_empty(tensor, tensor.sizes());
   };
   const Tensor dq = gradient_of(forward.q);
   const Tensor dk = gradient_of(forward.k);
@@ -175,18 +160,18 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
   return {dq, dk, dv};
 }
 
-flashtile_tensor contiguous_view(const Tensor& tensor) {
-  flashtile_tensor view = read_view(tensor);
-  const int64_t seq_dim = tensor.dim() - 3;
-  view.stride_head = tensor.size(seq_dim + 2);
-  view.stride_seq = view.stride_head * tensor.size(seq_dim + 1);
-  view.stride_batch = view.stride_seq * tensor.size(seq_dim);
+// Stands in for a tensor that does not exist yet: contiguous, with the data of another.
+flashtile_tensor contiguous_view(const IntHeaderOnlyArrayRef& sizes, const Tensor& data) {
+  flashtile_tensor view = read_view(data);
+  const size_t seq_dim = sizes.size() - 3;
+  view.stride_head = sizes[seq_dim + 2];
+  view.stride_seq = view.stride_head * sizes[seq_dim + 1];
+  view.stride_batch = view.stride_seq * sizes[seq_dim];
   return view;
 }
 
 // The answer of the C API: whether the call would run, and the kernel's name or the sentence why
-// not. Outputs do not exist yet: contiguous views of q, k, v and one float stand in, no data is
-// read.
+// not. No data is read.
 std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
   std::string text = refusal(args);
   if (!text.empty()) return {false, text};
@@ -194,7 +179,9 @@ std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
   const flashtile_problem problem = to_problem(args);
   char name[256] = "";
   float lse = 0.0f;
-  const flashtile_tensor like_q = contiguous_view(args.q);
+  const std::vector<int64_t> sizes = out_sizes(args);
+  const flashtile_tensor out =
+      args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, args.q);
   flashtile_status status = FLASHTILE_OK;
   if (backward) {
     flashtile_backward_params params;
@@ -203,107 +190,72 @@ std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
     params.q = read_view(args.q);
     params.k = read_view(args.k);
     params.v = read_view(args.v);
-    params.out = params.dout = params.dq = like_q;
-    params.dk = contiguous_view(args.k);
-    params.dv = contiguous_view(args.v);
+    params.out = out;
+    params.dout = contiguous_view(sizes, args.q);
+    params.dq = contiguous_view(args.q.sizes(), args.q);
+    params.dk = contiguous_view(args.k.sizes(), args.k);
+    params.dv = contiguous_view(args.v.sizes(), args.v);
     params.softmax_lse = &lse;
     status = flashtile_plan_backward(&params, name, sizeof(name));
   } else {
     flashtile_forward_params params = forward_params(args, problem);
-    params.out = like_q;
+    params.out = out;
     status = flashtile_plan(&params, name, sizeof(name));
   }
   return {status == FLASHTILE_OK, status == FLASHTILE_OK ? name : flashtile_last_error()};
 }
 
-// From here on one function per op. Their parameters are the op's schema, one to one.
+// From here on one function per op. Their parameters are the op's schema, one to one, and the
+// members of Arguments follow kOptions.
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    std::optional<double> softmax_scale, int64_t window_left,
-                                   int64_t window_right) {
-  return run_forward({.q = q,
-                      .k = k,
-                      .v = v,
-                      .softmax_scale = softmax_scale,
-                      .window_left = window_left,
-                      .window_right = window_right});
+                                   int64_t window_right, bool deterministic, int64_t alignment,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                   std::optional<Tensor> cu_seqlens_q,
+                                   std::optional<Tensor> cu_seqlens_k,
+                                   std::optional<Tensor> seqused_q,
+                                   std::optional<Tensor> seqused_k) {
+  return run_forward({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
+                      max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q,
+                      seqused_k});
 }
 
-std::tuple<Tensor, Tensor> forward_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                          int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                          std::optional<double> softmax_scale, int64_t window_left,
-                                          int64_t window_right) {
-  return run_forward({.q = q,
-                      .k = k,
-                      .v = v,
-                      .cu_seqlens_q = cu_seqlens_q,
-                      .cu_seqlens_k = cu_seqlens_k,
-                      .max_seqlen_q = max_seqlen_q,
-                      .max_seqlen_k = max_seqlen_k,
-                      .softmax_scale = softmax_scale,
-                      .window_left = window_left,
-                      .window_right = window_right});
+Tensor forward_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                   bool deterministic, int64_t alignment, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, std::optional<Tensor> cu_seqlens_q,
+                   std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
+                   std::optional<Tensor> seqused_k) {
+  return std::get<1>(run_forward({q, k, v, softmax_scale, window_left, window_right, deterministic,
+                                  alignment, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k,
+                                  seqused_q, seqused_k, out}));
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out,
-                                            const Tensor& softmax_lse,
-                                            std::optional<Tensor> dsoftmax_lse,
-                                            std::optional<double> softmax_scale,
-                                            int64_t window_left, int64_t window_right,
-                                            bool deterministic) {
-  return run_backward({.forward = {.q = q,
-                                   .k = k,
-                                   .v = v,
-                                   .softmax_scale = softmax_scale,
-                                   .window_left = window_left,
-                                   .window_right = window_right},
-                       .dout = dout,
-                       .out = out,
-                       .softmax_lse = softmax_lse,
-                       .dsoftmax_lse = dsoftmax_lse,
-                       .deterministic = deterministic});
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_varlen(
+std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& softmax_lse, std::optional<Tensor> dsoftmax_lse, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const Tensor& softmax_lse, std::optional<Tensor> dsoftmax_lse,
     std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    bool deterministic) {
-  return run_backward({.forward = {.q = q,
-                                   .k = k,
-                                   .v = v,
-                                   .cu_seqlens_q = cu_seqlens_q,
-                                   .cu_seqlens_k = cu_seqlens_k,
-                                   .max_seqlen_q = max_seqlen_q,
-                                   .max_seqlen_k = max_seqlen_k,
-                                   .softmax_scale = softmax_scale,
-                                   .window_left = window_left,
-                                   .window_right = window_right},
-                       .dout = dout,
-                       .out = out,
-                       .softmax_lse = softmax_lse,
-                       .dsoftmax_lse = dsoftmax_lse,
-                       .deterministic = deterministic});
+    bool deterministic, int64_t alignment, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k) {
+  return run_backward(
+      {.forward = {q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
+                   max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
+       .dout = dout,
+       .out = out,
+       .softmax_lse = softmax_lse,
+       .dsoftmax_lse = dsoftmax_lse});
 }
 
-std::tuple<bool, std::string> can_run(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      std::optional<Tensor> cu_seqlens_q,
-                                      std::optional<Tensor> cu_seqlens_k, int64_t max_seqlen_q,
-                                      int64_t max_seqlen_k, std::optional<double> softmax_scale,
-                                      int64_t window_left, int64_t window_right, bool backward) {
-  return answer({.q = q,
-                 .k = k,
-                 .v = v,
-                 .cu_seqlens_q = cu_seqlens_q,
-                 .cu_seqlens_k = cu_seqlens_k,
-                 .max_seqlen_q = max_seqlen_q,
-                 .max_seqlen_k = max_seqlen_k,
-                 .softmax_scale = softmax_scale,
-                 .window_left = window_left,
-                 .window_right = window_right},
+std::tuple<bool, std::string> can_run(
+    const Tensor& q, const Tensor& k, const Tensor& v, bool backward, std::optional<Tensor> out,
+    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+    bool deterministic, int64_t alignment, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k) {
+  return answer({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
+                 max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, out},
                 backward);
 }
 
@@ -323,41 +275,35 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(flashtile, m) {
-  m.def(
-      "forward(Tensor q, Tensor k, Tensor v, float? softmax_scale, int window_left, "
-      "int window_right) -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "forward_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, int window_left, "
-      "int window_right) -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dsoftmax_lse, float? softmax_scale, int window_left, int window_right, "
-      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "backward_varlen(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dsoftmax_lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-      "SymInt max_seqlen_k, float? softmax_scale, int window_left, int window_right, "
-      "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "can_run(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, int window_left, "
-      "int window_right, bool backward) -> (bool, str)");
+  // How to attend, the same at the end of every op. Tensors among them are positional because torch
+  // registers neither gradients nor vmap rules for ops with keyword-only tensors.
+  const std::string options =
+      "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic=False, "
+      "int alignment=0, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? cu_seqlens_q=None, "
+      "Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, Tensor? seqused_k=None)";
+  const auto def = [&](const char* name, const char* tensors, const char* returns) {
+    m.def((std::string(name) + "(" + tensors + ", " + options + " -> " + returns).c_str());
+  };
+  def("forward", "Tensor q, Tensor k, Tensor v", "(Tensor out, Tensor softmax_lse)");
+  def("forward_out", "Tensor q, Tensor k, Tensor v, Tensor(a!) out", "Tensor softmax_lse");
+  def("backward",
+      "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dsoftmax_lse",
+      "(Tensor dq, Tensor dk, Tensor dv)");
+  def("can_run", "Tensor q, Tensor k, Tensor v, bool backward, Tensor? out", "(bool, str)");
   m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
-  m.impl("forward_varlen", TORCH_BOX(&forward_varlen));
+  m.impl("forward_out", TORCH_BOX(&forward_out));
   m.impl("backward", TORCH_BOX(&backward));
-  m.impl("backward_varlen", TORCH_BOX(&backward_varlen));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
-  m.impl("forward_varlen", TORCH_BOX(&forward_varlen));
+  m.impl("forward_out", TORCH_BOX(&forward_out));
   m.impl("backward", TORCH_BOX(&backward));
-  m.impl("backward_varlen", TORCH_BOX(&backward_varlen));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CompositeExplicitAutograd, m) {

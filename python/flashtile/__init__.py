@@ -10,8 +10,9 @@ from flashtile import _loader, _registration
 _loader.load(__path__)
 _registration.register()
 
+from flashtile._merging import merge  # noqa: E402
 from flashtile.ops import attention, attention_varlen, build_info, can_run  # noqa: E402
 
 __version__: str = str(build_info()["version"])
 
-__all__ = ["__version__", "attention", "attention_varlen", "build_info", "can_run"]
+__all__ = ["__version__", "attention", "attention_varlen", "build_info", "can_run", "merge"]

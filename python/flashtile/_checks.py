@@ -5,7 +5,7 @@ and kernel/torch/arguments.cpp.
 """
 
 import math
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ Extent: TypeAlias = int | str  # a size, or the name of a dimension where any si
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")  # meta: shapes only, for tracing
 _MAX_HEAD_DIM = 65536
+_ALIGNMENTS = ("bottom_right", "top_left")  # in the order of flashtile_alignment
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tuple(extents: tuple[Extent, ...]) -> str:
+def tuple_text(extents: tuple[Extent, ...]) -> str:
     return "(" + ", ".join(str(extent) for extent in extents) + (",)" if len(extents) == 1 else ")")
 
 
@@ -31,14 +32,14 @@ def check_tensor_type(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: torch.Tensor")
 
 
-def _check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
+def check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
     same = tensor.dim() == len(allowed) and all(
         isinstance(extent, str) or size == extent
         for size, extent in zip(tensor.shape, allowed, strict=True)
     )
     if not same:
         raise ValueError(
-            f"{name} has shape {_tuple(tuple(tensor.shape))}; allowed: {_tuple(allowed)}"
+            f"{name} has shape {tuple_text(tuple(tensor.shape))}; allowed: {tuple_text(allowed)}"
         )
 
 
@@ -47,14 +48,36 @@ def _check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None 
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {q.device}, the device of q")
     if tensor.dtype != (dtype or q.dtype):
-        allowed = f"{_name(q.dtype)}, the dtype of q" if dtype is None else _name(dtype)
-        raise ValueError(f"{name} has dtype {_name(tensor.dtype)}; allowed: {allowed}")
+        allowed = f"{dtype_name(q.dtype)}, the dtype of q" if dtype is None else dtype_name(dtype)
+        raise ValueError(f"{name} has dtype {dtype_name(tensor.dtype)}; allowed: {allowed}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1")
 
 
+def _check_q(q: Tensor, k: Tensor, v: Tensor, *, is_varlen: bool) -> None:
+    if q.device.type not in _DEVICES:
+        raise ValueError(f"q is on {q.device}; allowed: cpu, cuda")
+    if q.dtype not in _DTYPES:
+        allowed = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
+        raise ValueError(f"q has dtype {dtype_name(q.dtype)}; allowed: {allowed}")
+    tail = ("num_heads", "head_dim")
+    check_shape("q", q, ("total_q", *tail) if is_varlen else ("batch", "seqlen_q", *tail))
+    _check_kind("q", q, q)
+    if not q.dtype == k.dtype == v.dtype:
+        dtypes = ", ".join(dtype_name(t.dtype) for t in (q, k, v))
+        raise ValueError(f"q, k, v have dtypes {dtypes}; allowed: one dtype for all three")
+
+
+def _check_kv(q: Tensor, k: Tensor, v: Tensor, *, is_varlen: bool) -> None:
+    tail = ("num_heads_kv", q.shape[-1])
+    check_shape("k", k, ("total_k", *tail) if is_varlen else (q.shape[0], "seqlen_k", *tail))
+    _check_kind("k", k, q)
+    check_shape("v", v, (*k.shape[:-1], "head_dim_v"))
+    _check_kind("v", v, q)
+
+
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    _check_shape(name, cu_seqlens, ("batch + 1",))
+    check_shape(name, cu_seqlens, ("batch + 1",))
     _check_kind(name, cu_seqlens, q, torch.int32)
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name} has 0 elements; allowed: batch + 1, at least 1")
@@ -69,10 +92,9 @@ def _check_heads(num_heads: int, num_heads_kv: int, head_dim: int, head_dim_v: i
         raise ValueError(
             f"num_heads_kv is {num_heads_kv}; allowed: a divisor of num_heads, {num_heads}"
         )
-    if not 1 <= head_dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}; allowed: 1 to {_MAX_HEAD_DIM}")
-    if head_dim_v != head_dim:
-        raise ValueError(f"head_dim_v is {head_dim_v}; allowed: head_dim, {head_dim}")
+    for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        if not 1 <= value <= _MAX_HEAD_DIM:
+            raise ValueError(f"{name} is {value}; allowed: 1 to {_MAX_HEAD_DIM}")
 
 
 def check_tensors(
@@ -81,37 +103,80 @@ def check_tensors(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> None:
     """ValueError unless the tensors fit together; varlen when cu_seqlens are given."""
     is_varlen = cu_seqlens_q is not None
-    if q.device.type not in _DEVICES:
-        raise ValueError(f"q is on {q.device}; allowed: cpu, cuda")
-    if q.dtype not in _DTYPES:
-        allowed = ", ".join(_name(dtype) for dtype in _DTYPES)
-        raise ValueError(f"q has dtype {_name(q.dtype)}; allowed: {allowed}")
-    tail = ("num_heads", "head_dim")
-    _check_shape("q", q, ("total_q", *tail) if is_varlen else ("batch", "seqlen_q", *tail))
-    _check_kind("q", q, q)
-    head_dim = q.shape[-1]
-    tail_k = ("num_heads_kv", head_dim)
-    _check_shape("k", k, ("total_k", *tail_k) if is_varlen else (q.shape[0], "seqlen_k", *tail_k))
-    _check_kind("k", k, q)
-    _check_shape("v", v, (*k.shape[:-1], "head_dim_v"))
-    _check_kind("v", v, q)
+    _check_q(q, k, v, is_varlen=is_varlen)
+    _check_kv(q, k, v, is_varlen=is_varlen)
+    batch = q.shape[0]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
-        _check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],))
-    _check_heads(q.shape[-2], k.shape[-2], head_dim, v.shape[-1])
+        check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],))
+        batch = cu_seqlens_q.shape[0] - 1
+    for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if used is not None:
+            check_shape(name, used, (batch,))
+            _check_kind(name, used, q, torch.int32)
+    if out is not None:
+        check_shape("out", out, (*q.shape[:-1], v.shape[-1]))
+        _check_kind("out", out, q)
+    _check_heads(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
 
 
 def check_max_seqlen(name: str, value: object) -> None:
     """TypeError or ValueError unless `value` is a length."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} is a {type(value).__name__}; allowed: int")
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed: int or a 0-d integer tensor")
     # While tracing the value may be a symbol without a known sign; the op checks it when it runs.
     if not torch.compiler.is_compiling() and not 0 <= value <= 2**31 - 1:
         raise ValueError(f"{name} is {value}; allowed: 0 to 2147483647")
+
+
+def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
+    """`value` as a number, checked; where it must not be read, all rows of q or k instead.
+
+    A value on CUDA is not waited for, and a tensor that is being traced has none.
+    """
+    if isinstance(value, Tensor):
+        whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if value.dim() != 0 or not whole:
+            shape = tuple_text(tuple(value.shape))
+            raise TypeError(
+                f"{name} is a {dtype_name(value.dtype)} tensor of shape {shape}; "
+                "allowed: int or a 0-d integer tensor"
+            )
+        if torch.compiler.is_compiling() or type(value) is not Tensor or value.is_cuda:
+            return tensor.shape[0] if tensor.dim() > 0 else 0
+        value = int(value)
+    check_max_seqlen(name, value)
+    return value  # type: ignore[return-value]
+
+
+def check_window(window: object) -> tuple[int, int]:
+    """The two sides of window_size, or TypeError or ValueError."""
+    sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+    whole = (int, torch.SymInt)
+    if len(sides) != 2 or not all(isinstance(s, whole) and not isinstance(s, bool) for s in sides):
+        raise TypeError(f"window_size is {window!r}; allowed: (left, right), two ints")
+    left, right = sides
+    for name, side in (("window_left", left), ("window_right", right)):
+        if not torch.compiler.is_compiling() and side < -1:
+            raise ValueError(f"{name} is {side}; allowed: 0 and more keys, or -1 (unlimited)")
+    return left, right
+
+
+def alignment(name: str, value: object) -> int:
+    """The number of an alignment in the C API, or TypeError or ValueError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed: str")
+    if value not in _ALIGNMENTS:
+        allowed = " and ".join(f'"{known}"' for known in _ALIGNMENTS)
+        raise ValueError(f'{name} is "{value}"; allowed: {allowed}')
+    return _ALIGNMENTS.index(value)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -128,3 +193,43 @@ def check_softmax_scale(value: object) -> None:
         raise TypeError(f"softmax_scale is a {type(value).__name__}; allowed: float or None")
     if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"softmax_scale is {value}; allowed: a finite number")
+
+
+def refuse_tangents(*_tangents: object) -> NoReturn:
+    """Forward-mode AD is refused, not answered with zeros."""
+    raise NotImplementedError(
+        "flashtile: an input carries a forward-mode tangent; allowed: reverse mode "
+        "(use torch's math attention for forward mode)"
+    )
+
+
+def assert_sequences(
+    rows_q: int,
+    rows_k: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+) -> None:
+    """Checks values where they lie: on CUDA a device-side assertion, for which no host waits.
+
+    Shapes must have been checked. torch prints at most 255 characters of a message, and a message
+    with a length in it would be traced as a constant.
+    """
+    for side, rows, cu, used in (
+        ("q", rows_q, cu_seqlens_q, seqused_q),
+        ("k", rows_k, cu_seqlens_k, seqused_k),
+    ):
+        assert cu is not None
+        lengths = cu[1:] - cu[:-1]
+        torch._assert_async(
+            (cu[0] == 0) & (cu[-1] <= rows) & (lengths >= 0).all(),
+            f"flashtile: cu_seqlens_{side} does not rise from 0 to the rows that there are; "
+            "allowed: 0 first, no value below the one before it, the last at most the rows",
+        )
+        if used is not None:
+            torch._assert_async(
+                ((used >= 0) & (used <= lengths)).all(),
+                f"flashtile: seqused_{side} has a value outside its sequence; "
+                "allowed: 0 to the rows of the sequence",
+            )

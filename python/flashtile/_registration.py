@@ -1,58 +1,54 @@
-"""What torch needs to know about the ops beside their kernels: shapes (fake kernels) and gradients.
+"""What torch needs to know about the ops beside their kernels: shapes, gradients, vmap.
 
 A fake kernel answers from shapes alone, so lengths stay symbolic under ``torch.compile``.
 """
 
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flashtile import _checks
-
-UNLIMITED = -1  # window_left, window_right: no limit on this side (FLASHTILE_UNLIMITED)
+from flashtile import _checks, _vmap
+from flashtile._options import Options
 
 _REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> tuple[Tensor, Tensor]:
-    _checks.check_tensors(q, k, v)
-    batch, seqlen_q, num_heads, _ = q.shape
-    out = q.new_empty((batch, seqlen_q, num_heads, v.shape[-1]))
-    return out, q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+def _new_lse(q: Tensor) -> Tensor:
+    """(batch, num_heads, seqlen_q), varlen (num_heads, total_q)."""
+    *batch, rows, num_heads, _ = q.shape
+    return q.new_empty((*batch, num_heads, rows), dtype=torch.float32)
 
 
-def _fake_forward_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *_options: object,
-) -> tuple[Tensor, Tensor]:
-    _checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    total_q, num_heads, _ = q.shape
-    out = q.new_empty((total_q, num_heads, v.shape[-1]))
-    return out, q.new_empty((num_heads, total_q), dtype=torch.float32)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _checks.check_tensors(q, k, v, *Options(*options).tensors())
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q)
+
+
+def _fake_forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
+    _checks.check_tensors(q, k, v, *Options(*options).tensors(), out)
+    return _new_lse(q)
 
 
 def _fake_backward(
-    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_options: object
+    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Dense and varlen: tensors first, then numbers, in the order of the schema."""
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    ctx.options = inputs[len(tensors) :]
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Saves what the backward op reads."""
+    q, k, v, *rest = inputs
+    options = Options(*rest)
+    ctx.numbers = options.numbers()
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *tensors)
+    ctx.save_for_backward(*output, q, k, v, *options.tensors())
 
 
-def _deterministic() -> bool:
+def _torch_is_deterministic() -> bool:
     return (
         torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -87,29 +83,28 @@ def _incoming(
     return dout, dlse
 
 
+def gradients(
+    op: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None
+) -> Gradients:
+    """The gradients of all inputs of the forward op, by way of the backward op."""
+    none_of_options = (None,) * len(Options._fields)
+    if dout is None and dlse is None:
+        return (None, None, None, *none_of_options)
+    out, lse, q, k, v, *tensors = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    dout, dlse = _incoming(dout, dlse, out, lse)
+    options = Options(*ctx.numbers, *tensors)
+    if _torch_is_deterministic():
+        options = options._replace(deterministic=True)
+    dq, dk, dv = op(dout, q, k, v, out, lse, dlse, *options)
+    return (dq, dk, dv, *none_of_options)
+
+
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
-    if dout is None and dlse is None:
-        return (None,) * 6
-    out, lse, q, k, v = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    dout, dlse = _incoming(dout, dlse, out, lse)
-    dq, dk, dv = torch.ops.flashtile.backward(
-        dout, q, k, v, out, lse, dlse, *ctx.options, _deterministic()
-    )
-    return dq, dk, dv, None, None, None
+    return gradients(torch.ops.flashtile.backward, ctx, dout, dlse)
 
 
-def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
-    if dout is None and dlse is None:
-        return (None,) * 10
-    out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    dout, dlse = _incoming(dout, dlse, out, lse)
-    dq, dk, dv = torch.ops.flashtile.backward_varlen(
-        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options, _deterministic()
-    )
-    return dq, dk, dv, *(None,) * 7
-
-
-def _no_second_derivative(_ctx: Any, *_grads: Tensor | None) -> NoReturn:
+def refuse_second_derivative(_ctx: Any, *_grads: Tensor | None) -> NoReturn:
+    """The autograd formula of the backward op."""
     raise RuntimeError(
         "flashtile: attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)"
@@ -122,12 +117,11 @@ def register() -> None:
         return
     library = torch.library
     library.register_fake("flashtile::forward", _fake_forward)
-    library.register_fake("flashtile::forward_varlen", _fake_forward_varlen)
+    library.register_fake("flashtile::forward_out", _fake_forward_out)
     library.register_fake("flashtile::backward", _fake_backward)
-    library.register_fake("flashtile::backward_varlen", _fake_backward)
-    for op, backward in (("forward", _backward), ("forward_varlen", _backward_varlen)):
-        library.register_autograd(f"flashtile::{op}", backward, setup_context=_setup_context)
-    # Without these a second derivative would only warn and be missing.
-    library.register_autograd("flashtile::backward", _no_second_derivative)
-    library.register_autograd("flashtile::backward_varlen", _no_second_derivative)
+    library.register_autograd("flashtile::forward", _backward, setup_context=setup_context)
+    # Without this a second derivative would only warn and be missing.
+    library.register_autograd("flashtile::backward", refuse_second_derivative)
+    library.register_vmap("flashtile::forward", _vmap.forward)
+    library.register_vmap("flashtile::backward", _vmap.backward)
     setattr(torch.ops.flashtile, _REGISTERED, True)

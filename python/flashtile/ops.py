@@ -1,18 +1,40 @@
 """The functions of the package: defaults, checks, one op call."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashtile import _checks
-from flashtile._registration import UNLIMITED
+from flashtile import _checks, _functional
+from flashtile._options import UNLIMITED, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 AttentionOutput: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 _LISTS = ("cuda_architectures", "cuda_head_dims", "cpu_instruction_sets")
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keywords of :func:`attention`, as type checkers see them, without return_lse."""
+
+    causal: bool
+    causal_alignment: Literal["bottom_right", "top_left"]
+    window_size: tuple[int, int]
+    softmax_scale: float | None
+    deterministic: bool
+    out: Tensor | None
+
+
+class VarlenOptions(AttentionOptions, total=False):
+    """Keywords of :func:`attention_varlen`, without return_lse."""
+
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    check: bool
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,62 +48,97 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _call(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _call(op: Callable[..., Any], tensors: tuple[Tensor, ...], options: Options) -> Any:
     """The op, whose refusals become TypeError and ValueError.
 
     The op makes every check itself before anything runs. Only when it refuses are they made here
     again, so a call that runs pays once. While tracing, the fake kernel makes them.
     """
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors[:3]):  # type: ignore[no-untyped-call]
+        _checks.refuse_tangents()  # torch would drop them in silence
     if torch.compiler.is_compiling():
-        return op(*args)  # type: ignore[no-any-return]
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in args[:3]):  # type: ignore[no-untyped-call]
-        # torch would drop the tangents in silence.
-        raise NotImplementedError(
-            "flashtile: an input carries a forward-mode tangent; allowed: reverse mode "
-            "(use torch's math attention for forward mode)"
-        )
+        return op(*tensors, *options)
     try:
-        return op(*args)  # type: ignore[no-any-return]
+        return op(*tensors, *options)
     except RuntimeError as error:
         refusal = error
-    *tensors, softmax_scale, _, _ = args
-    _checks.check_tensors(*tensors[:5])
-    _checks.check_softmax_scale(softmax_scale)  # not finite
+    q, k, v, *out = tensors
+    _checks.check_tensors(q, k, v, *options.tensors(), *out)
+    _checks.check_softmax_scale(options.softmax_scale)  # not finite
     raise refusal
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.check_tensor_type(name, tensor)
+    if out is not None:
+        _checks.check_tensor_type("out", out)
+        if _functional.is_active():
+            raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
+        if torch.is_grad_enabled():
+            for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+                if tensor.requires_grad:
+                    raise RuntimeError(
+                        f"out is a tensor and {name} requires grad; allowed: None, or "
+                        "torch.no_grad(), as what is written into out has no gradient"
+                    )
     return _autocast(q, k, v)
 
 
-def _check_options(causal: object, softmax_scale: object, return_lse: object) -> None:
+def _options(
+    causal: bool,
+    causal_alignment: str,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    deterministic: bool,
+) -> Options:
     _checks.check_flag("causal", causal)
-    _checks.check_flag("return_lse", return_lse)
+    _checks.check_flag("deterministic", deterministic)
     # The op would take a bool, and a tensor as a number without a gradient.
     if not isinstance(softmax_scale, float):
         _checks.check_softmax_scale(softmax_scale)
+    left, right = _checks.check_window(window_size)
+    return Options(
+        softmax_scale,
+        left,
+        0 if causal else right,
+        deterministic,
+        _checks.alignment("causal_alignment", causal_alignment),
+    )
 
 
-def _check_varlen(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> None:
-    _checks.check_tensor_type("cu_seqlens_q", cu_seqlens_q)
-    _checks.check_tensor_type("cu_seqlens_k", cu_seqlens_k)
-    _checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    _checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+def _with_sequences(options: Options, q: Tensor, k: Tensor, sequences: dict[str, Any]) -> Options:
+    """The options together with those of varlen, each of the right type."""
+    for name, rows in (("max_seqlen_q", q), ("max_seqlen_k", k)):
+        sequences[name] = _checks.max_seqlen(name, sequences[name], rows)
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+        if sequences[name] is not None:
+            _checks.check_tensor_type(name, sequences[name])
+    return options._replace(**sequences)
 
 
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool
+) -> AttentionOutput:
+    _checks.check_flag("return_lse", return_lse)
+    if out is None:
+        functional = _functional.is_active()
+        op = _functional.Attention.apply if functional else torch.ops.flashtile.forward
+        out, lse = _call(op, (q, k, v), options)
+    else:
+        lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
+    return (out, lse) if return_lse else out
+
+
+# The overloads say which return_lse gives which result; the keywords stand in AttentionOptions.
 @overload
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = ...,
-    softmax_scale: float | None = ...,
     return_lse: Literal[False] = ...,
+    **options: "Unpack[AttentionOptions]",
 ) -> Tensor: ...
 
 
@@ -91,21 +148,14 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = ...,
-    softmax_scale: float | None = ...,
     return_lse: Literal[True],
+    **options: "Unpack[AttentionOptions]",
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    softmax_scale: float | None = ...,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: "Unpack[AttentionOptions]"
 ) -> AttentionOutput: ...
 
 
@@ -115,8 +165,12 @@ def attention(
     v: Tensor,
     *,
     causal: bool = False,
+    causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
     softmax_scale: float | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> AttentionOutput:
     """Exact attention: ``out = softmax(softmax_scale * q @ k.T + mask) @ v`` per batch and head.
 
@@ -129,23 +183,34 @@ def attention(
         k: Keys, ``(batch, seqlen_k, num_heads_kv, head_dim)``, device and dtype of q.
             ``num_heads_kv`` divides ``num_heads``: query head h reads key head
             ``h // (num_heads // num_heads_kv)`` (GQA, MQA), and no head is expanded in memory.
-        v: Values, ``(batch, seqlen_k, num_heads_kv, head_dim)``, device and dtype of q.
-        causal: Query i sees key j only if ``j <= i + seqlen_k - seqlen_q``: the mask is aligned at
-            the bottom right, so with a key cache the last query sees every key.
+        v: Values, ``(batch, seqlen_k, num_heads_kv, head_dim_v)``, device and dtype of q.
+        causal: No query sees a key behind its own position: the right side of window_size becomes
+            0, whatever it was.
+        causal_alignment: Where query i stands among the keys. ``"bottom_right"``: at
+            ``i + seqlen_k - seqlen_q``, so that with a key cache the last query sees every key.
+            ``"top_left"``: at i. Read with causal and with window_size.
+        window_size: ``(left, right)``, in keys. A query at position p sees key j only if
+            ``p - left <= j <= p + right``; its own position counts to neither side. -1: this side
+            has no bound. A window of w keys that end at the query is ``(w - 1, 0)``.
         softmax_scale: Factor on the scores, without unit. None: ``1 / sqrt(head_dim)``.
+        deterministic: Gradients are bitwise equal from run to run. On CUDA this costs time and
+            memory; on the CPU it is always so. ``torch.use_deterministic_algorithms(True)`` asks
+            for the same.
         return_lse: Also return the log-sum-exp of every row of scores.
+        out: A tensor that out is written into, ``(batch, seqlen_q, num_heads, head_dim_v)``, device
+            and dtype of q, any strides that keep its elements apart, the last one 1, sharing no
+            memory with q, k and v. It is returned. Only without gradients.
 
     Returns:
-        ``out``, ``(batch, seqlen_q, num_heads, head_dim)``, contiguous, in the dtype of q; with
-        ``return_lse`` the pair ``(out, lse)``, where ``lse`` is ``(batch, num_heads, seqlen_q)``,
-        float32, natural logarithm of the sum of ``exp(scores)``.
+        ``out``, ``(batch, seqlen_q, num_heads, head_dim_v)``, in the dtype of q, contiguous if it
+        is new; with ``return_lse`` the pair ``(out, lse)``, where ``lse`` is
+        ``(batch, num_heads, seqlen_q)``, float32, natural logarithm of the sum of ``exp(scores)``.
 
     Differentiable:
         ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
-        RuntimeError, and forward-mode AD is not supported. ``torch.compile(fullgraph=True)`` traces
-        it, with symbolic lengths. Under ``torch.autocast`` inputs are cast to its dtype. With
-        ``torch.use_deterministic_algorithms(True)`` gradients are bitwise equal from run to run;
-        on the CPU they always are.
+        RuntimeError, a forward-mode tangent NotImplementedError. ``torch.compile(fullgraph=True)``
+        traces it, with symbolic lengths. ``torch.vmap`` runs all entries in one call. Under
+        ``torch.autocast`` inputs are cast to its dtype.
 
     Numerics:
         Scores, softmax and sums are float32 (float64 for float64 inputs), whatever the inputs are;
@@ -156,16 +221,15 @@ def attention(
         TypeError: an argument has the wrong type.
         ValueError: shapes, dtypes, devices or strides do not fit. The message names the argument,
             what it was and what is allowed.
-        RuntimeError: this build or this GPU does not serve the problem; see :func:`can_run`.
+        RuntimeError: this build or this GPU does not serve the problem; see :func:`can_run`. Or out
+            shares memory, or is given where a gradient is wanted.
 
     Source:
         FlashAttention-2, https://arxiv.org/abs/2307.08691
     """
-    q, k, v = _prepare(q, k, v)
-    _check_options(causal, softmax_scale, return_lse)
-    args = (q, k, v, softmax_scale, UNLIMITED, 0 if causal else UNLIMITED)
-    out, lse = _call(torch.ops.flashtile.forward, args)
-    return (out, lse) if return_lse else out
+    q, k, v = _tensors(q, k, v, out)
+    options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
+    return _attend(q, k, v, options, out, return_lse=return_lse)
 
 
 @overload
@@ -175,12 +239,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
-    causal: bool = ...,
-    softmax_scale: float | None = ...,
     return_lse: Literal[False] = ...,
+    **options: "Unpack[VarlenOptions]",
 ) -> Tensor: ...
 
 
@@ -191,12 +254,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
-    causal: bool = ...,
-    softmax_scale: float | None = ...,
     return_lse: Literal[True],
+    **options: "Unpack[VarlenOptions]",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -207,12 +269,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
-    causal: bool = ...,
-    softmax_scale: float | None = ...,
     return_lse: bool,
+    **options: "Unpack[VarlenOptions]",
 ) -> AttentionOutput: ...
 
 
@@ -222,59 +283,80 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: bool = False,
+    causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
     softmax_scale: float | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
+    out: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    check: bool = False,
 ) -> AttentionOutput:
     """:func:`attention` over sequences of different lengths, packed one after the other.
 
     Sequence b owns the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1`` and the key
-    rows ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1] - 1``; nothing crosses a border. The causal
-    mask is aligned at the bottom right of every sequence.
+    rows ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1] - 1``; nothing crosses a border. Masks are
+    aligned in every sequence by its own lengths.
+
+    Rows that belong to no sequence (from ``cu_seqlens[batch]`` on) or are not in use (seqused) are
+    never read; in out and in gradients they are 0, in lse -inf.
 
     Args:
         q: Queries, ``(total_q, num_heads, head_dim)``; dtypes and strides as in :func:`attention`.
         k: Keys, ``(total_k, num_heads_kv, head_dim)``.
-        v: Values, ``(total_k, num_heads_kv, head_dim)``.
+        v: Values, ``(total_k, num_heads_kv, head_dim_v)``.
         cu_seqlens_q: Offsets in rows, ``(batch + 1,)``, int32, on the device of q, contiguous, from
-            0 to ``total_q``, never decreasing. Checked on the CPU; on CUDA they are not read by the
-            host, wrong offsets are undefined behaviour, and rows of no sequence have out 0, lse
-            -inf and gradients 0.
+            0, never decreasing, the last at most ``total_q``. Always checked on the CPU; on CUDA
+            the host does not read them, and wrong offsets are undefined behaviour unless check.
         cu_seqlens_k: The same for keys, ``(batch + 1,)``.
-        max_seqlen_q: Length of the longest query sequence, in rows. A hint for the choice of
-            kernel, on which no result depends.
+        max_seqlen_q: Length of the longest query sequence, in rows: int, or a 0-d integer tensor,
+            which on CUDA is not read. A hint, on which no result depends.
         max_seqlen_k: The same for keys.
-        causal: See :func:`attention`.
-        softmax_scale: See :func:`attention`.
-        return_lse: See :func:`attention`.
+        causal: See :func:`attention`, as for the other keywords that are not named here.
+        causal_alignment: ``"bottom_right"`` uses the lengths in use of the sequence.
+        window_size: ``(left, right)``, in keys.
+        softmax_scale: None: ``1 / sqrt(head_dim)``.
+        deterministic: Gradients are bitwise equal from run to run.
+        return_lse: Also return lse.
+        out: Written and returned, ``(total_q, num_heads, head_dim_v)``.
+        seqused_q: How many rows of every sequence are in use, counted from its first, ``(batch,)``,
+            int32, on the device of q, contiguous. None: all.
+        seqused_k: The same for keys.
+        check: On CUDA, check the values of cu_seqlens and seqused too, by assertions on the device:
+            the host does not wait, and the error comes with a later call. On the CPU they are
+            always checked.
 
     Returns:
-        ``out``, ``(total_q, num_heads, head_dim)``; with ``return_lse`` the pair ``(out, lse)``,
+        ``out``, ``(total_q, num_heads, head_dim_v)``; with ``return_lse`` the pair ``(out, lse)``,
         where ``lse`` is ``(num_heads, total_q)``, float32, natural logarithm.
 
     Differentiability, numerics, errors and source are those of :func:`attention`. Neither new
-    lengths nor a new ``max_seqlen`` recompile under ``torch.compile(dynamic=True)``.
+    lengths nor a new ``max_seqlen`` recompile under ``torch.compile(dynamic=True)``. Under
+    ``torch.vmap`` all entries share cu_seqlens and seqused.
     """
-    q, k, v = _prepare(q, k, v)
-    _check_varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _check_options(causal, softmax_scale, return_lse)
-    args = (
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        UNLIMITED,
-        0 if causal else UNLIMITED,
-    )
-    out, lse = _call(torch.ops.flashtile.forward_varlen, args)
-    return (out, lse) if return_lse else out
+    q, k, v = _tensors(q, k, v, out)
+    _checks.check_tensor_type("cu_seqlens_q", cu_seqlens_q)
+    _checks.check_tensor_type("cu_seqlens_k", cu_seqlens_k)
+    options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
+    sequences = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+    }
+    options = _with_sequences(options, q, k, sequences)
+    _checks.check_flag("check", check)
+    if check and q.is_cuda:
+        _checks.check_tensors(q, k, v, *options.tensors(), out)
+        _checks.assert_sequences(q.shape[0], k.shape[0], *options.tensors())
+    return _attend(q, k, v, options, out, return_lse=return_lse)
 
 
 def can_run(
@@ -283,19 +365,28 @@ def can_run(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
+    max_seqlen_q: int | Tensor = 0,
+    max_seqlen_k: int | Tensor = 0,
     *,
     causal: bool = False,
+    causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
+    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
     softmax_scale: float | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    check: bool = False,
     backward: bool = False,
 ) -> tuple[bool, str]:
     """Whether :func:`attention` (or, with cu_seqlens, :func:`attention_varlen`) would run.
 
-    Makes the checks and the choice of kernel that the call makes, and computes nothing.
+    Makes the checks and the choice of kernel that the call makes, and computes nothing. All
+    arguments but the last are those of the call that is asked about.
 
     Args:
-        q: As in the call that is asked about, and so are the next eight.
+        q: Queries.
         k: Keys.
         v: Values.
         cu_seqlens_q: None asks about :func:`attention`.
@@ -303,33 +394,40 @@ def can_run(
         max_seqlen_q: Read with cu_seqlens only.
         max_seqlen_k: Read with cu_seqlens only.
         causal: Whether the mask is causal.
+        causal_alignment: Where queries stand among the keys.
+        window_size: ``(left, right)``, in keys.
         softmax_scale: None is ``1 / sqrt(head_dim)``.
+        deterministic: Whether gradients are to be bitwise equal from run to run.
+        return_lse: Changes nothing.
+        out: Where out would be written.
+        seqused_q: Query rows in use of every sequence.
+        seqused_k: Key rows in use of every sequence.
+        check: Changes nothing: on CUDA no values are looked at.
         backward: Ask about the gradients instead of the result.
 
     Returns:
         ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise.
     """
+    sequences = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+    }
     try:
-        q, k, v = _prepare(q, k, v)
-        _checks.check_flag("causal", causal)
+        q, k, v = _tensors(q, k, v, out)
+        options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
+        options = _with_sequences(options, q, k, sequences)
+        for name, flag in (("return_lse", return_lse), ("check", check), ("backward", backward)):
+            _checks.check_flag(name, flag)
         _checks.check_softmax_scale(softmax_scale)
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            _check_varlen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return False, str(error)
-    ok, text = torch.ops.flashtile.can_run(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        UNLIMITED,
-        0 if causal else UNLIMITED,
-        backward,
-    )
+    if backward and out is not None:
+        return False, "out is a tensor and gradients are asked for; allowed: None"
+    ok, text = torch.ops.flashtile.can_run(q, k, v, backward, out, *options)
     return (True, "") if ok else (False, text)
 
 

@@ -1,21 +1,29 @@
 """Dense attention against manual attention in fp64: out, LSE and gradients."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile
 from reference import (
     TARGETS,
     Case,
+    Mask,
     Result,
     Triple,
     assert_close,
     assert_lse_close,
     assert_same_run,
+    check_against_manual,
     make_inputs,
     manual_attention,
-    run_manual,
+    mask_name,
+    run,
+    with_lse,
 )
 
 CASES = [
@@ -28,13 +36,26 @@ CASES = [
     Case(3, 1, 150, 8, 2, 64, causal=True),  # one query against a cache
     Case(1, 1, 1, 1, 1, 64),
 ]
-CPU_CASES = [
-    Case(2, 19, 23, 4, 2, 1),
+HEAD_DIM_CASES = [
+    Case(2, 19, 23, 4, 2, 8),
     Case(1, 50, 50, 2, 1, 40, causal=True),
     Case(1, 37, 41, 3, 3, 72, causal=True),
     Case(1, 24, 24, 2, 2, 96),
     Case(1, 20, 30, 2, 1, 256, causal=True),
+    Case(2, 33, 70, 4, 2, 64, head_dim_v=128),
+    Case(2, 70, 33, 4, 2, 128, causal=True, head_dim_v=64),
+    Case(1, 31, 40, 2, 1, 192, causal=True, head_dim_v=128),
+    Case(1, 31, 40, 2, 1, 40, head_dim_v=72),
+    Case(1, 40, 31, 2, 2, 8, head_dim_v=256),
+    Case(1, 40, 31, 2, 2, 256, causal=True, head_dim_v=8),
+    Case(1, 1, 90, 8, 2, 64, head_dim_v=96),
+]
+# Rows that do not begin at 16 bytes, or more columns than the CUDA kernels have.
+CPU_HEAD_DIM_CASES = [
+    Case(2, 19, 23, 4, 2, 1),
+    Case(1, 25, 29, 2, 1, 33, causal=True, head_dim_v=7),
     Case(1, 9, 12, 1, 1, 320),
+    Case(1, 9, 12, 2, 1, 576, causal=True, head_dim_v=512),
 ]
 EMPTY_CASES = [
     Case(0, 5, 7, 4, 2, 64),
@@ -44,24 +65,30 @@ EMPTY_CASES = [
 ]
 
 
-def run_flashtile(inputs: Triple, dout: Tensor, dlse: Tensor, *, causal: bool) -> Result:
-    q, k, v = (t.detach().requires_grad_() for t in inputs)
-    out, lse = flashtile.attention(q, k, v, causal=causal, return_lse=True)
-    gradients = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
-    return Result(out.detach(), lse.detach(), *gradients)
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every op that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.setdefault(str(func), []).append(args)
+        return func(*args, **(kwargs or {}))
 
 
-def check(inputs: Triple, dout: Tensor, dlse: Tensor, *, causal: bool) -> None:
-    actual = run_flashtile(inputs, dout, dlse, causal=causal)
-    exact = run_manual(inputs, dout, dlse, torch.float64, causal=causal)
-    plain = run_manual(inputs, dout, dlse, inputs[0].dtype, causal=causal)
-    assert_lse_close(actual.lse, exact.lse)
-    for name in ("out", "dq", "dk", "dv"):
-        assert_close(name, getattr(actual, name), getattr(exact, name), getattr(plain, name))
+def run_flashtile(inputs: Triple, dout: Tensor, dlse: Tensor, **mask: Any) -> Result:
+    return run(with_lse(flashtile.attention, **mask), inputs, dout, dlse)
+
+
+def check(inputs: Triple, dout: Tensor, dlse: Tensor, **mask: Any) -> None:
+    attend = with_lse(flashtile.attention, **mask)
+    check_against_manual(attend, partial(manual_attention, **mask), inputs, dout, dlse)
 
 
 def make_gradients(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    dout = torch.randn(case.batch, case.seqlen_q, case.num_heads, case.head_dim)
+    head_dim_v = case.head_dim_v or case.head_dim
+    dout = torch.randn(case.batch, case.seqlen_q, case.num_heads, head_dim_v)
     dlse = torch.randn(case.batch, case.num_heads, case.seqlen_q)
     return dout.to(device, dtype), dlse.to(device)
 
@@ -73,7 +100,14 @@ def test_matches_manual_attention(device: str, dtype: torch.dtype, case: Case) -
     check(inputs, *make_gradients(case, dtype, device), causal=case.causal)
 
 
-@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+@pytest.mark.parametrize("case", HEAD_DIM_CASES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+def test_any_head_dim(device: str, dtype: torch.dtype, case: Case) -> None:
+    inputs = make_inputs(case, dtype, device)
+    check(inputs, *make_gradients(case, dtype, device), causal=case.causal)
+
+
+@pytest.mark.parametrize("case", CPU_HEAD_DIM_CASES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), [t for t in TARGETS if t[0] == "cpu"])
 def test_any_head_dim_on_cpu(device: str, dtype: torch.dtype, case: Case) -> None:
     inputs = make_inputs(case, dtype, device)
@@ -218,16 +252,32 @@ def test_returns(device: str, dtype: torch.dtype) -> None:
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("by", ["keyword", "torch"])
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window_size": (33, 20)}], ids=mask_name)
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
-def test_deterministic(device: str, dtype: torch.dtype) -> None:
-    case = Case(1, 200, 200, 4, 1, 64, causal=True)
+def test_deterministic(device: str, dtype: torch.dtype, mask: Mask, by: str) -> None:
+    case = Case(1, 200, 200, 4, 1, 64)
     inputs = make_inputs(case, dtype, device)
     dout, dlse = make_gradients(case, dtype, device)
-    torch.use_deterministic_algorithms(True)
-    first = run_flashtile(inputs, dout, dlse, causal=True)
-    second = run_flashtile(inputs, dout, dlse, causal=True)
-    for name in ("out", "lse", "dq", "dk", "dv"):
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    torch.use_deterministic_algorithms(by == "torch")
+    first, *others = (
+        run_flashtile(inputs, dout, dlse, deterministic=by == "keyword", **mask) for _ in range(5)
+    )
+    for other in others:
+        for name in ("out", "lse", "dq", "dk", "dv"):
+            assert torch.equal(getattr(first, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("by", ["keyword", "torch", "neither"])
+def test_deterministic_reaches_the_op(by: str) -> None:
+    """On the CPU nothing else tells: gradients are the same with and without."""
+    q = torch.randn(1, 3, 2, 8, requires_grad=True)
+    out = flashtile.attention(q, q, q, deterministic=by == "keyword")
+    torch.use_deterministic_algorithms(by == "torch")
+    with Recorder() as recorder:
+        out.sum().backward()
+    (arguments,) = recorder.calls["flashtile.backward.default"]
+    assert (len(arguments) > 10 and arguments[10] is True) == (by != "neither")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import flashtile
+from flashtile._options import Options
 
 Change = Callable[[Any], Any]
 
@@ -86,12 +87,17 @@ DENSE = [
     Refusal(
         "k dtype",
         {"k": cast(torch.float16)},
-        "k has dtype float16; allowed: float32, the dtype of q",
+        "q, k, v have dtypes float32, float16, float32; allowed: one dtype for all three",
     ),
     Refusal(
         "v dtype",
-        {"v": cast(torch.float64)},
-        "v has dtype float64; allowed: float32, the dtype of q",
+        {"v": cast(torch.bfloat16)},
+        "q, k, v have dtypes float32, float32, bfloat16; allowed: one dtype for all three",
+    ),
+    Refusal(
+        "all dtypes",
+        {"q": cast(torch.float16), "k": cast(torch.bfloat16)},
+        "q, k, v have dtypes float16, bfloat16, float32; allowed: one dtype for all three",
     ),
     Refusal("k device", {"k": meta}, "k is on meta; allowed: cpu, the device of q"),
     Refusal("v device", {"v": meta}, "v is on meta; allowed: cpu, the device of q"),
@@ -123,7 +129,7 @@ DENSE = [
         {"v": lambda t: t[:, :, :1]},
         "v has shape (2, 7, 1, 8); allowed: (2, 7, 3, head_dim_v)",
     ),
-    Refusal("v head_dim", {"v": lambda t: t[..., :4]}, "head_dim_v is 4; allowed: head_dim, 8"),
+    Refusal("v head_dim 0", {"v": lambda t: t[..., :0]}, "head_dim_v is 0; allowed: 1 to 65536"),
     Refusal(
         "heads do not divide",
         {"k": torch.zeros(2, 7, 4, 8), "v": torch.zeros(2, 7, 4, 8)},
@@ -137,7 +143,7 @@ DENSE = [
     ),
     Refusal(
         "head_dim 0",
-        {name: lambda t: t[..., :0] for name in ("q", "k", "v")},
+        {name: lambda t: t[..., :0] for name in ("q", "k")},
         "head_dim is 0; allowed: 1 to 65536",
     ),
     *(
@@ -251,21 +257,34 @@ VARLEN = [
     Refusal(
         "max_seqlen_q float",
         {"max_seqlen_q": 6.0},
-        "max_seqlen_q is a float; allowed: int",
+        "max_seqlen_q is a float; allowed: int or a 0-d integer tensor",
         TypeError,
         in_op=False,
     ),
     Refusal(
-        "max_seqlen_k tensor",
-        {"max_seqlen_k": torch.tensor(6)},
-        "max_seqlen_k is a Tensor; allowed: int",
+        "max_seqlen_k 1-D",
+        {"max_seqlen_k": torch.tensor([6])},
+        "max_seqlen_k is a int64 tensor of shape (1,); allowed: int or a 0-d integer tensor",
         TypeError,
+        in_op=False,
+    ),
+    Refusal(
+        "max_seqlen_q float tensor",
+        {"max_seqlen_q": torch.tensor(6.0)},
+        "max_seqlen_q is a float32 tensor of shape (); allowed: int or a 0-d integer tensor",
+        TypeError,
+        in_op=False,
+    ),
+    Refusal(
+        "max_seqlen_q negative tensor",
+        {"max_seqlen_q": torch.tensor(-1)},
+        "max_seqlen_q is -1; allowed: 0 to 2147483647",
         in_op=False,
     ),
     Refusal(
         "max_seqlen_k bool",
         {"max_seqlen_k": True},
-        "max_seqlen_k is a bool; allowed: int",
+        "max_seqlen_k is a bool; allowed: int or a 0-d integer tensor",
         TypeError,
         in_op=False,
     ),
@@ -281,8 +300,7 @@ VARLEN = [
 OFFSETS = [
     ([1, 4, 10], "cu_seqlens_q[0] is 1; allowed: 0"),
     ([0, 11, 10], "cu_seqlens_q[2] is 10; allowed: at least 11, the value before it"),
-    ([0, 4, 9], "cu_seqlens_q[2] is 9; allowed: 10, the number of rows"),
-    ([0, 4, 11], "cu_seqlens_q[2] is 11; allowed: 10, the number of rows"),
+    ([0, 4, 11], "cu_seqlens_q[2] is 11; allowed: up to 10, the number of rows"),
     ([0, -3, 10], "cu_seqlens_q[1] is -3; allowed: at least 0, the value before it"),
 ]
 
@@ -320,8 +338,9 @@ def test_varlen(refusal: Refusal) -> None:
 @pytest.mark.parametrize("refusal", [r for r in VARLEN if r.in_op], ids=lambda r: r.name)
 def test_varlen_op(refusal: Refusal) -> None:
     call = changed(varlen_call(), refusal)
+    options = {name: call.pop(name) for name in Options._fields if name in call}
     with pytest.raises((RuntimeError, ValueError), match=re.escape(refusal.sentence)):
-        torch.ops.flashtile.forward_varlen(*call.values(), None, -1, -1)
+        torch.ops.flashtile.forward(*call.values(), *Options(**options))
 
 
 @pytest.mark.parametrize(("values", "sentence"), OFFSETS)
@@ -373,19 +392,7 @@ def test_backward_op(name: str, change: Any, sentence: str) -> None:
     call = backward_call()
     call[name] = change(call[name]) if callable(change) else change
     with pytest.raises(RuntimeError, match=re.escape(sentence)):
-        torch.ops.flashtile.backward(*call.values(), None, -1, -1, False)
-
-
-@pytest.mark.parametrize(
-    ("window", "sentence"),
-    [
-        ((3, -1), "window_left is 3; allowed: -1 (unlimited)"),
-        ((-1, 2), "window_right is 2; allowed: 0 (causal) and -1 (unlimited)"),
-    ],
-)
-def test_windows_of_the_op(window: tuple[int, int], sentence: str) -> None:
-    with pytest.raises(RuntimeError, match=re.escape(sentence)):
-        torch.ops.flashtile.forward(*dense_call().values(), None, *window)
+        torch.ops.flashtile.backward(*call.values(), None, -1, -1)
 
 
 def test_errors_name_no_build_path() -> None:
@@ -400,7 +407,7 @@ def test_errors_name_no_build_path() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "fragment"),
-    [(torch.float32, 64, "float32"), (torch.float64, 64, "float64"), (torch.float16, 80, "80")],
+    [(torch.float32, 64, "float32"), (torch.float64, 64, "float64"), (torch.float16, 264, "264")],
 )
 @pytest.mark.parametrize("device", ["cuda"])
 def test_not_served_on_cuda(device: str, dtype: torch.dtype, head_dim: int, fragment: str) -> None:

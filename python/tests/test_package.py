@@ -14,7 +14,9 @@ import torch
 import flashtile
 
 PACKAGE = Path(flashtile.__path__[0])
-SOURCES = {"__init__.py", "_checks.py", "_loader.py", "_registration.py", "ops.py", "py.typed"}
+MODULES = ("checks", "functional", "loader", "merging", "options", "registration", "vmap")
+SOURCES = {"__init__.py", "ops.py", "py.typed", *(f"_{name}.py" for name in MODULES)}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_build_info() -> None:
@@ -25,6 +27,24 @@ def test_build_info() -> None:
     assert info["cpu_instruction_set_used"] in info["cpu_instruction_sets"]
     assert bool(info["cuda_architectures"]) == bool(info["cuda_head_dims"])
     assert re.match(r"2\.\d+", str(info["torch_headers"]))
+
+
+def test_versions_agree() -> None:
+    """CMakeLists.txt, the C header and the built library; pyproject.toml reads the first."""
+    cmake, header, pyproject = (
+        (ROOT / name).read_text()
+        for name in ("CMakeLists.txt", "include/flashtile/flashtile.h", "pyproject.toml")
+    )
+    numbers = [
+        re.search(rf"^#define FLASHTILE_VERSION_{part} (\d+)$", header, re.MULTILINE)
+        for part in ("MAJOR", "MINOR", "PATCH")
+    ]
+    assert ".".join(match[1] for match in numbers if match) == flashtile.__version__
+    assert f'const char* flashtile_version(void); /* "{flashtile.__version__}" */' in header
+    regex = re.search(r"^regex = '(.*)'$", pyproject, re.MULTILINE)
+    assert regex is not None
+    assert [match["value"] for match in re.finditer(regex[1], cmake)] == [flashtile.__version__]
+    assert not re.search(r"^version = ", pyproject, re.MULTILINE)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -38,7 +58,7 @@ def test_can_run(backward: bool) -> None:
 def test_can_run_names_the_kernel() -> None:
     q = torch.zeros(1, 300, 4, 64)
     for backward, word in ((False, "forward"), (True, "backward")):
-        args = (q, q, q, None, None, 0, 0, None, -1, 0, backward)
+        args = (q, q, q, backward, None, None, -1, 0)
         ok, name = torch.ops.flashtile.can_run(*args)
         assert ok
         assert word in name
@@ -116,8 +136,7 @@ def find_wheel() -> Path:
     named = os.environ.get("FLASHTILE_WHEEL")
     if named:
         return Path(named)
-    root = Path(__file__).resolve().parents[2]
-    wheels = sorted(root.glob("dist/flashtile-*.whl"), key=lambda path: path.stat().st_mtime)
+    wheels = sorted(ROOT.glob("dist/flashtile-*.whl"), key=lambda path: path.stat().st_mtime)
     if not wheels:
         pytest.skip("no wheel: run `make wheel`, or name one in FLASHTILE_WHEEL")
     return wheels[-1]
@@ -134,7 +153,7 @@ def test_wheel_content() -> None:
     package = {f"flashtile/{name}" for name in SOURCES} | {"flashtile/lib/libflashtile_torch.so"}
     assert {name for name in names if not name.startswith(folder)} == package
     assert any(name.startswith(folder) and name.endswith("LICENSE") for name in names)
-    for path in (str(Path(__file__).resolve().parents[2]), "/torch/include/"):
+    for path in (str(ROOT), "/torch/include/"):
         assert path.encode() not in library, "a path of the build machine"
 
 

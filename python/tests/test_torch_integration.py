@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashtile
+from flashtile._options import Options
 from reference import (
     CUDA_DTYPES,
     TARGETS,
@@ -18,41 +19,44 @@ from reference import (
     manual_attention,
 )
 
-Numbers = tuple[float | None, int, int]
-FULL: Numbers = (None, -1, -1)
-CAUSAL: Numbers = (0.2, -1, 0)
+FULL = Options()
+CAUSAL = Options(0.2, window_right=0)
 
 # One low and one wide dtype on the CPU, one on CUDA.
 FEW = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)]
 
 
 def dense(dtype: torch.dtype, device: str, *, grad: bool = False) -> Triple:
-    q, k, v = make_inputs(Case(2, 5, 7, 4, 2, 64), dtype, device)
+    q, k, v = make_inputs(Case(2, 5, 7, 4, 2, 64, head_dim_v=48), dtype, device)
     return q.requires_grad_(grad), k.requires_grad_(grad), v.requires_grad_(grad)
 
 
-def varlen(dtype: torch.dtype, device: str, *, grad: bool = False) -> tuple[Triple, list[Tensor]]:
+def varlen(dtype: torch.dtype, device: str, *, grad: bool = False) -> tuple[Triple, Options]:
+    """Everything at once: a window from the top left, rows out of use, rows of no sequence."""
     q, k, v = (
-        torch.randn(10, heads, 64).to(device, dtype).requires_grad_(grad) for heads in (4, 2, 2)
+        torch.randn(11, heads, dim).to(device, dtype).requires_grad_(grad)
+        for heads, dim in ((4, 64), (2, 64), (2, 48))
     )
-    cu = [torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 3, 10],) * 2]
-    return (q, k, v), cu
+    cu, used = (
+        torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 3, 10], [2, 7])
+    )
+    return (q, k, v), Options(0.2, 3, 1, True, 1, 7, 7, cu, cu.clone(), used, used.clone())
 
 
-@pytest.mark.parametrize("numbers", [FULL, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("options", [FULL, CAUSAL], ids=["full", "causal"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize(("device", "dtype"), FEW)
-def test_opcheck_forward(device: str, dtype: torch.dtype, grad: bool, numbers: Numbers) -> None:
+def test_opcheck_forward(device: str, dtype: torch.dtype, grad: bool, options: Options) -> None:
     op = torch.ops.flashtile.forward.default
-    torch.library.opcheck(op, (*dense(dtype, device, grad=grad), *numbers))
+    torch.library.opcheck(op, (*dense(dtype, device, grad=grad), *options))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize(("device", "dtype"), FEW)
 def test_opcheck_forward_varlen(device: str, dtype: torch.dtype, grad: bool) -> None:
-    op = torch.ops.flashtile.forward_varlen.default
-    inputs, cu = varlen(dtype, device, grad=grad)
-    torch.library.opcheck(op, (*inputs, *cu, 7, 7, *CAUSAL))
+    op = torch.ops.flashtile.forward.default
+    inputs, options = varlen(dtype, device, grad=grad)
+    torch.library.opcheck(op, (*inputs, *options))
 
 
 @pytest.mark.parametrize("with_dlse", [False, True])
@@ -61,24 +65,32 @@ def test_opcheck_backward(device: str, dtype: torch.dtype, with_dlse: bool) -> N
     inputs = dense(dtype, device)
     out, lse = torch.ops.flashtile.forward(*inputs, *CAUSAL)
     dlse = torch.randn_like(lse) if with_dlse else None
-    args = (torch.randn_like(out), *inputs, out, lse, dlse, *CAUSAL, False)
+    args = (torch.randn_like(out), *inputs, out, lse, dlse, *CAUSAL)
     torch.library.opcheck(torch.ops.flashtile.backward.default, args)
 
 
 @pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize(("device", "dtype"), FEW)
 def test_opcheck_backward_varlen(device: str, dtype: torch.dtype, with_dlse: bool) -> None:
-    inputs, cu = varlen(dtype, device)
-    out, lse = torch.ops.flashtile.forward_varlen(*inputs, *cu, 7, 7, *FULL)
+    inputs, options = varlen(dtype, device)
+    out, lse = torch.ops.flashtile.forward(*inputs, *options)
     dlse = torch.randn_like(lse) if with_dlse else None
-    args = (torch.randn_like(out), *inputs, out, lse, dlse, *cu, 7, 7, *FULL, device == "cpu")
-    torch.library.opcheck(torch.ops.flashtile.backward_varlen.default, args)
+    args = (torch.randn_like(out), *inputs, out, lse, dlse, *options)
+    torch.library.opcheck(torch.ops.flashtile.backward.default, args)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize(("device", "dtype"), FEW)
+def test_opcheck_forward_out(device: str, dtype: torch.dtype, packed: bool) -> None:
+    inputs, options = varlen(dtype, device) if packed else (dense(dtype, device), Options(0.2))
+    out = torch.empty(*inputs[0].shape[:-1], 48, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.flashtile.forward_out.default, (*inputs, out, *options))
 
 
 def test_opcheck_queries() -> None:
     """These two return no tensor, so there is nothing to trace."""
     op = torch.ops.flashtile.can_run.default
-    args = (*dense(torch.float32, "cpu"), None, None, 0, 0, None, -1, -1, False)
+    args = (*dense(torch.float32, "cpu"), False, None, *Options())
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration"))
     torch.library.opcheck(torch.ops.flashtile.build_info.default, (), test_utils="test_schema")
 
@@ -256,40 +268,11 @@ def test_autocast_leaves_float64() -> None:
         assert flashtile.attention(q, k, v).dtype == torch.float64
 
 
-@pytest.mark.parametrize(("device", "dtype"), FEW)
-def test_second_derivative_raises(device: str, dtype: torch.dtype) -> None:
-    q, k, v = dense(dtype, device, grad=True)
-    out = flashtile.attention(q, k, v)
-    gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated twice; allowed: first derivatives only"):
-        gradients[0].float().square().sum().backward()
-
-
-def test_second_derivative_raises_varlen() -> None:
-    inputs, cu = varlen(torch.float32, "cpu", grad=True)
-    out = flashtile.attention_varlen(*inputs, cu[0], cu[1], 7, 7)
-    gradients = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated twice; allowed: first derivatives only"):
-        gradients[2].square().sum().backward()
-
-
-@pytest.mark.filterwarnings(
-    "ignore:There is a performance drop because we have not yet implemented"
-)
-@pytest.mark.parametrize(("device", "dtype"), FEW)
-def test_vmap_is_a_loop(device: str, dtype: torch.dtype) -> None:
-    """torch runs the op once per entry; the result is right, only slow."""
-    q, k, v = (torch.stack([t, -t]) for t in dense(dtype, device))
-    mapped = torch.vmap(flashtile.attention)(q, k, v)
-    for i in range(2):
-        torch.testing.assert_close(mapped[i], flashtile.attention(q[i], k[i], v[i]))
-
-
 def test_meta_tensors() -> None:
     q, k, v = (t.to("meta") for t in dense(torch.bfloat16, "cpu"))
     out, lse = flashtile.attention(q, k, v, return_lse=True)
     assert out.device.type == "meta"
-    assert out.shape == q.shape
+    assert out.shape == (2, 5, 4, 48)
     assert lse.shape == (2, 4, 5)
 
 
