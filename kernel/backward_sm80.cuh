@@ -45,6 +45,7 @@ struct BackwardSm80 {
   using QueryCopy = RowCopy<QueryTile, kThreads>;
   using KeyCopy = RowCopy<KeyTile, kThreads>;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
+  using Turns = std::conditional_t<kDeterministic, DqTurns<kBlockQ, kBlockK>, NoTurns>;
 
   // Places of a warp in the three warp grids: keys x queries of the scores, queries x columns of
   // dQ.
@@ -60,97 +61,93 @@ struct BackwardSm80 {
           dq_col(index % Dq::kWarpCols) {}
   };
 
+  // The rows of a block of queries, for those who copy them.
+  struct QueryRows {
+    bool are_plain;  // all exist, fill the tile and are 16-byte aligned
+    int count;       // that exist; none past the last block
+
+    // Of a block that is known to be whole.
+    static FLASHTILE_DEVICE QueryRows whole(const Params& launch) { return {launch.plain, kBlockQ}; }
+    static FLASHTILE_DEVICE QueryRows any(const Params& launch, int block, uint32_t notes_address) {
+      const BackwardNotes notes = BackwardNotes::read(notes_address);
+      const int count = block < notes.end ? notes.seqlen_q - block * kBlockQ : 0;
+      return {launch.plain && count >= kBlockQ, count};
+    }
+  };
+
   // This thread's part in copying Q, dO and the statistics of one block of queries.
   struct QueryLoader {
-    const char *q, *dout, *statistics;  // first source of the next block
-    uint32_t fill;                      // its place in the stage that the next block goes to
-    uint32_t fill_dout;                 // the same of dO, where it has one place only
-    int plain_blocks;                   // blocks before this one are whole and their rows plain
-    bool copies_statistics;
+    const char *q, *dout;  // first source of the next block
+    uint32_t fill;         // its place in the stage that the next block goes to
+    uint32_t fill_dout;    // the same of dO, where it has one place only
 
-    FLASHTILE_DEVICE QueryLoader(const Params& launch, uint32_t stages, int seqlen_q, int thread)
-        : fill(stages + QueryCopy::offset(thread)),
-          fill_dout(fill + Smem::kDout),
-          plain_blocks(launch.plain ? seqlen_q / kBlockQ : 0),
-          copies_statistics(statistics_offset(thread) < Smem::kStatisticsBytes) {}
+    FLASHTILE_DEVICE QueryLoader(uint32_t stages, int thread)
+        : fill(stages + QueryCopy::offset(thread)), fill_dout(fill + Smem::kDout) {}
 
-    // Goes to row `row` of a head of the sequence; slot: its place in the workspace.
-    FLASHTILE_DEVICE void start(const Params& launch, const Sequence& s, int row, int head,
-                                int64_t slot) {
+    // Goes to row `row` of a head of the sequence.
+    FLASHTILE_DEVICE void start(const Params& launch, const Sequence& s, int row, int head) {
       const int thread = ptx::thread_index();
       q = QueryCopy::source(launch.params.q, s.batch, s.row_q + row, head, thread);
       dout = QueryCopy::source(launch.params.dout, s.batch, s.row_q + row, head, thread);
-      statistics = reinterpret_cast<const char*>(launch.statistics + slot * Slot::kStatistics) +
-                   statistics_offset(thread);
     }
 
-    // Q of block i; dO and the statistics of block i; or all in one burst. Blocks come in order.
-    FLASHTILE_DEVICE void load_q(const Params& launch, int i, uint32_t notes) {
-      if (i < plain_blocks) {
-        copy_q(launch);
-      } else {
-        copy_q_any(launch, rows_of(i, notes));
+    // Q, dO and the statistics of the next block, in one burst; `slot`: its place in the workspace.
+    FLASHTILE_DEVICE void load(const Params& launch, const QueryRows& rows, int slot) {
+      if (rows.are_plain) {
+        QueryCopy::copy(fill, q, launch.q_pass_bytes);
+        QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
+        copy_statistics(launch, slot);
+      } else if (rows.count > 0) {
+        QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows.count, launch.q);
+        QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows.count, launch.dout);
+        copy_statistics(launch, slot);
       }
       ptx::cp_async_commit();
     }
-    FLASHTILE_DEVICE void load_dout(const Params& launch, int i, uint32_t notes) {
-      if (i < plain_blocks) {
-        copy_dout(launch);
-      } else {
-        copy_dout_any(launch, rows_of(i, notes));
+    // Only Q; only dO and the statistics.
+    FLASHTILE_DEVICE void load_q(const Params& launch, const QueryRows& rows) {
+      if (rows.are_plain) {
+        QueryCopy::copy(fill, q, launch.q_pass_bytes);
+      } else if (rows.count > 0) {
+        QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows.count, launch.q);
       }
       ptx::cp_async_commit();
     }
-    FLASHTILE_DEVICE void load(const Params& launch, int i, uint32_t notes) {
-      if (i < plain_blocks) {
-        copy_q(launch);
-        copy_dout(launch);
-      } else {
-        const int rows = rows_of(i, notes);
-        copy_q_any(launch, rows);
-        copy_dout_any(launch, rows);
+    FLASHTILE_DEVICE void load_dout(const Params& launch, const QueryRows& rows, int slot) {
+      if (rows.are_plain) {
+        QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
+        copy_statistics(launch, slot);
+      } else if (rows.count > 0) {
+        QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows.count, launch.dout);
+        copy_statistics(launch, slot);
       }
       ptx::cp_async_commit();
     }
 
    private:
-    // The thread's part of a block's statistics. The first eight rows of a tile lie in as many bytes
-    // as they: what leads to the thread's chunk there leads to its part.
-    static FLASHTILE_DEVICE int statistics_offset(int thread) {
-      return kSameOffset ? static_cast<int>(QueryCopy::offset(thread)) : thread * kChunkBytes;
-    }
-    static constexpr bool kSameOffset = QueryCopy::kLanes >= 8;
-
-    static FLASHTILE_DEVICE int rows_of(int i, uint32_t notes) {
-      return BackwardNotes::read(notes).seqlen_q - i * kBlockQ;
-    }
     FLASHTILE_DEVICE uint32_t dout_place() const {
       return Smem::kTogether ? fill + Smem::kDout : fill_dout;
     }
-    FLASHTILE_DEVICE void copy_q(const Params& launch) {
-      QueryCopy::copy(fill, q, launch.q_pass_bytes);
+    // The first rows of a tile's first panel lie in as many bytes as the statistics: the threads
+    // that copy these rows copy the statistics, too, and what leads to their chunk there leads to
+    // their part. (Rows of four chunks leave half of the bytes out; there, threads go by number.)
+    static constexpr bool kSameOffset = QueryCopy::kLanes >= 8;
+    static FLASHTILE_DEVICE bool copies_statistics(unsigned thread) {
+      constexpr unsigned kRows = Smem::kStatisticsBytes / kPanelRowBytes;
+      if constexpr (!kSameOffset) return thread < Smem::kStatisticsBytes / kChunkBytes;
+      return thread < kRows * QueryCopy::kLanes && thread % QueryCopy::kLanes < kPanelCols / 8;
     }
-    FLASHTILE_DEVICE void copy_dout(const Params& launch) {
-      QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
-      copy_statistics();
-    }
-    FLASHTILE_DEVICE void copy_q_any(const Params& launch, int rows) {
-      QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows, launch.q);
-    }
-    FLASHTILE_DEVICE void copy_dout_any(const Params& launch, int rows) {
-      QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows, launch.dout);
-      copy_statistics();
-    }
-    FLASHTILE_DEVICE void copy_statistics() {
-      if (copies_statistics) {
-        uint32_t to = dout_place() + (Smem::kStatistics - Smem::kDout);
-        if constexpr (!kSameOffset) {
-          const int thread = ptx::thread_index();
-          to += thread * kChunkBytes - QueryCopy::offset(thread);
-        }
-        ptx::cp_async_16(to, statistics);
+    FLASHTILE_DEVICE void copy_statistics(const Params& launch, int slot) const {
+      const int thread = ptx::thread_index();
+      if (!copies_statistics(thread)) return;
+      uint32_t to = dout_place() + (Smem::kStatistics - Smem::kDout);
+      uint32_t offset = to % Smem::kStatisticsPlace;  // tiles and statistics start at multiples
+      if constexpr (!kSameOffset) {
+        offset = thread * kChunkBytes;
+        to += offset - QueryCopy::offset(thread);
       }
-      statistics += Slot::kStatistics * sizeof(float);
+      ptx::cp_async_16(
+          to, reinterpret_cast<const char*>(slot_statistics(launch, slot)) + offset);
     }
   };
 
@@ -245,6 +242,17 @@ struct BackwardSm80 {
                   kPairs ? (1 - warp.query) * kQueries / 8 : 0),
           scores(smem + Smem::kScores + warp.lane % 4 * 4 +
                  ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
+
+    // Keeps the compiler from computing all the addresses that follow from these before the loop.
+    // (It does no good where a warp has all of its keys' queries to itself.)
+    FLASHTILE_DEVICE void hide() {
+      if constexpr (!kConfig.split_head_dim) return;
+      ptx::hide(k_rows.base);
+      ptx::hide(k_cols.base);
+      ptx::hide(dq_rows.base);
+      ptx::hide(partner.base);
+      ptx::hide(scores);
+    }
   };
 
   // gradient += scores b. Where warps share the columns of the gradient among them, the scores of
@@ -282,35 +290,51 @@ struct BackwardSm80 {
     ptx::named_barrier_sync(1 + Warp(ptx::thread_index()).key, 32 * kConfig.warps_q);
   }
 
-  // dQ of the whole block of queries, the warp's rows and columns of it.
+  // dQ of the whole block of queries, the warp's rows and columns of it, some columns at a time.
   static FLASHTILE_DEVICE void add_dq(float* dq, const Cursor<ScoreTile>& ds,
                                       const KeyColumns& k_cols) {
-    Accumulator<Dq::kRows, Dq::kCols> sum;
-    clear(sum);
+    constexpr int kPasses = kConfig.dq_passes;
+    constexpr int kCols = Dq::kCols / kPasses;
+    constexpr int kPanels = kCols / 16 / DqColumns::kBlocksPerPanel;  // from pass to pass
+    static_assert(kPasses == 1 || kCols % (16 * DqColumns::kBlocksPerPanel) == 0);
     FLASHTILE_UNROLL
-    for (int k = 0; k < kBlockK / 16; ++k) {
-      uint32_t a[Dq::kRows / 16][4];
+    for (int pass = 0; pass < kPasses; ++pass) {
+      Accumulator<Dq::kRows, kCols> sum;
+      clear(sum);
       FLASHTILE_UNROLL
-      for (int m = 0; m < Dq::kRows / 16; ++m) ptx::ldmatrix_x4_trans(a[m], ds.at(16 * k, m));
-      product_AB_step<T>(sum, a, k_cols, 16 * k, 0);
-    }
-    FLASHTILE_UNROLL
-    for (int m = 0; m < Dq::kRows / 16; ++m) {
-      FLASHTILE_UNROLL
-      for (int n = 0; n < Dq::kCols / 8; ++n) {
+      for (int k = 0; k < kBlockK / 16; ++k) {
+        uint32_t a[Dq::kRows / 16][4];
         FLASHTILE_UNROLL
-        for (int i = 0; i < 4; ++i)
-          ptx::red_add(dq + ((m * (Dq::kCols / 8) + n) * 4 + i) * kThreads, sum.d[m][n][i]);
+        for (int m = 0; m < Dq::kRows / 16; ++m) ptx::ldmatrix_x4_trans(a[m], ds.at(16 * k, m));
+        product_AB_step<T>(sum, a, k_cols, 16 * k, pass * kPanels * KeyTile::kPanelBytes);
+      }
+      FLASHTILE_UNROLL
+      for (int m = 0; m < Dq::kRows / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int n = 0; n < kCols / 8; ++n) {
+          const int block = m * (Dq::kCols / 8) + pass * (kCols / 8) + n;
+          FLASHTILE_UNROLL
+          for (int i = 0; i < 4; ++i)
+            ptx::red_add(dq + (block * 4 + i) * kThreads, sum.d[m][n][i]);
+        }
       }
     }
   }
 
+  // A slot's parts of the workspace: a multiplication instead of a pointer kept in registers.
+  static FLASHTILE_DEVICE const float* slot_statistics(const Params& launch, int slot) {
+    return launch.statistics + static_cast<int64_t>(slot) * Slot::kStatistics;
+  }
+  static FLASHTILE_DEVICE float* slot_dq(const Params& launch, int slot) {
+    return launch.dq_accumulator + static_cast<int64_t>(slot) * Slot::kDq;
+  }
+
   // Whether some query of these blocks has scores so large that exp2(score - lse) may be anything
   // (see BackwardDelta). All threads ask.
-  static FLASHTILE_DEVICE bool has_huge_scores(const Params& launch, int64_t slot, int blocks) {
+  static FLASHTILE_DEVICE bool has_huge_scores(const Params& launch, int slot, int blocks) {
     bool huge = false;
     for (int i = ptx::thread_index(); i < blocks; i += kThreads) {
-      huge |= launch.statistics[(slot + i) * Slot::kStatistics + Slot::kHuge] != 0.0f;
+      huge |= slot_statistics(launch, slot + i)[Slot::kHuge] != 0.0f;
     }
     return __syncthreads_or(huge) != 0;
   }
@@ -385,9 +409,11 @@ struct BackwardSm80 {
     if (block.empty()) return;
     const Sequence& s = block.sequence;
     const uint32_t smem = ptx::shared_address(shared);
-    const Places at(smem, warp);
+    Places at(smem, warp);
 
     const BandMask mask(p.problem.band, s.seqlen_q, s.seqlen_k);
+    const BlockRange range = block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ)
+                                            : BlockRange{0, 0, 0, 0};
     const uint32_t notes = smem + Smem::kNotes;
     load_keys(launch, block, smem, thread);
     using V = std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>,
@@ -400,7 +426,11 @@ struct BackwardSm80 {
       BackwardNotes{.diagonal = block.row0 - mask.highest + 1,
                     .queries = static_cast<unsigned>(mask.highest - mask.lowest),
                     .keys = block.rows,
-                    .seqlen_q = s.seqlen_q}
+                    .seqlen_q = s.seqlen_q,
+                    .begin = range.begin,
+                    .end = range.end,
+                    .key_block = block.row0 / kBlockK,
+                    .lowest = mask.lowest}
           .write(notes);
     }
     __syncthreads();  // the notes are there
@@ -409,38 +439,46 @@ struct BackwardSm80 {
     clear(dk);
     clear(dv);
     Stage stage(smem + Smem::kStages, warp);
-    QueryLoader loader(launch, smem + Smem::kStages, s.seqlen_q, thread);
-    std::conditional_t<kDeterministic, DqTurns<kBlockQ, kBlockK>, NoTurns> turns(block.row0 / kBlockK);
-    const BlockRange range = block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ)
-                                            : BlockRange{0, 0, 0, 0};
+    QueryLoader loader(smem + Smem::kStages, thread);
     const int group = static_cast<int>(p.problem.num_heads / p.problem.num_heads_kv);
 
     for (int g = 0; g < group && !range.empty(); ++g) {
       const int head = block.head * group + g;
-      const int64_t slot = head * launch.slots_q + block.first_slot_q + range.begin;
-      loader.start(launch, s, range.begin * kBlockQ, head, slot);
-      loader.load(launch, range.begin, notes);  // into the stage that nobody reads: see step
-      float* dq = launch.dq_accumulator + slot * Slot::kDq + thread;
+      const int first_slot = static_cast<int>(head * launch.slots_q + block.first_slot_q);
+      int slot = first_slot + range.begin;  // of the block of queries
+      // Clean blocks are those that are seen whole and followed by a whole one.
+      const bool huge = has_huge_scores(launch, slot, range.end - range.begin);
+      const int whole_end = min(range.end, s.seqlen_q / kBlockQ);
+      if (thread == 0) {
+        BackwardNotes::write_clean_end(
+            notes, huge ? slot : first_slot + min(range.full_end, whole_end - 1));
+      }
+      __syncthreads();  // everybody may read it
+      Turns::start(first_slot, notes);
+      loader.start(launch, s, range.begin * kBlockQ, head);
+      // Into the stage that nobody reads: see step.
+      loader.load(launch, QueryRows::any(launch, range.begin, notes), slot);
 
-      turns.start(launch, slot);
-      int i = range.begin;  // block of queries
-      auto step = [&](auto edge) {
+      // kEdge: some scores may be hidden, and the next block may be ragged or not exist.
+      auto step = [&]<bool kEdge>() {
         ptx::cp_async_wait<0>();
-        __syncthreads();  // block i has landed; nobody reads block i - 1 or its dS any more
-        if (i > range.begin) turns.pass();  // ... nor adds to its dQ
+        __syncthreads();  // the block has landed; nobody reads the one before or its dS any more
+        Turns::pass_previous(launch, slot, notes);  // ... nor adds to its dQ
         stage.flip(loader.fill);
-        const bool more = i + 1 < range.end;
+        at.hide();
+        const QueryRows next = kEdge ? QueryRows::any(launch, slot + 1 - first_slot, notes)
+                                     : QueryRows::whole(launch);
         if constexpr (kConfig.stages_dout == 2) {
-          if (more) loader.load(launch, i + 1, notes);
+          loader.load(launch, next, slot + 1);
         } else if constexpr (kConfig.stages_q == 2) {
-          if (more) loader.load_q(launch, i + 1, notes);
+          loader.load_q(launch, next);
         }
 
         Scores scores;
         product_ABt<T>(scores, SharedRows<KeyTile>(at.k_rows, 0), stage.rows, 0,
                        [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
         probabilities(scores, stage, launch.scale_log2);
-        if constexpr (edge.value) EdgeTest::hide(scores, i, notes);
+        if constexpr (kEdge) EdgeTest::hide(scores, slot - first_slot, notes);
         Packed packed;
         packed.template pack<T>(scores);
         if constexpr (kConfig.split_head_dim) {
@@ -453,35 +491,30 @@ struct BackwardSm80 {
         product_ABt<T>(ds, v, stage.of_dout(stage.rows), Smem::kDout, [&](int n) {
           return stage.minus_delta(n);
         });  // dP^T - delta = V dO^T - delta
-        multiply<edge.value>(ds, scores);
+        multiply<kEdge>(ds, scores);
         packed.template pack<T>(ds);
         if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
         packed.store(at.scores);
-        turns.wait(mask, i);
-        __syncthreads();  // dS of block i is complete; nobody reads its dO any more
-        if constexpr (kConfig.stages_dout == 1) {
-          if (more) loader.load_dout(launch, i + 1, notes);
-        }
+        Turns::wait(launch, slot, notes);
+        __syncthreads();  // dS of the block is complete; nobody reads its dO any more
+        if constexpr (kConfig.stages_dout == 1) loader.load_dout(launch, next, slot + 1);
         accumulate(dk, packed, stage.cols, 0, at.partner, 0);
         if constexpr (kConfig.stages_q == 1) {
-          __syncthreads();  // nobody reads Q of block i any more
-          if (more) loader.load_q(launch, i + 1, notes);
+          __syncthreads();  // nobody reads Q of the block any more
+          loader.load_q(launch, next);
         }
-        add_dq(dq, at.dq_rows, at.k_cols);
-        turns.added();
-        dq += Slot::kDq;
-        ++i;
+        add_dq(slot_dq(launch, slot) + ptx::thread_index(), at.dq_rows, at.k_cols);
+        ++slot;
       };
-      const bool huge = has_huge_scores(launch, slot, range.end - range.begin);
-      const int full_end = huge ? range.begin : range.full_end;
-      for (int until = range.full_begin;; until = range.end) {
-        while (i < until) step(std::true_type());
-        while (i < full_end) step(std::false_type());
-        if (i >= range.end) break;
+      const int edge_end = first_slot + range.full_begin, end = first_slot + range.end;
+      for (int until = edge_end;; until = end) {
+        while (slot < until) step.template operator()<true>();
+        while (slot < BackwardNotes::read_clean_end(notes)) step.template operator()<false>();
+        if (slot >= end) break;
       }
       if constexpr (kDeterministic) {
         __syncthreads();  // dQ of the last block has been added to
-        turns.pass();
+        Turns::pass(launch, end - 1);
       }
     }
     if constexpr (!kDeterministic) index = ptx::block_index();

@@ -21,7 +21,7 @@ struct BackwardSmem {
   static_assert(kTogether || (kConfig.stages_q == 2 && kConfig.stages_dout == 1));
   static constexpr int kStatisticsBytes = 12 * kConfig.block_q;
   static constexpr int kStatisticsPlace = 1024;  // tiles start at multiples of it
-  static constexpr int kNotesBytes = 16;
+  static constexpr int kNotesBytes = 48;
   static_assert(kStatisticsBytes + kNotesBytes <= kStatisticsPlace);
   // From Q of the first stage.
   static constexpr int kDout = (kTogether ? 1 : 2) * QueryTile::kBytes;
@@ -53,13 +53,38 @@ struct BackwardNotes {
   unsigned queries;  // that see a key: from the first on
   int keys;          // of the block, in use
   int seqlen_q;
+  int begin, end;  // blocks of queries to visit
+  int key_block;   // index of the block of keys in the sequence
+  int lowest;      // of the BandMask
 
   FLASHTILE_DEVICE static BackwardNotes read(uint32_t address) {
-    const uint4 x = ptx::lds_u32x4(address);
-    return {static_cast<int>(x.x), x.y, static_cast<int>(x.z), static_cast<int>(x.w)};
+    const uint4 x = ptx::lds_u32x4(address), y = ptx::lds_u32x4(address + 16);
+    return {.diagonal = static_cast<int>(x.x),
+            .queries = x.y,
+            .keys = static_cast<int>(x.z),
+            .seqlen_q = static_cast<int>(x.w),
+            .begin = static_cast<int>(y.x),
+            .end = static_cast<int>(y.y),
+            .key_block = static_cast<int>(y.z),
+            .lowest = static_cast<int>(y.w)};
   }
   FLASHTILE_DEVICE void write(uint32_t address) const {
     ptx::sts_u32x4(address, make_uint4(diagonal, queries, keys, seqlen_q));
+    ptx::sts_u32x4(address + 16, make_uint4(begin, end, key_block, lowest));
+  }
+  // Slot of the head's query block 0 in the workspace; only thread 0 writes and reads it.
+  FLASHTILE_DEVICE static int read_first_slot(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + 32));
+  }
+  FLASHTILE_DEVICE static void write_first_slot(uint32_t address, int first_slot) {
+    ptx::sts_u32(address + 32, first_slot);
+  }
+  // One past the slot of the head's last clean block of queries.
+  FLASHTILE_DEVICE static int read_clean_end(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + 36));
+  }
+  FLASHTILE_DEVICE static void write_clean_end(uint32_t address, int clean_end) {
+    ptx::sts_u32(address + 36, clean_end);
   }
 };
 

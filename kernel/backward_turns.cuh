@@ -5,17 +5,16 @@
 // their work in the order in which they start (a ticket), and only wait for lower tickets.
 #pragma once
 
-#include "backward_layout.cuh"
+#include "backward_sm80_tile.cuh"
 #include "ptx/order.cuh"
 
 namespace flashtile {
 
 struct NoTurns {
-  FLASHTILE_DEVICE explicit NoTurns(int) {}
-  FLASHTILE_DEVICE void start(const BackwardLaunch&, int64_t) {}
-  FLASHTILE_DEVICE void wait(const BandMask&, int) {}
-  FLASHTILE_DEVICE void added() {}
-  FLASHTILE_DEVICE void pass() {}
+  static FLASHTILE_DEVICE void start(int, uint32_t) {}
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch&, int, uint32_t) {}
+  static FLASHTILE_DEVICE void pass_previous(const BackwardLaunch&, int, uint32_t) {}
+  static FLASHTILE_DEVICE void pass(const BackwardLaunch&, int) {}
 };
 
 // The thread block's ticket, through a word of shared memory that nobody uses yet.
@@ -29,30 +28,35 @@ FLASHTILE_DEVICE int take_ticket(int* tickets, char* shared) {
 }
 
 // Of one key block. All threads call; wait stands before a barrier of the whole block, pass after
-// one, which makes one thread's turn everybody's.
+// one, which makes one thread's turn everybody's. Only thread 0 does anything, and it keeps nothing
+// in registers: what it needs are the notes.
 template <int kBlockQ, int kBlockK>
 struct DqTurns {
-  int key_block;        // its index in the sequence
-  int* next = nullptr;  // counter of the block of queries that comes next
-
-  FLASHTILE_DEVICE explicit DqTurns(int key_block) : key_block(key_block) {}
-
-  FLASHTILE_DEVICE void start(const BackwardLaunch& launch, int64_t slot) {
-    next = launch.turns + slot;
+  // A head whose query block 0 has slot `first_slot` of the workspace.
+  static FLASHTILE_DEVICE void start(int first_slot, uint32_t notes) {
+    if (ptx::thread_index() == 0) BackwardNotes::write_first_slot(notes, first_slot);
   }
-  // Until it is this key block's turn to add to query block `query_block`: all key blocks from the
+  // Until it is this key block's turn to add to the query block at `slot`: all key blocks from the
   // first that visits it (BandMask::query_blocks) have passed. Relies on cu_seqlens that ascend:
   // others can leave an earlier key block without a thread block that passes on.
-  FLASHTILE_DEVICE void wait(const BandMask& mask, int query_block) {
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, int slot, uint32_t address) {
     if (ptx::thread_index() != 0) return;
-    const int turn = key_block - mask.key_begin(query_block * kBlockQ) / kBlockK;
-    while (ptx::atomic_add_acquire(next, 0) < turn) {
+    const BackwardNotes notes = BackwardNotes::read(address);
+    const int query_block = slot - BackwardNotes::read_first_slot(address);
+    const int first_key = max(query_block * kBlockQ + notes.lowest, 0);
+    const int turn = notes.key_block - first_key / kBlockK;
+    while (ptx::atomic_add_acquire(launch.turns + slot, 0) < turn) {
     }
   }
-  FLASHTILE_DEVICE void added() { ++next; }
-  // The block of queries that was added to last is the next key block's.
-  FLASHTILE_DEVICE void pass() {
-    if (ptx::thread_index() == 0) ptx::red_add_release(next - 1, 1);
+  // The query block before the one at `slot`, if it was visited, has been added to.
+  static FLASHTILE_DEVICE void pass_previous(const BackwardLaunch& launch, int slot,
+                                             uint32_t address) {
+    if (ptx::thread_index() != 0) return;
+    const int begin = BackwardNotes::read(address).begin;
+    if (slot > BackwardNotes::read_first_slot(address) + begin) ptx::red_add_release(launch.turns + slot - 1, 1);
+  }
+  static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, int slot) {
+    if (ptx::thread_index() == 0) ptx::red_add_release(launch.turns + slot, 1);
   }
 };
 

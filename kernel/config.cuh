@@ -57,6 +57,7 @@ struct BackwardConfig {
   bool one_exchange;    // P^T and dS^T pass through the same place
   int stages_q;         // blocks of Q in shared memory: 2, the next arrives while one is read, or 1
   int stages_dout;      // the same for dO and the statistics
+  int dq_passes = 1;    // the columns of dQ are computed in so many parts, for want of registers
 
   FLASHTILE_HOST_DEVICE int warps() const { return warps_k * warps_q; }
 };
@@ -74,7 +75,7 @@ FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory
                    : BackwardConfig{32, 64, 4, 2, 2, true, true, false, 2, 2};
     default:
       return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 1, 1}
-                   : BackwardConfig{32, 64, 4, 2, 2, true, true, true, 1, 1};
+                   : BackwardConfig{32, 64, 4, 2, 2, true, true, true, 1, 1, 2};
   }
 }
 

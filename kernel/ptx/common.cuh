@@ -98,6 +98,11 @@ FLASHTILE_DEVICE uint4 lds_u32x4(uint32_t address) {
                : "memory");
   return x;
 }
+FLASHTILE_DEVICE uint32_t lds_u32(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 FLASHTILE_DEVICE void sts_u32(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
