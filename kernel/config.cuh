@@ -28,19 +28,20 @@ struct ForwardConfig {
 FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) {
   if (memory == Memory::kLarge) {
     switch (head_dim) {
-      case 32: return {128, 128, 4, 2, false};
-      case 64:
+      case 32: return {128, 64, 4, 3, true};
+      case 64: return {128, 64, 4, 2, true};
       case 96:
       case 128: return {128, 64, 4, 2, false};
+      case 192: return {128, 64, 8, 1, true};
       default: return {128, 64, 8, 1, false};
     }
   }
   switch (head_dim) {
-    case 32: return {128, 128, 4, 2, false};
-    case 64: return {128, 64, 4, 2, false};
+    case 32: return {128, 64, 4, 3, true};
+    case 64: return {128, 64, 4, 2, true};
     case 96:
     case 128: return {64, 64, 4, 2, true};
-    case 192: return {128, 64, 8, 1, false};
+    case 192: return {128, 64, 8, 1, true};
     default: return {64, 64, 4, 1, false};
   }
 }

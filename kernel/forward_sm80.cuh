@@ -131,11 +131,11 @@ struct ForwardSm80 {
           v(loader(params.forward.v, params.forward.problem, work, block, thread)) {}
 
     FLASHTILE_DEVICE void load_previous_k(const Params& params) {
-      k.template load_previous<0>(target, params.k, params.plain_k);
+      k.template load_whole<0>(target, params.k, params.plain_k);
       ptx::cp_async_commit();
     }
     FLASHTILE_DEVICE void load_previous_v(const Params& params) {
-      v.template load_previous<kFromKToV>(target, params.v, params.plain_v);
+      v.template load_whole<kFromKToV>(target, params.v, params.plain_v);
       ptx::cp_async_commit();
     }
 
@@ -144,18 +144,18 @@ struct ForwardSm80 {
                                             const QueryTile& work, int block, int thread) {
       const int head = work.head / (static_cast<int>(problem.num_heads) /
                                     static_cast<int>(problem.num_heads_kv));
-      const int64_t row = work.sequence.row_k + static_cast<int64_t>(block) * kKeys;
+      const int64_t row = work.sequence.row_k + (int64_t{block} + 1) * kKeys;
       return KvLoader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
     }
   };
 
   // Loads Q and the last block of K and V; returns when Q and K have landed.
   FLASHTILE_DEVICE static void start(const Params& params, const QueryTile& work, int block,
-                                     uint32_t q_tile, int thread, const KvStream& stream) {
+                                     uint32_t q_tile, int thread, KvStream& stream) {
     const View& q = params.forward.q;
     const typename QLoader::Target q_target(q_tile, thread);
-    const QLoader q_loader(row_address(q, work.sequence, work.sequence.row_q + work.q0, work.head),
-                           q.stride_seq, thread);
+    const int64_t q_end = work.sequence.row_q + work.q0 + kQueries;
+    QLoader q_loader(row_address(q, work.sequence, q_end, work.head), q.stride_seq, thread);
     const int keys = work.sequence.seqlen_k - block * kKeys;
     q_loader.load(q_target, params.q, work.sequence.seqlen_q - work.q0);
     stream.k.template load<0>(stream.target, params.k, keys);

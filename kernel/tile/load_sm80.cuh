@@ -53,58 +53,60 @@ template <class Tile, int kThreads>
 struct TileLoader {
   using Target = LoadTarget<Tile, kThreads>;
 
-  const char* source;  // this thread's first chunk in its first row of the current tile
+  const char* source;  // this thread's first chunk in its first row of the tile loaded last
   int64_t pass_bytes;  // from row r to row r + kRowsPerPass
 
-  // `first_row`: the tile's row 0, column 0. `stride` in elements.
-  FLASHTILE_DEVICE TileLoader(const void* first_row, int64_t stride, int thread) {
-    source = static_cast<const char*>(first_row) + load_row(thread) * stride * 2 +
+  // The first load brings the tile that ends where `end_row` (its column 0) begins. `stride` in
+  // elements.
+  FLASHTILE_DEVICE TileLoader(const void* end_row, int64_t stride, int thread) {
+    source = static_cast<const char*>(end_row) + load_row(thread) * stride * 2 +
              thread % kThreadsPerRow * kChunkBytes;
     pass_bytes = stride * 2 * Target::kRowsPerPass;
   }
 
-  // The tile before the current one. All its rows exist; `plain` as is_plain() has it.
+  // The tile before. All its rows exist; `plain` as is_plain() has it.
   template <int kTileBytes = 0>
-  FLASHTILE_DEVICE void load_previous(const Target& target, const RowFormat& format, bool plain) {
-    if (!plain) {
-      source -= pass_bytes * Target::kPasses;
-      load<kTileBytes>(target, format, Tile::kRows);
-      return;
-    }
-    FLASHTILE_UNROLL
-    for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
-      source -= pass_bytes;
-      ptx::hide(source);
+  FLASHTILE_DEVICE void load_whole(const Target& target, const RowFormat& format, bool plain) {
+    if (plain) {
       FLASHTILE_UNROLL
-      for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
-        ptx::cp_async_16(target.at(pass, chunk) + kTileBytes,
-                         source + chunk * kChunkStep);
+      for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
+        step_back();
+        FLASHTILE_UNROLL
+        for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
+          ptx::cp_async_16(target.at(pass, chunk) + kTileBytes, source + chunk * kChunkStep);
+        }
       }
+    } else {
+      load<kTileBytes>(target, format, Tile::kRows);
     }
   }
 
-  // The current tile. Rows from `rows` on do not exist: they become zeros, as do the columns past
+  // The tile before. Rows from `rows` on do not exist: they become zeros, as do the columns past
   // the end of a row. Neither is read.
   template <int kTileBytes = 0>
-  FLASHTILE_DEVICE void load(const Target& target, const RowFormat& format, int rows) const {
+  FLASHTILE_DEVICE void load(const Target& target, const RowFormat& format, int rows) {
     const int thread = ptx::thread_index();
     const int column = thread % kThreadsPerRow * kChunkBytes;
-    const char* row_source = source;
-    uint32_t shared = target.base[0] + kTileBytes;
     FLASHTILE_ROLL
-    for (int row = load_row(thread); row < Tile::kRows; row += Target::kRowsPerPass) {
+    for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
+      step_back();
+      const uint32_t shared = target.at(pass, 0) + kTileBytes;
+      const int row = load_row(thread) + pass * Target::kRowsPerPass;
       const int bytes = row < rows ? format.bytes - column : 0;
       if (format.aligned) {
-        copy_row_16(shared, row_source, bytes);
+        copy_row_16(shared, source, bytes);
       } else {
-        copy_row_elements(shared, row_source, bytes);
+        copy_row_elements(shared, source, bytes);
       }
-      shared += Target::kRowsPerPass * kPanelRowBytes;
-      row_source += pass_bytes;
     }
   }
 
  private:
+  FLASHTILE_DEVICE void step_back() {
+    source -= pass_bytes;
+    ptx::hide(source);
+  }
+
   // This thread's chunks of a row, of which `bytes` exist from the first one on.
   FLASHTILE_DEVICE static void copy_row_16(uint32_t shared, const char* row, int bytes) {
     FLASHTILE_UNROLL

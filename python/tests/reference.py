@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -173,6 +174,18 @@ class Result:
 
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # -> out, LSE
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every op that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.setdefault(str(func), []).append(args)
+        return func(*args, **(kwargs or {}))
 
 
 def with_lse(function: Callable[..., Any], **options: Any) -> Attend:

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile
 from reference import (
     TARGETS,
     Case,
     Mask,
+    Recorder,
     Result,
     Triple,
     assert_close,
@@ -63,18 +63,6 @@ EMPTY_CASES = [
     Case(2, 5, 0, 4, 2, 64),
     Case(2, 0, 0, 4, 2, 64, causal=True),
 ]
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every op that runs inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.setdefault(str(func), []).append(args)
-        return func(*args, **(kwargs or {}))
 
 
 def run_flashtile(inputs: Triple, dout: Tensor, dlse: Tensor, **mask: Any) -> Result:

@@ -99,7 +99,7 @@ def test_dense_rows_in_use(device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(dtype, device)
     varlen_out, varlen_lse = attend_with(packing, device, causal=True)(*inputs)
     arguments = packing.arguments(device)
-    q, k, v = (t.unflatten(0, (2, -1)) for t in inputs)
+    q, k, v = (t.view(2, -1, *t.shape[1:]) for t in inputs)
     used = (arguments["seqused_q"], arguments["seqused_k"])
     out, lse = torch.ops.flashtile.forward(
         q, k, v, None, -1, 0, seqused_q=used[0], seqused_k=used[1]
@@ -124,20 +124,15 @@ def test_hints_change_nothing(
     device: str, dtype: torch.dtype, hints: tuple[int | Tensor, int | Tensor]
 ) -> None:
     """Too small, too large, or a tensor, which on CUDA lies there."""
-    hints = tuple(h.to(device) if isinstance(h, Tensor) else h for h in hints)  # type: ignore[assignment]
+    placed = [h.to(device) if isinstance(h, Tensor) else h for h in hints]
     arguments = PACKINGS["used"].arguments(device)
     inputs = make_inputs(dtype, device)
     dout = torch.randn(TOTAL_Q, 4, 48).to(device, dtype)
     results = []
-    for longest_q, longest_k in ((16, 39), hints):
+    for longest_q, longest_k in ((16, 39), placed):
         arguments |= {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
-        attend = partial(
-            flashtile.attention_varlen,
-            **arguments,
-            causal=True,
-            deterministic=True,
-            return_lse=True,
-        )
+        options = {"causal": True, "deterministic": True, **arguments}
+        attend = with_lse(flashtile.attention_varlen, **options)
         results.append(run(attend, inputs, dout, None))
     for name in ("out", "lse", "dq", "dk", "dv"):
         assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
