@@ -37,7 +37,7 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
     }
   }
   switch (head_dim) {
-    case 32: return {128, 64, 4, 3, true};
+    case 32: return {128, 128, 4, 2, true};
     case 64: return {128, 64, 4, 2, true};
     case 96:
     case 128: return {64, 64, 4, 2, true};
