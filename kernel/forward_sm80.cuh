@@ -28,9 +28,9 @@ struct ForwardSm80Params {
   ForwardParams forward;
   RowFormat q, k, v, out;
   int32_t plain_k, plain_v;  // is_plain(): 0 or 1, as one comparison takes it
-  int32_t query_blocks;  // see query_blocks()
-  float scale_log2;      // positive_scale_log2(softmax_scale)
-  bool negate_q;         // softmax_scale < 0
+  int32_t query_blocks;      // see query_blocks()
+  float scale_log2;          // positive_scale_log2(softmax_scale)
+  bool negate_q;             // softmax_scale < 0
 };
 
 template <int kHeadDim, Memory kMemory, class T>
@@ -207,9 +207,9 @@ struct ForwardSm80 {
     }
     store_shared<T, QTile>(q_tile, warp_row, lane, o, factor);  // this warp's own rows of Q
     __syncwarp();
-    store_global<QTile, kRows>(
-        row_address(params.forward.out, work.sequence, work.sequence.row_q + work.q0, work.head),
-        params.forward.out.stride_seq, params.out, rows, q_tile, warp_row, lane);
+    const View& out = params.forward.out;
+    char* const first = row_address(out, work.sequence, work.sequence.row_q + work.q0, work.head);
+    store_global<QTile, kRows>({first, out.stride_seq, rows, params.out}, q_tile, warp_row, lane);
   }
 };
 

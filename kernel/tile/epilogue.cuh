@@ -29,27 +29,35 @@ FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane,
   }
 }
 
-// The warp's rows [row0, row0 + kRows) of the tile to global memory; rows from `rows` on do not
-// exist. `first_row`: the tile's row 0; `stride` in elements. Lanes share rows as in load_row().
+// Rows of a tensor in global memory, from a tile's row 0 on.
+struct GlobalRows {
+  char* first;
+  int64_t stride;  // elements
+  int count;       // rows that exist
+  RowFormat format;
+};
+
+// The warp's rows [row0, row0 + kRows) of the tile to global memory. Lanes share rows as in
+// load_row().
 template <class Tile, int kRows>
-FLASHTILE_DEVICE void store_global(void* first_row, int64_t stride, const RowFormat& format, int rows, uint32_t tile,
-                                   int row0, int lane) {
+FLASHTILE_DEVICE void store_global(const GlobalRows& rows, uint32_t tile, int row0, int lane) {
   constexpr int kRowsPerPass = 32 / kThreadsPerRow;
-  const int chunk = lane % kThreadsPerRow;
-  const bool plain = format.aligned && format.bytes == 2 * Tile::kCols;
+  const int column = lane % kThreadsPerRow;  // chunks
+  const bool plain = rows.format.aligned && rows.format.bytes == 2 * Tile::kCols;
   FLASHTILE_ROLL
   for (int i = 0; i < kRows; i += kRowsPerPass) {
     const int row = row0 + i + load_row(lane);
-    if (row >= rows) continue;
-    char* const target = static_cast<char*>(first_row) + row * stride * 2 + chunk * kChunkBytes;
+    if (row >= rows.count) continue;
+    char* const target = rows.first + row * rows.stride * 2;
     FLASHTILE_UNROLL
     for (int c = 0; c < Tile::kCols / 8; c += kThreadsPerRow) {
-      const uint4 x = ptx::lds_u32x4(tile + Tile::offset(row, chunk + c));
-      char* const place = target + c * kChunkBytes;
+      const int chunk = column + c;
+      const uint4 x = ptx::lds_u32x4(tile + Tile::offset(row, chunk));
+      char* const place = target + chunk * kChunkBytes;
       if (plain) {
         *reinterpret_cast<uint4*>(place) = x;
       } else {
-        store_chunk(place, x, format.bytes - (chunk + c) * kChunkBytes, format.aligned);
+        store_chunk(place, x, rows.format.bytes - chunk * kChunkBytes, rows.format.aligned);
       }
     }
   }

@@ -47,8 +47,7 @@ struct OnlineSoftmax {
   // Makes room for the scores s: raises the maximum and rescales o where it is needed. Subtracts
   // the shifts.
   template <int kKeys, int kCols>
-  FLASHTILE_DEVICE void raise_maximum(Accumulator<kRows, kKeys>& s,
-                                      Accumulator<kRows, kCols>& o) {
+  FLASHTILE_DEVICE void raise_maximum(Accumulator<kRows, kKeys>& s, Accumulator<kRows, kCols>& o) {
     float top[kRowBlocks][2];  // of this lane's columns
     bool exceeds = false;
     FLASHTILE_UNROLL
