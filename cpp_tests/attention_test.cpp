@@ -139,16 +139,29 @@ AttentionOutput torch_manual(const Setup& setup, Dtype dtype) {
 AttentionOutput run_op(const Setup& setup, at::Device device) {
   Inputs in = inputs_of(setup, device);
   for (at::Tensor* t : {&in.q, &in.k, &in.v}) t->requires_grad_(true);
+  const bool is_causal = setup.mask.right == 0;
   const flashtile::AttentionOptions options = {
-      .causal = setup.mask == kCausal, .softmax_scale = setup.softmax_scale, .return_lse = true};
+      .causal = is_causal,
+      .softmax_scale = setup.softmax_scale,
+      .return_lse = true,
+      .causal_alignment = setup.mask.top_left ? flashtile::CausalAlignment::kTopLeft
+                                              : flashtile::CausalAlignment::kBottomRight,
+      .window_size = {setup.mask.left, is_causal ? 5 : setup.mask.right}};  // causal makes it 0
   flashtile::AttentionResult result;
   if (setup.spec.is_varlen()) {
-    const auto cu_seqlens = [&](const std::vector<int32_t>& cu) {
-      return at::tensor(cu, at::kInt).to(device);
+    const auto lengths = [&](const std::vector<int32_t>& values) {
+      return at::tensor(values, at::kInt).to(device);
     };
-    const flashtile::Sequences sequences = {cu_seqlens(setup.cu_seqlens_q),
-                                            cu_seqlens(setup.cu_seqlens_k), setup.extents_q.seq,
-                                            setup.extents_k.seq};
+    const auto rows_in_use = [&](const std::vector<int32_t>& used) {
+      return used.empty() ? std::nullopt : std::optional(lengths(used));
+    };
+    const flashtile::Sequences sequences = {.cu_seqlens_q = lengths(setup.cu_seqlens_q),
+                                            .cu_seqlens_k = lengths(setup.cu_seqlens_k),
+                                            .max_seqlen_q = setup.extents_q.seq,
+                                            .max_seqlen_k = setup.extents_k.seq,
+                                            .seqused_q = rows_in_use(setup.used_q),
+                                            .seqused_k = rows_in_use(setup.used_k),
+                                            .check = true};
     result = flashtile::attention_varlen(in.q, in.k, in.v, sequences, options);
   } else {
     result = flashtile::attention(in.q, in.k, in.v, options);
@@ -186,14 +199,24 @@ std::vector<Setup> setups_of(const std::vector<Case>& cases,
   return setups;
 }
 
-// What flashtile/torch.h has arguments for.
 std::vector<Setup> all_setups(Dtype dtype) {
-  return setups_of(joined({shape_cases(), option_cases(), varlen_cases()}), {64, 128}, dtype);
+  std::vector<Setup> setups =
+      setups_of(joined({shape_cases(), option_cases(), varlen_cases()}), {64, 128}, dtype);
+  const auto more = setups_of(joined({window_cases(), used_cases(), head_dim_cases()}),
+                              {64, {16, 40}, {24, 8}}, dtype);
+  setups.insert(setups.end(), more.begin(), more.end());
+  return setups;
+}
+
+// What flashtile/torch.h has arguments for: all but rows in use of dense batches.
+bool is_expressible(const Setup& setup) {
+  return setup.spec.is_varlen() || (setup.used_q.empty() && setup.used_k.empty());
 }
 
 void run_on(at::Device device, const char* backend, Dtype dtype) {
   ErrorTable table;
   for (const Setup& setup : all_setups(dtype)) {
+    if (!is_expressible(setup)) continue;
     const Verdict verdict = compare(setup, torch_truth(setup), run_op(setup, device));
     CHECK_MESSAGE(verdict.passed(), std::string(backend) + ": " + setup.name() + verdict.text());
     table.add(backend, setup.dtype, setup.head_dim, verdict, setup.forward_only());
@@ -228,11 +251,7 @@ void run_on_machine(Dtype dtype) {
 }  // namespace
 
 TEST("cpu: manual attention of the tests agrees with torch") {
-  std::vector<Setup> setups = all_setups(Dtype::kFloat64);
-  const auto more = setups_of(joined({window_cases(), used_cases(), head_dim_cases()}),
-                              {64, {16, 40}, {24, 8}}, Dtype::kFloat64);
-  setups.insert(setups.end(), more.begin(), more.end());
-  for (const Setup& setup : setups) {
+  for (const Setup& setup : all_setups(Dtype::kFloat64)) {
     const AttentionInput input = manual_input(setup);
     const AttentionOutput ours = manual_attention(input, Dtype::kFloat64);
     AttentionOutput theirs = torch_manual(setup, Dtype::kFloat64);
@@ -251,6 +270,59 @@ TEST("cpu: manual attention of the tests agrees with torch") {
                   largest_difference(ours.dk, theirs.dk), largest_difference(ours.dv, theirs.dv)});
     CHECK_MESSAGE(difference < 1e-9, setup.name() + ": " + std::to_string(difference));
   }
+}
+
+TEST("cpu: flashtile/torch.h writes into out and refuses what has no meaning") {
+  const at::Tensor q = at::randn({1, 9, 4, 16}), k = at::randn({1, 12, 2, 16}),
+                   v = at::randn({1, 12, 2, 24});
+  const auto says = [](const std::string& sentence, const auto& call) {
+    try {
+      call();
+    } catch (const std::exception& error) {
+      CHECK_MESSAGE(std::string(error.what()).find(sentence) != std::string::npos, error.what());
+      return;
+    }
+    CHECK_MESSAGE(false, "nothing was thrown; expected: " + sentence);
+  };
+  const auto expected = flashtile::attention(q, k, v, {.return_lse = true, .window_size = {3, 1}});
+  const at::Tensor out = at::full({1, 4, 9, 30}, NAN).transpose(1, 2).slice(-1, 2, 26);
+  const auto written =
+      flashtile::attention(q, k, v, {.return_lse = true, .window_size = {3, 1}, .out = out});
+  CHECK(written.out.is_same(out) && at::equal(out, expected.out));
+  CHECK(at::equal(written.softmax_lse, expected.softmax_lse));
+  CHECK(!flashtile::attention(q, k, v, {.out = out}).softmax_lse.defined());
+
+  says("out has shape", [&] { flashtile::attention(q, k, v, {.out = out[0]}); });
+  says("window_left is -2", [&] { flashtile::attention(q, k, v, {.window_size = {-2, 0}}); });
+  const at::Tensor trained = q.clone().requires_grad_();
+  says("out is a tensor and q requires grad",
+       [&] { flashtile::attention(trained, k, v, {.out = out}); });
+  says("attention was differentiated twice", [&] {
+    const at::Tensor sum = flashtile::attention(trained, k, v).out.sum();
+    const auto first = torch::autograd::grad({sum}, {trained}, {}, true, /*create_graph=*/true);
+    first[0].sum().backward();
+  });
+  const auto level = torch::autograd::forward_ad::enter_dual_level();
+  says("jvp", [&] { flashtile::attention(at::_make_dual(q, q, level), k, v); });
+  torch::autograd::forward_ad::exit_dual_level(level);
+}
+
+TEST("cpu: flashtile/torch.h asserts about values where they lie") {
+  const auto ints = [](const std::vector<int32_t>& values) { return at::tensor(values, at::kInt); };
+  const auto refused = [&](const std::vector<int32_t>& cu, const std::vector<int32_t>& used) {
+    try {
+      flashtile::detail::assert_sequence(10, ints(cu), ints(used));
+    } catch (const std::exception&) {
+      return true;
+    }
+    return false;
+  };
+  CHECK(!refused({0, 4, 4, 9}, {4, 0, 1}));
+  CHECK(refused({1, 4, 4, 9}, {0, 0, 0}));
+  CHECK(refused({0, 5, 4, 9}, {0, 0, 0}));
+  CHECK(refused({0, 4, 4, 11}, {0, 0, 0}));
+  CHECK(refused({0, 4, 4, 9}, {4, 1, 0}));
+  CHECK(refused({0, 4, 4, 9}, {-1, 0, 0}));
 }
 
 TEST("cpu fp16") { run_on(at::kCPU, "torch cpu", Dtype::kFloat16); }
