@@ -120,16 +120,15 @@ class Backward {
   static size_t share_bytes(const Problem& problem, const Extent& extent) {
     const int64_t parts = KeySplit::of(problem, kBlockK).count(extent.max_k);
     if (parts == 1) return 0;
-    return static_cast<size_t>(parts * problem.num_heads * all_blocks(problem) *
-                               dq_size(problem)) *
+    return static_cast<size_t>(parts * problem.num_heads * all_blocks(problem) * dq_size(problem)) *
            sizeof(C);
   }
   // The share of dq that the keys of range `part` give to the queries of one sequence and head.
   C* share(const Sequence& seq, int64_t batch, int64_t head, int64_t part) const {
     char* const start = static_cast<char*>(params_.workspace) +
                         static_cast<size_t>(threads_) * thread_bytes(problem_, extent_);
-    const int64_t first = problem_.is_varlen() ? seq.q_begin / kBlockQ + batch
-                                               : batch * blocks_of(problem_.seqlen_q);
+    const int64_t first =
+        problem_.is_varlen() ? seq.q_begin / kBlockQ + batch : batch * blocks_of(problem_.seqlen_q);
     const int64_t block = (part * problem_.num_heads + head) * all_blocks(problem_) + first;
     return reinterpret_cast<C*>(start) + block * dq_size(problem_);
   }

@@ -52,12 +52,14 @@ struct Statistics {
     return __builtin_isfinite(lse[i]) &&
            (sizeof(C) == sizeof(double) || __builtin_fabsf(lse[i]) >= kCoarse);
   }
-  // A log-sum-exp that is not this softmax's own (of keys that other calls hold, say) stands.
-  void refine(int64_t i, C largest, C sum, double unit) const {
+  // A log-sum-exp that is not this softmax's own (but of keys that other calls hold, say) stands.
+  // `summands` of a score: the forward pass may have added them in another order.
+  void refine(int64_t i, C largest, C sum, double scale, int64_t summands) const {
     const double log_sum = __builtin_log(static_cast<double>(sum));
-    const double exact = static_cast<double>(largest) * unit + log_sum;
+    const double exact = static_cast<double>(largest) * scale + log_sum;
     const double given = static_cast<double>(lse[i]);
-    if (!(__builtin_fabs(exact - given) <= 0x1p-21 * __builtin_fabs(given))) return;
+    const double ulps = sizeof(C) == sizeof(double) ? 2 : 8 + static_cast<double>(summands) / 2;
+    if (!(__builtin_fabs(exact - given) <= ulps * 0x1p-24 * __builtin_fabs(given))) return;
     base[i] = largest;
     rest[i] = static_cast<C>(log_sum / kLn2);
   }
@@ -89,9 +91,9 @@ struct ColumnStates {
       Vec<C> now = before;
       for (int64_t j = keys.begin; j < keys.end; ++j) now = larger<C>(seen_scores(j), now);
       const Vec<C> base = now == -kInfinity<C> ? Vec<C>{} : now;  // -inf - -inf would be NaN
-      Vec<C> total = load(sum + i) * exp2<C, kDegree>((before - base) * factor);
+      Vec<C> total = load(sum + i) * exp2<C, kDegree>(before - base, factor);
       for (int64_t j = keys.begin; j < keys.end; ++j) {
-        total += exp2<C, kDegree>((seen_scores(j) - base) * factor);
+        total += exp2<C, kDegree>(seen_scores(j) - base, factor);
       }
       store(largest + i, now);
       store(sum + i, total);
@@ -102,7 +104,8 @@ struct ColumnStates {
 // `block`: the queries [q0, q0 + block.queries) of the sequence, packed into `products`.
 template <class Products>
 void refine_statistics(Products& products, const KeyRows<typename Products::Storage>& rows,
-                       const Visible& sequence, int64_t q0, const Statistics<Compute<typename Products::Storage>>& block) {
+                       const Visible& sequence, int64_t q0,
+                       const Statistics<Compute<typename Products::Storage>>& block) {
   using T = typename Products::Storage;
   using C = Compute<T>;
   bool coarse = false;
@@ -119,7 +122,8 @@ void refine_statistics(Products& products, const KeyRows<typename Products::Stor
     states.template weigh<kExp2Degree<T>>(products.scores(), visible, products.factor());
   }
   for (int64_t i = 0; i < block.queries; ++i) {
-    if (block.is_coarse(i)) block.refine(i, states.largest[i], states.sum[i], products.unit());
+    if (!block.is_coarse(i)) continue;
+    block.refine(i, states.largest[i], states.sum[i], products.scale(), products.head_dim());
   }
 }
 

@@ -76,7 +76,7 @@ class TileBackward {
   bool pack_queries(int64_t q0, int64_t count, Rows<const BFloat16> q, Rows<const BFloat16> dout) {
     const TilePanels columns = columns_at(queries_.q_columns, q0, dim_);
     pack_right_transposed(q, count, dim_, columns);
-    if (scale_.negative) flip_signs(columns.data, round_up(count, kTilePair) * columns.depth);
+    if (scale_.sign < 0) flip_signs(columns.data, round_up(count, kTilePair) * columns.depth);
     pack_right_transposed(dout, count, dim_v_, columns_at(queries_.dout_columns, q0, dim_v_));
     pack_right(q, count, dim_, rows_at(queries_.q_rows, q0, count, dim_));
     pack_right(dout, count, dim_v_, rows_at(queries_.dout_rows, q0, count, dim_v_));
@@ -95,7 +95,8 @@ class TileBackward {
   }
   const Matrix<float>& scores() const { return tile_.s; }
   float factor() const { return scale_.log2; }
-  double unit() const { return scale_.magnitude; }
+  int64_t head_dim() const { return dim_; }
+  double scale() const { return scale_.magnitude; }
 
   void differentiate(int64_t q0, const Visible& visible, const Statistics<float>& statistics,
                      bool finite, const Gradients& sum) {
@@ -163,8 +164,8 @@ class TileBackward {
     constexpr int kWidth = kLanes<float>;
     if (seen.begin >= i + kWidth || seen.end <= i) return {WordVec{}, WordVec{}};
     const Vec<float> above = load(tile_.s.row(key) + i) - load(statistics.base + i);
-    const Vec<float> p = exp2<float, kExp2Degree<BFloat16>>(above * scale_.log2 -
-                                                            load(statistics.rest + i));
+    const Vec<float> p =
+        exp2<float, kExp2Degree<BFloat16>>(above * scale_.log2 - load(statistics.rest + i));
     const Vec<float> ds = p * (load(tile_.dp.row(key) + i) - load(statistics.delta + i));
     if (seen.begin <= i && seen.end >= i + kWidth) return {bfloat16_bits(p), bfloat16_bits(ds)};
     const WordVec mask = bit_cast<WordVec>(lanes_in<float>(seen, i));
@@ -174,8 +175,8 @@ class TileBackward {
   // S^T, dP^T -> P^T, dS^T for two keys, for the queries that the products of their group read.
   FLASHTILE_INLINE void differentiate_keys(int64_t key, const Visible& visible,
                                            const Statistics<float>& statistics) const {
-    const Range group = whole_tiles(
-        visible.queries_of_group(round_down(key, kTilePair), kTilePair));
+    const Range group =
+        whole_tiles(visible.queries_of_group(round_down(key, kTilePair), kTilePair));
     const Range hidden = {0, 0};  // rows of padding: no query sees them
     const Range seen0 = key < visible.keys ? visible.queries_of(key) : hidden;
     const Range seen1 = key + 1 < visible.keys ? visible.queries_of(key + 1) : hidden;
@@ -215,8 +216,7 @@ class TileBackward {
       const Range seen = whole_tiles(visible.keys_of_group(i, queries));
       if (seen.empty()) continue;
       for (int64_t d = 0; d < padded(dim_); d += kTilePair) {
-        multiply_tiles<true>(tiles_,
-                             {tile_.k_columns.row(d) + seen.begin, tile_.k_columns.stride},
+        multiply_tiles<true>(tiles_, {tile_.k_columns.row(d) + seen.begin, tile_.k_columns.stride},
                              {pairs.at(seen.begin, i), pairs.depth}, seen.end - seen.begin,
                              dq + d * kBlockQ + i, kBlockQ);
       }
@@ -240,7 +240,7 @@ class TileBackward {
   }
 
   const int64_t dim_, dim_v_;
-  const TileScale scale_;
+  const Scale<float> scale_;
   const Queries queries_;
   const Tile tile_;
   Tiles tiles_;

@@ -19,13 +19,14 @@ class VectorBackward {
 
   // Packed queries as right operands, [panels][...][kPanel], block behind block.
   struct Queries {
-    C* q_transposed;     // [panels][head_dim][kPanel], times softmax_scale * log2(e)
+    C* q_transposed;     // [panels][head_dim][kPanel], negated when softmax_scale is negative
     C* dout_transposed;  // [panels][head_dim_v][kPanel]
     C* q;                // per block [head_dim panels][queries][kPanel]
     C* dout;             // per block [head_dim_v panels][queries][kPanel]
 
     static Queries take(Arena& arena, const Problem& problem, int64_t queries) {
-      return {arena.take<C>(queries * problem.head_dim), arena.take<C>(queries * problem.head_dim_v),
+      return {arena.take<C>(queries * problem.head_dim),
+              arena.take<C>(queries * problem.head_dim_v),
               arena.take<C>(queries * padded(problem.head_dim)),
               arena.take<C>(queries * padded(problem.head_dim_v))};
     }
@@ -33,9 +34,9 @@ class VectorBackward {
 
   // A block of keys, and its scores with a block of queries.
   struct Tile {
-    Matrix<C> k;  // [keys, head_dim]
-    Matrix<C> v;  // [keys, head_dim_v]
-    C* k_packed;  // k as right operand [head_dim panels][keys][kPanel]
+    Matrix<C> k;   // [keys, head_dim]
+    Matrix<C> v;   // [keys, head_dim_v]
+    C* k_packed;   // k as right operand [head_dim panels][keys][kPanel]
     Matrix<C> p;   // [keys, queries]: S^T, then P^T
     Matrix<C> ds;  // [keys, queries]: dP^T, then dS^T
 
@@ -62,13 +63,13 @@ class VectorBackward {
   VectorBackward(const Problem& problem, const Queries& queries, const Tile& tile)
       : dim_(problem.head_dim),
         dim_v_(problem.head_dim_v),
-        scale_log2_(static_cast<C>(problem.softmax_scale) * kLog2E<C>),
+        scale_(problem),
         queries_(queries),
         tile_(tile) {}
 
   // Both say whether no number was inf or NaN, as far as it could meet a zero weight.
   bool pack_queries(int64_t q0, int64_t count, Rows<const T> q, Rows<const T> dout) {
-    pack_transposed(q, count, dim_, scale_log2_, queries_.q_transposed + q0 * dim_);
+    pack_transposed(q, count, dim_, scale_.sign, queries_.q_transposed + q0 * dim_);
     pack_transposed(dout, count, dim_v_, C{1}, queries_.dout_transposed + q0 * dim_v_);
     const bool q_finite = pack_rows(q, count, dim_, queries_.q + q0 * padded(dim_));
     const bool dout_finite = pack_rows(dout, count, dim_v_, queries_.dout + q0 * padded(dim_v_));
@@ -85,8 +86,9 @@ class VectorBackward {
     multiply_transposed(tile_.k, queries_.q_transposed + q0 * dim_, dim_, visible, tile_.p);
   }
   const Matrix<C>& scores() const { return tile_.p; }
-  C factor() const { return 1; }
-  double unit() const { return kLn2; }
+  C factor() const { return scale_.log2; }
+  int64_t head_dim() const { return dim_; }
+  double scale() const { return scale_.magnitude; }
 
   void differentiate(int64_t q0, const Visible& visible, const Statistics<C>& statistics,
                      bool finite, const Gradients& sum) {
@@ -133,8 +135,8 @@ class VectorBackward {
     C* const p = tile_.p.row(key);
     C* const ds = tile_.ds.row(key);
     for (int64_t i = begin; i < end; i += kWidth) {
-      Vec<C> weight = exp2<C, kExp2Degree<T>>(load(p + i) - load(statistics.base + i) -
-                                              load(statistics.rest + i));
+      const Vec<C> above = load(p + i) - load(statistics.base + i);
+      Vec<C> weight = exp2<C, kExp2Degree<T>>(above * scale_.log2 - load(statistics.rest + i));
       Vec<C> slope = weight * (load(ds + i) - load(statistics.delta + i));
       if (i < seen.begin || i + kWidth > seen.end) {
         const IntVec<C> mask = lanes_in<C>(seen, i);
@@ -187,7 +189,7 @@ class VectorBackward {
   }
 
   const int64_t dim_, dim_v_;
-  const C scale_log2_;
+  const Scale<C> scale_;
   const Queries queries_;
   const Tile tile_;
 };

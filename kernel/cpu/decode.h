@@ -76,7 +76,8 @@ FLASHTILE_INLINE void add_some_values(const Compute<T>* weight, const Rows<const
   using C = Compute<T>;
   for (int64_t d = 0; d < dim; d += kLanes<C>) {
     Vec<C> sum = load(out + d);
-    for (int64_t i = seen.begin; i < seen.end; ++i) sum += weight[i] * read_some(values.row(i) + d, dim - d);
+    for (int64_t i = seen.begin; i < seen.end; ++i)
+      sum += weight[i] * read_some(values.row(i) + d, dim - d);
     store(out + d, sum);
   }
 }
@@ -84,7 +85,7 @@ FLASHTILE_INLINE void add_some_values(const Compute<T>* weight, const Rows<const
 // What a thread needs for a task.
 template <class C>
 struct DecodeTile {
-  Matrix<C> q;          // [rows, head_dim], times softmax_scale * log2(e)
+  Matrix<C> q;          // [rows, head_dim], negated when softmax_scale is negative
   Matrix<C> scores;     // [rows, kDecodeKeys], then the weights
   Matrix<C> keys;       // [kLanes, head_dim], widened
   Matrix<C> out;        // [rows, head_dim_v], unnormalised
@@ -113,7 +114,8 @@ class Decode {
         problem_(params.problem),
         extent_(extent),
         threads_(threads),
-        group_(problem_.num_heads / problem_.num_heads_kv) {}
+        group_(problem_.num_heads / problem_.num_heads_kv),
+        scale_(problem_) {}
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
     const size_t shares =
@@ -183,17 +185,15 @@ class Decode {
     Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes(problem_, extent_));
     const DecodeTile<C> tile = DecodeTile<C>::take(arena, rows_of(problem_, extent_), problem_);
     const int64_t rows = group_ * seq.q_len;
-    const C scale = static_cast<C>(problem_.softmax_scale) * kLog2E<C>;
     for (int64_t r = 0; r < rows; ++r) {
       const Rows<const T> q = query_rows<const T>(params_.q, seq, head * group_ + r % group_);
-      widen(q.row(r / group_), problem_.head_dim, scale, tile.q.row(r), tile.q.stride);
+      widen(q.row(r / group_), problem_.head_dim, scale_.sign, tile.q.row(r), tile.q.stride);
     }
     score(tile, key_rows<const T>(params_.k, seq, head).from(k0), rows,
           visible.keys_of_group(0, seq.q_len));
     weigh(tile, key_rows<const T>(params_.v, seq, head).from(k0), rows, visible);
     for (int64_t r = 0; r < rows; ++r) {
-      const Share to =
-          share(seq, batch, head_query(head * group_ + r % group_, r / group_), chunk);
+      const Share to = share(seq, batch, head_query(head * group_ + r % group_, r / group_), chunk);
       *to.state = tile.states[r];
       for (int64_t d = 0; d < tile.out.stride; d += kLanes<C>) {
         store(to.out + d, load(tile.out.row(r) + d));
@@ -211,7 +211,7 @@ class Decode {
       tile.states[r] = RowState<C>{};
       for (int64_t d = 0; d < tile.out.stride; d += kLanes<C>) store(tile.out.row(r) + d, Vec<C>{});
       C* const row = tile.scores.row(r);
-      weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r / group_), any, C{1}, row,
+      weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r / group_), any, scale_.log2, row,
                                    tile.states[r]);
     }
     for (int64_t j = round_down(any.begin, kLanes<C>); j < any.end; j += kLanes<C>) {
@@ -265,7 +265,7 @@ class Decode {
         state = merge_row(seq, batch, head_query(head, i), chunks);
         sum = share(seq, batch, head_query(head, i), chunks.begin).out;
       }
-      finish_row<T>({sum, state, sees_keys, kLn2}, problem_.head_dim_v, out.row(i),
+      finish_row<T>({sum, state, sees_keys, scale_.magnitude}, problem_.head_dim_v, out.row(i),
                     lse == nullptr ? nullptr : lse + i);
     }
   }
@@ -282,7 +282,7 @@ class Decode {
     C* const sum = share(seq, batch, row, chunks.begin).out;
     for (int64_t c = chunks.begin; c < chunks.end; ++c) {
       const Share from = share(seq, batch, row, c);
-      const C factor = exp2<C, kExp2Degree<T>>(splat(from.state->largest - base))[0];
+      const C factor = exp2<C, kExp2Degree<T>>(splat(from.state->largest - base), scale_.log2)[0];
       all.sum += from.state->sum * factor;
       for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes<C>) {
         const Vec<C> term = load(from.out + d) * factor;
@@ -297,6 +297,7 @@ class Decode {
   const Extent extent_;
   const int threads_;
   const int64_t group_;
+  const Scale<C> scale_;
 };
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

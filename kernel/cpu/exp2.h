@@ -1,8 +1,10 @@
-// 2^t per lane: t = n + r with integer n and |r| <= 1/2, 2^r by a minimax polynomial (relative
-// error 7.5e-8 at degree 5, 1.9e-9 at degree 6, 3e-18 at degree 11), 2^n by building its bits.
+// 2^(t * factor) per lane: t * factor = n + r with integer n and |r| <= 1/2, 2^r by a minimax
+// polynomial (relative error 7.5e-8 at degree 5, 1.9e-9 at degree 6, 3e-18 at degree 11), 2^n by
+// building its bits. Where the processor has fused multiply-add, the factor is free and exact.
 //
-// Results below the smallest normal number are 0: they would be denormals, which cost a hundred
-// cycles each. -inf gives 0, NaN gives NaN. The caller keeps t below 128 (1024 for double).
+// Results below 2^-125.5 (double: 2^-1021.5) are 0: some would be denormals, which cost a hundred
+// cycles each. t = -inf gives 0, NaN gives NaN; factor > 0. The caller keeps t * factor below 128
+// (1024 for double).
 #pragma once
 
 #include "vec.h"
@@ -47,16 +49,16 @@ struct FloatFormat<double> {
 };
 
 template <class C, int kDegree>
-FLASHTILE_INLINE Vec<C> exp2(Vec<C> t) {
+FLASHTILE_INLINE Vec<C> exp2(Vec<C> t, C factor = 1) {
   using Format = FloatFormat<C>;
-  const Vec<C> shifted = t + Format::kRounder;
-  const Vec<C> r = t - (shifted - Format::kRounder);
+  const Vec<C> shifted = t * factor + Format::kRounder;
+  const Vec<C> r = t * factor - (shifted - Format::kRounder);
   // The low bits of `shifted` hold n; moved to the exponent field they are n in the right place.
   const IntVec<C> bits = bit_cast<IntVec<C>>(shifted) + Format::kBias;
   const Vec<C> power = bit_cast<Vec<C>>(bits << Format::kFractionBits);
   Vec<C> sum = splat<C>(Exp2Terms<C, kDegree>::kTerm[kDegree]);
   for (int i = kDegree - 1; i >= 0; --i) sum = sum * r + Exp2Terms<C, kDegree>::kTerm[i];
-  const IntVec<C> too_small = t < static_cast<C>(1 - Format::kBias);
+  const IntVec<C> too_small = shifted <= Format::kRounder + (1 - Format::kBias);
   return bit_cast<Vec<C>>(bit_cast<IntVec<C>>(sum * power) & ~too_small);
 }
 

@@ -107,7 +107,7 @@ class Forward {
     float* lse = row_values(params_.lse, seq, head);
     for (int64_t r = 0; r < queries; ++r) {
       const bool sees_keys = !seq.visible.keys_of(q0 + r).empty();
-      finish_row<T>({products.out(r), products.state(r), sees_keys, products.unit()},
+      finish_row<T>({products.out(r), products.state(r), sees_keys, products.scale()},
                     problem_.head_dim_v, out.row(r), lse == nullptr ? nullptr : lse + q0 + r);
     }
   }

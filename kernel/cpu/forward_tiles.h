@@ -70,7 +70,7 @@ class TileForward {
   void begin(Rows<const BFloat16> q, int64_t queries) {
     pack_left(q, queries, dim_, tile_.q);
     const int64_t rows = round_up(queries, kTilePair);
-    if (scale_.negative) flip_signs(tile_.q.data, rows * tile_.q.stride);
+    if (scale_.sign < 0) flip_signs(tile_.q.data, rows * tile_.q.stride);
     for (int64_t r = 0; r < rows; ++r) {
       tile_.state[r] = RowState<float>{};
       for (int64_t d = 0; d < tile_.out.stride; ++d) tile_.out.row(r)[d] = 0;
@@ -98,7 +98,7 @@ class TileForward {
 
   const float* out(int64_t r) const { return tile_.out.row(r); }
   const RowState<float>& state(int64_t r) const { return tile_.state[r]; }
-  double unit() const { return scale_.magnitude; }
+  double scale() const { return scale_.magnitude; }
 
  private:
   void multiply_scores(const TilePanels& keys, const Visible& visible) {
@@ -133,7 +133,7 @@ class TileForward {
   }
 
   const int64_t dim_, dim_v_;
-  const TileScale scale_;
+  const Scale<float> scale_;
   const Tile tile_;
   Tiles tiles_;
 };

@@ -41,7 +41,7 @@ class VectorForward {
   };
 
   struct Tile {
-    Matrix<C> q;         // [kBlockQ, head_dim], times softmax_scale * log2(e)
+    Matrix<C> q;         // [kBlockQ, head_dim], negated when softmax_scale is negative
     Matrix<C> scores;    // [kBlockQ, kBlockK], then the weights
     Matrix<C> out;       // [kBlockQ, head_dim_v], unnormalised
     RowState<C>* state;  // [kBlockQ]
@@ -60,12 +60,10 @@ class VectorForward {
   };
 
   VectorForward(const Problem& problem, const Tile& tile)
-      : dim_(problem.head_dim),
-        scale_log2_(static_cast<C>(problem.softmax_scale) * kLog2E<C>),
-        tile_(tile) {}
+      : dim_(problem.head_dim), scale_(problem), tile_(tile) {}
 
   void begin(Rows<const T> q, int64_t queries) {
-    copy_rows(q, queries, dim_, scale_log2_, tile_.q);
+    copy_rows(q, queries, dim_, scale_.sign, tile_.q);
     for (int64_t r = 0; r < round_up(queries, kTileRows); ++r) {
       tile_.state[r] = RowState<C>{};
       for (int64_t d = 0; d < tile_.out.stride; ++d) tile_.out.row(r)[d] = 0;
@@ -79,8 +77,8 @@ class VectorForward {
       const Range width = visible.keys_of_group(round_down(r, kTileRows), kTileRows);
       if (width.empty()) continue;
       C* const row = tile_.scores.row(r);
-      const C factor =
-          weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r), width, C{1}, row, tile_.state[r]);
+      const C factor = weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r), width, scale_.log2,
+                                                    row, tile_.state[r]);
       if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
     }
     const C* values = head.values + k0 * tile_.out.stride;
@@ -93,7 +91,7 @@ class VectorForward {
 
   const C* out(int64_t r) const { return tile_.out.row(r); }
   const RowState<C>& state(int64_t r) const { return tile_.state[r]; }
-  double unit() const { return kLn2; }
+  double scale() const { return scale_.magnitude; }
 
  private:
   // scores = q k^T where some row of the group sees some key of the panel.
@@ -125,7 +123,7 @@ class VectorForward {
   }
 
   const int64_t dim_;
-  const C scale_log2_;
+  const Scale<C> scale_;
   const Tile tile_;
 };
 

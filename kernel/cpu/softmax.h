@@ -1,10 +1,11 @@
-// Online softmax over rows of a score tile (FlashAttention-2, Algorithm 1), in base 2. A score times
-// `factor` is a logit in base 2; factor > 0. The largest score is subtracted before the factor is
-// applied: that difference is exact where it matters, so that logits of any size come out right.
+// Online softmax over rows of a score tile (FlashAttention-2, Algorithm 1), in base 2. Scores are
+// products of unscaled numbers. The largest is subtracted before the scale is applied: that
+// difference is exact where it matters, so that logits of any size come out right.
 #pragma once
 
 #include "exp2.h"
 #include "gemm.h"
+#include "params.h"
 #include "storage.h"
 #include "visible.h"
 
@@ -21,6 +22,22 @@ constexpr int kExp2Degree<double> = 11;
 template <class C>
 constexpr C kLog2E = static_cast<C>(1.4426950408889634074);
 constexpr double kLn2 = 0.69314718055994530942;
+
+// softmax_scale as the softmax uses it. Its sign goes to q.
+template <class C>
+struct Scale {
+  double magnitude;
+  C log2;  // magnitude * log2(e); positive even if the scale is 0: -inf * 0 would be NaN
+  C sign;
+
+  explicit Scale(const Problem& problem)
+      : magnitude(__builtin_fabs(static_cast<double>(problem.softmax_scale))),
+        log2(static_cast<C>(magnitude) * kLog2E<C>),
+        sign(problem.softmax_scale < 0 ? C{-1} : C{1}) {
+    constexpr C kSmallest = sizeof(C) == sizeof(float) ? C(1.2e-38) : C(2.3e-308);
+    if (log2 < kSmallest) log2 = kSmallest;
+  }
+};
 
 template <class C>
 constexpr C kInfinity = static_cast<C>(__builtin_inf());
@@ -46,9 +63,9 @@ FLASHTILE_INLINE C row_maximum(const C* scores, int64_t count) {
   return largest_lane<C>(larger<C>(larger<C>(best[0], best[1]), larger<C>(best[2], best[3])));
 }
 
-// The scores of `seen` become the weights 2^(factor * (score - largest)); the rest of `width`, whose
-// ends are rounded to whole vectors, gets weight 0. Updates the state; returns what the row's earlier
-// output has to be multiplied with. Weights may replace the scores.
+// The scores of `seen` become the weights 2^(factor * (score - largest)); the rest of `width`,
+// whose ends are rounded to whole vectors, gets weight 0. Updates the state; returns what the row's
+// earlier output has to be multiplied with. Weights may replace the scores.
 template <class C, int kDegree, class Weight>
 FLASHTILE_INLINE C weigh_row(C* scores, const Range& seen, const Range& width, C factor,
                              Weight* weights, RowState<C>& state) {
@@ -64,19 +81,18 @@ FLASHTILE_INLINE C weigh_row(C* scores, const Range& seen, const Range& width, C
   for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
 #pragma GCC unroll 2
     for (int u = 0; u < 2; ++u) {
-      const Vec<C> weight = exp2<C, kDegree>((load(scores + i + u * kWidth) - base) * factor);
+      const Vec<C> weight = exp2<C, kDegree>(load(scores + i + u * kWidth) - base, factor);
       sum[u] += weight;
       write(weights + i + u * kWidth, weight);
     }
   }
   if (i < end) {
-    const Vec<C> weight = exp2<C, kDegree>((load(scores + i) - base) * factor);
+    const Vec<C> weight = exp2<C, kDegree>(load(scores + i) - base, factor);
     sum[0] += weight;
     write(weights + i, weight);
   }
-  const C rescale = largest == state.largest
-                        ? C{1}
-                        : exp2<C, kDegree>(splat((state.largest - base) * factor))[0];
+  const C rescale =
+      largest == state.largest ? C{1} : exp2<C, kDegree>(splat(state.largest - base), factor)[0];
   state.largest = largest;
   state.sum = state.sum * rescale + sum_of_lanes<C>(sum[0] + sum[1]);
   return rescale;
@@ -93,7 +109,7 @@ struct FinishedRow {
   const C* out;  // unnormalised
   RowState<C> state;
   bool sees_keys;
-  double unit;  // a score times this is a logit
+  double scale;  // a score times this is a logit
 };
 
 // Writes output / sum and the log-sum-exp of one query row. A row that sees no key gets 0 and -inf,
@@ -109,7 +125,7 @@ inline void finish_row(const FinishedRow<Compute<T>>& row, int64_t dim, T* out, 
   const C sum = row.state.sum == 0 ? static_cast<C>(__builtin_nan("")) : row.state.sum;
   narrow(row.out, dim, C{1} / sum, out);
   if (lse == nullptr) return;
-  *lse = static_cast<float>(static_cast<double>(row.state.largest) * row.unit +
+  *lse = static_cast<float>(static_cast<double>(row.state.largest) * row.scale +
                             __builtin_log(static_cast<double>(sum)));
 }
 

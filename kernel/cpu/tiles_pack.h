@@ -15,21 +15,6 @@ FLASHTILE_INLINE Range whole_tiles(const Range& range) {
   return {round_down(range.begin, kTilePair), round_up(range.end, kTilePair)};
 }
 
-// softmax_scale for scores that are products of unscaled numbers. Its sign goes to q.
-struct TileScale {
-  double magnitude;
-  float log2;  // magnitude * log2(e); positive even if the scale is 0: -inf * 0 would be NaN
-  bool negative;
-
-  explicit TileScale(const Problem& problem)
-      : magnitude(__builtin_fabs(static_cast<double>(problem.softmax_scale))),
-        log2(static_cast<float>(magnitude) * kLog2E<float>),
-        negative(problem.softmax_scale < 0) {
-    constexpr float kSmallest = 1.2e-38f;
-    if (log2 < kSmallest) log2 = kSmallest;
-  }
-};
-
 inline void flip_signs(BFloat16* numbers, int64_t count) {
   for (int64_t i = 0; i < count; ++i) numbers[i].bits ^= 0x8000u;
 }

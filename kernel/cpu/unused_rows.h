@@ -79,9 +79,8 @@ inline void clear_unused(const BackwardParams& params) {
   const Result dq = result_of(params.dq, p.dtype, p.num_heads, p.head_dim);
   const Result dk = result_of(params.dk, p.dtype, p.num_heads_kv, p.head_dim);
   const Result dv = result_of(params.dv, p.dtype, p.num_heads_kv, p.head_dim_v);
-  for_each_unused_query(p, [&](int64_t batch, int64_t first, int64_t rows) {
-    dq.clear(batch, first, rows);
-  });
+  for_each_unused_query(
+      p, [&](int64_t batch, int64_t first, int64_t rows) { dq.clear(batch, first, rows); });
   for_each_unused_key(p, [&](int64_t batch, int64_t first, int64_t rows) {
     dk.clear(batch, first, rows);
     dv.clear(batch, first, rows);
