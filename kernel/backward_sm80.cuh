@@ -69,7 +69,7 @@ struct BackwardSm80 {
     // Of a block that is known to be whole.
     static FLASHTILE_DEVICE QueryRows whole(const Params& launch) { return {launch.plain, kBlockQ}; }
     static FLASHTILE_DEVICE QueryRows any(const Params& launch, int block, uint32_t notes_address) {
-      const BackwardNotes notes = BackwardNotes::read(notes_address);
+      const QueryNotes notes = read_notes<QueryNotes>(notes_address);
       const int count = block < notes.end ? notes.seqlen_q - block * kBlockQ : 0;
       return {launch.plain && count >= kBlockQ, count};
     }
@@ -200,7 +200,7 @@ struct BackwardSm80 {
   // outcome to dS. The others are at most 1: huge scores make every block an edge (is_huge).
   struct EdgeTest {
     static FLASHTILE_DEVICE void hide(Scores& p, int query_block, uint32_t notes_address) {
-      const BackwardNotes notes = BackwardNotes::read(notes_address);
+      const EdgeNotes notes = read_notes<EdgeNotes>(notes_address);
       const Warp warp(ptx::thread_index());
       const int lane_key = warp.key * kKeys + warp.lane / 4;
       const int query = query_block * kBlockQ + warp.query * kQueries + warp.lane % 4 * 2;
@@ -243,15 +243,10 @@ struct BackwardSm80 {
           scores(smem + Smem::kScores + warp.lane % 4 * 4 +
                  ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
 
-    // Keeps the compiler from computing all the addresses that follow from these before the loop.
+    // Keeps the compiler from computing all the addresses that follow from this one before the loop.
     // (It does no good where a warp has all of its keys' queries to itself.)
     FLASHTILE_DEVICE void hide() {
-      if constexpr (!kConfig.split_head_dim) return;
-      ptx::hide(k_rows.base);
-      ptx::hide(k_cols.base);
-      ptx::hide(dq_rows.base);
-      ptx::hide(partner.base);
-      ptx::hide(scores);
+      if constexpr (kConfig.split_head_dim) ptx::hide(k_rows.base);
     }
   };
 
@@ -423,15 +418,10 @@ struct BackwardSm80 {
     const V v(at.k_rows, Smem::kV - Smem::kK);
     if constexpr (kConfig.v_in_registers) __syncthreads();  // V has been read: the stages are free
     if (thread == 0) {
-      BackwardNotes{.diagonal = block.row0 - mask.highest + 1,
-                    .queries = static_cast<unsigned>(mask.highest - mask.lowest),
-                    .keys = block.rows,
-                    .seqlen_q = s.seqlen_q,
-                    .begin = range.begin,
-                    .end = range.end,
-                    .key_block = block.row0 / kBlockK,
-                    .lowest = mask.lowest}
-          .write(notes);
+      write_notes(notes, EdgeNotes{.diagonal = block.row0 - mask.highest + 1,
+                                   .queries = static_cast<unsigned>(mask.highest - mask.lowest),
+                                   .keys = block.rows});
+      write_notes(notes, QueryNotes{.seqlen_q = s.seqlen_q, .end = range.end, .clean_end = 0});
     }
     __syncthreads();  // the notes are there
 
@@ -450,11 +440,14 @@ struct BackwardSm80 {
       const bool huge = has_huge_scores(launch, slot, range.end - range.begin);
       const int whole_end = min(range.end, s.seqlen_q / kBlockQ);
       if (thread == 0) {
-        BackwardNotes::write_clean_end(
-            notes, huge ? slot : first_slot + min(range.full_end, whole_end - 1));
+        const int clean_end = huge ? slot : first_slot + min(range.full_end, whole_end - 1);
+        write_notes(notes, QueryNotes{s.seqlen_q, range.end, clean_end});
       }
       __syncthreads();  // everybody may read it
-      Turns::start(first_slot, notes);
+      Turns::start({.key_block = block.row0 / kBlockK,
+                    .first_visited = slot,
+                    .to_first_key = mask.lowest - first_slot * unsigned{kBlockQ}},
+                   notes);
       loader.start(launch, s, range.begin * kBlockQ, head);
       // Into the stage that nobody reads: see step.
       loader.load(launch, QueryRows::any(launch, range.begin, notes), slot);
@@ -509,7 +502,7 @@ struct BackwardSm80 {
       const int edge_end = first_slot + range.full_begin, end = first_slot + range.end;
       for (int until = edge_end;; until = end) {
         while (slot < until) step.template operator()<true>();
-        while (slot < BackwardNotes::read_clean_end(notes)) step.template operator()<false>();
+        while (slot < QueryNotes::read_clean_end(notes)) step.template operator()<false>();
         if (slot >= end) break;
       }
       if constexpr (kDeterministic) {

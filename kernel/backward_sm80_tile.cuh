@@ -6,6 +6,44 @@
 
 namespace flashtile {
 
+// What the main loop seldom needs: kept in shared memory, one 16-byte word per subject, since
+// registers are what the loop lacks.
+struct EdgeNotes {
+  int diagonal;      // first query that sees the block's first key; may be negative
+  unsigned queries;  // that see a key: from the first on
+  int keys;          // of the block, in use
+  int unused = 0;
+  static constexpr int kOffset = 0;
+};
+struct QueryNotes {
+  int seqlen_q;
+  int end;        // one past the last block of queries to visit
+  int clean_end;  // one past the slot (of the workspace) of the head's last clean block
+  int unused = 0;
+  static constexpr int kOffset = 16;
+  // Alone: it is read in every step.
+  static FLASHTILE_DEVICE int read_clean_end(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset + 8));
+  }
+};
+struct TurnNotes {
+  int key_block;         // index of the block of keys in the sequence
+  int first_visited;     // slot (of the workspace) of the first query block that is visited
+  unsigned to_first_key;  // slot * block_q + this: first key that the query block sees, modulo 2^32
+  int unused = 0;
+  static constexpr int kOffset = 32;
+};
+inline constexpr int kNotesBytes = 48;
+
+template <class Notes>
+FLASHTILE_DEVICE Notes read_notes(uint32_t address) {
+  return __builtin_bit_cast(Notes, ptx::lds_u32x4(address + Notes::kOffset));
+}
+template <class Notes>
+FLASHTILE_DEVICE void write_notes(uint32_t address, const Notes& notes) {
+  ptx::sts_u32x4(address + Notes::kOffset, __builtin_bit_cast(uint4, notes));
+}
+
 // Byte offsets of the tiles in shared memory. A stage holds one block of Q, dO and its statistics;
 // with two, the next block is copied into one while the other is read. Where only Q has two places,
 // dO and the statistics lie behind both.
@@ -21,7 +59,6 @@ struct BackwardSmem {
   static_assert(kTogether || (kConfig.stages_q == 2 && kConfig.stages_dout == 1));
   static constexpr int kStatisticsBytes = 12 * kConfig.block_q;
   static constexpr int kStatisticsPlace = 1024;  // tiles start at multiples of it
-  static constexpr int kNotesBytes = 48;
   static_assert(kStatisticsBytes + kNotesBytes <= kStatisticsPlace);
   // From Q of the first stage.
   static constexpr int kDout = (kTogether ? 1 : 2) * QueryTile::kBytes;
@@ -40,52 +77,10 @@ struct BackwardSmem {
   // V that is kept in registers passes through the stages before their first use.
   static constexpr int kV = kConfig.v_in_registers ? kStages : kOwnV;
   static constexpr int kBytes = kOwnV + (kConfig.v_in_registers ? 0 : KeyTile::kBytes);
-  // BackwardNotes, in what the first stage's statistics leave free.
+  // The notes below, in what the first stage's statistics leave free.
   static constexpr int kNotes = kStages + kStatistics + kStatisticsBytes;
   static_assert(!kConfig.v_in_registers || KeyTile::kBytes <= kAllStages);
   static_assert(kBytes + 1024 <= shared_memory_limit(kMemory));  // 1 KB is the driver's
-};
-
-// What the main loop seldom needs about its block of keys: kept in shared memory, since registers
-// are what it lacks.
-struct BackwardNotes {
-  int diagonal;      // first query that sees the block's first key; may be negative
-  unsigned queries;  // that see a key: from the first on
-  int keys;          // of the block, in use
-  int seqlen_q;
-  int begin, end;  // blocks of queries to visit
-  int key_block;   // index of the block of keys in the sequence
-  int lowest;      // of the BandMask
-
-  FLASHTILE_DEVICE static BackwardNotes read(uint32_t address) {
-    const uint4 x = ptx::lds_u32x4(address), y = ptx::lds_u32x4(address + 16);
-    return {.diagonal = static_cast<int>(x.x),
-            .queries = x.y,
-            .keys = static_cast<int>(x.z),
-            .seqlen_q = static_cast<int>(x.w),
-            .begin = static_cast<int>(y.x),
-            .end = static_cast<int>(y.y),
-            .key_block = static_cast<int>(y.z),
-            .lowest = static_cast<int>(y.w)};
-  }
-  FLASHTILE_DEVICE void write(uint32_t address) const {
-    ptx::sts_u32x4(address, make_uint4(diagonal, queries, keys, seqlen_q));
-    ptx::sts_u32x4(address + 16, make_uint4(begin, end, key_block, lowest));
-  }
-  // Slot of the head's query block 0 in the workspace; only thread 0 writes and reads it.
-  FLASHTILE_DEVICE static int read_first_slot(uint32_t address) {
-    return static_cast<int>(ptx::lds_u32(address + 32));
-  }
-  FLASHTILE_DEVICE static void write_first_slot(uint32_t address, int first_slot) {
-    ptx::sts_u32(address + 32, first_slot);
-  }
-  // One past the slot of the head's last clean block of queries.
-  FLASHTILE_DEVICE static int read_clean_end(uint32_t address) {
-    return static_cast<int>(ptx::lds_u32(address + 36));
-  }
-  FLASHTILE_DEVICE static void write_clean_end(uint32_t address, int clean_end) {
-    ptx::sts_u32(address + 36, clean_end);
-  }
 };
 
 // A lane's addresses of the 16 x 16 blocks of a tile, in one register: column blocks of a panel

@@ -11,7 +11,7 @@
 namespace flashtile {
 
 struct NoTurns {
-  static FLASHTILE_DEVICE void start(int, uint32_t) {}
+  static FLASHTILE_DEVICE void start(const TurnNotes&, uint32_t) {}
   static FLASHTILE_DEVICE void wait(const BackwardLaunch&, int, uint32_t) {}
   static FLASHTILE_DEVICE void pass_previous(const BackwardLaunch&, int, uint32_t) {}
   static FLASHTILE_DEVICE void pass(const BackwardLaunch&, int) {}
@@ -32,19 +32,18 @@ FLASHTILE_DEVICE int take_ticket(int* tickets, char* shared) {
 // in registers: what it needs are the notes.
 template <int kBlockQ, int kBlockK>
 struct DqTurns {
-  // A head whose query block 0 has slot `first_slot` of the workspace.
-  static FLASHTILE_DEVICE void start(int first_slot, uint32_t notes) {
-    if (ptx::thread_index() == 0) BackwardNotes::write_first_slot(notes, first_slot);
+  static FLASHTILE_DEVICE void start(const TurnNotes& head, uint32_t notes) {
+    if (ptx::thread_index() == 0) write_notes(notes, head);
   }
   // Until it is this key block's turn to add to the query block at `slot`: all key blocks from the
   // first that visits it (BandMask::query_blocks) have passed. Relies on cu_seqlens that ascend:
   // others can leave an earlier key block without a thread block that passes on.
   static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, int slot, uint32_t address) {
     if (ptx::thread_index() != 0) return;
-    const BackwardNotes notes = BackwardNotes::read(address);
-    const int query_block = slot - BackwardNotes::read_first_slot(address);
-    const int first_key = max(query_block * kBlockQ + notes.lowest, 0);
-    const int turn = notes.key_block - first_key / kBlockK;
+    const TurnNotes notes = read_notes<TurnNotes>(address);
+    const int first_key = static_cast<int>(slot * unsigned{kBlockQ} + notes.to_first_key);
+    const int first_block = static_cast<int>(static_cast<unsigned>(max(first_key, 0)) / kBlockK);
+    const int turn = notes.key_block - first_block;
     while (ptx::atomic_add_acquire(launch.turns + slot, 0) < turn) {
     }
   }
@@ -52,8 +51,8 @@ struct DqTurns {
   static FLASHTILE_DEVICE void pass_previous(const BackwardLaunch& launch, int slot,
                                              uint32_t address) {
     if (ptx::thread_index() != 0) return;
-    const int begin = BackwardNotes::read(address).begin;
-    if (slot > BackwardNotes::read_first_slot(address) + begin) ptx::red_add_release(launch.turns + slot - 1, 1);
+    if (slot > read_notes<TurnNotes>(address).first_visited)
+      ptx::red_add_release(launch.turns + slot - 1, 1);
   }
   static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, int slot) {
     if (ptx::thread_index() == 0) ptx::red_add_release(launch.turns + slot, 1);
