@@ -56,7 +56,7 @@ Status launch_backward(const BackwardLaunch& launch_params, CUstream_st* stream)
 
 template <int kHeadDim, Memory kMemory>
 Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
-  using Kernel = BackwardSm80<__half, kHeadDim, kMemory, false>;
+  using Shape = BackwardShape<kHeadDim, kMemory>;
   const Problem& p = params.problem;
   const BackwardWorkspace workspace = backward_workspace<kHeadDim, kMemory>(p);
   char* const base = static_cast<char*>(params.workspace);
@@ -67,7 +67,7 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   launch_params.turns = reinterpret_cast<int*>(base + workspace.turns);
   launch_params.slots_q = workspace.slots_q;
   launch_params.slots_k =
-      slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Kernel::kBlockK);
+      slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Shape::kBlockK);
   launch_params.scale_log2 = p.softmax_scale * kLog2e;
   launch_params.q = query_format(params.q, p, p.head_dim);
   launch_params.k = key_format(params.k, p, p.head_dim);
@@ -80,8 +80,8 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   launch_params.plain = is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
                         is_plain(launch_params.v, kHeadDim) &&
                         is_plain(launch_params.dout, kHeadDim);
-  launch_params.q_pass_bytes = 2 * Kernel::QueryCopy::kRowsPerPass * params.q.stride_seq;
-  launch_params.dout_pass_bytes = 2 * Kernel::QueryCopy::kRowsPerPass * params.dout.stride_seq;
+  launch_params.q_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.q.stride_seq;
+  launch_params.dout_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.dout.stride_seq;
   return p.dtype == Dtype::kFloat16
              ? launch_backward<__half, kHeadDim, kMemory>(launch_params, stream)
              : launch_backward<__nv_bfloat16, kHeadDim, kMemory>(launch_params, stream);

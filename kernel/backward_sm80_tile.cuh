@@ -208,7 +208,7 @@ FLASHTILE_DEVICE void product_AB_step(Accumulator<kRows, kCols>& c,
 // A's rows in shared memory, read where they are used.
 template <class Tile>
 struct SharedRows {
-  const Cursor<Tile>& cursor;
+  Cursor<Tile> cursor;
   int offset;
 
   FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset)
