@@ -6,7 +6,8 @@
 
 namespace flashtile::ptx {
 
-// 16 bytes global -> shared, past L1. Only the first `bytes` (0 to 16) are read, the rest are zeros.
+// 16 bytes global -> shared, past L1. Only the first `bytes` (0 to 16) are read, the rest are
+// zeros.
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(bytes)
@@ -17,6 +18,21 @@ FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, bool vali
 }
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// The same; without a source 16 zeros, and nothing is read.
+FLASHTILE_DEVICE void cp_async_16_or_zero(uint32_t shared, const void* global, bool has_source) {
+  asm volatile(
+      "{\n\t.reg .pred ignore;\n\tsetp.eq.s32 ignore, %2, 0;\n\t"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignore;\n\t}" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(has_source))
+      : "memory");
+}
+FLASHTILE_DEVICE void cp_async_4_or_zero(uint32_t shared, const void* global, bool has_source) {
+  asm volatile(
+      "{\n\t.reg .pred ignore;\n\tsetp.eq.s32 ignore, %2, 0;\n\t"
+      "cp.async.ca.shared.global [%0], [%1], 4, ignore;\n\t}" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(has_source))
+      : "memory");
 }
 FLASHTILE_DEVICE void cp_async_4(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");

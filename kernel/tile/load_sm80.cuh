@@ -68,14 +68,14 @@ struct TileLoader {
   template <int kTileBytes = 0>
   FLASHTILE_DEVICE void load_whole(const Target& target, const RowFormat& format, bool plain) {
     if (plain) {
-      FLASHTILE_UNROLL
-      for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
-        step_back();
-        FLASHTILE_UNROLL
-        for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
-          ptx::cp_async_16(target.at(pass, chunk) + kTileBytes, source + chunk * kChunkStep);
-        }
-      }
+      copy_whole<kTileBytes>(target, [](uint32_t shared, const char* global, int) {
+        ptx::cp_async_16(shared, global);
+      });
+    } else if (format.unit == kChunkBytes) {
+      const int bytes = format.bytes - first_column();
+      copy_whole<kTileBytes>(target, [=](uint32_t shared, const char* global, int step) {
+        ptx::cp_async_16_or_zero(shared, global, step < bytes);
+      });
     } else {
       load<kTileBytes>(target, format, Tile::kRows);
     }
@@ -85,18 +85,16 @@ struct TileLoader {
   // the end of a row. Neither is read.
   template <int kTileBytes = 0>
   FLASHTILE_DEVICE void load(const Target& target, const RowFormat& format, int rows) {
-    const int thread = ptx::thread_index();
-    const int column = thread % kThreadsPerRow * kChunkBytes;
     FLASHTILE_ROLL
     for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
       step_back();
       const uint32_t shared = target.at(pass, 0) + kTileBytes;
-      const int row = load_row(thread) + pass * Target::kRowsPerPass;
-      const int bytes = row < rows ? format.bytes - column : 0;
-      if (format.aligned) {
+      const int row = load_row(ptx::thread_index()) + pass * Target::kRowsPerPass;
+      const int bytes = row < rows ? format.bytes - first_column() : 0;
+      if (format.unit == kChunkBytes) {
         copy_row_16(shared, source, bytes);
       } else {
-        copy_row_elements(shared, source, bytes);
+        copy_row_narrow(shared, source, bytes, format.unit);
       }
     }
   }
@@ -107,22 +105,42 @@ struct TileLoader {
     ptx::hide(source);
   }
 
+  // Of this thread, in bytes.
+  FLASHTILE_DEVICE static int first_column() {
+    return (ptx::thread_index() & (kThreadsPerRow - 1)) * kChunkBytes;
+  }
+
+  template <int kTileBytes, class Copy>
+  FLASHTILE_DEVICE void copy_whole(const Target& target, const Copy& copy) {
+    FLASHTILE_UNROLL
+    for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
+      step_back();
+      FLASHTILE_UNROLL
+      for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
+        const int step = chunk * kChunkStep;
+        copy(target.at(pass, chunk) + kTileBytes, source + step, step);
+      }
+    }
+  }
+
   // This thread's chunks of a row, of which `bytes` exist from the first one on.
   FLASHTILE_DEVICE static void copy_row_16(uint32_t shared, const char* row, int bytes) {
     FLASHTILE_UNROLL
     for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
       const int step = chunk * kChunkStep;
-      ptx::cp_async_16((shared ^ (chunk % 2 * kChunkStep)) + chunk / 2 * Tile::kPanelBytes,
-                       row + step, min(max(bytes - step, 0), kChunkBytes));
+      ptx::cp_async_16_or_zero(chunk_address(shared, chunk), row + step, step < bytes);
     }
   }
-  FLASHTILE_DEVICE static void copy_row_elements(uint32_t shared, const char* row, int bytes) {
+  FLASHTILE_DEVICE static void copy_row_narrow(uint32_t shared, const char* row, int bytes,
+                                               int unit) {
     FLASHTILE_ROLL
     for (int chunk = 0; chunk < Target::kChunks; ++chunk) {
       const int step = chunk * kChunkStep;
-      ptx::sts_u32x4((shared ^ (chunk % 2 * kChunkStep)) + chunk / 2 * Tile::kPanelBytes,
-                     load_elements(row + step, bytes - step));
+      copy_narrow(chunk_address(shared, chunk), row + step, bytes - step, unit);
     }
+  }
+  FLASHTILE_DEVICE static uint32_t chunk_address(uint32_t shared, int chunk) {
+    return (shared ^ (chunk % 2 * kChunkStep)) + chunk / 2 * Tile::kPanelBytes;
   }
 };
 

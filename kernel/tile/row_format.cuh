@@ -11,19 +11,24 @@ namespace flashtile {
 struct RowFormat {
   int bytes;     // of a row: 2 * head_dim
   bool aligned;  // every row starts at a multiple of 16 bytes
+  int unit;  // 16, 4 or 2 bytes: every row starts at a multiple of it and is a whole number of it
 };
 
 // `rows` and `heads` are what the strides run over.
 inline RowFormat row_format(const View& view, const Problem& problem, int64_t head_dim,
                             int64_t rows, int64_t heads) {
-  const auto is_aligned = [](int64_t stride, int64_t extent) {
-    return extent <= 1 || stride % 8 == 0;
-  };
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+  const auto used = [](int64_t stride, int64_t extent) { return extent <= 1 ? 0 : 2 * stride; };
+  const uint64_t starts =
+      reinterpret_cast<uintptr_t>(view.data) |
+      static_cast<uint64_t>(used(view.stride_batch, batch) | used(view.stride_seq, rows) |
+                            used(view.stride_head, heads));
+  const uint64_t all = starts | static_cast<uint64_t>(2 * head_dim);
   return {.bytes = static_cast<int>(2 * head_dim),
-          .aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
-                     is_aligned(view.stride_batch, batch) && is_aligned(view.stride_seq, rows) &&
-                     is_aligned(view.stride_head, heads)};
+          .aligned = starts % 16 == 0,
+          .unit = all % 16 == 0  ? 16
+                  : all % 4 == 0 ? 4
+                                 : 2};
 }
 inline RowFormat query_format(const View& view, const Problem& p, int64_t head_dim) {
   return row_format(view, p, head_dim, p.rows_q(), p.num_heads);
@@ -57,6 +62,17 @@ FLASHTILE_DEVICE void copy_chunk(uint32_t shared, const char* global, int bytes,
   } else {
     ptx::sts_u32x4(shared, load_elements(global, bytes));
   }
+}
+
+// One chunk to shared memory, in units of 4 bytes, asynchronously, or of 2; of it `bytes` exist, a
+// whole number of units, at most 16 count.
+FLASHTILE_DEVICE void copy_narrow(uint32_t shared, const char* global, int bytes, int unit) {
+  if (unit == 2) {
+    ptx::sts_u32x4(shared, load_elements(global, bytes));
+    return;
+  }
+  FLASHTILE_UNROLL
+  for (int i = 0; i < 16; i += 4) ptx::cp_async_4_or_zero(shared + i, global + i, i < bytes);
 }
 
 // The first `bytes` of a chunk to global memory.

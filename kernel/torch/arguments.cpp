@@ -230,6 +230,10 @@ std::string written_refusal(const Tensor& out, const Arguments& args) {
   return {};
 }
 
+const int32_t* int_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const int32_t*>(tensor->const_data_ptr()) : nullptr;
+}
+
 }  // namespace
 
 std::string refusal(const Arguments& args) {
@@ -252,12 +256,6 @@ std::string refusal(const BackwardArguments& args) {
   }
   return text;
 }
-
-namespace {
-const int32_t* int_data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const int32_t*>(tensor->const_data_ptr()) : nullptr;
-}
-}  // namespace
 
 flashtile_problem to_problem(const Arguments& args) {
   const Tensor& q = args.q;

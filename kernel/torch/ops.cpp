@@ -205,17 +205,17 @@ std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
   return {status == FLASHTILE_OK, status == FLASHTILE_OK ? name : flashtile_last_error()};
 }
 
-// From here on one function per op. Their parameters are the op's schema, one to one, and the
-// members of Arguments follow kOptions.
+// From here on one function per op. Their parameters are the op's schema, one to one; the members
+// of Arguments have the same order.
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    std::optional<double> softmax_scale, int64_t window_left,
                                    int64_t window_right, bool deterministic, int64_t alignment,
                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                   std::optional<Tensor> cu_seqlens_q,
-                                   std::optional<Tensor> cu_seqlens_k,
-                                   std::optional<Tensor> seqused_q,
-                                   std::optional<Tensor> seqused_k) {
+                                   const std::optional<Tensor>& cu_seqlens_q,
+                                   const std::optional<Tensor>& cu_seqlens_k,
+                                   const std::optional<Tensor>& seqused_q,
+                                   const std::optional<Tensor>& seqused_k) {
   return run_forward({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
                       max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q,
                       seqused_k});
@@ -224,9 +224,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 Tensor forward_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
                    bool deterministic, int64_t alignment, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, std::optional<Tensor> cu_seqlens_q,
-                   std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
-                   std::optional<Tensor> seqused_k) {
+                   int64_t max_seqlen_k, const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_k,
+                   const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k) {
   return std::get<1>(run_forward({q, k, v, softmax_scale, window_left, window_right, deterministic,
                                   alignment, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k,
                                   seqused_q, seqused_k, out}));
@@ -234,11 +234,11 @@ Tensor forward_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& softmax_lse, std::optional<Tensor> dsoftmax_lse,
+    const Tensor& softmax_lse, const std::optional<Tensor>& dsoftmax_lse,
     std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
     bool deterministic, int64_t alignment, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k) {
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k) {
   return run_backward(
       {.forward = {q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
                    max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
@@ -248,12 +248,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(
        .dsoftmax_lse = dsoftmax_lse});
 }
 
-std::tuple<bool, std::string> can_run(
-    const Tensor& q, const Tensor& k, const Tensor& v, bool backward, std::optional<Tensor> out,
-    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    bool deterministic, int64_t alignment, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k) {
+std::tuple<bool, std::string> can_run(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      bool backward, const std::optional<Tensor>& out,
+                                      std::optional<double> softmax_scale, int64_t window_left,
+                                      int64_t window_right, bool deterministic, int64_t alignment,
+                                      int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                      const std::optional<Tensor>& cu_seqlens_q,
+                                      const std::optional<Tensor>& cu_seqlens_k,
+                                      const std::optional<Tensor>& seqused_q,
+                                      const std::optional<Tensor>& seqused_k) {
   return answer({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
                  max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, out},
                 backward);

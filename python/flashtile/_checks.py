@@ -139,7 +139,7 @@ def check_max_seqlen(name: str, value: object) -> None:
 def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
     """`value` as a number, checked; where it must not be read, all rows of q or k instead.
 
-    A value on CUDA is not waited for, and a tensor that is being traced has none.
+    A value on CUDA is not waited for; a tensor on meta, or one that is being traced, has none.
     """
     if isinstance(value, Tensor):
         whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -149,7 +149,8 @@ def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
                 f"{name} is a {dtype_name(value.dtype)} tensor of shape {shape}; "
                 "allowed: int or a 0-d integer tensor"
             )
-        if torch.compiler.is_compiling() or type(value) is not Tensor or value.is_cuda:
+        readable = type(value) is Tensor and value.device.type == "cpu"
+        if torch.compiler.is_compiling() or not readable:
             return tensor.shape[0] if tensor.dim() > 0 else 0
         value = int(value)
     check_max_seqlen(name, value)

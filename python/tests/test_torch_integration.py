@@ -215,6 +215,47 @@ def test_compile_varlen_without_recompiling(device: str, dtype: torch.dtype) -> 
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(("device", "dtype"), FEW)
+def test_compile_options_without_recompiling(device: str, dtype: torch.dtype) -> None:
+    """A window that follows from the length, rows in use, and every other option: one graph."""
+
+    def windowed(inputs: Triple, cu: Tensor, used: Tensor) -> Tensor:
+        left = inputs[0].shape[0] // 3
+        out, lse = flashtile.attention_varlen(
+            *inputs,
+            cu,
+            cu,
+            left,
+            left,
+            window_size=(left, left + 1),
+            causal_alignment="top_left",
+            deterministic=True,
+            return_lse=True,
+            seqused_q=used,
+            seqused_k=used,
+            check=True,
+        )
+        return out.float().square().sum() + lse.exp().sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(windowed, fullgraph=True, dynamic=True, backend=counter)
+    for total in (11, 24, 37):
+        cu = torch.tensor([0, 4, total - 2], dtype=torch.int32, device=device)
+        used = torch.tensor([3, total - 9], dtype=torch.int32, device=device)
+        results = []
+        for function in (compiled, windowed):
+            torch.manual_seed(1)
+            q, k, v = (
+                torch.randn(total, heads, dim).to(device, dtype).requires_grad_()
+                for heads, dim in ((4, 64), (2, 64), (2, 48))
+            )
+            loss = function((q, k, v), cu, used)
+            results.append((loss, *torch.autograd.grad(loss, (q, k, v))))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(("device", "dtype"), [FEW[0], FEW[2]])
 def test_compile_inductor(device: str, dtype: torch.dtype) -> None:
     compiled = torch.compile(step, fullgraph=True, dynamic=True)

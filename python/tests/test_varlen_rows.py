@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashtile
 from flashtile import _checks
@@ -213,10 +214,24 @@ def test_check_compiles(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_tensor_hints_compile(device: str) -> None:
-    arguments = PACKINGS["used"].arguments(device, max_seqlen_q=torch.tensor(16, device=device))
+    """Nothing in the graph reads them."""
+    hint = torch.tensor(16, device=device)
+    arguments = PACKINGS["used"].arguments(device, max_seqlen_q=hint, max_seqlen_k=hint)
     inputs = make_inputs(torch.bfloat16, device)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        flashtile.attention_varlen, fullgraph=True, dynamic=True, backend="aot_eager"
+        flashtile.attention_varlen, fullgraph=True, dynamic=True, backend=counter
     )
     expected = flashtile.attention_varlen(*inputs, **arguments)
     torch.testing.assert_close(compiled(*inputs, **arguments), expected)
+    targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert any("flashtile" in target for target in targets)
+    assert not any(target == "item" or "scalar" in target for target in targets)
+
+
+def test_tensor_hints_on_meta() -> None:
+    """As on CUDA there is no value to read."""
+    hint = torch.tensor(16, device="meta")
+    arguments = PACKINGS["used"].arguments("meta", max_seqlen_q=hint, max_seqlen_k=hint)
+    inputs = make_inputs(torch.bfloat16, "meta")
+    assert flashtile.attention_varlen(*inputs, **arguments).shape == (TOTAL_Q, 4, 48)
