@@ -1,8 +1,8 @@
 // Last launch of the backward: dQ from fp32 in accumulator order to rows of T, times the scale.
 //
 // One block per slot and head. Each thread writes up to 16 bytes of a row; its eight values are two
-// runs of four floats (even and odd columns of four neighbouring lanes of the main kernel). Rows that
-// see no key and rows that are not in use are 0, whatever K holds.
+// runs of four floats (even and odd columns of four neighbouring lanes of the main kernel). Rows
+// that see no key and rows that are not in use are 0, whatever K holds.
 #pragma once
 
 #include "backward_layout.cuh"
@@ -34,9 +34,9 @@ struct BackwardDq {
       const int row = i / kChunks, chunk = i % kChunks;
       if (row >= block.owned) break;
       const bool is_zero = row >= block.rows || statistics[Slot::lse(row)] == INFINITY;
-      const uint4 x = is_zero ? make_uint4(0, 0, 0, 0)
-                              : scaled(accumulator + Order::offset(row, 8 * chunk),
-                                       p.problem.softmax_scale);
+      const uint4 x =
+          is_zero ? make_uint4(0, 0, 0, 0)
+                  : scaled(accumulator + Order::offset(row, 8 * chunk), p.problem.softmax_scale);
       char* const target =
           static_cast<char*>(p.dq.data) +
           2 * (element_offset(p.dq, s.batch, s.row_q + block.row0 + row, block.head) + 8 * chunk);
@@ -48,10 +48,9 @@ struct BackwardDq {
   static FLASHTILE_DEVICE uint4 scaled(const float* source, float scale) {
     const float4 even = *reinterpret_cast<const float4*>(source);
     const float4 odd = *reinterpret_cast<const float4*>(source + Order::kThreads);
-    return make_uint4(ptx::pack<T>(even.x * scale, odd.x * scale),
-                      ptx::pack<T>(even.y * scale, odd.y * scale),
-                      ptx::pack<T>(even.z * scale, odd.z * scale),
-                      ptx::pack<T>(even.w * scale, odd.w * scale));
+    return make_uint4(
+        ptx::pack<T>(even.x * scale, odd.x * scale), ptx::pack<T>(even.y * scale, odd.y * scale),
+        ptx::pack<T>(even.z * scale, odd.z * scale), ptx::pack<T>(even.w * scale, odd.w * scale));
   }
 };
 

@@ -66,8 +66,7 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   launch_params.dq_accumulator = reinterpret_cast<float*>(base + workspace.dq);
   launch_params.turns = reinterpret_cast<int*>(base + workspace.turns);
   launch_params.slots_q = workspace.slots_q;
-  launch_params.slots_k =
-      slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Shape::kBlockK);
+  launch_params.slots_k = slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Shape::kBlockK);
   launch_params.scale_log2 = p.softmax_scale * kLog2e;
   launch_params.q = query_format(params.q, p, p.head_dim);
   launch_params.k = key_format(params.k, p, p.head_dim);
@@ -77,9 +76,9 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   launch_params.dq = query_format(params.dq, p, p.head_dim);
   launch_params.dk = key_format(params.dk, p, p.head_dim);
   launch_params.dv = key_format(params.dv, p, p.head_dim_v);
-  launch_params.plain = is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
-                        is_plain(launch_params.v, kHeadDim) &&
-                        is_plain(launch_params.dout, kHeadDim);
+  launch_params.plain =
+      is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
+      is_plain(launch_params.v, kHeadDim) && is_plain(launch_params.dout, kHeadDim);
   launch_params.q_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.q.stride_seq;
   launch_params.dout_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.dout.stride_seq;
   return p.dtype == Dtype::kFloat16

@@ -41,7 +41,7 @@ template <int kBlockQ, int kHeadDim>
 struct BackwardSlot {
   static constexpr int kStatistics = 4 * kBlockQ;  // floats
   static constexpr int kDq = kBlockQ * kHeadDim;   // floats
-  static constexpr int kHuge = 3 * kBlockQ;          // floats to the flag: some |lse| is huge
+  static constexpr int kHuge = 3 * kBlockQ;        // floats to the flag: some |lse| is huge
 
   // Floats from the start of the statistics to the lse of `query`, 0 <= query < kBlockQ.
   static FLASHTILE_HOST_DEVICE int lse(int query) {
@@ -53,8 +53,8 @@ struct BackwardSlot {
   }
 };
 
-// How warps share the columns of a tile of kHeadDim columns: each takes an equal part of every panel
-// of 64, so that its 16 x 16 blocks lie at constant distances from the first one.
+// How warps share the columns of a tile of kHeadDim columns: each takes an equal part of every
+// panel of 64, so that its 16 x 16 blocks lie at constant distances from the first one.
 template <int kHeadDim, int kParts>
 struct ColumnSplit {
   static constexpr int kPart = (kHeadDim < kPanelCols ? kHeadDim : kPanelCols) / kParts;

@@ -43,8 +43,8 @@ struct BackwardSm80 {
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSharedBytes = Smem::kBytes;
   static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
-  using V = std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>,
-                               SharedRows<KeyTile>>;
+  using V =
+      std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
   using Turns = std::conditional_t<kDeterministic, DqTurns<kBlockQ, kBlockK>, NoTurns>;
 
   // gradient += scores b. Where warps share the columns of the gradient among them, the scores of
@@ -63,7 +63,8 @@ struct BackwardSm80 {
     if constexpr (kExchanged) {
       QueryColumns other_b = b;
       if constexpr (kPairs) {
-        other_b.base += Warp(ptx::thread_index()).query == 0 ? Shape::kHalfBytes : -Shape::kHalfBytes;
+        other_b.base +=
+            Warp(ptx::thread_index()).query == 0 ? Shape::kHalfBytes : -Shape::kHalfBytes;
       }
       FLASHTILE_UNROLL
       for (int k = 0; k < (kPairs ? kQueries : kBlockQ) / 16; ++k) {
@@ -106,8 +107,7 @@ struct BackwardSm80 {
         for (int n = 0; n < kCols / 8; ++n) {
           const int block = m * (Dq::kCols / 8) + pass * (kCols / 8) + n;
           FLASHTILE_UNROLL
-          for (int i = 0; i < 4; ++i)
-            ptx::red_add(dq + (block * 4 + i) * kThreads, sum.d[m][n][i]);
+          for (int i = 0; i < 4; ++i) ptx::red_add(dq + (block * 4 + i) * kThreads, sum.d[m][n][i]);
         }
       }
     }
@@ -119,7 +119,8 @@ struct BackwardSm80 {
   }
 
   // S^T -> P^T = exp2(S^T scale_log2 - lse)
-  static FLASHTILE_DEVICE void probabilities(Scores& s, const Stage<Shape>& stage, float scale_log2) {
+  static FLASHTILE_DEVICE void probabilities(Scores& s, const Stage<Shape>& stage,
+                                             float scale_log2) {
     FLASHTILE_UNROLL
     for (int n16 = 0; n16 < kQueries / 16; ++n16) {
       const float4 lse = stage.lse(n16);
@@ -163,8 +164,8 @@ struct BackwardSm80 {
     uint32_t notes;
   };
 
-  // One block of queries, at `slot` of the workspace. kEdge: some scores may be hidden, and the next
-  // block may be ragged or not exist.
+  // One block of queries, at `slot` of the workspace. kEdge: some scores may be hidden, and the
+  // next block may be ragged or not exist.
   template <bool kEdge>
   static FLASHTILE_DEVICE void step(const Params& launch, State& my, int slot, int first_slot) {
     ptx::cp_async_wait<0>();
@@ -258,8 +259,8 @@ struct BackwardSm80 {
     if (block.empty()) return;
     const uint32_t smem = ptx::shared_address(shared), notes = smem + Smem::kNotes;
     const BandMask mask(problem.band, block.sequence.seqlen_q, block.sequence.seqlen_k);
-    const BlockRange range = block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ)
-                                            : BlockRange{0, 0, 0, 0};
+    const BlockRange range =
+        block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
     load_keys<Shape>(launch, block, smem, thread);
     ptx::cp_async_wait<0>();
     __syncthreads();  // K and V have landed, for every thread

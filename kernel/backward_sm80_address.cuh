@@ -17,7 +17,6 @@ struct Stage {
   static constexpr auto kQueries = Shape::kQueries;
   static constexpr auto kPairs = Shape::kPairs;
 
-
   Cursor<QueryTile> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
   QueryColumns cols;       // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
   uint32_t statistics;
@@ -71,7 +70,6 @@ struct EdgeTest {
   static constexpr auto kKeys = Shape::kKeys;
   static constexpr auto kQueries = Shape::kQueries;
 
-
   static FLASHTILE_DEVICE void hide(Scores& p, int query_block, uint32_t notes_address) {
     const EdgeNotes notes = read_notes<EdgeNotes>(notes_address);
     const Warp warp(ptx::thread_index());
@@ -112,7 +110,6 @@ struct Places {
   static constexpr auto kQueries = Shape::kQueries;
   static constexpr auto kPairs = Shape::kPairs;
 
-
   Cursor<KeyTile> k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
   KeyColumns k_cols;          // all keys, the warp's columns of dQ: B of dQ = dS K
   Cursor<ScoreTile> dq_rows;  // all keys, the warp's queries of dQ: A of dQ = dS K
@@ -123,8 +120,7 @@ struct Places {
       : k_rows(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, warp.key * kKeys),
         k_cols(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, 0,
                DqColumns::first_chunk(warp.dq_col)),
-        dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0,
-                warp.dq_row * Dq::kRows / 8),
+        dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0, warp.dq_row * Dq::kRows / 8),
         partner(smem + Smem::kScores, Lanes::kRowsFirst, warp.lane, warp.key * kKeys,
                 kPairs ? (1 - warp.query) * kQueries / 8 : 0),
         scores(smem + Smem::kScores + warp.lane % 4 * 4 +

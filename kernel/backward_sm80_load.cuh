@@ -12,8 +12,11 @@ struct QueryRows {
   int count;       // that exist; none past the last block
 
   // Of a block that is known to be whole.
-  static FLASHTILE_DEVICE QueryRows whole(const BackwardLaunch& launch) { return {launch.plain, Shape::kBlockQ}; }
-  static FLASHTILE_DEVICE QueryRows any(const BackwardLaunch& launch, int block, uint32_t notes_address) {
+  static FLASHTILE_DEVICE QueryRows whole(const BackwardLaunch& launch) {
+    return {launch.plain, Shape::kBlockQ};
+  }
+  static FLASHTILE_DEVICE QueryRows any(const BackwardLaunch& launch, int block,
+                                        uint32_t notes_address) {
     const QueryNotes notes = read_notes<QueryNotes>(notes_address);
     const int count = block < notes.end ? notes.seqlen_q - block * Shape::kBlockQ : 0;
     return {launch.plain && count >= Shape::kBlockQ, count};
@@ -62,7 +65,8 @@ struct QueryLoader {
     }
     ptx::cp_async_commit();
   }
-  FLASHTILE_DEVICE void load_dout(const BackwardLaunch& launch, const QueryRows<Shape>& rows, int slot) {
+  FLASHTILE_DEVICE void load_dout(const BackwardLaunch& launch, const QueryRows<Shape>& rows,
+                                  int slot) {
     if (rows.are_plain) {
       QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
       copy_statistics(launch, slot);
@@ -95,15 +99,15 @@ struct QueryLoader {
       offset = thread * kChunkBytes;
       to += offset - QueryCopy::offset(thread);
     }
-    ptx::cp_async_16(
-        to, reinterpret_cast<const char*>(Shape::slot_statistics(launch, slot)) + offset);
+    ptx::cp_async_16(to,
+                     reinterpret_cast<const char*>(Shape::slot_statistics(launch, slot)) + offset);
   }
 };
 
 // K and V of a block of keys.
 template <class Shape>
 FLASHTILE_DEVICE void load_keys(const BackwardLaunch& launch, const RowBlock& block, uint32_t smem,
-                                       int thread) {
+                                int thread) {
   using Smem = typename Shape::Smem;
   using KeyCopy = typename Shape::KeyCopy;
   const BackwardParams& p = launch.params;

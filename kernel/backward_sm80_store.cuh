@@ -7,8 +7,8 @@
 
 namespace flashtile {
 
-// A warp's gradient, times `scale` and rounded to T, into the tile at `tile`: rows from row0 on, the
-// columns of part `part` of kParts.
+// A warp's gradient, times `scale` and rounded to T, into the tile at `tile`: rows from row0 on,
+// the columns of part `part` of kParts.
 template <class T, class Tile, int kParts, int kRows, int kCols>
 FLASHTILE_DEVICE void stage_gradient(uint32_t tile, const Accumulator<kRows, kCols>& x, float scale,
                                      int row0, int part, int lane) {
@@ -74,8 +74,8 @@ FLASHTILE_DEVICE void store_rows(const View& view, const RowFormat& format, cons
     if (row >= block.owned) break;
     FLASHTILE_UNROLL
     for (int c = 0; c < Copy::kChunks; ++c) {
-      uint4 x = ptx::lds_u32x4(source + i * Copy::kRowsPerPass * kPanelRowBytes +
-                               c * Tile::kPanelBytes);
+      uint4 x =
+          ptx::lds_u32x4(source + i * Copy::kRowsPerPass * kPanelRowBytes + c * Tile::kPanelBytes);
       if (row >= block.rows) x = make_uint4(0, 0, 0, 0);
       store_chunk(target + c * kPanelRowBytes, x, bytes - c * kPanelRowBytes, format.aligned);
     }

@@ -27,8 +27,8 @@ struct QueryNotes {
   }
 };
 struct TurnNotes {
-  int key_block;         // index of the block of keys in the sequence
-  int first_visited;     // slot (of the workspace) of the first query block that is visited
+  int key_block;          // index of the block of keys in the sequence
+  int first_visited;      // slot (of the workspace) of the first query block that is visited
   unsigned to_first_key;  // slot * block_q + this: first key that the query block sees, modulo 2^32
   int unused = 0;
   static constexpr int kOffset = 32;

@@ -154,8 +154,7 @@ Status check_size(const flashtile_problem& p, const Problem& problem) {
   int64_t rows = 0, size = 0;
   if (__builtin_add_overflow(problem.total_q, problem.total_k, &rows) ||
       __builtin_mul_overflow(rows, p.num_heads, &size) ||
-      __builtin_mul_overflow(size, problem.largest_head_dim(), &size) ||
-      size >= int64_t{1} << 52) {
+      __builtin_mul_overflow(size, problem.largest_head_dim(), &size) || size >= int64_t{1} << 52) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "batch is %lld; allowed: batch * (seqlen_q + seqlen_k) * num_heads * head_dim "
                 "below 2^52",
@@ -212,8 +211,9 @@ Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t batch, int6
     }
   }
   if (cu[batch] > total) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "%s[%lld] is %d; allowed: up to %lld, the number of rows",
-                name, static_cast<I64>(batch), cu[batch], static_cast<I64>(total));
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "%s[%lld] is %d; allowed: up to %lld, the number of rows", name,
+                static_cast<I64>(batch), cu[batch], static_cast<I64>(total));
   }
   return FLASHTILE_OK;
 }

@@ -96,7 +96,8 @@ void reducing_barrier(Warp& warp, const Inst& inst, uint32_t mask) {
   const int32_t* o = inst.operand;
   const uint32_t id = uniform(warp, o[1], mask, "barrier numbers");
   if (id >= kBarriers)
-    warp.block->fail(Error::kDivergence, warp, warp.pc, __builtin_ctz(mask), "barrier number above 15");
+    warp.block->fail(Error::kDivergence, warp, warp.pc, __builtin_ctz(mask),
+                     "barrier number above 15");
   const uint32_t set = (warp.pred(o[2]) ^ static_cast<uint32_t>(o[3])) & mask;
   ++warp.block->counters->barriers;
   warp.block_on(Wait::kBarrier, id, warp.pc + 1, mask);

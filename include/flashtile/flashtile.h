@@ -102,8 +102,8 @@ typedef struct {
   int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED both is full */
   int32_t alignment;    /* flashtile_alignment */
   uint32_t flags;       /* FLASHTILE_DETERMINISTIC or 0 */
-  /* Since 0.2. [batch], int32, on `device`, each may be NULL: the rows of every sequence that are in
-   * use, counted from its first; at most its length. The other rows of the tensors are not read;
+  /* Since 0.2. [batch], int32, on `device`, each may be NULL: the rows of every sequence that are
+   * in use, counted from its first; at most its length. The other rows of the tensors are not read;
    * their out, dq, dk, dv are written as 0 and their softmax_lse as -inf. */
   const int32_t* seqused_q;
   const int32_t* seqused_k;

@@ -74,7 +74,8 @@ struct BandMask {
     range.full_end = see_first_until >= seqlen_q ? range.end : max_of(see_first_until, 0) / block_q;
     range.full_begin = min_of(max_of(range.full_begin, range.begin), range.end);
     range.full_end = max_of(range.full_end, range.full_begin);
-    if (k0 + block_k > seqlen_k) range.full_end = range.full_begin;  // keys past the end: all tested
+    if (k0 + block_k > seqlen_k)
+      range.full_end = range.full_begin;  // keys past the end: all tested
     return range;
   }
 

@@ -21,7 +21,8 @@ template <int kRowsValue, int kColsValue>
 struct SmemTile {
   static constexpr int kRows = kRowsValue;
   static constexpr int kCols = kColsValue;
-  static constexpr int kPanels = (kCols + kPanelCols - 1) / kPanelCols;  // the last may be half used
+  static constexpr int kPanels =
+      (kCols + kPanelCols - 1) / kPanelCols;  // the last may be half used
   static constexpr int kPanelBytes = kRows * kPanelRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
   static_assert(kCols % 32 == 0 && kRows % 8 == 0);

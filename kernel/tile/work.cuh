@@ -74,10 +74,8 @@ FLASHTILE_DEVICE SequenceSide sequence_side(const int32_t* cu_seqlens, const int
 
 // Sequence `index` of a problem, dense or varlen.
 FLASHTILE_DEVICE Sequence sequence_of(const Problem& p, int64_t index) {
-  const SequenceSide q =
-      sequence_side(p.cu_seqlens_q, p.seqused_q, index, p.batch, p.rows_q());
-  const SequenceSide k =
-      sequence_side(p.cu_seqlens_k, p.seqused_k, index, p.batch, p.rows_k());
+  const SequenceSide q = sequence_side(p.cu_seqlens_q, p.seqused_q, index, p.batch, p.rows_q());
+  const SequenceSide k = sequence_side(p.cu_seqlens_k, p.seqused_k, index, p.batch, p.rows_k());
   return {.batch = p.is_varlen() ? 0 : index,
           .row_q = q.row,
           .row_k = k.row,
