@@ -43,6 +43,7 @@ struct BackwardSm80 {
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSharedBytes = Smem::kBytes;
   static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
+  using Loader = QueryLoader<Shape>;
   using V =
       std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
   using Turns = std::conditional_t<kDeterministic, DqTurns<kBlockQ, kBlockK>, NoTurns>;
@@ -159,7 +160,7 @@ struct BackwardSm80 {
     Places<Shape> at;
     V v;
     Stage<Shape> stage;
-    QueryLoader<Shape> loader;
+    Loader loader;
     Gradient dk, dv;
     uint32_t notes;
   };
@@ -176,9 +177,9 @@ struct BackwardSm80 {
     const auto next = kEdge ? QueryRows<Shape>::any(launch, slot + 1 - first_slot, my.notes)
                             : QueryRows<Shape>::whole(launch);
     if constexpr (kConfig.stages_dout == 2) {
-      my.loader.load(launch, next, slot + 1);
+      my.loader.template load<Loader::kAll>(launch, next, slot + 1);
     } else if constexpr (kConfig.stages_q == 2) {
-      my.loader.load_q(launch, next);
+      my.loader.template load<Loader::kQ>(launch, next, slot + 1);
     }
 
     Scores scores;
@@ -205,11 +206,12 @@ struct BackwardSm80 {
     packed.store(my.at.scores);
     Turns::wait(launch, slot, my.notes);
     __syncthreads();  // dS of the block is complete; nobody reads its dO any more
-    if constexpr (kConfig.stages_dout == 1) my.loader.load_dout(launch, next, slot + 1);
+    if constexpr (kConfig.stages_dout == 1)
+      my.loader.template load<Loader::kDout>(launch, next, slot + 1);
     accumulate(my.dk, packed, my.stage.cols, 0, my.at.partner, 0);
     if constexpr (kConfig.stages_q == 1) {
       __syncthreads();  // nobody reads Q of the block any more
-      my.loader.load_q(launch, next);
+      my.loader.template load<Loader::kQ>(launch, next, slot + 1);
     }
     add_dq(Shape::slot_dq(launch, slot) + ptx::thread_index(), my.at.dq_rows, my.at.k_cols);
   }
@@ -234,7 +236,8 @@ struct BackwardSm80 {
                  my.notes);
     my.loader.start(launch, s, range.begin * kBlockQ, head);
     // Into the stage that nobody reads: see step.
-    my.loader.load(launch, QueryRows<Shape>::any(launch, range.begin, my.notes), slot);
+    const auto first = QueryRows<Shape>::any(launch, range.begin, my.notes);
+    my.loader.template load<Loader::kAll>(launch, first, slot);
 
     const int edge_end = first_slot + range.full_begin, end = first_slot + range.end;
     for (int until = edge_end;; until = end) {
@@ -268,7 +271,7 @@ struct BackwardSm80 {
     State my{.at = at,
              .v = V(at.k_rows, Smem::kV - Smem::kK),
              .stage = Stage<Shape>(smem + Smem::kStages, warp),
-             .loader = QueryLoader<Shape>(smem + Smem::kStages, thread),
+             .loader = Loader(smem + Smem::kStages, thread),
              .notes = notes};
     if constexpr (kConfig.v_in_registers) __syncthreads();  // V has been read: the stages are free
     if (thread == 0) {

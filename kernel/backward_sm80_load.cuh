@@ -43,36 +43,24 @@ struct QueryLoader {
     dout = QueryCopy::source(launch.params.dout, s.batch, s.row_q + row, head, thread);
   }
 
-  // Q, dO and the statistics of the next block, in one burst; `slot`: its place in the workspace.
+  // Parts of the next block in one burst: Q, and dO with the statistics. `slot`: the block's place
+  // in the workspace.
+  enum Parts { kQ = 1, kDout = 2, kAll = 3 };
+  template <Parts kParts>
   FLASHTILE_DEVICE void load(const BackwardLaunch& launch, const QueryRows<Shape>& rows, int slot) {
     if (rows.are_plain) {
-      QueryCopy::copy(fill, q, launch.q_pass_bytes);
-      QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
-      copy_statistics(launch, slot);
+      if constexpr (kParts & kQ) QueryCopy::copy(fill, q, launch.q_pass_bytes);
+      if constexpr (kParts & kDout) {
+        QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
+        copy_statistics(launch, slot);
+      }
     } else if (rows.count > 0) {
-      QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows.count, launch.q);
-      QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows.count, launch.dout);
-      copy_statistics(launch, slot);
-    }
-    ptx::cp_async_commit();
-  }
-  // Only Q; only dO and the statistics.
-  FLASHTILE_DEVICE void load_q(const BackwardLaunch& launch, const QueryRows<Shape>& rows) {
-    if (rows.are_plain) {
-      QueryCopy::copy(fill, q, launch.q_pass_bytes);
-    } else if (rows.count > 0) {
-      QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows.count, launch.q);
-    }
-    ptx::cp_async_commit();
-  }
-  FLASHTILE_DEVICE void load_dout(const BackwardLaunch& launch, const QueryRows<Shape>& rows,
-                                  int slot) {
-    if (rows.are_plain) {
-      QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
-      copy_statistics(launch, slot);
-    } else if (rows.count > 0) {
-      QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows.count, launch.dout);
-      copy_statistics(launch, slot);
+      if constexpr (kParts & kQ)
+        QueryCopy::copy_any(fill, q, launch.q_pass_bytes, rows.count, launch.q);
+      if constexpr (kParts & kDout) {
+        QueryCopy::copy_any(dout_place(), dout, launch.dout_pass_bytes, rows.count, launch.dout);
+        copy_statistics(launch, slot);
+      }
     }
     ptx::cp_async_commit();
   }
