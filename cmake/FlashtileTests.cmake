@@ -1,20 +1,27 @@
 # flashtile_add_tests(<target> [LABELS label...] [TIMEOUT seconds] [ENVIRONMENT VAR=value...]
-#                     [FIRST_WORD_IS_LABEL] [ERROR_TABLE])
+#                     [FIRST_WORD_IS_LABEL] [ERROR_TABLE] [MATRIX_REPORT])
 #
 # FIRST_WORD_IS_LABEL: the first word of a test's name is one more label of it.
 #
 # ERROR_TABLE: the tests add to the table of error ratios that the test error_table/print prints.
 #
+# MATRIX_REPORT: the tests run cells of cpp_tests/matrix.h, which the test matrix/count counts.
+#
 # Registers every TEST("name") of the target's sources with ctest as <target>/<name>. Reading the
 # sources needs no run of the executable at build time; editing one reconfigures.
 function(flashtile_add_tests target)
-  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL;ERROR_TABLE" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
+  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL;ERROR_TABLE;MATRIX_REPORT" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
   if(ARG_ERROR_TABLE)
     list(APPEND ARG_ENVIRONMENT "FLASHTILE_ERROR_TABLE=${PROJECT_BINARY_DIR}/error_table")
   endif()
+  if(ARG_MATRIX_REPORT)
+    list(APPEND ARG_ENVIRONMENT "FLASHTILE_MATRIX_REPORT=${PROJECT_BINARY_DIR}/matrix_report")
+  endif()
+  # Tests run side by side: threads that spin while they wait would take the others' cores.
+  list(APPEND ARG_ENVIRONMENT "OMP_WAIT_POLICY=passive")
   get_target_property(sources ${target} SOURCES)
   foreach(source IN LISTS sources)
     if(NOT source MATCHES "_test\\.(cpp|cu)$")
@@ -38,8 +45,15 @@ function(flashtile_add_tests target)
                    LABELS "${labels}"
                    ENVIRONMENT "${ARG_ENVIRONMENT}"
       )
+      set(fixtures "")
       if(ARG_ERROR_TABLE)
-        set_tests_properties("${target}/${name}" PROPERTIES FIXTURES_REQUIRED flashtile_error_table)
+        list(APPEND fixtures flashtile_error_table)
+      endif()
+      if(ARG_MATRIX_REPORT)
+        list(APPEND fixtures flashtile_matrix_report)
+      endif()
+      if(fixtures)
+        set_tests_properties("${target}/${name}" PROPERTIES FIXTURES_REQUIRED "${fixtures}")
       endif()
     endforeach()
   endforeach()

@@ -15,6 +15,7 @@
 #include "check.h"
 #include "compare.h"
 #include "error_table.h"
+#include "matrix.h"
 #if defined(FLASHTILE_TEST_MACHINE)
 #include "kernels/kernel_cases.h"
 #endif
@@ -146,7 +147,8 @@ AttentionOutput run_op(const Setup& setup, at::Device device) {
       .return_lse = true,
       .causal_alignment = setup.mask.top_left ? flashtile::CausalAlignment::kTopLeft
                                               : flashtile::CausalAlignment::kBottomRight,
-      .window_size = {setup.mask.left, is_causal ? 5 : setup.mask.right}};  // causal makes it 0
+      .window_size = {setup.mask.left, is_causal ? 5 : setup.mask.right},  // causal makes it 0
+      .deterministic = setup.spec.deterministic};
   flashtile::AttentionResult result;
   if (setup.spec.is_varlen()) {
     const auto lengths = [&](const std::vector<int32_t>& values) {
@@ -199,12 +201,17 @@ std::vector<Setup> setups_of(const std::vector<Case>& cases,
   return setups;
 }
 
-std::vector<Setup> all_setups(Dtype dtype) {
+// The case table, and those rows of the matrix that cover its pairs.
+std::vector<Setup> all_setups(Dtype dtype, bool on_cuda) {
   std::vector<Setup> setups =
       setups_of(joined({shape_cases(), option_cases(), varlen_cases()}), {64, 128}, dtype);
   const auto more = setups_of(joined({window_cases(), used_cases(), head_dim_cases()}),
                               {64, {16, 40}, {24, 8}}, dtype);
   setups.insert(setups.end(), more.begin(), more.end());
+  for (const Cell& cell : matrix()) {
+    if (!cell.in_pairs || cell.dtype != dtype || !expected_refusal(cell, on_cuda).empty()) continue;
+    setups.push_back(make_setup(cell.spec, dtype, cell.head_dims, cell.mask));
+  }
   return setups;
 }
 
@@ -215,11 +222,11 @@ bool is_expressible(const Setup& setup) {
 
 void run_on(at::Device device, const char* backend, Dtype dtype) {
   ErrorTable table;
-  for (const Setup& setup : all_setups(dtype)) {
+  for (const Setup& setup : all_setups(dtype, device.is_cuda())) {
     if (!is_expressible(setup)) continue;
     const Verdict verdict = compare(setup, torch_truth(setup), run_op(setup, device));
     CHECK_MESSAGE(verdict.passed(), std::string(backend) + ": " + setup.name() + verdict.text());
-    table.add(backend, setup.dtype, setup.head_dim, verdict, setup.forward_only());
+    table.add(backend, setup, verdict);
   }
   table.print();
 }
@@ -235,7 +242,7 @@ void run_on_machine(Dtype dtype) {
   if (!reason.empty()) SKIP(reason);
   const Backend backend = cuda_backend();
   ErrorTable table;
-  for (const Setup& setup : all_setups(dtype)) {
+  for (const Setup& setup : all_setups(dtype, /*on_cuda=*/true)) {
     const std::string name = setup.spec.name;
     const bool chosen = name == "GQA 4/2" || name == "129 x 129" || name == "values x 3" ||
                         name == "5 rows, 2 keys: rows without a key" ||
@@ -251,7 +258,7 @@ void run_on_machine(Dtype dtype) {
 }  // namespace
 
 TEST("cpu: manual attention of the tests agrees with torch") {
-  for (const Setup& setup : all_setups(Dtype::kFloat64)) {
+  for (const Setup& setup : all_setups(Dtype::kFloat64, /*on_cuda=*/false)) {
     const AttentionInput input = manual_input(setup);
     const AttentionOutput ours = manual_attention(input, Dtype::kFloat64);
     AttentionOutput theirs = torch_manual(setup, Dtype::kFloat64);

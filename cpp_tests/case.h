@@ -1,6 +1,8 @@
 // What a test case is. It says nothing about dtype, head dims or backend: those multiply it.
 #pragma once
 
+#include <cstdint>
+#include <string>
 #include <vector>
 
 #include "mask.h"
@@ -15,8 +17,15 @@ enum class Layout {
   kOdd,        // odd gaps and an odd start: only element-aligned
   kSeqMajor,   // (seq, batch, heads, dim)
   kMixed,      // q dense, k padded, v head-major, gradients seq-major
-  kBroadcast,  // k and v with head stride 0 (MQA only), dout with every stride 0
+  kBroadcast,  // k and v with head stride 0, dout with every stride 0
+  kRandom,     // every tensor its own strides, from layout_seed (random_strides.h)
 };
+
+inline const char* name_of(Layout layout) {
+  constexpr const char* kNames[] = {"dense",     "head-major", "padded",    "odd strides",
+                                    "seq-major", "mixed",      "broadcast", "random strides"};
+  return kNames[static_cast<int>(layout)];
+}
 
 // What is in q, k, v.
 enum class Values {
@@ -38,7 +47,7 @@ struct HeadDims {
 };
 
 struct Case {
-  const char* name;
+  std::string name;
   int batch = 1;
   int heads = 1;
   int heads_kv = 1;
@@ -52,6 +61,8 @@ struct Case {
   int tail_k = 0;
   std::vector<Mask> masks = {kFull, kCausal};  // one run each
   Layout layout = Layout::kDense;
+  uint64_t layout_seed = 0;
+  bool repeats_rows = false;  // kRandom may give rows of inputs a stride 0; all rows are in use
   Values values = Values::kNormal;
   bool dlse = true;
   bool deterministic = false;

@@ -1,4 +1,5 @@
-// The error bound: in every block of 16 rows (all heads of a sequence),
+// The error bound: in every block of 16 rows (all heads of a sequence; its last 16 rows are a
+// block, too, so that none is a mere row or two),
 //
 //   max |result - truth| <= 2 * max |dtype - truth| + floor
 //
@@ -126,7 +127,8 @@ inline Comparison compare_rows(const RowTensor& t, const AttentionInput& in) {
     const int64_t begin = t.keys ? span.row_k : span.row_q,
                   rows = t.keys ? span.seqlen_k : span.seqlen_q;
     for (int64_t r = 0; r < rows; r += kBlockRows) {
-      compare_block(t, begin + r, std::min(kBlockRows, rows - r), worst);
+      const int64_t first = std::min(r, std::max<int64_t>(0, rows - kBlockRows));
+      compare_block(t, begin + first, std::min(kBlockRows, rows), worst);
     }
   }
   return worst;
@@ -175,7 +177,7 @@ struct Truth {
         dp * std::fabs(input.softmax_scale) * std::max(largest(input.k), largest(input.q));
     out_noise = relative * std::max(1.0, largest(input.v));
     dqk_noise = (relative + from_lse) * std::max(1.0, ds);
-    dv_noise = relative + from_lse * std::max(1.0, largest(exact.dv));
+    dv_noise = (relative + from_lse) * std::max(1.0, largest(exact.dv));
   }
 };
 

@@ -25,7 +25,7 @@ void run_case(const Setup& setup, const Backend& backend, const InstructionSet& 
   if (!result.error.empty()) return;
   const Verdict verdict = compare(setup, truth, result.values);
   CHECK_MESSAGE(verdict.passed(), set.name + " " + setup.name() + verdict.text());
-  table.add("cpu " + set.name, setup.dtype, setup.head_dim, verdict, setup.forward_only());
+  table.add("cpu " + set.name, setup, verdict);
   if (!setup.spec.deterministic) return;
   const AttentionOutput again = Run(setup, backend)().values;
   CHECK(identical(again.out, result.values.out) && identical(again.dq, result.values.dq) &&

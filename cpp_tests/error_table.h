@@ -1,9 +1,11 @@
-// Largest error ratio per backend, dtype, head dim and pass. Printed when a test ends; with
-// FLASHTILE_ERROR_TABLE=<directory> also written there, for error_table.py to merge.
+// Largest error ratio per backend, dtype, class of head dims and pass. Printed when a test ends;
+// with FLASHTILE_ERROR_TABLE=<directory> also written there, for error_table.py to merge. A class
+// holds the head dims (the larger of head_dim and head_dim_v) that one slice of the kernels serves.
 #pragma once
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -11,24 +13,25 @@
 #include <tuple>
 
 #include "compare.h"
+#include "setup.h"
 
 namespace flashtile::test {
 
 class ErrorTable {
  public:
-  void add(const std::string& backend, Dtype dtype, int head_dim, const Verdict& verdict,
-           bool forward_only) {
-    note(backend, dtype, head_dim, "out", verdict.forward);
-    note(backend, dtype, head_dim, "lse", verdict.lse);
-    if (!forward_only) note(backend, dtype, head_dim, "dq, dk, dv", verdict.backward);
+  void add(const std::string& backend, const Setup& setup, const Verdict& verdict) {
+    const int dims = class_of(std::max(setup.head_dim, setup.head_dim_v));
+    note(backend, setup.dtype, dims, "out", verdict.forward);
+    note(backend, setup.dtype, dims, "lse", verdict.lse);
+    if (!setup.forward_only()) note(backend, setup.dtype, dims, "dq, dk, dv", verdict.backward);
   }
 
   void print() const {
-    std::printf("%-18s %-6s %4s  %-12s %7s  %12s  %s\n", "backend", "dtype", "dim", "result",
+    std::printf("%-18s %-6s %7s  %-12s %7s  %12s  %s\n", "backend", "dtype", "dims to", "result",
                 "runs", "ratio", "error");
     for (const auto& [key, row] : rows_) {
       const auto& [backend, dtype, dim, pass] = key;
-      std::printf("%-18s %-6s %4d  %-12s %7d  %12.3f  %.2e\n", backend.c_str(), dtype.c_str(), dim,
+      std::printf("%-18s %-6s %7d  %-12s %7d  %12.3f  %.2e\n", backend.c_str(), dtype.c_str(), dim,
                   pass.c_str(), row.runs, row.ratio, row.error);
     }
     write();
@@ -39,6 +42,13 @@ class ErrorTable {
     int runs = 0;
     double ratio = 0.0, error = 0.0;
   };
+
+  static int class_of(int head_dim) {
+    for (const int largest : {32, 64, 96, 128, 192, 256}) {
+      if (head_dim <= largest) return largest;
+    }
+    return 512;
+  }
 
   void note(const std::string& backend, Dtype dtype, int dim, const char* pass,
             const Comparison& comparison) {

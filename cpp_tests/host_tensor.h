@@ -2,6 +2,7 @@
 // so a stray read shows in the result and a stray write in the buffer.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -103,6 +104,10 @@ class HostTensor {
       if (!owned[i] && bytes_[i] != kPoison) return false;
     }
     return true;
+  }
+
+  bool is_all_poison() const {
+    return std::all_of(bytes_.begin(), bytes_.end(), [](uint8_t b) { return b == kPoison; });
   }
 
   std::vector<uint8_t>& bytes() { return bytes_; }

@@ -99,12 +99,33 @@ class Run {
         dout_(backend, setup.dout),
         dlse_(backend, setup.dlse),
         lse_(backend, make_row_tensor(setup.extents_q)),
-        out_(backend, empty(setup.extents_out, Role::kOut)),
-        dq_(backend, empty(setup.extents_q, Role::kGradient)),
-        dk_(backend, empty(setup.extents_k, Role::kGradient)),
-        dv_(backend, empty(setup.extents_v, Role::kGradient)) {
+        out_(backend, make_tensor(setup, Role::kOut, setup.extents_out)),
+        dq_(backend, make_tensor(setup, Role::kGradient, setup.extents_q, 0)),
+        dk_(backend, make_tensor(setup, Role::kGradient, setup.extents_k, 1)),
+        dv_(backend, make_tensor(setup, Role::kGradient, setup.extents_v, 2)) {
     fill_problem();
     fill_params();
+  }
+
+  // The sentences with which forward and backward refuse the setup; "" where one does not. A call
+  // must say what can_run said of it, and must not have touched its outputs.
+  struct Refusals {
+    std::string forward, backward;
+  };
+  Refusals refusals() {
+    char why[256] = "";
+    Refusals said;
+    const bool forward_refused = flashtile_can_run(&forward_, why, sizeof why) != FLASHTILE_OK;
+    said.forward =
+        forward_refused ? checked_refusal(flashtile_forward(&forward_, nullptr), why) : "";
+    const bool backward_refused =
+        flashtile_can_run_backward(&backward_, why, sizeof why) != FLASHTILE_OK;
+    said.backward =
+        backward_refused ? checked_refusal(flashtile_backward(&backward_, nullptr), why) : "";
+    for (DeviceTensor* output : {&out_, &lse_, &dq_, &dk_, &dv_}) {
+      if (!output->fetch().is_all_poison()) said.forward += " (and something was written)";
+    }
+    return said;
   }
 
   // Forward, and backward unless the setup is forward only.
@@ -148,13 +169,15 @@ class Run {
   }
 
  private:
-  HostTensor empty(const Extents& extents, Role role) const {
-    return HostTensor(setup_.dtype, extents, layout_of(setup_.spec, role));
-  }
-
   bool ok(flashtile_status status) {
     if (status != FLASHTILE_OK) result_.error = flashtile_last_error();
     return status == FLASHTILE_OK;
+  }
+
+  static std::string checked_refusal(flashtile_status status, const std::string& why) {
+    if (status == FLASHTILE_OK) return why + " (and yet it ran)";
+    const std::string said = flashtile_last_error();
+    return said == why ? said : why + " (the call says: " + said + ")";
   }
 
   std::vector<double> fetch(DeviceTensor& tensor, const char* name) {
@@ -185,8 +208,9 @@ class Run {
       problem_.cu_seqlens_k = reinterpret_cast<const int32_t*>(cu_k_.data());
       problem_.total_q = setup_.extents_q.seq;
       problem_.total_k = setup_.extents_k.seq;
-      // The longest length is a hint: here a useful one, a useless one with odd strides.
-      const bool useful = setup_.spec.layout != Layout::kOdd;
+      // The longest length is a hint: here a useful one, a useless one with odd and random strides.
+      const bool useful =
+          setup_.spec.layout != Layout::kOdd && setup_.spec.layout != Layout::kRandom;
       problem_.seqlen_q =
           useful ? *std::max_element(setup_.spec.lengths_q.begin(), setup_.spec.lengths_q.end())
                  : 0;

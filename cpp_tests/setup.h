@@ -10,6 +10,7 @@
 #include "case.h"
 #include "host_tensor.h"
 #include "manual_attention.h"
+#include "random_strides.h"
 
 namespace flashtile::test {
 
@@ -70,12 +71,17 @@ inline Layout layout_of(const Case& spec, Role role) {
   }
 }
 
-inline HostTensor make_tensor(const Setup& setup, Role role) {
+// An input or an output; index tells apart those of one role.
+inline HostTensor make_tensor(const Setup& setup, Role role, const Extents& extents,
+                              uint64_t index = 0) {
   const bool is_key = role == Role::kK || role == Role::kV;
-  const Extents& extents = role == Role::kK   ? setup.extents_k
-                           : role == Role::kV ? setup.extents_v
-                           : role == Role::kQ ? setup.extents_q
-                                              : setup.extents_out;
+  if (setup.spec.layout == Layout::kRandom) {
+    const bool is_input = role != Role::kOut && role != Role::kGradient;
+    const uint64_t seed = setup.spec.layout_seed + 16 * static_cast<uint64_t>(role) + index;
+    const Placement placement = random_placement(
+        extents, seed, {.heads = is_input, .rows = is_input && setup.spec.repeats_rows});
+    return HostTensor(setup.dtype, extents, placement.strides, placement.start);
+  }
   if (setup.spec.layout == Layout::kBroadcast && role == Role::kDout) {
     return HostTensor(setup.dtype, extents, Strides{0, 0, 0}, 0);
   }
@@ -220,10 +226,10 @@ inline Setup make_setup(const Case& spec, Dtype dtype, const HeadDims& head_dims
   if (spec.values == Values::kZeroScale) setup.softmax_scale = 0.0;
   if (spec.values == Values::kNegativeScale) setup.softmax_scale *= -1.0;
   set_extents(setup);
-  setup.q = make_tensor(setup, Role::kQ);
-  setup.k = make_tensor(setup, Role::kK);
-  setup.v = make_tensor(setup, Role::kV);
-  setup.dout = make_tensor(setup, Role::kDout);
+  setup.q = make_tensor(setup, Role::kQ, setup.extents_q);
+  setup.k = make_tensor(setup, Role::kK, setup.extents_k);
+  setup.v = make_tensor(setup, Role::kV, setup.extents_v);
+  setup.dout = make_tensor(setup, Role::kDout, setup.extents_out);
   setup.dlse = make_row_tensor(setup.extents_q);
   Normal normal(seed * 1000003 + static_cast<uint64_t>(head_dims.qk));
   const double factor = spec.values == Values::kTriple ? 3.0 : 1.0;

@@ -4,16 +4,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "../attempt.h"
 #include "../check.h"
-#include "../compare.h"
 #include "../error_table.h"
-#include "../runner.h"
 #include "device.h"
 
 namespace flashtile::test {
@@ -42,39 +40,57 @@ inline std::string expected_plan(const std::string& pass, const Setup& setup,
          name_of(setup.dtype) + "_" + kind_of(setup.mask);
 }
 
-// Bitwise, so that NaN equals NaN.
-inline bool identical(const AttentionOutput& a, const AttentionOutput& b) {
-  const auto same = [](const std::vector<double>& x, const std::vector<double>& y) {
-    return x.size() == y.size() &&
-           (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(double)) == 0);
+inline Attempt attempt_under(const Schedule& schedule, const Setup& setup, const Truth& truth,
+                             const Backend& backend) {
+  begin(schedule);
+  Attempt attempt;
+  attempt.result = Run(setup, backend)();
+  attempt.wrong = finish() + attempt.result.error;
+  if (!attempt.wrong.empty()) return attempt;
+  const auto check_plan = [&](const std::string& pass, const std::string& plan) {
+    const std::string expected = expected_plan(pass, setup, schedule);
+    if (plan != expected) attempt.wrong += "ran " + plan + ", not " + expected + "; ";
   };
-  return same(a.out, b.out) && same(a.lse, b.lse) && same(a.dq, b.dq) && same(a.dk, b.dk) &&
-         same(a.dv, b.dv);
+  check_plan("forward", attempt.result.forward_plan);
+  if (!setup.forward_only()) check_plan("backward", attempt.result.backward_plan);
+  judge(setup, truth, attempt);
+  return attempt;
+}
+
+// Under each of these schedules of one device; stops where something is wrong. A deterministic
+// setup must give the same bits under all.
+inline Attempt attempt_on_device(const std::vector<Schedule>& schedules, const Setup& setup,
+                                 const Truth& truth, const Backend& backend) {
+  Attempt all;  // the last, with the verdicts of all
+  AttentionOutput first;
+  for (size_t i = 0; i < schedules.size(); ++i) {
+    const std::string where =
+        " on " + schedules[i].device + ", seed " + std::to_string(schedules[i].seed) + ": ";
+    Attempt attempt = attempt_under(schedules[i], setup, truth, backend);
+    if (i == 0) first = attempt.result.values;
+    if (attempt.passed() && setup.spec.deterministic && !identical(first, attempt.result.values))
+      attempt.wrong = "not the bits of the first schedule";
+    if (!attempt.passed()) attempt.wrong = setup.name() + where + attempt.wrong;
+    attempt.verdicts.insert(attempt.verdicts.begin(), all.verdicts.begin(), all.verdicts.end());
+    all = attempt;
+    if (!all.passed()) break;
+  }
+  return all;
+}
+
+// The schedules of every device, those of one device together.
+inline std::map<std::string, std::vector<Schedule>> schedules_by_device() {
+  std::map<std::string, std::vector<Schedule>> devices;
+  for (const Schedule& schedule : schedules()) devices[schedule.device].push_back(schedule);
+  return devices;
 }
 
 inline void run_case(const Setup& setup, const Truth& truth, const Backend& backend,
                      ErrorTable& table) {
-  std::map<std::string, AttentionOutput> first;  // of each device
-  for (const Schedule& schedule : schedules()) {
-    const std::string where =
-        setup.name() + " on " + schedule.device + ", seed " + std::to_string(schedule.seed);
-    begin(schedule);
-    const RunResult result = Run(setup, backend)();
-    const std::string reported = finish();
-    CHECK_MESSAGE(reported.empty(), where + ": " + reported);
-    CHECK_MESSAGE(result.error.empty(), where + ": " + result.error);
-    if (!reported.empty() || !result.error.empty()) return;
-    CHECK_EQ(result.forward_plan, expected_plan("forward", setup, schedule));
-    if (!setup.forward_only())
-      CHECK_EQ(result.backward_plan, expected_plan("backward", setup, schedule));
-    const Verdict verdict = compare(setup, truth, result.values);
-    CHECK_MESSAGE(verdict.passed(), where + verdict.text());
-    const auto [same, is_first] = first.emplace(schedule.device, result.values);
-    if (setup.spec.deterministic && !is_first) {
-      CHECK_MESSAGE(identical(same->second, result.values),
-                    where + ": not the bits of the first schedule");
-    }
-    table.add(schedule.device, setup.dtype, setup.head_dim, verdict, setup.forward_only());
+  for (const auto& [device, its_schedules] : schedules_by_device()) {
+    const Attempt attempt = attempt_on_device(its_schedules, setup, truth, backend);
+    for (const Verdict& verdict : attempt.verdicts) table.add(device, setup, verdict);
+    CHECK_MESSAGE(attempt.passed(), attempt.wrong);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "../cases.h"
 #include "../check.h"
 #include "../compare.h"
+#include "../matrix.h"
 #include "../setup.h"
 
 using namespace flashtile::test;
@@ -143,4 +144,44 @@ TEST("rows in use are a sequence of their own") {
       CHECK_MESSAGE(std::equal((b.*tensor).begin(), (b.*tensor).end(), (a.*tensor).begin()),
                     name_of(mask));
   }
+}
+
+// Every allowed combination of the levels of `count` factors that some row does not have.
+TEST("the matrix covers every pair and every three of its factors") {
+  const std::vector<int> levels = matrix_levels();
+  std::vector<Choice> rows, pairs;
+  CoveringArray array(levels, matrix_allows);
+  array.extend(2);
+  pairs = array.rows();
+  array.extend(3);
+  rows = array.rows();
+  CHECK_EQ(rows.size(), matrix().size());
+  const auto has = [](const std::vector<Choice>& all, const Choice& wanted) {
+    return std::any_of(all.begin(), all.end(), [&](const Choice& row) {
+      for (size_t f = 0; f < wanted.size(); ++f) {
+        if (wanted[f] >= 0 && row[f] != wanted[f]) return false;
+      }
+      return true;
+    });
+  };
+  size_t missing = 0;
+  Choice wanted(levels.size(), -1);
+  const auto count_missing = [&](auto&& self, const std::vector<Choice>& all, size_t first,
+                                 int left) -> void {
+    if (left == 0) {
+      missing += matrix_allows(wanted) && !has(all, wanted);
+      return;
+    }
+    for (size_t f = first; f < levels.size(); ++f) {
+      for (int level = 0; level < levels[f]; ++level) {
+        wanted[f] = level;
+        self(self, all, f + 1, left - 1);
+      }
+      wanted[f] = -1;
+    }
+  };
+  count_missing(count_missing, pairs, 0, 2);
+  CHECK_EQ(missing, size_t{0});
+  count_missing(count_missing, rows, 0, 3);
+  CHECK_EQ(missing, size_t{0});
 }

@@ -1,0 +1,96 @@
+// A setup run once somewhere and compared with its truth, and the rule for values drawn unluckily.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "compare.h"
+#include "runner.h"
+#include "setup.h"
+
+namespace flashtile::test {
+
+// Bitwise, so that NaN equals NaN.
+inline bool identical(const AttentionOutput& a, const AttentionOutput& b) {
+  const auto same = [](const std::vector<double>& x, const std::vector<double>& y) {
+    return x.size() == y.size() &&
+           (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(double)) == 0);
+  };
+  return same(a.out, b.out) && same(a.lse, b.lse) && same(a.dq, b.dq) && same(a.dk, b.dk) &&
+         same(a.dv, b.dv);
+}
+
+struct Attempt {
+  std::string wrong;      // what went wrong, "" when nothing did
+  bool finished = false;  // there are results, and a verdict on them
+  bool wrong_values_only = false;
+  RunResult result;
+  std::vector<Verdict> verdicts;  // on the results: one, or one for each schedule
+
+  bool passed() const { return wrong.empty(); }
+  bool forward_passed() const {
+    return finished && std::all_of(verdicts.begin(), verdicts.end(), [](const Verdict& v) {
+             return v.forward.passed() && v.lse.ratio <= 1.0;
+           });
+  }
+  // Nothing but an error that is somewhat larger than the bound.
+  bool is_narrow() const {
+    if (!wrong_values_only) return false;
+    constexpr double kNarrow = 8.0;
+    const Verdict& last = verdicts.back();
+    return last.lse.ratio <= 1.0 && std::max(last.forward.ratio, last.backward.ratio) < kNarrow;
+  }
+};
+
+// Fills in the verdict of an attempt that has results.
+inline void judge(const Setup& setup, const Truth& truth, Attempt& attempt) {
+  attempt.finished = true;
+  const Verdict verdict = compare(setup, truth, attempt.result.values);
+  attempt.verdicts = {verdict};
+  attempt.wrong_values_only = attempt.wrong.empty() && !verdict.passed();
+  attempt.wrong += verdict.text();
+}
+
+// The bound of compare.h measures against the dtype's own error on the same values: a maximum over
+// the roundings of a block of 16 rows. Where few roundings enter (head dim 1, a row that sees two
+// keys) it can happen to be far below what is typical, and a sound result then misses the bound.
+// Over thousands of cases that comes to pass. So a narrow miss is drawn again with other values,
+// and must then pass every time; an error that the code makes returns.
+template <class Draw>
+Attempt attempt_draws(uint64_t seed, const Draw& draw) {
+  constexpr uint64_t kAgain = 3, kStep = 1000;
+  const Attempt first = draw(seed);
+  if (first.passed() || !first.is_narrow()) return first;
+  Attempt last = first;
+  for (uint64_t i = 1; i <= kAgain; ++i) {
+    last = draw(seed + i * kStep);
+    if (!last.passed()) return last;
+  }
+  return last;
+}
+
+// Twice, with the same bits, when the setup is deterministic.
+inline Attempt attempt_on_cpu(const Setup& setup, const Truth& truth) {
+  static const Backend backend = cpu_backend();
+  Attempt attempt;
+  attempt.result = Run(setup, backend)();
+  attempt.wrong = attempt.result.error;
+  if (!attempt.wrong.empty()) return attempt;
+  flashtile_build_info info = {};
+  info.struct_size = sizeof info;
+  flashtile_get_build_info(&info);
+  const std::string kernel =
+      std::string("_cpu_") + info.cpu_instruction_set_used + "_" + name_of(setup.dtype);
+  for (const std::string& plan : {attempt.result.forward_plan, attempt.result.backward_plan}) {
+    if (!plan.empty() && !plan.ends_with(kernel)) attempt.wrong += "ran " + plan + "; ";
+  }
+  if (setup.spec.deterministic && !identical(attempt.result.values, Run(setup, backend)().values))
+    attempt.wrong += "not the bits of the first run; ";
+  judge(setup, truth, attempt);
+  return attempt;
+}
+
+}  // namespace flashtile::test

@@ -1,0 +1,41 @@
+// Every row of matrix.h on the CPU op: out, LSE, dq, dk, dv against manual attention in fp64.
+#include "attempt.h"
+#include "check.h"
+#include "error_table.h"
+#include "matrix.h"
+#include "matrix_report.h"
+
+using namespace flashtile::test;
+
+namespace {
+
+void run_cell(const Cell& cell, ErrorTable& table, MatrixReport& report) {
+  std::string name;
+  const Attempt attempt = attempt_draws(static_cast<uint64_t>(cell.index) + 1, [&](uint64_t seed) {
+    const Setup setup = make_setup(cell.spec, cell.dtype, cell.head_dims, cell.mask, seed);
+    name = setup.name();
+    return attempt_on_cpu(setup, Truth(setup));
+  });
+  CHECK_MESSAGE(attempt.passed(), name + " on the CPU: " + attempt.wrong);
+  const Setup setup = make_setup(cell.spec, cell.dtype, cell.head_dims, cell.mask);
+  for (const Verdict& verdict : attempt.verdicts) table.add("cpu", setup, verdict);
+  report.add(cell, "forward", attempt.forward_passed() ? Outcome::kPassed : Outcome::kFailed);
+  report.add(cell, "backward", attempt.passed() ? Outcome::kPassed : Outcome::kFailed);
+}
+
+void run_dtype(Dtype dtype) {
+  ErrorTable table;
+  MatrixReport report("cpu");
+  for (const Cell& cell : matrix()) {
+    if (cell.dtype == dtype) run_cell(cell, table, report);
+  }
+  table.print();
+  report.print();
+}
+
+}  // namespace
+
+TEST("matrix fp16") { run_dtype(Dtype::kFloat16); }
+TEST("matrix bf16") { run_dtype(Dtype::kBFloat16); }
+TEST("matrix fp32") { run_dtype(Dtype::kFloat32); }
+TEST("matrix fp64") { run_dtype(Dtype::kFloat64); }
