@@ -16,42 +16,49 @@ struct Blocks {
 };
 
 // Rows of kernel/config.cuh.
-Blocks forward_blocks(const Schedule& on, int head_dim) {
-  const bool small_d128 = std::string(memory_class(on)) == "small" && head_dim == 128;
-  return {small_d128 ? 64 : 128, 64};
+Blocks forward_blocks(const Schedule& on, int slice) {
+  if (std::string(memory_class(on)) == "large") return {128, 64};
+  if (slice == 32) return {128, 128};
+  return {slice == 96 || slice == 128 || slice == 256 ? 64 : 128, 64};
 }
-Blocks backward_blocks(const Schedule& on, int head_dim) {
-  const bool small_d128 = std::string(memory_class(on)) == "small" && head_dim == 128;
-  return {small_d128 ? 32 : 64, 128};
+Blocks backward_blocks(const Schedule& on, int slice) {
+  if (slice <= 64) return {64, 128};
+  return {std::string(memory_class(on)) == "large" ? 64 : 32, slice == 128 ? 128 : 64};
 }
 
-// Pairs of blocks with a visible element, found by looking at every element.
-uint64_t visible_blocks(const Setup& setup, const Blocks& blocks) {
+// What a pass touches of one head, found by looking at every element of the mask.
+struct Visits {
+  uint64_t pairs = 0;       // of blocks with a visible element
+  uint64_t query_rows = 0;  // that exist, of all these pairs
+  uint64_t key_rows = 0;
+  uint64_t seeing_rows = 0;  // rows of the blocks of queries that see something, each once
+};
+
+Visits visits(const Setup& setup, const Blocks& blocks) {
   const int64_t rows = setup.extents_q.seq, keys = setup.extents_k.seq;
-  uint64_t count = 0;
+  Visits found;
   for (int64_t q0 = 0; q0 < rows; q0 += blocks.q) {
+    const int64_t q_end = std::min(rows, q0 + blocks.q);
+    bool sees_some = false;
     for (int64_t k0 = 0; k0 < keys; k0 += blocks.k) {
+      const int64_t k_end = std::min(keys, k0 + blocks.k);
       bool any = false;
-      for (int64_t i = q0; i < std::min(rows, q0 + blocks.q); ++i) {
-        for (int64_t j = k0; j < std::min(keys, k0 + blocks.k); ++j)
-          any = any || sees(setup.mask, rows, keys, i, j);
+      for (int64_t i = q0; i < q_end; ++i) {
+        for (int64_t j = k0; j < k_end; ++j) any = any || sees(setup.mask, rows, keys, i, j);
       }
-      count += any;
+      if (!any) continue;
+      sees_some = true;
+      ++found.pairs;
+      found.query_rows += static_cast<uint64_t>(q_end - q0);
+      found.key_rows += static_cast<uint64_t>(k_end - k0);
     }
+    if (sees_some) found.seeing_rows += static_cast<uint64_t>(q_end - q0);
   }
-  return count * static_cast<uint64_t>(setup.batch * setup.extents_q.heads);
+  return found;
 }
 
-// Keys that forward reads: of every visible block those that exist.
-uint64_t forward_key_rows(const Setup& setup, const Blocks& blocks) {
-  const int64_t rows = setup.extents_q.seq, keys = setup.extents_k.seq;
-  uint64_t count = 0;
-  for (int64_t q0 = 0; q0 < rows; q0 += blocks.q) {
-    const int64_t last = std::min(rows, q0 + blocks.q) - 1;
-    const int64_t end = setup.mask == kCausal ? std::max<int64_t>(0, last + keys - rows + 1) : keys;
-    count += static_cast<uint64_t>(std::min(keys, (end + blocks.k - 1) / blocks.k * blocks.k));
-  }
-  return count * static_cast<uint64_t>(setup.batch * setup.extents_q.heads);
+uint64_t heads_of(const Setup& setup) {
+  return static_cast<uint64_t>(setup.batch * setup.extents_q.heads);
 }
 
 struct Counted {
@@ -79,8 +86,9 @@ void for_every_setup(const std::vector<Case>& cases, const Check& check) {
   for (const Case& spec : cases) {
     for (const Schedule& schedule : schedules()) {
       if (schedule.seed % 3 != 1) continue;  // counters do not depend on the seed
-      for (const int dim : {64, 128}) {
-        for (const Mask& mask : {kFull, kCausal}) {
+      for (const int dim : {32, 64, 96, 128, 192, 256}) {
+        if (slice_of("forward", dim) == 0) continue;
+        for (const Mask& mask : {kFull, kCausal, Mask{70, 20}}) {
           const Setup setup =
               make_setup(spec, dim == 64 ? Dtype::kFloat16 : Dtype::kBFloat16, dim, mask);
           check(setup, schedule, count(setup, schedule, backend));
@@ -100,46 +108,68 @@ const std::vector<Case> kCases = {
 
 TEST("mma counts are those of the visible blocks") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-    const auto dim = static_cast<uint64_t>(setup.head_dim);
-    const Blocks forward = forward_blocks(on, setup.head_dim),
-                 backward = backward_blocks(on, setup.head_dim);
-    const auto mma = [&](const Blocks& b, uint64_t products) {
-      return visible_blocks(setup, b) * products * static_cast<uint64_t>(b.q * b.k) * dim /
-             kMmaProducts;
+    const auto mma = [&](const char* pass, const Blocks& b, uint64_t products) {
+      const auto slice = static_cast<uint64_t>(slice_of(pass, setup.head_dim));
+      return visits(setup, b).pairs * heads_of(setup) * products *
+             static_cast<uint64_t>(b.q * b.k) * slice / kMmaProducts;
     };
-    CHECK_EQ(counted.forward.mma, mma(forward, 2));    // S, O
-    CHECK_EQ(counted.backward.mma, mma(backward, 5));  // S, dP, dV, dK, dQ
+    const Blocks forward = forward_blocks(on, slice_of("forward", setup.head_dim));
+    const Blocks backward = backward_blocks(on, slice_of("backward", setup.head_dim));
+    CHECK_EQ(counted.forward.mma, mma("forward", forward, 2));     // S, O
+    CHECK_EQ(counted.backward.mma, mma("backward", backward, 5));  // S, dP, dV, dK, dQ
   });
 }
 
-TEST("causal skips blocks") {
-  const std::vector<Case> square = {{.name = "square", .seqlen_q = 512, .seqlen_k = 512}};
-  std::vector<uint64_t> forward, backward;
+TEST("work is proportional to what is visible") {
+  const std::vector<Case> square = {{.name = "square", .seqlen_q = 768, .seqlen_k = 768}};
+  std::vector<uint64_t> forward, backward, bytes;
   for_every_setup(square, [&](const Setup&, const Schedule&, const Counted& counted) {
     forward.push_back(counted.forward.mma);
     backward.push_back(counted.backward.mma);
+    bytes.push_back(counted.forward.global_read_bytes);
   });
-  for (size_t i = 0; i + 1 < forward.size(); i += 2) {  // full, causal
-    CHECK(forward[i + 1] * 100 <= forward[i] * 63);     // 20 of 32 blocks, or 36 of 64
+  for (size_t i = 0; i + 2 < forward.size(); i += 3) {  // full, causal, window of 91 keys
+    CHECK(forward[i + 1] * 100 <= forward[i] * 63);     // 42 of 72 blocks, or 78 of 144
     CHECK(backward[i + 1] * 100 <= backward[i] * 63);
+    CHECK(forward[i + 2] * 100 <= forward[i] * 51);  // at most 5 of 12 key blocks a tile, or 3 of 6
+    CHECK(backward[i + 2] * 100 <= backward[i] * 51);
+    CHECK(bytes[i + 2] < bytes[i + 1]);  // keys outside of the window are not read
   }
 }
 
 TEST("forward moves every byte once") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
     const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
-    const auto rows =
-        static_cast<uint64_t>(setup.batch * setup.extents_q.heads * setup.extents_q.seq);
-    const uint64_t key_rows = forward_key_rows(setup, forward_blocks(on, setup.head_dim));
-    uint64_t q_rows = rows;
-    if (setup.mask == kCausal && setup.extents_q.seq > setup.extents_k.seq) {
-      // Tiles of queries that see no key are not read.
-      const int64_t block = forward_blocks(on, setup.head_dim).q;
-      const int64_t blind = (setup.extents_q.seq - setup.extents_k.seq) / block * block;
-      q_rows -= static_cast<uint64_t>(setup.batch * setup.extents_q.heads * blind);
-    }
-    CHECK_EQ(counted.forward.global_read_bytes, (q_rows + 2 * key_rows) * row_bytes);
+    const uint64_t rows = heads_of(setup) * static_cast<uint64_t>(setup.extents_q.seq);
+    const Visits seen = visits(setup, forward_blocks(on, slice_of("forward", setup.head_dim)));
+    CHECK_EQ(counted.forward.global_read_bytes,
+             heads_of(setup) * (seen.seeing_rows + 2 * seen.key_rows) * row_bytes);
     CHECK_EQ(counted.forward.global_written_bytes, rows * (row_bytes + sizeof(float)));
+  });
+}
+
+// Delta reads out and dO, and each of the lanes that share a row LSE and dLSE. The main launch
+// reads K and V once and, for every visible pair of blocks, Q, dO, the statistics (three floats a
+// query) and a flag, and adds to an fp32 block of dQ. The last one reads, for every 16 bytes of dQ
+// that it writes, an LSE and 32 bytes of fp32 dQ.
+TEST("backward reads what its schedule says") {
+  const std::vector<Case> cases = {kCases[0], kCases[1]};  // every query sees a key
+  for_every_setup(cases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
+    const int slice = slice_of("backward", setup.head_dim);
+    const Blocks blocks = backward_blocks(on, slice);
+    const Visits seen = visits(setup, blocks);
+    const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
+    const auto block_q = static_cast<uint64_t>(blocks.q), columns = static_cast<uint64_t>(slice);
+    const auto rows = static_cast<uint64_t>(setup.extents_q.seq);
+    const auto keys =
+        static_cast<uint64_t>(setup.batch * setup.extents_k.heads * setup.extents_k.seq);
+    const uint64_t lanes = slice == 192 ? 32 : columns / 8;
+    const uint64_t delta = rows * (2 * row_bytes + lanes * 2 * sizeof(float));
+    const uint64_t pair = block_q * (3 + columns) * sizeof(float) + sizeof(float);
+    const uint64_t main = 2 * seen.query_rows * row_bytes + seen.pairs * pair;
+    const uint64_t dq = rows * (columns / 8) * (sizeof(float) + 32);
+    CHECK_EQ(counted.backward.global_read_bytes,
+             heads_of(setup) * (delta + main + dq) + 2 * keys * row_bytes);
   });
 }
 
