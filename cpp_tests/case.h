@@ -34,6 +34,7 @@ enum class Values {
   kVeryNegative,  // every logit near -120: q[0] = 1, k[0] = -120 / softmax_scale
   kPeaked,        // one key holds nearly all the weight
   kHuge,          // all 8192: logits above 5e8; out is v
+  kMixedHuge,     // every other row of q is +-32768, k up to 49152: logits up to 1e10
   kZeroScale,     // softmax_scale 0
   kNegativeScale,
   kNan,  // one NaN in q and in dout, one infinity in v; forward only

@@ -46,7 +46,10 @@ struct Setup {
   HostTensor q, k, v, dout;
   HostTensor dlse;  // fp32, dim 1: seq runs fastest
 
-  bool forward_only() const { return spec.values == Values::kHuge || spec.values == Values::kNan; }
+  bool forward_only() const {
+    return spec.values == Values::kHuge || spec.values == Values::kMixedHuge ||
+           spec.values == Values::kNan;
+  }
   std::string name() const {
     const std::string lengths =
         std::to_string(spec.seqlen_q) + " x " + std::to_string(spec.seqlen_k);
@@ -140,6 +143,13 @@ inline void apply_values(Setup& setup) {
     case Values::kHuge:
       for (HostTensor* t : {&setup.q, &setup.k, &setup.v})
         set_all(*t, [](auto...) { return 8192.0; });
+      break;
+    case Values::kMixedHuge:
+      set_all(setup.q, [&](auto b, auto s, auto h, auto d) {
+        if (s % 2 == 0) return s % 4 == 0 ? 32768.0 : -32768.0;
+        return d == 0 ? setup.q.get(b, s, h, d) : 0.0;  // no sum, so no rounding of large terms
+      });
+      set_all(setup.k, [](auto, auto s, auto, auto) { return 16384.0 * (1 + s % 3); });
       break;
     case Values::kNan:
       setup.q.set(0, q.seq / 2, 0, std::min<int64_t>(3, q.dim - 1), std::nan(""));

@@ -5,6 +5,7 @@
 #include "../check.h"
 #include "config.cuh"
 #include "tile/mask.cuh"
+#include "tile/row_format.cuh"
 #include "tile/work.cuh"
 
 using namespace flashtile;
@@ -136,6 +137,34 @@ TEST("dense slots are the blocks of all sequences") {
   problem.num_heads = 3;
   problem.seqlen_q = 130;
   CHECK_EQ(query_tile_count(problem, 128), int64_t{2 * 3 * 2});
+}
+
+TEST("row formats: whole units of 16, 4 or 2 bytes, at every row's start") {
+  Problem problem;
+  problem.batch = problem.num_heads = 2;
+  problem.seqlen_q = 5;
+  const auto at = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  const auto format = [&](const View& view, int head_dim) {
+    return query_format(view, problem, head_dim);
+  };
+  const View dense{at(1024), 640, 128, 64};
+  CHECK_EQ(format(dense, 64).unit, 16);
+  CHECK_EQ(format(dense, 40).unit, 16);
+  CHECK_EQ(format(dense, 46).unit, 4);
+  CHECK_EQ(format(dense, 37).unit, 2);
+  CHECK(format(dense, 37).aligned);
+  CHECK(is_plain(format(dense, 64), 64) && !is_plain(format(dense, 40), 64));
+  for (const View& view : {View{at(1028), 640, 128, 64}, View{at(1024), 642, 128, 64},
+                           View{at(1024), 640, 130, 64}, View{at(1024), 640, 128, 66}}) {
+    CHECK_EQ(format(view, 64).unit, 4);
+    CHECK(!format(view, 64).aligned);
+  }
+  for (const View& view : {View{at(1026), 640, 128, 64}, View{at(1024), 641, 128, 64},
+                           View{at(1024), 640, 129, 64}, View{at(1024), 640, 128, 65}}) {
+    CHECK_EQ(format(view, 64).unit, 2);
+  }
+  problem.batch = problem.num_heads = problem.seqlen_q = 1;  // strides that nothing is reached by
+  CHECK_EQ(format({at(1024), 1, 1, 1}, 64).unit, 16);
 }
 
 TEST("rows of the tuning table are whole warps and fit their memory class") {
