@@ -143,8 +143,10 @@ template <bool kAdd>
   const BFloat16* const right = b.at(0, kTileSide);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k += 2) {
-    const auto pairs0 = bit_cast<__m512bh>(load(reinterpret_cast<const float*>(left + k * kTileSide)));
-    const auto pairs1 = bit_cast<__m512bh>(load(reinterpret_cast<const float*>(right + k * kTileSide)));
+    const auto pairs0 =
+        bit_cast<__m512bh>(load(reinterpret_cast<const float*>(left + k * kTileSide)));
+    const auto pairs1 =
+        bit_cast<__m512bh>(load(reinterpret_cast<const float*>(right + k * kTileSide)));
 #pragma GCC unroll 8
     for (int r = 0; r < kSumRows; ++r) {
       int32_t pair;
