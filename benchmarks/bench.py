@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", help="only this one, for example bfloat16")
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"))
-    parser.add_argument("--kind", choices=("dense", "decode"))
+    parser.add_argument("--kind", choices=("dense", "decode", "features"))
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--output", type=Path, help="folder of the two result files")
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
@@ -82,7 +82,7 @@ def _selected(case: Case, options: argparse.Namespace) -> bool:
     return (
         options.dtype in (None, case.dtype)
         and options.direction in (None, case.direction)
-        and options.kind in (None, "decode" if case.is_decode else "dense")
+        and options.kind in (None, case.kind)
     )
 
 

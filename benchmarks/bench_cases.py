@@ -1,24 +1,14 @@
-"""What is measured: problems, and the calls of flashtile and its rivals on the same numbers."""
+"""What is measured: problems and passes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-import flashtile
-
-Run = Callable[[], object]
 OURS = "flashtile"
-CUDA_BACKENDS = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 
 
 @dataclass(frozen=True)
@@ -34,6 +24,17 @@ class Case:
     causal: bool
     direction: str  # "forward" or "backward"
     batch: int = 1
+    head_dim_v: int = 0  # 0: head_dim
+    window: int = 0  # keys that a query sees up to and including its own; 0: all
+    lengths: Sequence[int] = ()  # of packed sequences, whose sum is seqlen_q and seqlen_k
+
+    @property
+    def kind(self) -> str:
+        """Which table it belongs to."""
+        if self.is_decode:
+            return "decode"
+        special = self.head_dim_v or self.window or self.lengths or self.heads == 1
+        return "features" if special else "dense"
 
     @property
     def is_decode(self) -> bool:
@@ -42,12 +43,17 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions on visible scores: 4 head_dim each, backward 2.5 times."""
-        visible = self.seqlen_q * self.seqlen_k
+        """Multiplications and additions on visible scores; backward 2.5 times those of forward."""
+        visible = sum(n * n for n in self.lengths) or self.seqlen_q * self.seqlen_k
         if self.causal:  # bottom-right aligned; seqlen_q <= seqlen_k here
             visible -= self.seqlen_q * (self.seqlen_q - 1) // 2
-        factor = 10.0 if self.direction == "backward" else 4.0
-        return factor * self.batch * self.heads * self.head_dim * visible
+        if self.window:  # causal; the queries from `window` on lose what is further back
+            beyond = self.seqlen_q - self.window
+            visible -= beyond * (beyond + 1) // 2
+        dims = self.head_dim + (self.head_dim_v or self.head_dim)
+        if self.direction == "backward":  # S, dQ, dK on head_dim, dP and dV on head_dim_v
+            dims += 2 * self.head_dim + (self.head_dim_v or self.head_dim)
+        return 2.0 * self.batch * self.heads * dims * visible
 
     @property
     def cache_bytes(self) -> int:
@@ -62,8 +68,18 @@ class Case:
         if self.heads != self.heads_kv:
             heads += f"/{self.heads_kv}"
         tokens = f"1 on {self.seqlen_k}" if self.is_decode else str(self.seqlen_k)
+        if self.lengths:
+            tokens = f"{len(self.lengths)} of {min(self.lengths)}..{max(self.lengths)}"
         batch = f"{self.batch} x " if self.batch > 1 else ""
-        return f"{batch}{tokens}, {heads} x {self.head_dim}"
+        dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else str(self.head_dim)
+        return f"{batch}{tokens}, {heads} x {dims}"
+
+    @property
+    def mask(self) -> str:
+        """What a query sees, in one cell."""
+        if self.window:
+            return f"window {self.window}"
+        return "causal" if self.causal else "full"
 
 
 def dense_cases(dtypes: list[str], shapes: list[tuple[int, int, int, int, int]]) -> list[Case]:
@@ -81,16 +97,35 @@ def decode_cases(dtypes: list[str], lengths: list[int]) -> list[Case]:
     return [Case(dtype, 32, 8, 1, length, 128, False, "forward") for length, dtype in options]
 
 
+def feature_cases(dtypes: list[str]) -> list[Case]:
+    """Windows, packed sequences, head_dim_v of its own, and one long head."""
+    lengths = [100 + (2048 - 100) * i // 7 for i in range(8)]
+    total = sum(lengths)
+    cases = []
+    for dtype, direction in itertools.product(dtypes, ("forward", "backward")):
+        cases += [
+            Case(dtype, 8, 8, 2048, 2048, 64, True, direction, window=256),
+            Case(dtype, 2, 2, 8192, 8192, 64, True, direction, window=256),
+            Case(dtype, 4, 4, total, total, 64, False, direction, lengths=lengths),
+            Case(dtype, 8, 8, 1024, 1024, 192, True, direction, head_dim_v=128),
+            Case(dtype, 1, 1, 8192, 8192, 128, True, direction),
+        ]
+    return cases
+
+
 def cpu_cases(full: bool) -> list[Case]:
     """The quick or the full list for the CPU."""
     if not full:
         shapes = [(1, 8, 8, 1024, 64), (1, 8, 8, 2048, 128), (1, 32, 8, 1024, 128)]
         dtypes = ["float32", "bfloat16", "float16"]
-        return dense_cases(dtypes, shapes) + decode_cases(dtypes, [4096, 32768])
+        cases = dense_cases(dtypes, shapes) + decode_cases(dtypes, [4096, 32768])
+        return cases + feature_cases(dtypes[:2])
     shapes = [(1, 8, 8, n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128)]
     shapes += [(1, 32, 8, 1024, 128), (1, 16, 16, 4096, 128)]
     dtypes = ["float32", "bfloat16", "float16", "float64"]
-    return dense_cases(dtypes, shapes) + decode_cases(dtypes[:3], [4096, 8192, 16384, 32768])
+    cases = dense_cases(dtypes, shapes)
+    cases += decode_cases(dtypes[:3], [4096, 8192, 16384, 32768])
+    return cases + feature_cases(dtypes[:3])
 
 
 def cuda_cases(full: bool) -> list[Case]:
@@ -100,86 +135,3 @@ def cuda_cases(full: bool) -> list[Case]:
     shapes += [(1, 64, 8, n, 128) for n in (lengths if full else (8192,))]
     dtypes = ["bfloat16", "float16"] if full else ["bfloat16"]
     return dense_cases(dtypes, shapes) + decode_cases(dtypes, [4096, 32768])
-
-
-def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
-    """The calls to time: flashtile first, then its rivals.
-
-    Everyone gets the layout it was made for: flashtile (batch, seqlen, heads, head_dim), SDPA
-    (batch, heads, seqlen, head_dim), both contiguous; a decode step has one cache in SDPA's layout.
-    """
-    torch.manual_seed(case.seqlen_k)
-    dtype = getattr(torch, case.dtype)
-    lengths = (case.seqlen_q, case.seqlen_k, case.seqlen_k, case.seqlen_q)
-    heads = (case.heads, case.heads_kv, case.heads_kv, case.heads)
-    q, k, v, dout = (
-        torch.randn(case.batch, h, n, case.head_dim).to(device, dtype)
-        for h, n in zip(heads, lengths, strict=True)
-    )
-    if case.is_decode:
-        return _decode_runs(case, q, k, v)
-    ours = [t.transpose(1, 2).contiguous() for t in (q, k, v, dout)]
-    runs = {OURS: _direction(case, _flashtile(case), ours)}
-    sdpa = _sdpa(case)
-    if device.type == "cpu":
-        return runs | {"sdpa": _direction(case, sdpa, [q, k, v, dout])}
-    for name, backend in CUDA_BACKENDS.items():
-        pinned = _pinned(sdpa, backend)
-        runs[name] = _direction(case, pinned, [q, k, v, dout])
-    return runs
-
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def _flashtile(case: Case) -> Attention:
-    return lambda q, k, v: flashtile.attention(q, k, v, causal=case.causal)
-
-
-def _sdpa(case: Case) -> Attention:
-    gqa = case.heads != case.heads_kv
-    return lambda q, k, v: scaled_dot_product_attention(
-        q, k, v, is_causal=case.causal, enable_gqa=gqa
-    )
-
-
-def _pinned(attention: Attention, backend: SDPBackend) -> Attention:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return attention(q, k, v)
-
-    return run
-
-
-def _direction(case: Case, attention: Attention, tensors: list[Tensor]) -> Run:
-    """The forward call without autograd, or the backward call of one recorded forward."""
-    *qkv, dout = tensors
-
-    def forward() -> object:
-        with torch.inference_mode():
-            return attention(*qkv)
-
-    if case.direction == "forward":
-        return forward
-    leaves = [t.detach().requires_grad_() for t in qkv]
-    recorded: list[Tensor] = []
-
-    def backward() -> object:
-        if not recorded:  # not earlier: a rival that refuses the problem must refuse in the call
-            recorded.append(attention(*leaves))
-        return torch.autograd.grad(recorded[0], leaves, dout, retain_graph=True)
-
-    return backward
-
-
-def _decode_runs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
-    """One query sees every key. "folded" gives SDPA the heads of a group as query rows."""
-    attend = _flashtile(case)
-    ours = [t.transpose(1, 2) for t in (q, k, v)]
-    folded = q.view(case.batch, case.heads_kv, case.heads // case.heads_kv, case.head_dim)
-    runs: dict[str, Run] = {
-        OURS: lambda: attend(*ours),
-        "sdpa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        "sdpa folded": lambda: scaled_dot_product_attention(folded, k, v),
-    }
-    return {name: torch.inference_mode()(run) for name, run in runs.items()}

@@ -19,6 +19,11 @@ from bench_timing import Result
 
 import flashtile
 
+TITLES = {
+    "dense": "Forward and backward",
+    "decode": "Decode",
+    "features": "Windows, packed sequences, head_dim_v, one head",
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -98,9 +103,8 @@ def to_markdown(facts: dict[str, Any], results: list[Result], memory: list[Memor
             " faster; benchmarks/README.md says what each column means."
         ),
     ]
-    dense = [r for r in results if not r.case.is_decode]
-    decode = [r for r in results if r.case.is_decode]
-    for title, group in (("Forward and backward", dense), ("Decode", decode)):
+    for kind, title in TITLES.items():
+        group = [r for r in results if r.case.kind == kind]
         if group:
             parts += [f"## {title}", _timing_table(group, "gpu" in facts)]
     if memory:
@@ -118,8 +122,7 @@ def _timing_table(results: list[Result], on_gpu: bool) -> str:
     rows = []
     for result in results:
         case = result.case
-        mask = "causal" if case.causal else "full"
-        row = [case.label, case.dtype, case.direction, mask, _milliseconds(result, OURS)]
+        row = [case.label, case.dtype, case.direction, case.mask, _milliseconds(result, OURS)]
         row.append(_speed(result, on_gpu))
         for rival in rivals:
             row += [_milliseconds(result, rival), _number(result.ratio(rival))]
@@ -152,6 +155,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def _milliseconds(result: Result, name: str) -> str:
     if name in result.refused:
         return "refused"
+    if name not in result.timings:
+        return "-"
     return f"{statistics.median(result.timings[name].compared) * 1e3:.3f}"
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import OURS, Case, Run, make_runs
+from bench_cases import OURS, Case
+from bench_runs import Run, make_runs
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 L2_FLUSH_BYTES = 512 * 2**20  # beyond every L2; also hides the launch cost of what follows

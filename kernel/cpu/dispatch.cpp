@@ -56,12 +56,16 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(FLASHTILE_CPU_HAVE_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 #if defined(FLASHTILE_CPU_HAVE_AMX)
 // The processor has bf16 tiles and Linux lets this process use them.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
-  if (!has_avx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
   if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -72,6 +76,9 @@ bool has_amx() {
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(FLASHTILE_CPU_HAVE_AMX)
     {"amx", &avx512::kEngines, &amx::kBFloat16Engine, has_amx, false},
+#endif
+#if defined(FLASHTILE_CPU_HAVE_AVX512_BF16)
+    {"avx512_bf16", &avx512::kEngines, &avx512_bf16::kBFloat16Engine, has_avx512_bf16, false},
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AVX512)
     {"avx512", &avx512::kEngines, nullptr, has_avx512, false},
@@ -225,6 +232,9 @@ const char* instruction_sets() {
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AVX512)
          ",avx512"
+#endif
+#if defined(FLASHTILE_CPU_HAVE_AVX512_BF16)
+         ",avx512_bf16"
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AMX)
          ",amx"

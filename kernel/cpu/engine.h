@@ -45,7 +45,10 @@ extern const EngineTable kEngines;
 namespace avx512 {
 extern const EngineTable kEngines;
 }
-// bfloat16 alone, on AMX tiles and on tiles emulated in plain C++.
+// bfloat16 alone: on products of AVX512-BF16, on AMX tiles and on tiles emulated in plain C++.
+namespace avx512_bf16 {
+extern const Engine kBFloat16Engine;
+}
 namespace amx {
 extern const Engine kBFloat16Engine;
 }

@@ -5,6 +5,7 @@
 // HardwareTiles executes the instructions ("Intel AMX instruction set reference": LDTILECFG,
 // TILELOADD, TILESTORED, TDPBF16PS). EmulatedTiles computes the same in plain C++ on any processor,
 // sums in the same order, so that the passes built on it can be tested where there is no AMX.
+// VectorTiles multiplies the same operands in vectors (AVX512-BF16: VDPBF16PS), in registers.
 #pragma once
 
 #include "storage.h"
@@ -55,6 +56,11 @@ class HardwareTiles {
   }
 };
 using Tiles = HardwareTiles;
+
+#elif defined(__AVX512BF16__)
+
+struct VectorTiles {};  // no state: multiply_tiles does it all
+using Tiles = VectorTiles;
 
 #else
 
@@ -122,6 +128,54 @@ struct TilePanels {
 
 // c[0..32)[0..32) = (kAdd ? c : 0) + a[0..32)[0..depth) * b[0..depth)[0..32), depth a multiple
 // of 32.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+
+// Eight rows of it: sixteen sums, more than the latency of two products a cycle asks for.
+constexpr int kSumRows = 8;
+
+template <bool kAdd>
+[[gnu::noinline]] inline void multiply_rows(const TileRows& a, const TilePanels& b, int64_t depth,
+                                            float* c, int64_t ldc) {
+  __m512 sum[kSumRows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < kSumRows; ++r) sum[r][0] = sum[r][1] = Vec<float>{};
+  const BFloat16* const left = b.at(0, 0);
+  const BFloat16* const right = b.at(0, kTileSide);
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; k += 2) {
+    const auto pairs0 =
+        bit_cast<__m512bh>(load(reinterpret_cast<const float*>(left + k * kTileSide)));
+    const auto pairs1 =
+        bit_cast<__m512bh>(load(reinterpret_cast<const float*>(right + k * kTileSide)));
+#pragma GCC unroll 8
+    for (int r = 0; r < kSumRows; ++r) {
+      int32_t pair;
+      __builtin_memcpy(&pair, a.row(r) + k, sizeof pair);
+      const auto row = bit_cast<__m512bh>(IntVec<float>{} + pair);
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], row, pairs0);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], row, pairs1);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kSumRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* const to = c + r * ldc + v * kTileSide;
+      store<float>(to, kAdd ? load(to) + Vec<float>(sum[r][v]) : Vec<float>(sum[r][v]));
+    }
+  }
+}
+
+template <bool kAdd>
+FLASHTILE_INLINE void multiply_tiles(Tiles&, const TileRows& a, const TilePanels& b, int64_t depth,
+                                     float* c, int64_t ldc) {
+  for (int64_t r = 0; r < 2 * kTileSide; r += kSumRows) {
+    multiply_rows<kAdd>({a.row(r), a.stride}, b, depth, c + r * ldc, ldc);
+  }
+}
+
+#else
+
 template <bool kAdd>
 FLASHTILE_INLINE void multiply_tiles(Tiles& tiles, const TileRows& a, const TilePanels& b,
                                      int64_t depth, float* c, int64_t ldc) {
@@ -152,5 +206,7 @@ FLASHTILE_INLINE void multiply_tiles(Tiles& tiles, const TileRows& a, const Tile
   tiles.template store<2>(c + kTileSide * ldc, c_bytes);
   tiles.template store<3>(c + kTileSide * ldc + kTileSide, c_bytes);
 }
+
+#endif
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

@@ -1,4 +1,5 @@
-// The bfloat16 engine on AMX tiles, or, in namespace amx_emulated, on emulated ones.
+// The bfloat16 engine on AMX tiles, in namespace avx512_bf16 on vectors, in amx_emulated on
+// emulated tiles.
 #include "backward.h"
 #include "backward_tiles.h"
 #include "decode.h"
