@@ -1,9 +1,10 @@
 """Breaks the CUDA kernels one small way at a time and demands that the tests notice.
 
-Each mutant is a textual patch of a copy of kernel/. The affected slice (one pass, one head dim) is
-compiled to PTX and executed by `mutation_cases` on the PTX machine, in place of the build's own.
-The launch code is unchanged, because only device code is patched. A mutant is caught by a wrong
-result, a report of the machine or a hang. Controls change nothing that matters and must pass.
+Each mutant is a textual patch of a copy of kernel/. The affected slice (one pass, one head dim,
+one memory class) is compiled to PTX and executed by `mutation_cases` on the PTX machine, in place
+of the build's own. The launch code is unchanged, because only device code is patched. A mutant is
+caught by a wrong result, a report of the machine or a hang. Controls change nothing that matters
+and must pass.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from backward_mutants import BACKWARD_MUTANTS
+from forward_mutants import FORWARD_MUTANTS
+from mutant import Mutant
 
-RUN_SECONDS = 240
+MUTANTS = FORWARD_MUTANTS + BACKWARD_MUTANTS
+CAPABILITY = {"large": "80", "small": "89"}
+RUN_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +59,40 @@ def patch(text: str, old: str, new: str) -> str:
     return pattern.sub(lambda _: new, text)
 
 
+def slice_source(mutant: Mutant) -> str:
+    """A slice with nothing but what the cases run: fp16, one main kernel if one will do."""
+    arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"
+    if mutant.kernel == "forward":
+        header = "forward_sm80.cuh"
+        parameters = "const ForwardParams&, CUstream_st*"
+        functions = [f"launch_forward_kernel<{arguments}, __half>"]
+    else:
+        header = "backward_launch.cuh"
+        parameters = "const BackwardLaunch&, int64_t, CUstream_st*"
+        kernels = [f"Backward{part}<__half, {arguments}>" for part in ("Delta", "Dq")]
+        if set(mutant.cases) != {"turns"}:
+            kernels.append(f"BackwardSm80<__half, {arguments}, false>")
+        if "turns" in mutant.cases:
+            kernels.append(f"BackwardSm80<__half, {arguments}, true>")
+        functions = [f"launch<{kernel}>" for kernel in kernels]
+    lines = [f"template Status {function}({parameters});" for function in functions]
+    return "\n".join([f'#include "{header}"', "namespace flashtile {", *lines, "}", ""])
+
+
 def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path) -> None:
-    """Compiles the mutated slice for compute capability 8.0."""
+    """Compiles the mutated slice for the compute capability of its memory class."""
+    source = output.with_suffix(".cu")
+    source.write_text(slice_source(mutant))
     command = [
         settings.nvcc,
         "-ptx",
-        "-arch=compute_80",
+        f"-arch=compute_{CAPABILITY[mutant.memory]}",
         "-O3",
         "-lineinfo",
         "-DNDEBUG",
         *settings.flags,
-        f"-DFLASHTILE_HEAD_DIM={mutant.head_dim}",
-        "-DFLASHTILE_MEMORY=kLarge",
         *(f"-I{path}" for path in [kernel, *settings.include]),
-        str(kernel / "slices" / f"{mutant.kernel}_sm80.cu"),
+        str(source),
         "-o",
         str(output),
     ]
@@ -75,31 +100,32 @@ def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path
 
 
 def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) -> None:
-    """The build's manifest for 8.0 with one file replaced."""
+    """The build's lines for the head dim and memory class, with the mutant's PTX in place."""
+    capability = CAPABILITY[mutant.memory]
     lines = []
-    slice_name = f"flashtile_{mutant.kernel}_d{mutant.head_dim}_large_ptx80"
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
-        capability, path = line.split(maxsplit=1)
-        if capability != "80":
-            continue
-        if f"/{slice_name}.dir/" in path:
-            path = str(ptx)
-            replaced += 1
-        lines.append(f"{capability} {path}")
+        for kernel in ("forward", "backward"):
+            name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}_ptx{capability}"
+            if f"/{name}.dir/" not in line:
+                continue
+            mutated = kernel == mutant.kernel
+            replaced += mutated
+            lines.append(f"{capability} {ptx}" if mutated else line)
     if replaced != 1:
-        raise ValueError(f"{slice_name} is {replaced} times in {settings.manifest}")
+        raise ValueError(f"the mutated slice is {replaced} times in {settings.manifest}")
     output.write_text("\n".join(lines) + "\n")
 
 
 def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool, str]:
-    """Runs the reduced cases. Returns whether they failed and the first line that says how."""
+    """Runs the mutant's cases. Returns whether they failed and the first line that says how."""
     environment = os.environ | {
         "FLASHTILE_PTX_MANIFEST": str(manifest),
-        "FLASHTILE_TEST_DEVICE": "sm_80",
+        "FLASHTILE_TEST_DEVICE": f"sm_{CAPABILITY[mutant.memory]}",
+        "FLASHTILE_TEST_HEAD_DIM": str(mutant.head_dim),
     }
     environment.pop("FLASHTILE_ERROR_TABLE", None)
-    command = [str(settings.runner), f"{mutant.kernel} d{mutant.head_dim}"]
+    command = [str(settings.runner), *(f"{mutant.kernel} {group}" for group in mutant.cases)]
     try:
         done = subprocess.run(
             command,
@@ -111,15 +137,12 @@ def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool,
         )
     except subprocess.TimeoutExpired:
         return True, f"no end within {RUN_SECONDS} s"
-    if done.returncode == 77 or "no loaded PTX has this kernel" in done.stdout:
-        raise ValueError(f"the cases did not run: {done.stdout[:300]}")
+    asked = sum(" " + group in done.stdout for group in mutant.cases)
+    if "no loaded PTX has this kernel" in done.stdout or "SKIP" in done.stdout or asked == 0:
+        raise ValueError(f"the cases did not run: {done.stdout[:300]} {done.stderr[:300]}")
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    first = next((line for line in lines if not line.startswith("/")), lines[0] if lines else "")
-    for line in lines:
-        if ": " in line and line.startswith("/"):
-            first = line.split(": ", 1)[1]
-            break
-    return done.returncode != 0, first
+    said = [line.split(": ", 1)[1] for line in lines if line.startswith("/") and ": " in line]
+    return done.returncode != 0, (said or lines)[0]
 
 
 def try_mutant(settings: Settings, mutant: Mutant) -> Outcome:

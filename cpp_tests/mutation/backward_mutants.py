@@ -1,0 +1,423 @@
+"""Mutants of the backward."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MAIN = "backward_sm80.cuh"
+ADDRESS = "backward_sm80_address.cuh"
+LOAD = "backward_sm80_load.cuh"
+TILE = "backward_sm80_tile.cuh"
+STORE = "backward_sm80_store.cuh"
+LAYOUT = "backward_layout.cuh"
+DELTA = "backward_delta.cuh"
+DQ = "backward_dq.cuh"
+TURNS = "backward_turns.cuh"
+MASK = "tile/mask.cuh"
+
+BLOCK_LANDED = (
+    "__syncthreads();  // the block has landed; nobody reads the one before or its dS any more"
+)
+DS_COMPLETE = "__syncthreads();  // dS of the block is complete; nobody reads its dO any more"
+WAIT = "Turns::wait(launch, slot, my.notes);"
+LOAD_DOUT = (
+    "if constexpr (kConfig.stages_dout == 1) my.loader.template load<Loader::kDout>"
+    "(launch, next, slot + 1);"
+)
+PASS_LAST = "Turns::pass(launch, end - 1);"
+
+
+def mutant(
+    name: str, *patch: str, cases: str = "shapes", head_dim: int = 64, memory: str = "large"
+) -> Mutant:
+    """A mutant of one patch: file, old text, new text."""
+    file, old, new = patch
+    return Mutant(name, "backward", ((file, old, new),), (cases,), head_dim, memory)
+
+
+def control(
+    name: str, *patch: str, cases: tuple[str, ...], head_dim: int = 64, memory: str = "large"
+) -> Mutant:
+    """A patch that changes nothing that matters."""
+    file, old, new = patch
+    return Mutant(name, "backward", ((file, old, new),), cases, head_dim, memory, harmless=True)
+
+
+ORDER = [
+    mutant(
+        "no barrier after K's and V's wait",
+        MAIN,
+        "__syncthreads();  // K and V have landed, for every thread",
+        "",
+        head_dim=192,
+        memory="small",
+    ),
+    mutant("no barrier after a block's wait", MAIN, BLOCK_LANDED, ""),
+    mutant("no barrier after dS is stored", MAIN, DS_COMPLETE, ""),
+    mutant(
+        "no wait for Q and dO",
+        MAIN,
+        "ptx::cp_async_wait<0>(); " + BLOCK_LANDED,
+        "__syncthreads();",
+    ),
+    mutant("no barrier after the notes", MAIN, "__syncthreads();  // the notes are there", ""),
+    mutant(
+        "stages not swapped",
+        MAIN,
+        "my.stage.flip(my.loader.fill);",
+        "if (slot == first_slot) my.stage.flip(my.loader.fill);",
+    ),
+    mutant(
+        "gradients staged over tiles that are read",
+        STORE,
+        "__syncthreads();  // no tile of the main loop is read any more",
+        "",
+    ),
+    mutant(
+        "gradients staged over partial sums",
+        STORE,
+        "__syncthreads();  // they have been read",
+        "",
+    ),
+    mutant(
+        "gradients stored before they are complete",
+        STORE,
+        "__syncthreads();  // dK and dV of the block are complete",
+        "",
+    ),
+]
+
+STATISTICS = [
+    mutant(
+        "delta missing",
+        DELTA,
+        "float delta = sum_over_lanes(sum);",
+        "float delta = 0.0f * sum_over_lanes(sum);",
+    ),
+    mutant(
+        "dLSE with the wrong sign",
+        DELTA,
+        "delta -= *row_pointer(p.dlse,",
+        "delta += *row_pointer(p.dlse,",
+    ),
+    mutant("LSE in base e", DELTA, "= lse * kLog2e;", "= lse;"),
+    mutant(
+        "dQ not cleared",
+        DELTA,
+        "clear_dq(launch.dq_accumulator + tile * Slot::kDq, thread);",
+        "",
+    ),
+    mutant(
+        "delta from past the row's end",
+        DELTA,
+        "if (format.aligned && bytes >= kChunkBytes)",
+        "if (format.aligned && bytes > 0)",
+        cases="row formats",
+    ),
+    mutant(
+        "huge scores' largest probability not 1",
+        DELTA,
+        "lse -= lse_margin(lse);",
+        "",
+        cases="values",
+    ),
+    mutant(
+        "flag of huge scores ignored",
+        MAIN,
+        "const int clean_end = huge ? slot : first_slot",
+        "const int clean_end = first_slot",
+        cases="values",
+    ),
+    mutant(
+        "probabilities of huge scores unlimited",
+        ADDRESS,
+        "ptx::min_nan(p.d[m][n][i], 1.0f)",
+        "p.d[m][n][i]",
+        cases="values",
+    ),
+]
+
+MASKS = [
+    mutant(
+        "P not hidden",
+        MAIN,
+        "if constexpr (kEdge) EdgeTest<Shape>::hide(scores, slot - first_slot, my.notes);",
+        "",
+    ),
+    mutant(
+        "dS not hidden",
+        MAIN,
+        "if (kEdge && EdgeTest<Shape>::hidden(p.d[m][n][i])) x = 0.0f;",
+        "",
+        cases="values",
+    ),
+    mutant(
+        "right edge one key off",
+        MAIN,
+        ".diagonal = block.row0 - mask.highest + 1",
+        ".diagonal = block.row0 - mask.highest",
+    ),
+    mutant(
+        "left edge one key off",
+        MAIN,
+        "static_cast<unsigned>(mask.highest - mask.lowest)",
+        "static_cast<unsigned>(mask.highest - mask.lowest + 1)",
+        cases="masks",
+    ),
+    mutant(
+        "block with keys past the end taken for whole",
+        MASK,
+        "if (k0 + block_k > seqlen_k) range.full_end = range.full_begin;",
+        "",
+        cases="values",
+    ),
+    mutant(
+        "query range starts a block late",
+        MASK,
+        "min_of(max_of(k0 - highest + 1, 0) / block_q, range.end)",
+        "min_of(ceil_div(max_of(k0 - highest + 1, 0), block_q), range.end)",
+    ),
+    mutant(
+        "query range ends a block early",
+        MASK,
+        "ceil_div(min_of(max_of(last - lowest + 1, 0), seqlen_q), block_q)",
+        "min_of(max_of(last - lowest + 1, 0), seqlen_q) / block_q",
+    ),
+    mutant(
+        "queries that see all begin a block early",
+        MASK,
+        "ceil_div(max_of(last - highest + 1, 0), block_q)",
+        "max_of(last - highest + 1, 0) / block_q",
+        cases="masks",
+    ),
+    mutant(
+        "queries that see all end a block late",
+        MASK,
+        "max_of(see_first_until, 0) / block_q",
+        "ceil_div(max_of(see_first_until, 0), block_q)",
+        cases="masks",
+    ),
+    mutant(
+        "clean blocks end one late",
+        MAIN,
+        "min(range.full_end, whole_end - 1)",
+        "min(range.full_end, whole_end)",
+    ),
+]
+
+ROWS = [
+    mutant(
+        "only the first head of a group", MAIN, "block.head * group + g);", "block.head * group);"
+    ),
+    mutant(
+        "queries looked up in the keys' rows",
+        LAYOUT,
+        "block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
+        "block.first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
+    ),
+    mutant(
+        "one row of a ragged block too many",
+        TILE,
+        "i * kRowsPerPass < rows_left ? bytes",
+        "i * kRowsPerPass <= rows_left ? bytes",
+    ),
+    mutant(
+        "one row of dK and dV too many",
+        STORE,
+        "if (row >= block.owned) break;",
+        "if (row > block.owned) break;",
+    ),
+    mutant(
+        "unused rows of dK and dV not written",
+        STORE,
+        "if (row >= block.owned) break;",
+        "if (row >= block.rows) break;",
+        cases="used rows",
+    ),
+    mutant(
+        "unused rows of dK and dV not cleared",
+        STORE,
+        "if (row >= block.rows) x = make_uint4(0, 0, 0, 0);",
+        "",
+        cases="values",
+    ),
+    mutant(
+        "unused rows of dQ not written",
+        DQ,
+        "if (row >= block.owned) break;",
+        "if (row >= block.rows) break;",
+        cases="used rows",
+    ),
+    mutant(
+        "rows copied past their end",
+        TILE,
+        "i * kRowsPerPass < rows_left ? bytes - c * kPanelRowBytes : 0",
+        "i * kRowsPerPass < rows_left ? bytes : 0",
+        cases="row formats",
+        head_dim=192,
+    ),
+    mutant(
+        "dV stored like dK",
+        STORE,
+        "store_rows<Copy, Tile>(p.dv, launch.dv,",
+        "store_rows<Copy, Tile>(p.dv, launch.dk,",
+        cases="row formats",
+    ),
+]
+
+PRODUCTS = [
+    mutant("dQ not scaled", DQ, "p.problem.softmax_scale);", "1.0f);"),
+    mutant(
+        "dQ added to the wrong block",
+        MAIN,
+        "add_dq(Shape::slot_dq(launch, slot)",
+        "add_dq(Shape::slot_dq(launch, slot / 2 * 2)",
+    ),
+    mutant(
+        "rows 8 to 15 of dQ in the wrong register",
+        LAYOUT,
+        "block * 4 + row / 8 % 2 * 2;",
+        "block * 4 + row / 8 % 2;",
+    ),
+    mutant(
+        "partner's half of dK not added",
+        STORE,
+        "add_registers(dk, other, lane);",
+        "",
+    ),
+    mutant(
+        "dK not scaled",
+        STORE,
+        "stage_gradient<T, Tile, kParts>(dk_tile, dk, scale,",
+        "stage_gradient<T, Tile, kParts>(dk_tile, dk, 1.0f,",
+        head_dim=192,
+    ),
+    mutant(
+        "P read before it is exchanged",
+        MAIN,
+        "share_scores();  // P^T of the warp's keys is complete",
+        "",
+        head_dim=192,
+    ),
+    mutant(
+        "dS stored over P that is read",
+        MAIN,
+        "if constexpr (kConfig.one_exchange) share_scores();",
+        "",
+        head_dim=192,
+    ),
+    mutant(
+        "every warp the first column part",
+        ADDRESS,
+        "GradColumns::first_chunk(warp.query)",
+        "GradColumns::first_chunk(0)",
+        head_dim=192,
+    ),
+    mutant(
+        "columns of dQ cut into runs instead of parts of panels",
+        LAYOUT,
+        "warp = row / kRows * kWarpCols + Columns::part(col);",
+        "warp = row / kRows * kWarpCols + col / kCols;",
+        head_dim=192,
+    ),
+    mutant(
+        "partner's scores read from the wrong half",
+        ADDRESS,
+        "(1 - warp.query) * kQueries / 8",
+        "warp.query * kQueries / 8",
+        head_dim=192,
+        memory="small",
+    ),
+    mutant(
+        "partner's queries taken from the wrong side",
+        MAIN,
+        "? Shape::kHalfBytes : -Shape::kHalfBytes;",
+        "? -Shape::kHalfBytes : Shape::kHalfBytes;",
+        head_dim=192,
+        memory="small",
+    ),
+    mutant(
+        "dO loaded over the one that is read",
+        MAIN,
+        WAIT + " " + DS_COMPLETE + " " + LOAD_DOUT,
+        LOAD_DOUT + WAIT + DS_COMPLETE + "\n",
+        head_dim=256,
+    ),
+    mutant(
+        "Q loaded over the one that is read",
+        MAIN,
+        "__syncthreads();  // nobody reads Q of the block any more",
+        "",
+        head_dim=256,
+    ),
+    mutant(
+        "second pass over dQ's columns repeats the first",
+        MAIN,
+        "pass * kPanels * KeyTile::kPanelBytes",
+        "0",
+        head_dim=256,
+        memory="small",
+    ),
+]
+
+# The machine runs thread blocks one after another, so tickets alone put them in order there: a turn
+# that is not waited for, or passed on too early, shows only without them.
+TAKE_TICKET = (
+    "return take_ticket(launch.turns + launch.params.problem.num_heads * launch.slots_q, shared);"
+)
+DETERMINISTIC = [
+    Mutant(
+        "neither turns nor tickets",
+        "backward",
+        ((MAIN, WAIT, ""), (MAIN, TAKE_TICKET, "return ptx::block_index();")),
+        ("turns",),
+    ),
+    mutant("turns without tickets", MAIN, TAKE_TICKET, "return ptx::block_index();", cases="turns"),
+    mutant(
+        "turns counted from the sequence's first key",
+        TURNS,
+        "const int turn = notes.key_block - first_block;",
+        "const int turn = notes.key_block;",
+        cases="turns",
+    ),
+    mutant("last turn not passed on", MAIN, PASS_LAST, "", cases="turns"),
+    mutant("turns not cleared", DELTA, "launch.turns[ptx::block_index()] = 0;", "", cases="turns"),
+]
+
+TWO_BARRIERS = (MAIN, DS_COMPLETE, "__syncthreads(); __syncthreads();")
+CONTROLS = [
+    control(
+        "control: one barrier more",
+        *TWO_BARRIERS,
+        cases=("shapes", "masks", "used rows", "row formats", "values"),
+    ),
+    control(
+        "control: one barrier more with an exchange",
+        *TWO_BARRIERS,
+        cases=("shapes", "row formats"),
+        head_dim=192,
+    ),
+    control(
+        "control: one barrier more in pairs of warps",
+        *TWO_BARRIERS,
+        cases=("shapes",),
+        head_dim=192,
+        memory="small",
+    ),
+    control(
+        "control: one barrier more with one stage",
+        *TWO_BARRIERS,
+        cases=("shapes",),
+        head_dim=256,
+    ),
+    control(
+        "control: one barrier more with two passes",
+        *TWO_BARRIERS,
+        cases=("shapes",),
+        head_dim=256,
+        memory="small",
+    ),
+    control("control: turns and one barrier more", *TWO_BARRIERS, cases=("turns",)),
+]
+
+BACKWARD_MUTANTS = ORDER + STATISTICS + MASKS + ROWS + PRODUCTS + DETERMINISTIC + CONTROLS
