@@ -33,7 +33,7 @@ class ForcedInstructionSet {
 inline std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> found;
   for (const InstructionSet& set : std::vector<InstructionSet>{
-           {"portable"}, {"avx2"}, {"avx512"}, {"amx", true}, {"amx-emulated", true}}) {
+           {"portable"}, {"avx2"}, {"avx512"}, {"avx512_bf16", true}, {"amx", true}, {"amx-emulated", true}}) {
     const ForcedInstructionSet forced(set.name);
     flashtile_build_info info = {};
     info.struct_size = sizeof info;
