@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "attempt.h"
 #include "cases.h"
 #include "check.h"
 #include "compare.h"
@@ -189,28 +190,42 @@ Truth torch_truth(const Setup& setup) {
                torch_manual(setup, setup.dtype));
 }
 
-std::vector<Setup> setups_of(const std::vector<Case>& cases,
-                             const std::vector<HeadDims>& all_head_dims, Dtype dtype) {
-  std::vector<Setup> setups;
+// A setup whose values can be drawn again.
+struct Drawable {
+  Case spec;
+  Dtype dtype;
+  HeadDims head_dims;
+  Mask mask;
+  uint64_t seed;
+
+  Setup draw(uint64_t with_seed) const {
+    return make_setup(spec, dtype, head_dims, mask, with_seed);
+  }
+  Setup setup() const { return draw(seed); }
+};
+
+std::vector<Drawable> setups_of(const std::vector<Case>& cases,
+                                const std::vector<HeadDims>& all_head_dims, Dtype dtype) {
+  std::vector<Drawable> setups;
   for (const Case& spec : cases) {
     for (const HeadDims& head_dims : all_head_dims) {
       for (const Mask& mask : spec.masks)
-        setups.push_back(make_setup(spec, dtype, head_dims, mask, setups.size() + 1));
+        setups.push_back({spec, dtype, head_dims, mask, setups.size() + 1});
     }
   }
   return setups;
 }
 
 // The case table, and those rows of the matrix that cover its pairs.
-std::vector<Setup> all_setups(Dtype dtype, bool on_cuda) {
-  std::vector<Setup> setups =
+std::vector<Drawable> all_setups(Dtype dtype, bool on_cuda) {
+  std::vector<Drawable> setups =
       setups_of(joined({shape_cases(), option_cases(), varlen_cases()}), {64, 128}, dtype);
   const auto more = setups_of(joined({window_cases(), used_cases(), head_dim_cases()}),
                               {64, {16, 40}, {24, 8}}, dtype);
   setups.insert(setups.end(), more.begin(), more.end());
   for (const Cell& cell : matrix()) {
     if (!cell.in_pairs || cell.dtype != dtype || !expected_refusal(cell, on_cuda).empty()) continue;
-    setups.push_back(make_setup(cell.spec, dtype, cell.head_dims, cell.mask));
+    setups.push_back({cell.spec, dtype, cell.head_dims, cell.mask, 1});
   }
   return setups;
 }
@@ -222,11 +237,18 @@ bool is_expressible(const Setup& setup) {
 
 void run_on(at::Device device, const char* backend, Dtype dtype) {
   ErrorTable table;
-  for (const Setup& setup : all_setups(dtype, device.is_cuda())) {
-    if (!is_expressible(setup)) continue;
-    const Verdict verdict = compare(setup, torch_truth(setup), run_op(setup, device));
-    CHECK_MESSAGE(verdict.passed(), std::string(backend) + ": " + setup.name() + verdict.text());
-    table.add(backend, setup, verdict);
+  for (const Drawable& drawable : all_setups(dtype, device.is_cuda())) {
+    if (!is_expressible(drawable.setup())) continue;
+    const Attempt attempt = attempt_draws(drawable.seed, [&](uint64_t seed) {
+      const Setup setup = drawable.draw(seed);
+      Attempt one;
+      one.result.values = run_op(setup, device);
+      judge(setup, torch_truth(setup), one);
+      return one;
+    });
+    const std::string name = std::string(backend) + ": " + drawable.setup().name();
+    CHECK_MESSAGE(attempt.passed(), name + attempt.wrong);
+    table.add(backend, drawable.setup(), attempt.verdicts.back());
   }
   table.print();
 }
@@ -242,12 +264,16 @@ void run_on_machine(Dtype dtype) {
   if (!reason.empty()) SKIP(reason);
   const Backend backend = cuda_backend();
   ErrorTable table;
-  for (const Setup& setup : all_setups(dtype, /*on_cuda=*/true)) {
-    const std::string name = setup.spec.name;
+  for (const Drawable& drawable : all_setups(dtype, /*on_cuda=*/true)) {
+    const std::string name = drawable.spec.name;
     const bool chosen = name == "GQA 4/2" || name == "129 x 129" || name == "values x 3" ||
                         name == "5 rows, 2 keys: rows without a key" ||
                         name == "varlen: block edges";
-    if (chosen) run_case(setup, torch_truth(setup), backend, table);
+    const auto draw = [&](uint64_t seed) {
+      const Setup setup = drawable.draw(seed);
+      return std::pair(setup, torch_truth(setup));
+    };
+    if (chosen) run_case(drawable.seed, draw, backend, table);
   }
   table.print();
 #else
@@ -258,7 +284,8 @@ void run_on_machine(Dtype dtype) {
 }  // namespace
 
 TEST("cpu: manual attention of the tests agrees with torch") {
-  for (const Setup& setup : all_setups(Dtype::kFloat64, /*on_cuda=*/false)) {
+  for (const Drawable& drawable : all_setups(Dtype::kFloat64, /*on_cuda=*/false)) {
+    const Setup setup = drawable.setup();
     const AttentionInput input = manual_input(setup);
     const AttentionOutput ours = manual_attention(input, Dtype::kFloat64);
     AttentionOutput theirs = torch_manual(setup, Dtype::kFloat64);

@@ -31,13 +31,43 @@ namespace flashtile::test {
 inline constexpr double kAllowedRatio = 2.0;
 inline constexpr int64_t kBlockRows = 16;
 
+// Both sides of the bound in one block of rows, as largest values.
+struct BlockError {
+  double error = 0.0;
+  double rounding = 0.0;  // error of the dtype
+  double floor = 0.0;
+  double ratio() const { return error == 0.0 ? 0.0 : error / (rounding + floor / kAllowedRatio); }
+};
+
 // Largest error / (dtype error + floor / 2), at most 2; infinite when NaN or infinities stand
 // elsewhere.
 struct Comparison {
   double ratio = 0.0;
   double error = 0.0;  // largest absolute error
   std::string where;   // of the largest ratio
+  std::vector<BlockError> blocks;
   bool passed() const { return ratio <= kAllowedRatio; }
+
+  void add(const Comparison& other) {
+    blocks.insert(blocks.end(), other.blocks.begin(), other.blocks.end());
+    error = std::max(error, other.error);
+    if (other.ratio <= ratio) return;
+    ratio = other.ratio;
+    where = other.where;
+  }
+
+  // As if the blocks of `other`, the same comparison of other values, belonged to the blocks here.
+  void pool(const Comparison& other) {
+    double pooled = other.blocks.size() == blocks.size() ? 0.0 : kInfinity;
+    for (size_t i = 0; i < std::min(blocks.size(), other.blocks.size()); ++i) {
+      blocks[i].error = std::max(blocks[i].error, other.blocks[i].error);
+      blocks[i].rounding = std::max(blocks[i].rounding, other.blocks[i].rounding);
+      blocks[i].floor = std::max(blocks[i].floor, other.blocks[i].floor);
+      pooled = std::max(pooled, blocks[i].ratio());
+    }
+    error = std::max(error, other.error);
+    ratio = std::isinf(other.ratio) ? other.ratio : pooled;
+  }
 };
 
 struct RowTensor {
@@ -77,7 +107,8 @@ inline void compare_block(const RowTensor& t, int64_t first, int64_t count, Comp
   }
   worst.error = std::max(worst.error, error);
   const double floor = t.epsilon / 2 * largest + t.noise;
-  const double ratio = error / (rounding + floor / kAllowedRatio);
+  worst.blocks.push_back({error, rounding, floor});
+  const double ratio = worst.blocks.back().ratio();
   if (ratio > worst.ratio) {
     worst.ratio = ratio;
     char text[160];
@@ -210,10 +241,8 @@ inline Verdict compare(const Setup& setup, const Truth& truth, const AttentionOu
       {"dk", result.dk, exact.dk, rounded.dk, heads_kv, dim, true, epsilon, truth.dqk_noise},
       {"dv", result.dv, exact.dv, rounded.dv, heads_kv, dim_v, true, epsilon, truth.dv_noise},
   };
-  for (const RowTensor& gradient : gradients) {
-    const Comparison one = compare_rows(gradient, truth.input);
-    if (one.ratio > verdict.backward.ratio) verdict.backward = one;
-  }
+  for (const RowTensor& gradient : gradients)
+    verdict.backward.add(compare_rows(gradient, truth.input));
   return verdict;
 }
 

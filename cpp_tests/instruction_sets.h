@@ -32,8 +32,12 @@ class ForcedInstructionSet {
 // Those that this build and this machine have, the emulated tiles included.
 inline std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> found;
-  for (const InstructionSet& set : std::vector<InstructionSet>{
-           {"portable"}, {"avx2"}, {"avx512"}, {"avx512_bf16", true}, {"amx", true}, {"amx-emulated", true}}) {
+  for (const InstructionSet& set : std::vector<InstructionSet>{{"portable"},
+                                                               {"avx2"},
+                                                               {"avx512"},
+                                                               {"avx512_bf16", true},
+                                                               {"amx", true},
+                                                               {"amx-emulated", true}}) {
     const ForcedInstructionSet forced(set.name);
     flashtile_build_info info = {};
     info.struct_size = sizeof info;

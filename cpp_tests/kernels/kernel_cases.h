@@ -85,11 +85,17 @@ inline std::map<std::string, std::vector<Schedule>> schedules_by_device() {
   return devices;
 }
 
-inline void run_case(const Setup& setup, const Truth& truth, const Backend& backend,
-                     ErrorTable& table) {
-  for (const auto& [device, its_schedules] : schedules_by_device()) {
-    const Attempt attempt = attempt_on_device(its_schedules, setup, truth, backend);
-    for (const Verdict& verdict : attempt.verdicts) table.add(device, setup, verdict);
+// On every device. `draw(seed)`: the setup and its truth with the values of a seed.
+template <class Draw>
+void run_case(uint64_t seed, const Draw& draw, const Backend& backend, ErrorTable& table) {
+  const std::pair<Setup, Truth> first = draw(seed);
+  for (const auto& device : schedules_by_device()) {
+    const std::vector<Schedule>& its_schedules = device.second;
+    const Attempt attempt = attempt_draws(seed, [&](uint64_t drawn) {
+      const std::pair<Setup, Truth> other = drawn == seed ? first : draw(drawn);
+      return attempt_on_device(its_schedules, other.first, other.second, backend);
+    });
+    for (const Verdict& verdict : attempt.verdicts) table.add(device.first, first.first, verdict);
     CHECK_MESSAGE(attempt.passed(), attempt.wrong);
   }
 }
@@ -104,8 +110,11 @@ inline void run_cases(const std::vector<Case>& cases, Dtype dtype, const HeadDim
   uint64_t seed = 1;
   for (const Case& spec : cases) {
     for (const Mask& mask : spec.masks) {
-      const Setup setup = make_setup(spec, dtype, head_dims, mask, seed++);
-      run_case(setup, Truth(setup), backend, table);
+      const auto draw = [&](uint64_t drawn) {
+        const Setup setup = make_setup(spec, dtype, head_dims, mask, drawn);
+        return std::pair(setup, Truth(setup));
+      };
+      run_case(seed++, draw, backend, table);
     }
   }
   table.print();
