@@ -51,6 +51,7 @@ test: build
 test-long: build
 	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
 	grep -h "mutants caught" build/Testing/Temporary/LastTest.log || echo 'no mutants: built without CUDA'
+	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers
