@@ -145,6 +145,7 @@ inline const std::vector<Cell>& matrix() {
     const size_t pairs = array.rows().size();
     array.extend(3);
     std::vector<Cell> cells;
+    cells.reserve(array.rows().size());
     for (size_t i = 0; i < array.rows().size(); ++i)
       cells.push_back(cell_of(array.rows()[i], static_cast<int>(i), i < pairs));
     return cells;

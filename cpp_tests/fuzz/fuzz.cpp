@@ -59,7 +59,10 @@ bool read_options(int argc, char** argv, Options& options) {
     const std::string key = argv[i];
     if (key == "--find") {
       options.find = true;
-    } else if (i + 1 == argc || !read_option(options, key, argv[++i])) {
+      continue;
+    }
+    ++i;
+    if (i == argc || !read_option(options, key, argv[i])) {
       std::printf("unknown or incomplete option %s; fuzz.cpp says what there is\n", key.c_str());
       return false;
     }

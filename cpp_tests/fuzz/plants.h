@@ -39,7 +39,7 @@ inline const std::vector<Plant>& plants() {
        [](const Setup&, AttentionInput& input) {
          if (input.heads != 3 * input.heads_kv || input.heads_kv == 1) return;
          const auto swap_heads = [&](std::vector<double>& tensor, int dim) {
-           const auto row = static_cast<size_t>(input.heads_kv * dim);
+           const auto row = static_cast<size_t>(input.heads_kv) * static_cast<size_t>(dim);
            for (size_t first = 0; first + row <= tensor.size(); first += row) {
              for (size_t d = 0; d < static_cast<size_t>(dim); ++d)
                std::swap(tensor[first + d], tensor[first + row - static_cast<size_t>(dim) + d]);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../attempt.h"
@@ -55,7 +56,7 @@ inline void scale_all(HostTensor& tensor, double factor) {
 inline void restride(HostTensor& tensor, Dtype dtype, const Strides& strides, int64_t start = 0) {
   HostTensor moved(dtype, tensor.extents(), strides, start);
   set_all(moved, [&](auto b, auto s, auto h, auto d) { return tensor.get(b, s, h, d); });
-  tensor = moved;
+  tensor = std::move(moved);
 }
 
 inline bool all_finite(const std::vector<double>& values) {

@@ -137,7 +137,8 @@ TEST("manual attention sees what the masks of this table say") {
       AttentionInput input = manual_input(make_setup(spec, Dtype::kFloat64, {4, keys}, row.mask));
       for (int j = 0; j < keys; ++j) {
         for (int d = 0; d < keys; ++d)
-          input.v[static_cast<size_t>(j * keys + d)] = j == d ? 1.0 : 0.0;
+          input.v[static_cast<size_t>(j) * static_cast<size_t>(keys) + static_cast<size_t>(d)] =
+              j == d ? 1.0 : 0.0;
       }
       const AttentionOutput output = manual_attention(input, Dtype::kFloat64);
       for (size_t i = 0; i < static_cast<size_t>(rows); ++i) {
