@@ -23,9 +23,7 @@ struct BackwardSm80 {
   using Smem = typename Shape::Smem;
   using Dq = typename Shape::Dq;
   using KeyTile = typename Shape::KeyTile;
-  using QueryTile = typename Shape::QueryTile;
   using ScoreTile = typename Shape::ScoreTile;
-  using GradColumns = typename Shape::GradColumns;
   using DqColumns = typename Shape::DqColumns;
   using QueryColumns = typename Shape::QueryColumns;
   using KeyColumns = typename Shape::KeyColumns;

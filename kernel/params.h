@@ -56,7 +56,6 @@ struct Problem {
   bool deterministic = false;
 
   constexpr bool is_varlen() const { return cu_seqlens_q != nullptr; }
-  constexpr bool is_causal() const { return band.right == 0; }
   // Rows that stride_seq runs over: of one batch when dense, of the whole tensor in varlen.
   constexpr int64_t rows_q() const { return is_varlen() ? total_q : seqlen_q; }
   constexpr int64_t rows_k() const { return is_varlen() ? total_k : seqlen_k; }

@@ -13,9 +13,6 @@ FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, int bytes
                "r"(bytes)
                : "memory");
 }
-FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
-  cp_async_16(shared, global, valid ? 16 : 0);
-}
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
@@ -33,9 +30,6 @@ FLASHTILE_DEVICE void cp_async_4_or_zero(uint32_t shared, const void* global, bo
       "cp.async.ca.shared.global [%0], [%1], 4, ignore;\n\t}" ::"r"(shared),
       "l"(global), "r"(static_cast<int>(has_source))
       : "memory");
-}
-FLASHTILE_DEVICE void cp_async_4(uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 FLASHTILE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
