@@ -10,9 +10,12 @@
 
 namespace flashtile::ptx {
 
-// Elements of a 4-D tensor, innermost dimension first.
+// Elements of a 4-D or 5-D tensor, innermost dimension first.
 struct Coordinates {
   int c0, c1, c2, c3;
+};
+struct Coordinates5 {
+  int c0, c1, c2, c3, c4;
 };
 
 // Fetches the descriptor ahead of its first use.
@@ -35,6 +38,21 @@ FLASHTILE_DEVICE void tma_store(const TensorMap& map, uint32_t shared, const Coo
       "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
       "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
       "r"(shared), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3)
+      : "memory");
+}
+FLASHTILE_DEVICE void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier,
+                               const Coordinates5& x) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3), "r"(x.c4)
+      : "memory");
+}
+FLASHTILE_DEVICE void tma_store(const TensorMap& map, uint32_t shared, const Coordinates5& x) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group "
+      "[%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+      "r"(shared), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3), "r"(x.c4)
       : "memory");
 }
 // The box at `x` += shared memory, in the tensor's format.
