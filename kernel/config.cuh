@@ -105,4 +105,17 @@ FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory
   }
 }
 
+// The backward over wgmma: two warpgroups compute, each for half of the block_k keys, and one loads.
+struct BackwardConfigSm90 {
+  int block_q, block_k;
+  int stages;  // blocks of Q and dO in shared memory, and of dS
+};
+
+FLASHTILE_HOST_DEVICE BackwardConfigSm90 backward_config_sm90(int head_dim) {
+  switch (head_dim) {
+    case 64: return {128, 128, 2};
+    default: return {64, 128, 2};
+  }
+}
+
 }  // namespace flashtile

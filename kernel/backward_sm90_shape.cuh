@@ -1,0 +1,89 @@
+// What the pieces of the sm_90a backward have in common: sizes, the map of shared memory, the order
+// of dQ, the arguments.
+#pragma once
+
+#include "backward_layout.cuh"
+#include "ptx/hopper.cuh"
+#include "tensor_map.h"
+#include "tile/accumulator.cuh"
+#include "tile/ring_sm90.cuh"
+
+namespace flashtile {
+
+// The arguments of the main kernel.
+struct BackwardLaunchSm90 {
+  BackwardLaunch base;
+  TensorMap q, k, v, dout;  // boxes of 64 columns and a block of rows
+};
+
+template <int kHeadDim>
+struct BackwardShapeSm90 {
+  static constexpr BackwardConfigSm90 kConfig = backward_config_sm90(kHeadDim);
+  static constexpr int kBlockQ = kConfig.block_q;
+  static constexpr int kBlockK = kConfig.block_k;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kWarpgroups = 2;  // that compute
+  static constexpr int kGroupThreads = 128;
+  static constexpr int kConsumers = kWarpgroups * kGroupThreads;
+  static constexpr int kThreads = kConsumers + kGroupThreads;
+  static constexpr int kGroupKeys = 64;  // rows of one wgmma
+  static_assert(kBlockK == kWarpgroups * kGroupKeys);
+
+  using KeyTile = SmemTile<kBlockK, kHeadDim>;    // K, V
+  using QueryTile = SmemTile<kBlockQ, kHeadDim>;  // Q, dO
+  using ScoreTile = SmemTile<kBlockQ, kBlockK>;   // dS: [query, key], a panel per warpgroup
+  using Slot = BackwardSlot<kBlockQ, kHeadDim>;
+  using QueryRing = Ring<kStages>;  // every warp that computes is a consumer
+  using Scores = Accumulator<16, kBlockQ>;     // S^T, dP^T: a warp's keys, all queries
+  using Gradient = Accumulator<16, kHeadDim>;  // dK, dV
+  // dQ: where a block has 64 queries a warpgroup takes half of the columns, else half of the rows.
+  static constexpr bool kSplitColumns = kBlockQ == 64;
+  static constexpr int kDqCols = kSplitColumns ? kHeadDim / kWarpgroups : kHeadDim;
+  static_assert(kBlockQ == 64 || kBlockQ == 128);
+  static_assert(kDqCols % kPanelCols == 0);
+
+  // Bytes.
+  static constexpr int kStatisticsBytes = 12 * kBlockQ;
+  static constexpr int kK = 0;
+  static constexpr int kV = kK + KeyTile::kBytes;
+  static constexpr int kQ = kV + KeyTile::kBytes;
+  static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
+  static constexpr int kScores = kDout + kStages * QueryTile::kBytes;
+  static constexpr int kStatistics = kScores + kStages * ScoreTile::kBytes;
+  static constexpr int kBarriers = kStatistics + kStages * kStatisticsBytes;
+  static constexpr int kKeysFull = kBarriers;  // one mbarrier: K and V have landed
+  static constexpr int kQRing = kKeysFull + kMbarrierBytes;
+  static constexpr int kDoutRing = kQRing + QueryRing::kBytes;  // of dO and the statistics
+  static constexpr int kBytes = kDoutRing + QueryRing::kBytes;
+  static_assert(kStatisticsBytes % 16 == 0 && kBytes <= kSharedLimitSm90);
+};
+
+// Named barriers of the warps that compute; 0 is __syncthreads.
+enum BackwardBarrier { kAllConsumers = 1, kOwnGroup = 2 };  // kOwnGroup + warpgroup
+
+// Where dQ's accumulators lie: [n8 block][thread][4], one float4 per thread.
+template <int kHeadDim>
+struct DqOrderSm90 {
+  using Shape = BackwardShapeSm90<kHeadDim>;
+  static constexpr int kBlockQ = Shape::kBlockQ;
+  static constexpr int kBlockFloats = 4 * Shape::kConsumers;  // from n8 block to n8 block
+
+  // Floats from the start of the slot to (row, col), col a multiple of 8. Columns col + 2 i and
+  // col + 2 i + 1 lie 4 i and 4 i + 1 floats further, i < 4.
+  static FLASHTILE_HOST_DEVICE int offset(int row, int col) {
+    const int group = Shape::kSplitColumns ? col / Shape::kDqCols : row / 64;
+    const int thread = group * Shape::kGroupThreads + row % 64 / 16 * 32 + row % 8 * 4;
+    return col % Shape::kDqCols / 8 * kBlockFloats + thread * 4 + row / 8 % 2 * 2;
+  }
+  static FLASHTILE_DEVICE void load(const float* slot, int row, int col, float (&x)[8]) {
+    const float* const source = slot + offset(row, col);
+    FLASHTILE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = *reinterpret_cast<const float2*>(source + 4 * i);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  }
+};
+
+}  // namespace flashtile
