@@ -226,9 +226,9 @@ struct ForwardSm90 {
       softmax.raise_maximum(s, [](int, int, float) {});
       exponentiate(softmax, s);
       round(p, s);
+      if (range.end - 1 > range.begin) shared.k_ring().wait(use + 1);
       FLASHTILE_ROLL
       for (int j = range.end - 2; j >= range.begin; --j, ++use) {
-        shared.k_ring().wait(use + 1);
         wait_for_turn();
         ptx::wgmma_fence();
         issue_scores(s, use + 1);
@@ -242,6 +242,9 @@ struct ForwardSm90 {
         const bool rescales = softmax.raise_maximum(
             s, [&](int, int half, float row_factor) { factor[half] = row_factor; });
         exponentiate(softmax, s);
+        // Here, so that ptxas does not move the exponentials behind the wait for O: it does not
+        // move them across a branch.
+        if (j > range.begin) shared.k_ring().wait(use + 2);
         finish_output(o, use);
         if (rescales) scale_rows(o, factor);
         round(p, s);
