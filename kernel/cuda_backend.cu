@@ -200,8 +200,8 @@ const char* sm80_family(Memory memory) {
   return memory == Memory::kLarge ? "sm80_large" : "sm80_small";
 }
 
-// Which kernels serve a call on a device: those for sm_90a on compute capability 9.0 where TMA takes
-// all tensors, else those for sm_80 and later, which take everything.
+// Which kernels serve a call on a device: those for sm_90a on compute capability 9.0 where TMA
+// takes all tensors, else those for sm_80 and later, which take everything.
 enum class Family { kSm80, kSm90 };
 
 // `note`: why not kSm90, on a device that has it.
@@ -211,14 +211,16 @@ Family forward_family(const ForwardParams& params, const Device& device, PlanNam
   TmaObstacle obstacle;
   for (const MappedTensor& tensor :
        {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
-        key_tensor("v", params.v, p, p.head_dim_v), query_tensor("out", params.out, p, p.head_dim_v)}) {
+        key_tensor("v", params.v, p, p.head_dim_v),
+        query_tensor("out", params.out, p, p.head_dim_v)}) {
     if (!obstacle) obstacle = tma_obstacle(tensor);
   }
   if (!obstacle && driver_encodes_tensor_maps()) return Family::kSm90;
-  std::snprintf(name.note, sizeof name.note,
-                "%s; the kernels for sm_90a take multiples of 16 bytes and distinct rows, those for "
-                "sm_80 run instead",
-                obstacle ? obstacle.text : "the driver has no cuTensorMapEncodeTiled");
+  std::snprintf(
+      name.note, sizeof name.note,
+      "%s; the kernels for sm_90a take multiples of 16 bytes and distinct rows, those for "
+      "sm_80 run instead",
+      obstacle ? obstacle.text : "the driver has no cuTensorMapEncodeTiled");
   return Family::kSm80;
 }
 

@@ -55,8 +55,8 @@ struct ForwardSm90 {
   using Output = Accumulator<16, kHeadDim>;
   using Softmax = OnlineSoftmax<16>;
 
-  // Shared memory: the stages of Q, each later O; those of K; those of V; the shifts of the softmax;
-  // mbarriers.
+  // Shared memory: the stages of Q, each later O; those of K; those of V; the shifts of the
+  // softmax; mbarriers.
   static constexpr int kFromQToK = kConfig.q_stages * QTile::kBytes;
   static constexpr int kFromQToV = kFromQToK + kConfig.stages * KvTile::kBytes;
   static constexpr int kFromQToShifts = kFromQToV + kConfig.stages * KvTile::kBytes;
@@ -95,9 +95,7 @@ struct ForwardSm90 {
     uint32_t first;
 
     FLASHTILE_DEVICE explicit Shared(uint32_t address) : first(address) {}
-    FLASHTILE_DEVICE uint32_t q(int use) const {
-      return first + QRing::stage(use) * QTile::kBytes;
-    }
+    FLASHTILE_DEVICE uint32_t q(int use) const { return first + QRing::stage(use) * QTile::kBytes; }
     FLASHTILE_DEVICE uint32_t k(int use) const {
       return first + kFromQToK + KvRing::stage(use) * KvTile::kBytes;
     }

@@ -8,7 +8,8 @@
 //   stride      1         row        row              head   batch
 //
 // Rows [r, r + n) of a box, n <= box rows, are the coordinates (box rows - n, r + n) of a map that
-// begins `box rows` rows before the tensor: whatever follows row r + n - 1 lies outside of dimension
+// begins `box rows` rows before the tensor: whatever follows row r + n - 1 lies outside of
+// dimension
 // 1. Loads leave zeros there and stores nothing; neither touches the memory behind.
 #pragma once
 
