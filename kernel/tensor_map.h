@@ -16,15 +16,10 @@
 #include <cstdint>
 
 #include "params.h"
+#include "ptx/tensor_map.h"
 #include "status.h"
 
 namespace flashtile {
-
-// CUtensorMap of cuda.h, which the core does not include: 128 bytes that the driver fills in.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
-static_assert(sizeof(TensorMap) == 128 && alignof(TensorMap) == 64);
 
 // A tensor argument and how far its strides run.
 struct MappedTensor {
