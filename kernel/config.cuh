@@ -55,6 +55,7 @@ struct ForwardSm90Config {
   int block_k;    // keys per step
   int consumers;  // warpgroups
   int stages;     // blocks of K, and of V, in shared memory
+  int q_stages;   // tiles of Q: 2, the next one arrives while one is worked on, where they fit
   int producer_registers, consumer_registers;
 
   FLASHTILE_HOST_DEVICE int block_q() const { return 64 * consumers; }
@@ -63,11 +64,11 @@ struct ForwardSm90Config {
 
 FLASHTILE_HOST_DEVICE ForwardSm90Config forward_sm90_config(int head_dim) {
   switch (head_dim) {
-    case 64: return {128, 3, 2, 32, 160};
+    case 64: return {128, 3, 2, 2, 32, 160};
     case 96:
-    case 128: return {128, 2, 2, 40, 232};
-    case 192: return {112, 2, 2, 40, 232};
-    default: return {80, 2, 2, 40, 232};
+    case 128: return {128, 2, 2, 2, 40, 232};
+    case 192: return {112, 2, 2, 1, 40, 232};
+    default: return {80, 2, 2, 1, 40, 232};
   }
 }
 

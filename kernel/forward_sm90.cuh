@@ -7,6 +7,8 @@
 // README.md).
 #pragma once
 
+#include <algorithm>
+
 #include "config.cuh"
 #include "launch.cuh"
 #include "params.h"
@@ -47,17 +49,19 @@ struct ForwardSm90 {
 
   using QTile = SmemTile<kQueries, kHeadDim>;
   using KvTile = SmemTile<kKeys, kHeadDim>;
+  using QRing = Ring<kConfig.q_stages>;
   using KvRing = Ring<kConfig.stages>;
   using Scores = Accumulator<16, kKeys>;
   using Output = Accumulator<16, kHeadDim>;
   using Softmax = OnlineSoftmax<16>;
 
-  // Shared memory: Q, later O; the stages of K; those of V; the shifts of the softmax; mbarriers.
-  static constexpr int kFromQToK = QTile::kBytes;
+  // Shared memory: the stages of Q, each later O; those of K; those of V; the shifts of the
+  // softmax; mbarriers.
+  static constexpr int kFromQToK = kConfig.q_stages * QTile::kBytes;
   static constexpr int kFromQToV = kFromQToK + kConfig.stages * KvTile::kBytes;
   static constexpr int kFromQToShifts = kFromQToV + kConfig.stages * KvTile::kBytes;
   static constexpr int kFromQToBarriers = kFromQToShifts + kQueries * sizeof(float);
-  static constexpr int kSharedBytes = kFromQToBarriers + Ring<1>::kBytes + 2 * KvRing::kBytes;
+  static constexpr int kSharedBytes = kFromQToBarriers + QRing::kBytes + 2 * KvRing::kBytes;
   static_assert(kSharedBytes <= kSharedLimitSm90);
   static_assert(QTile::kPanelBytes % 1024 == 0 && KvTile::kPanelBytes % 1024 == 0);
 
@@ -88,18 +92,19 @@ struct ForwardSm90 {
  private:
   // Where things are.
   struct Shared {
-    uint32_t q;
+    uint32_t first;
 
-    FLASHTILE_DEVICE explicit Shared(uint32_t address) : q(address) {}
+    FLASHTILE_DEVICE explicit Shared(uint32_t address) : first(address) {}
+    FLASHTILE_DEVICE uint32_t q(int use) const { return first + QRing::stage(use) * QTile::kBytes; }
     FLASHTILE_DEVICE uint32_t k(int use) const {
-      return q + kFromQToK + KvRing::stage(use) * KvTile::kBytes;
+      return first + kFromQToK + KvRing::stage(use) * KvTile::kBytes;
     }
     FLASHTILE_DEVICE uint32_t v(int use) const {
-      return q + kFromQToV + KvRing::stage(use) * KvTile::kBytes;
+      return first + kFromQToV + KvRing::stage(use) * KvTile::kBytes;
     }
-    FLASHTILE_DEVICE uint32_t shifts(int row) const { return q + kFromQToShifts + row * 4; }
-    FLASHTILE_DEVICE Ring<1> q_ring() const { return {q + kFromQToBarriers}; }
-    FLASHTILE_DEVICE KvRing k_ring() const { return {q + kFromQToBarriers + Ring<1>::kBytes}; }
+    FLASHTILE_DEVICE uint32_t shifts(int row) const { return first + kFromQToShifts + row * 4; }
+    FLASHTILE_DEVICE QRing q_ring() const { return {first + kFromQToBarriers}; }
+    FLASHTILE_DEVICE KvRing k_ring() const { return {first + kFromQToBarriers + QRing::kBytes}; }
     FLASHTILE_DEVICE KvRing v_ring() const { return {k_ring().barriers + KvRing::kBytes}; }
   };
 
@@ -133,7 +138,7 @@ struct ForwardSm90 {
       const Sequence& sequence = work.sequence;
       const int batch = static_cast<int>(sequence.batch);
       shared.q_ring().acquire(tile, QTile::kBytes);
-      load_tile<QTile>(shared.q, params.q, shared.q_ring().full(tile),
+      load_tile<QTile>(shared.q(tile), params.q, shared.q_ring().full(tile),
                        {static_cast<int>(sequence.row_q) + work.q0, sequence.seqlen_q - work.q0,
                         work.head, batch});
       ++tile;
@@ -156,13 +161,10 @@ struct ForwardSm90 {
   struct Consumer {
     Shared shared;
     int warpgroup;
-    uint32_t q;   // descriptor of its rows of Q
     int use = 0;  // of the rings of K and V
 
     FLASHTILE_DEVICE Consumer(const Shared& shared, int warpgroup)
-        : shared(shared),
-          warpgroup(warpgroup),
-          q(tile_descriptor<QTile>(shared.q, warpgroup * kRows)) {}
+        : shared(shared), warpgroup(warpgroup) {}
 
     // Products are issued in turn, so that one warpgroup's run while another has its softmax.
     FLASHTILE_DEVICE void wait_for_turn() const {
@@ -174,8 +176,8 @@ struct ForwardSm90 {
     }
     FLASHTILE_DEVICE static bool is_first_thread() { return ptx::thread_index() % 128 == 0; }
 
-    // S = Q K^T of a use of the ring.
-    FLASHTILE_DEVICE void issue_scores(Scores& s, int use) const {
+    // S = Q K^T of a use of the ring. `q`: descriptor of this warpgroup's rows.
+    FLASHTILE_DEVICE void issue_scores(Scores& s, uint32_t q, int use) const {
       issue_ABt<T, QTile, KvTile>(s, q, tile_descriptor<KvTile>(shared.k(use)));
       ptx::wgmma_commit();
     }
@@ -214,24 +216,24 @@ struct ForwardSm90 {
     }
 
     // All blocks of a range that is not empty: O, not yet divided by the row sums.
-    FLASHTILE_DEVICE void attend(Output& o, Softmax& softmax, const BlockRange& range,
+    FLASHTILE_DEVICE void attend(Output& o, Softmax& softmax, uint32_t q, const BlockRange& range,
                                  const BandEdges& edges) {
       Scores s;
       uint32_t p[kKeys / 16][4];
       shared.k_ring().wait(use);
       ptx::wgmma_fence();
-      issue_scores(s, use);
+      issue_scores(s, q, use);
       finish_scores<0>(s, use);
       hide(s, range, edges, range.end - 1);
       softmax.raise_maximum(s, [](int, int, float) {});
       exponentiate(softmax, s);
       round(p, s);
+      if (range.end - 1 > range.begin) shared.k_ring().wait(use + 1);
       FLASHTILE_ROLL
       for (int j = range.end - 2; j >= range.begin; --j, ++use) {
-        shared.k_ring().wait(use + 1);
         wait_for_turn();
         ptx::wgmma_fence();
-        issue_scores(s, use + 1);
+        issue_scores(s, q, use + 1);
         shared.v_ring().wait(use);
         ptx::wgmma_fence();
         issue_output(o, p, use);
@@ -242,6 +244,9 @@ struct ForwardSm90 {
         const bool rescales = softmax.raise_maximum(
             s, [&](int, int half, float row_factor) { factor[half] = row_factor; });
         exponentiate(softmax, s);
+        // Here, so that ptxas does not move the exponentials behind the wait for O: it does not
+        // move them across a branch.
+        if (j > range.begin) shared.k_ring().wait(use + 2);
         finish_output(o, use);
         if (rescales) scale_rows(o, factor);
         round(p, s);
@@ -266,12 +271,13 @@ struct ForwardSm90 {
       clear(o);
       Softmax softmax(params.scale_log2, shared.shifts(warp_row));
       shared.q_ring().wait(tile);
-      if (params.negate_q) negate_rows<QTile>(shared.q, warpgroup, kOwnBarrier + warpgroup);
+      if (params.negate_q) negate_rows<QTile>(shared.q(tile), warpgroup, kOwnBarrier + warpgroup);
       if (!range.empty()) {
         const BandEdges edges(band_mask(params, work), work.q0 + warp_row, lane);
-        consumer.attend(o, softmax, range, edges);
+        const uint32_t q = tile_descriptor<QTile>(shared.q(tile), warpgroup * kRows);
+        consumer.attend(o, softmax, q, range, edges);
       }
-      finish(params, work, o, softmax, shared, warpgroup);
+      finish(params, work, o, softmax, shared.q(tile), warpgroup);
       if (Consumer::is_first_thread()) shared.q_ring().release(tile);
       ++tile;
     });
@@ -279,8 +285,7 @@ struct ForwardSm90 {
 
   // O / row sum and the LSE to global memory; O over this warpgroup's rows of Q.
   FLASHTILE_DEVICE static void finish(const Params& params, const QueryTile& work, Output& o,
-                                      const Softmax& softmax, const Shared& shared,
-                                      int warpgroup) {
+                                      const Softmax& softmax, uint32_t tile, int warpgroup) {
     const BandMask mask = band_mask(params, work);
     const Sequence& sequence = work.sequence;
     const int lane = ptx::thread_index() % 32;
@@ -303,12 +308,12 @@ struct ForwardSm90 {
       }
     }
     scale_rows(o, factor);
-    store_fragments<T, QTile>(shared.q, warp_row, lane, o);
+    store_fragments<T, QTile>(tile, warp_row, lane, o);
     ptx::fence_proxy_async_shared();
     ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there
     const int count = rows - warpgroup * kRows;
     if (Consumer::is_first_thread() && count > 0) {
-      store_rows<QTile, kRows>(params.out, shared.q, warpgroup * kRows,
+      store_rows<QTile, kRows>(params.out, tile, warpgroup * kRows,
                                {static_cast<int>(sequence.row_q) + work.q0 + warpgroup * kRows,
                                 count, work.head, static_cast<int>(sequence.batch)});
       ptx::bulk_commit();
@@ -324,13 +329,32 @@ struct ForwardSm90 {
   }
 };
 
+// Whether all tiles take equally long. Then a thread block on each multiprocessor works on several
+// tiles and loads the next one while it stores; otherwise the hardware deals them out, one a block,
+// the longest first.
+inline bool is_uniform(const Problem& problem) {
+  return !problem.is_varlen() && problem.seqused_q == nullptr && problem.seqused_k == nullptr &&
+         problem.band.left < 0 && problem.band.right < 0;
+}
+
+inline Status count_multiprocessors(int& count) {
+  int device = 0;
+  if (Status s = check_cuda(cudaGetDevice(&device), "cudaGetDevice")) return s;
+  return check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+                    "cudaDeviceGetAttribute(MultiProcessorCount)");
+}
+
 template <int kHeadDim, class T>
 Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
   using Kernel = ForwardSm90<kHeadDim, T>;
   const Problem& problem = params.problem;
   const int64_t tiles = query_tile_count(problem, Kernel::kQueries);
   if (tiles == 0) return FLASHTILE_OK;
-  ForwardSm90Params p{.problem = problem,
+  ForwardSm90Params p{.q = {},
+                      .k = {},
+                      .v = {},
+                      .out = {},
+                      .problem = problem,
                       .lse = params.lse,
                       .query_blocks = static_cast<int32_t>(query_blocks(problem, Kernel::kQueries)),
                       .tiles = static_cast<int32_t>(tiles),
@@ -347,7 +371,13 @@ Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stre
   for (const auto& [tensor, box_rows, map] : maps) {
     if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
   }
-  return launch<Kernel>(p, tiles, stream);
+  int64_t blocks = tiles;
+  if (is_uniform(problem)) {
+    int multiprocessors = 0;
+    if (Status s = count_multiprocessors(multiprocessors)) return s;
+    blocks = std::min<int64_t>(tiles, multiprocessors);
+  }
+  return launch<Kernel>(p, blocks, stream);
 }
 
 template <int kHeadDim>

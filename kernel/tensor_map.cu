@@ -73,16 +73,16 @@ TmaObstacle tma_obstacle(const MappedTensor& tensor) {
 Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& map) {
   const Encode encode = find_encode();
   if (encode == nullptr) {
-    return fail(FLASHTILE_DEVICE_ERROR,
-                "the driver has no cuTensorMapEncodeTiled; allowed: drivers of CUDA 12.0 and later");
+    return fail(
+        FLASHTILE_DEVICE_ERROR,
+        "the driver has no cuTensorMapEncodeTiled; allowed: drivers of CUDA 12.0 and later");
   }
   const View& view = tensor.view;
   const int64_t row = stride_bytes(view.stride_seq, tensor.rows);
-  const cuuint64_t extents[] = {static_cast<cuuint64_t>(tensor.head_dim),
-                                static_cast<cuuint64_t>(box_rows),
-                                static_cast<cuuint64_t>(tensor.rows + box_rows),
-                                static_cast<cuuint64_t>(tensor.heads),
-                                static_cast<cuuint64_t>(tensor.batch)};
+  const cuuint64_t extents[] = {
+      static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(box_rows),
+      static_cast<cuuint64_t>(tensor.rows + box_rows), static_cast<cuuint64_t>(tensor.heads),
+      static_cast<cuuint64_t>(tensor.batch)};
   const cuuint64_t strides[] = {
       static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(row),
       static_cast<cuuint64_t>(stride_bytes(view.stride_head, tensor.heads)),
@@ -90,11 +90,10 @@ Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& ma
   const cuuint32_t box[] = {kPanelCols, static_cast<cuuint32_t>(box_rows), 1, 1, 1};
   const cuuint32_t every[] = {1, 1, 1, 1, 1};
   void* const first = static_cast<char*>(view.data) - box_rows * row;
-  const CUresult result =
-      encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, first,
-             extents, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, first, extents,
+      strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return FLASHTILE_OK;
   return fail(FLASHTILE_DEVICE_ERROR, "cuTensorMapEncodeTiled refused %s: error %d", tensor.name,
               static_cast<int>(result));

@@ -8,22 +8,18 @@
 //   stride      1         row        row              head   batch
 //
 // Rows [r, r + n) of a box, n <= box rows, are the coordinates (box rows - n, r + n) of a map that
-// begins `box rows` rows before the tensor: whatever follows row r + n - 1 lies outside of dimension
+// begins `box rows` rows before the tensor: whatever follows row r + n - 1 lies outside of
+// dimension
 // 1. Loads leave zeros there and stores nothing; neither touches the memory behind.
 #pragma once
 
 #include <cstdint>
 
 #include "params.h"
+#include "ptx/tensor_map.h"
 #include "status.h"
 
 namespace flashtile {
-
-// CUtensorMap of cuda.h, which the core does not include: 128 bytes that the driver fills in.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
-static_assert(sizeof(TensorMap) == 128 && alignof(TensorMap) == 64);
 
 // A tensor argument and how far its strides run.
 struct MappedTensor {

@@ -5,8 +5,8 @@
 // memory through the async proxy: a fence_proxy_async_shared() of the writers comes first.
 #pragma once
 
-#include "../tensor_map.h"
 #include "common.cuh"
+#include "tensor_map.h"
 
 namespace flashtile::ptx {
 

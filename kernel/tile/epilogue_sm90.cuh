@@ -1,4 +1,5 @@
-// A warpgroup's rows in registers and in a tile of shared memory that TMA stores from or has loaded.
+// A warpgroup's rows in registers and in a tile of shared memory that TMA stores from or has
+// loaded.
 #pragma once
 
 #include "../ptx/hopper.cuh"
@@ -43,8 +44,7 @@ FLASHTILE_DEVICE void negate_rows(uint32_t tile, int warpgroup, int barrier) {
     const uint32_t address =
         rows + i / kPanelChunks * Tile::kPanelBytes + i % kPanelChunks * kChunkBytes;
     const uint4 x = ptx::lds_u32x4(address);
-    ptx::sts_u32x4(address,
-                   make_uint4(x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns));
+    ptx::sts_u32x4(address, make_uint4(x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns));
   }
   ptx::fence_proxy_async_shared();
   ptx::named_barrier_sync(barrier, 128);  // the signs are there, also for the products

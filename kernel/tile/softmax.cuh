@@ -60,8 +60,7 @@ struct OnlineSoftmax {
   // The same; where rescaling is needed, calls rescale_row(m, half, factor) for each row of the
   // warp instead. Returns whether it did, the same in all lanes.
   template <int kKeys, class RescaleRow>
-  FLASHTILE_DEVICE bool raise_maximum(Accumulator<kRows, kKeys>& s,
-                                      const RescaleRow& rescale_row) {
+  FLASHTILE_DEVICE bool raise_maximum(Accumulator<kRows, kKeys>& s, const RescaleRow& rescale_row) {
     float top[kRowBlocks][2];  // of this lane's columns
     bool exceeds = false;
     FLASHTILE_UNROLL
