@@ -23,13 +23,13 @@ FLASHTILE_DEVICE float2 unpack<__half>(uint32_t x) {
   return __half22float2(__half2(raw));
 }
 
-template <class T, int kHeadDim, Memory kMemory>
+// kBlockQ: of the main kernel. kCounters: how many counters of turns a slot has.
+template <class T, int kHeadDim, int kBlockQ, int kCounters>
 struct BackwardDelta {
   using Params = BackwardLaunch;
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
-  static constexpr int kBlockQ = backward_config(kHeadDim, kMemory).block_q;
   static constexpr int kLanes = kHeadDim == 192 ? 32 : kHeadDim / 8;  // a power of two
   static constexpr int kRowsPerPass = kThreads / kLanes;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
@@ -85,8 +85,10 @@ struct BackwardDelta {
 
   static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
     if (!launch.params.problem.deterministic || thread != 0) return;
-    launch.turns[ptx::block_index()] = 0;  // the grid is [num_heads, slots_q], too
-    if (ptx::block_index() == 0) launch.turns[launch.params.problem.num_heads * launch.slots_q] = 0;
+    // The grid is [num_heads, slots_q], too; the tickets' counter comes last.
+    for (int i = 0; i < kCounters; ++i) launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;
+    if (ptx::block_index() == 0)
+      launch.turns[kCounters * launch.params.problem.num_heads * launch.slots_q] = 0;
   }
 
   static FLASHTILE_DEVICE void clear_dq(float* dq, int thread) {

@@ -1,22 +1,21 @@
 // Last launch of the backward: dQ from fp32 in accumulator order to rows of T, times the scale.
 //
-// One block per slot and head. Each thread writes up to 16 bytes of a row; its eight values are two
-// runs of four floats (even and odd columns of four neighbouring lanes of the main kernel). Rows
-// that see no key and rows that are not in use are 0, whatever K holds.
+// One block per slot and head. Each thread writes up to 16 bytes of a row: eight values of four
+// neighbouring lanes of the main kernel, which `Order` finds. Rows that see no key and rows that are
+// not in use are 0, whatever K holds.
 #pragma once
 
 #include "backward_layout.cuh"
 
 namespace flashtile {
 
-template <class T, int kHeadDim, Memory kMemory>
+template <class T, int kHeadDim, class Order>
 struct BackwardDq {
   using Params = BackwardLaunch;
-  using Order = DqOrder<kHeadDim, kMemory>;
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
-  static constexpr int kBlockQ = Order::kConfig.block_q;
+  static constexpr int kBlockQ = Order::kBlockQ;
   static constexpr int kChunks = kHeadDim / 8;  // of a row
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
 
@@ -36,7 +35,7 @@ struct BackwardDq {
       const bool is_zero = row >= block.rows || statistics[Slot::lse(row)] == INFINITY;
       const uint4 x =
           is_zero ? make_uint4(0, 0, 0, 0)
-                  : scaled(accumulator + Order::offset(row, 8 * chunk), p.problem.softmax_scale);
+                  : scaled(accumulator, row, 8 * chunk, p.problem.softmax_scale);
       char* const target =
           static_cast<char*>(p.dq.data) +
           2 * (element_offset(p.dq, s.batch, s.row_q + block.row0 + row, block.head) + 8 * chunk);
@@ -45,12 +44,12 @@ struct BackwardDq {
   }
 
  private:
-  static FLASHTILE_DEVICE uint4 scaled(const float* source, float scale) {
-    const float4 even = *reinterpret_cast<const float4*>(source);
-    const float4 odd = *reinterpret_cast<const float4*>(source + Order::kThreads);
+  static FLASHTILE_DEVICE uint4 scaled(const float* slot, int row, int col, float scale) {
+    float x[8];
+    Order::load(slot, row, col, x);
     return make_uint4(
-        ptx::pack<T>(even.x * scale, odd.x * scale), ptx::pack<T>(even.y * scale, odd.y * scale),
-        ptx::pack<T>(even.z * scale, odd.z * scale), ptx::pack<T>(even.w * scale, odd.w * scale));
+        ptx::pack<T>(x[0] * scale, x[1] * scale), ptx::pack<T>(x[2] * scale, x[3] * scale),
+        ptx::pack<T>(x[4] * scale, x[5] * scale), ptx::pack<T>(x[6] * scale, x[7] * scale));
   }
 };
 

@@ -22,12 +22,12 @@
 
 namespace flashtile {
 
-// The arguments of the three kernels.
+// The arguments of the kernels before and after the main one, and most of its own.
 struct BackwardLaunch {
   BackwardParams params;
   float* statistics = nullptr;      // [num_heads, slots_q, 4 block_q]
   float* dq_accumulator = nullptr;  // [num_heads, slots_q, block_q * head_dim]
-  int* turns = nullptr;  // [num_heads, slots_q], then the ticket counter; only when deterministic
+  int* turns = nullptr;  // counters per head and slot, then that of tickets; if deterministic
   int64_t slots_q = 0;
   int64_t slots_k = 0;
   float scale_log2 = 0.0f;      // softmax_scale * log2(e)
@@ -75,6 +75,7 @@ struct ColumnSplit {
 template <int kHeadDim, Memory kMemory>
 struct DqOrder {
   static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  static constexpr int kBlockQ = kConfig.block_q;
   static constexpr int kWarpCols = kConfig.warps() / kConfig.dq_warps_q;
   static constexpr int kRows = kConfig.block_q / kConfig.dq_warps_q;  // of one warp
   using Columns = ColumnSplit<kHeadDim, kWarpCols>;
@@ -88,6 +89,19 @@ struct DqOrder {
     const int block = row % kRows / 16 * (kCols / 8) + Columns::col_in_part(col) / 8;
     const int first_register = block * 4 + row / 8 % 2 * 2;
     return first_register * kThreads + warp * 32 + row % 8 * 4;
+  }
+  // Columns col to col + 7 of a row.
+  static FLASHTILE_DEVICE void load(const float* slot, int row, int col, float (&x)[8]) {
+    const float* const source = slot + offset(row, col);
+    const float4 even = *reinterpret_cast<const float4*>(source);
+    const float4 odd = *reinterpret_cast<const float4*>(source + kThreads);
+    const float evens[4] = {even.x, even.y, even.z, even.w};
+    const float odds[4] = {odd.x, odd.y, odd.z, odd.w};
+    FLASHTILE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = evens[i];
+      x[2 * i + 1] = odds[i];
+    }
   }
 };
 

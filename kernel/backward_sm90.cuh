@@ -29,6 +29,7 @@ struct BackwardSm90 {
   using Gradient = typename Shape::Gradient;
   using Slot = typename Shape::Slot;
   using Ring = typename Shape::QueryRing;
+  using Seen = SeenPairs<Shape::kBlockQ / 8>;
   using Turns = std::conditional_t<kDeterministic, GroupTurns<Shape>, NoGroupTurns>;
   using Packed = uint32_t[Shape::kBlockQ / 16][4];  // P^T, dS^T: register operands, pairs of T
   static constexpr int kBlockQ = Shape::kBlockQ;
@@ -37,22 +38,18 @@ struct BackwardSm90 {
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSharedBytes = Shape::kBytes;
   static constexpr int kScoreBlocks = kBlockQ / 8;
+  // dV runs while dS is computed, where there are registers for P^T in fp32 and in 16 bits.
+  static constexpr bool kEarlyDv = kBlockQ == 64;
 
   // Blocks of queries: kClean ones are whole and seen whole. kHuge: exp2(S - lse) may be anything,
   // see BackwardDelta.
   enum Block { kClean, kEdge, kHuge };
 
-  // Of a thread of warpgroup kGroup.
+  // Of a thread that computes. What is not needed in every step is found again instead of kept.
   struct State {
+    const BackwardLaunch& launch;
     uint32_t smem;
-    int thread;         // 0 to 255
-    uint32_t ds_place;  // where the lane stores its first row of dS
-    LaneBand band;
-    int seqlen_q;
-    float scale_log2;
     int use = 0;  // of the rings
-    float* dq;  // the lane's first float4 of the block at hand
-    Turns turns;
     Gradient dk, dv;
   };
 
@@ -83,8 +80,13 @@ struct BackwardSm90 {
   }
 
   template <Block kBlock>
-  static FLASHTILE_DEVICE void pack(Packed& packed, const Scores& x,
-                                    const SeenPairs<kScoreBlocks>& seen) {
+  static FLASHTILE_DEVICE Seen seen_pairs(const State& my, int q0) {
+    if constexpr (kBlock == kClean) return Seen();
+    return Seen(LaneBand(read_word<BandNotes>(my.smem + Shape::kNotes), q0, ptx::thread_index()));
+  }
+  // As register operands.
+  template <Block kBlock>
+  static FLASHTILE_DEVICE void pack(Packed& packed, const Scores& x, const Seen& seen) {
     FLASHTILE_UNROLL
     for (int k = 0; k < kBlockQ / 16; ++k) {
       to_operand<T>(packed[k], x, 0, k);
@@ -94,10 +96,34 @@ struct BackwardSm90 {
       }
     }
   }
+  // dP^T - delta -> dS^T
+  static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {
+    FLASHTILE_UNROLL
+    for (int n = 0; n < kScoreBlocks; ++n) {
+      FLASHTILE_UNROLL
+      for (int i = 0; i < 4; ++i) ds.d[0][n][i] *= p.d[0][n][i];
+    }
+  }
 
-  // One block of queries.
+  // dS^T, register operands, to dS in shared memory.
+  static FLASHTILE_DEVICE void store_scores(uint32_t tile, const Packed& packed) {
+    const int thread = ptx::thread_index(), lane = thread % 32;
+    const int query = lane / 16 * 8 + lane % 8, chunk = thread / 32 * 2 + lane / 8 % 2;
+    const uint32_t place = tile + ScoreTile::offset(query, chunk);
+    FLASHTILE_UNROLL
+    for (int k = 0; k < kBlockQ / 16; ++k)
+      ptx::stmatrix_x4_trans(place + k * 16 * kPanelRowBytes, packed[k]);
+  }
+  // dV += P^T dO
+  static FLASHTILE_DEVICE void issue_dv(Gradient& dv, const Packed& p, uint32_t dout) {
+    ptx::wgmma_fence();
+    issue_AB<T, QueryTile>(dv, p, tile_descriptor<QueryTile>(dout));
+    ptx::wgmma_commit();
+  }
+
+  // One block of queries: that at `slot` of the workspace, the first of its head at `first_slot`.
   template <int kGroup, Block kBlock>
-  static FLASHTILE_DEVICE void step(State& my, int query_block) {
+  static FLASHTILE_DEVICE void step(State& my, int slot, int first_slot) {
     constexpr int kFirstKey = kGroup * Shape::kGroupKeys;
     const int use = my.use, stage = Ring::stage(use);
     const Ring q_ring = {my.smem + Shape::kQRing}, dout_ring = {my.smem + Shape::kDoutRing};
@@ -105,7 +131,7 @@ struct BackwardSm90 {
     const uint32_t dout = my.smem + Shape::kDout + stage * QueryTile::kBytes;
     const uint32_t scores = my.smem + Shape::kScores + stage * ScoreTile::kBytes;
     const uint32_t statistics = my.smem + Shape::kStatistics + stage * Shape::kStatisticsBytes +
-                                my.thread % 4 * 16;
+                                ptx::thread_index() % 4 * 16;
     q_ring.wait(use);
     Scores p;
     ptx::wgmma_fence();
@@ -124,7 +150,7 @@ struct BackwardSm90 {
 
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(p.d[0]);  // S^T is there
-    probabilities(p, statistics, my.scale_log2);
+    probabilities(p, statistics, my.launch.scale_log2);
     if constexpr (kBlock == kHuge) {
       FLASHTILE_UNROLL
       for (int n = 0; n < kScoreBlocks; ++n) {
@@ -132,27 +158,24 @@ struct BackwardSm90 {
         for (int i = 0; i < 4; ++i) p.d[0][n][i] = ptx::min_nan(p.d[0][n][i], 1.0f);
       }
     }
-    const SeenPairs<kScoreBlocks> seen(my.band, query_block * kBlockQ);
+    const Seen seen = seen_pairs<kBlock>(my, (slot - first_slot) * kBlockQ);
     Packed packed_p;
-    pack<kBlock>(packed_p, p, seen);
-    ptx::wgmma_fence();
-    issue_AB<T, QueryTile>(my.dv, packed_p, tile_descriptor<QueryTile>(dout));  // dV += P^T dO
-    ptx::wgmma_commit();
-
-    ptx::wgmma_wait<1>();
+    if constexpr (kEarlyDv) {
+      pack<kBlock>(packed_p, p, seen);
+      issue_dv(my.dv, packed_p, dout);
+      ptx::wgmma_wait<1>();
+    } else {
+      ptx::wgmma_wait<0>();
+    }
     ptx::keep_in_order(ds.d[0]);  // dP^T - delta is there
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kScoreBlocks; ++n) {
-      FLASHTILE_UNROLL
-      for (int i = 0; i < 4; ++i) ds.d[0][n][i] *= p.d[0][n][i];
-    }
     Packed packed_ds;
-    pack<kBlock>(packed_ds, ds, seen);
-    const uint32_t ds_place = my.ds_place + stage * ScoreTile::kBytes;
-    FLASHTILE_UNROLL
-    for (int k = 0; k < kBlockQ / 16; ++k) {
-      ptx::stmatrix_x4_trans(ds_place + k * 16 * kPanelRowBytes, packed_ds[k]);
+    multiply(ds, p);
+    if constexpr (!kEarlyDv) {
+      pack<kBlock>(packed_p, p, seen);
+      issue_dv(my.dv, packed_p, dout);
     }
+    pack<kBlock>(packed_ds, ds, seen);
+    store_scores(scores, packed_ds);
     ptx::fence_proxy_async_shared();
     // dS of the block is complete. Two blocks ago its place was read: by products that whoever
     // stored dS of the last block had waited for.
@@ -171,18 +194,19 @@ struct BackwardSm90 {
 
     ptx::wgmma_wait<2>();
     ptx::keep_in_order(my.dv.d[0]);  // dO has been read
-    if (my.thread % 32 == 0) dout_ring.release(use);
+    if (ptx::thread_index() % 32 == 0) dout_ring.release(use);
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(dq.d[0]);  // dQ is there
-    my.turns.template wait<kGroup>(query_block);
+    Turns::template wait<kGroup>(my.launch, my.smem + Shape::kNotes, slot, slot - first_slot);
+    float* const dq_place =
+        my.launch.dq_accumulator + int64_t{slot} * Slot::kDq + ptx::thread_index() * 4;
     FLASHTILE_UNROLL
     for (int n = 0; n < Shape::kDqCols / 8; ++n)
-      ptx::red_add(my.dq + n * DqOrderSm90<kHeadDim>::kBlockFloats, dq.d[0][n]);
-    my.turns.template pass<kGroup>();
+      ptx::red_add(dq_place + n * DqOrderSm90<kHeadDim>::kBlockFloats, dq.d[0][n]);
+    Turns::template pass<kGroup>(my.launch, slot);
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(my.dk.d[0]);  // Q has been read
-    if (my.thread % 32 == 0) q_ring.release(use);
-    my.dq += Slot::kDq;
+    if (ptx::thread_index() % 32 == 0) q_ring.release(use);
     ++my.use;
   }
 
@@ -195,110 +219,139 @@ struct BackwardSm90 {
     return __any_sync(0xffffffffu, huge) != 0;
   }
 
-  // All blocks of queries of one head that see the keys.
+  // All blocks of queries of one head that see the keys; the sequence's first is at `first_slot`.
   template <int kGroup>
-  static FLASHTILE_DEVICE void walk(const BackwardLaunch& launch, State& my, const RowBlock& block,
-                                    const BlockRange& range, int head) {
-    const int64_t slot = head * launch.slots_q + block.first_slot_q + range.begin;
-    my.dq = launch.dq_accumulator + slot * Slot::kDq + my.thread * 4;
-    my.turns.start(launch, slot);
-    int i = range.begin;
-    if (has_huge_scores(launch.statistics + slot * Slot::kStatistics, range.end - range.begin,
-                        my.thread % 32)) {
+  static FLASHTILE_DEVICE void walk(State& my, int first_slot) {
+    const uint32_t notes = my.smem + Shape::kNotes;
+    const RangeNotes range = read_word<RangeNotes>(notes);
+    int slot = first_slot + range.begin;
+    const float* const statistics = my.launch.statistics + int64_t{slot} * Slot::kStatistics;
+    if (has_huge_scores(statistics, range.end - range.begin, ptx::thread_index() % 32)) {
+      const int end = first_slot + range.end;
       FLASHTILE_ROLL
-      for (; i < range.end; ++i) step<kGroup, kHuge>(my, i);
+      for (; slot < end; ++slot) step<kGroup, kHuge>(my, slot, first_slot);
       return;
     }
-    const int clean_end = min(range.full_end, my.seqlen_q / kBlockQ);
+    int until = first_slot + range.full_begin;
     FLASHTILE_ROLL
-    for (int until = range.full_begin;; until = range.end) {
+    while (true) {
       FLASHTILE_ROLL
-      for (; i < until; ++i) step<kGroup, kEdge>(my, i);
+      for (; slot < until; ++slot) step<kGroup, kEdge>(my, slot, first_slot);
+      until = first_slot + read_word<RangeNotes>(notes).clean_end;
       FLASHTILE_ROLL
-      for (; i < clean_end; ++i) step<kGroup, kClean>(my, i);
-      if (i >= range.end) break;
+      for (; slot < until; ++slot) step<kGroup, kClean>(my, slot, first_slot);
+      until = first_slot + read_word<RangeNotes>(notes).end;
+      if (slot >= until) break;
     }
   }
 
+  // One past the last head's first_slot.
+  static FLASHTILE_DEVICE int end_of_heads(const BackwardLaunch& launch, uint32_t notes) {
+    const Problem& p = launch.params.problem;
+    const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
+    return read_word<BandNotes>(notes).first_slot + group * static_cast<int>(launch.slots_q);
+  }
+
   template <int kGroup>
-  static FLASHTILE_DEVICE void consume(const BackwardLaunch& launch, uint32_t smem,
-                                       const RowBlock& block, const BandMask& mask,
-                                       const BlockRange& range) {
-    const int thread = ptx::thread_index(), lane = thread % 32, warp = thread % 128 / 32;
-    const int key = kGroup * Shape::kGroupKeys + warp * 16;
-    State my{.smem = smem,
-             .thread = thread,
-             .ds_place = smem + Shape::kScores +
-                         ScoreTile::offset(lane / 16 * 8 + lane % 8, key / 8 + lane / 8 % 2),
-             .band = LaneBand(mask, block.row0, block.rows, key + lane / 4, lane),
-             .seqlen_q = block.sequence.seqlen_q,
-             .scale_log2 = launch.scale_log2,
-             .dq = nullptr,
-             .turns = Turns(mask, block)};
+  static FLASHTILE_DEVICE void consume(const BackwardLaunch& launch, uint32_t smem) {
+    State my{.launch = launch, .smem = smem};
     clear(my.dk);
     clear(my.dv);
-    if (!range.empty()) {
+    const uint32_t notes = smem + Shape::kNotes;
+    const RangeNotes range = read_word<RangeNotes>(notes);
+    if (range.begin < range.end) {
       ptx::mbarrier_wait(smem + Shape::kKeysFull, 0);
-      const int group = static_cast<int>(launch.params.problem.num_heads /
-                                         launch.params.problem.num_heads_kv);
+      int first_slot = read_word<BandNotes>(notes).first_slot;
       FLASHTILE_ROLL
-      for (int head = block.head * group; head < (block.head + 1) * group; ++head)
-        walk<kGroup>(launch, my, block, range, head);
+      do {
+        walk<kGroup>(my, first_slot);
+        first_slot += static_cast<int>(launch.slots_q);
+      } while (first_slot < end_of_heads(launch, notes));
     }
-    store(launch, smem, block, my.dk, my.dv, key);
+    store(launch, smem, my.dk, my.dv);
   }
 
   // dK and dV to global memory, in the places of K and V.
   static FLASHTILE_DEVICE void store(const BackwardLaunch& launch, uint32_t smem,
-                                     const RowBlock& block, const Gradient& dk, const Gradient& dv,
-                                     int key) {
+                                     const Gradient& dk, const Gradient& dv) {
     using Copy = RowCopy<KeyTile, Shape::kConsumers>;
     const BackwardParams& p = launch.params;
-    const int thread = ptx::thread_index();
+    const int thread = ptx::thread_index(), lane = thread % 32;
+    const int key = thread / 32 * 16;
     const uint32_t dk_tile = smem + Shape::kK, dv_tile = smem + Shape::kV;
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // nobody reads K and V any more
-    stage_gradient<T, KeyTile, 1>(dk_tile, dk, p.problem.softmax_scale, key, 0, thread % 32);
-    stage_gradient<T, KeyTile, 1>(dv_tile, dv, 1.0f, key, 0, thread % 32);
+    stage_gradient<T, KeyTile, 1>(dk_tile, dk, p.problem.softmax_scale, key, 0, lane);
+    stage_gradient<T, KeyTile, 1>(dv_tile, dv, 1.0f, key, 0, lane);
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // dK and dV are complete
+    // Found again here, so that nothing of it was kept in registers during the main loop.
+    const RowBlock block =
+        key_block(launch, read_word<HeadNotes>(smem + Shape::kNotes).index);
     store_rows<Copy, KeyTile>(p.dk, launch.dk, block, dk_tile, thread);
     store_rows<Copy, KeyTile>(p.dv, launch.dv, block, dv_tile, thread);
   }
 
-  static FLASHTILE_DEVICE void init_barriers(uint32_t smem) {
+  static FLASHTILE_DEVICE RowBlock key_block(const BackwardLaunch& launch, int index) {
+    return row_block<Rows::kKeys, kBlockK, kBlockQ>(launch.params.problem, launch.slots_k, index);
+  }
+
+  // By one thread.
+  static FLASHTILE_DEVICE void prepare(const BackwardLaunch& launch, uint32_t smem,
+                                       const RowBlock& block, int index) {
+    const Problem& p = launch.params.problem;
+    const Sequence& s = block.sequence;
+    const uint32_t notes = smem + Shape::kNotes;
+    const BandMask mask(p.band, s.seqlen_q, s.seqlen_k);
+    const BlockRange range =
+        block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
+    const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
+    write_word(notes, RangeNotes{.begin = range.begin,
+                                 .full_begin = range.full_begin,
+                                 .clean_end = min(range.full_end, s.seqlen_q / kBlockQ),
+                                 .end = range.end});
+    write_word(notes, BandNotes{.begin = block.row0 - mask.highest + 1,
+                                .end = block.row0 - mask.lowest + 1,
+                                .keys = block.rows,
+                                .first_slot = static_cast<int>(block.head * group * launch.slots_q +
+                                                               block.first_slot_q)});
+    write_word(notes, RowNotes{.key_row = static_cast<int>(s.row_k) + block.row0,
+                               .query_row = static_cast<int>(s.row_q),
+                               .seqlen_q = s.seqlen_q,
+                               .batch = static_cast<int>(s.batch)});
+    write_word(notes, HeadNotes{.head_kv = block.head,
+                                .key_block = block.row0 / kBlockK,
+                                .lowest_key = mask.lowest,
+                                .index = index});
     ptx::mbarrier_init(smem + Shape::kKeysFull, 1);
     Ring{smem + Shape::kQRing}.init(Shape::kConsumers / 32);
     Ring{smem + Shape::kDoutRing}.init(Shape::kConsumers / 32);
     ptx::fence_mbarrier_init();
   }
 
+  // By all threads.
   static FLASHTILE_DEVICE int work_index(const BackwardLaunch& launch, char* shared) {
     if constexpr (!kDeterministic) return ptx::block_index();
     return take_ticket(GroupTurns<Shape>::tickets(launch), shared);
   }
 
   static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {
-    const Problem& problem = launch.base.params.problem;
     const int index = work_index(launch.base, shared);
-    const RowBlock block =
-        row_block<Rows::kKeys, kBlockK, kBlockQ>(problem, launch.base.slots_k, index);
-    if (block.empty()) return;
     const uint32_t smem = ptx::shared_address(shared);
-    if (ptx::thread_index() == 0) init_barriers(smem);
-    __syncthreads();  // the barriers exist
-    const BandMask mask(problem.band, block.sequence.seqlen_q, block.sequence.seqlen_k);
-    const BlockRange range =
-        block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
-    const int warp = ptx::warp_uniform(ptx::thread_index() / 32);
+    const int thread = ptx::thread_index();
+    const RowBlock block = key_block(launch.base, index);
+    if (block.empty()) return;
+    if (thread == 0) prepare(launch.base, smem, block, index);
+    __syncthreads();  // the notes and the mbarriers are there
+    const int warp = ptx::warp_uniform(thread / 32);
     if (warp >= Shape::kConsumers / 32) {
       ptx::setmaxnreg_dec<24>();
-      if (warp == Shape::kConsumers / 32 && !range.empty() && ptx::elect_one())
-        BackwardProducer<Shape>{launch, smem}.run(block, range);
+      if (warp == Shape::kConsumers / 32 && ptx::elect_one())
+        BackwardProducer<Shape>{launch, smem}.run();
     } else {
       ptx::setmaxnreg_inc<240>();
       if (warp < Shape::kGroupThreads / 32) {
-        consume<0>(launch.base, smem, block, mask, range);
+        consume<0>(launch.base, smem);
       } else {
-        consume<1>(launch.base, smem, block, mask, range);
+        consume<1>(launch.base, smem);
       }
     }
   }

@@ -16,33 +16,39 @@ struct BackwardProducer {
   uint32_t smem;
 
   // K, V, then all blocks of queries of the heads that share them.
-  FLASHTILE_DEVICE void run(const RowBlock& block, const BlockRange& range) const {
+  FLASHTILE_DEVICE void run() const {
     const Problem& p = launch.base.params.problem;
-    const Sequence& s = block.sequence;
-    TmaRows rows = {static_cast<int>(s.row_k) + block.row0, block.rows, block.head,
-                    static_cast<int>(s.batch)};
+    const uint32_t notes = smem + Shape::kNotes;
+    const RangeNotes range = read_word<RangeNotes>(notes);
+    if (range.begin >= range.end) return;
+    const RowNotes where = read_word<RowNotes>(notes);
+    const BandNotes band = read_word<BandNotes>(notes);
+    const HeadNotes heads = read_word<HeadNotes>(notes);
+    TmaRows rows = {where.key_row, band.keys, heads.head_kv, where.batch};
     const uint32_t keys_full = smem + Shape::kKeysFull;
     ptx::mbarrier_arrive_expect_tx(keys_full, 2 * KeyTile::kBytes);
     load_tile<KeyTile>(smem + Shape::kK, launch.k, keys_full, rows);
     load_tile<KeyTile>(smem + Shape::kV, launch.v, keys_full, rows);
 
     const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
+    int slot = band.first_slot + range.begin;
     int use = 0;  // of the rings
+    rows.head = heads.head_kv * group;
     FLASHTILE_ROLL
-    for (int head = block.head * group; head < (block.head + 1) * group; ++head) {
-      const float* statistics = launch.base.statistics +
-                                (head * launch.base.slots_q + block.first_slot_q + range.begin) *
-                                    Shape::Slot::kStatistics;
-      rows.head = head;
-      rows.row = static_cast<int>(s.row_q) + range.begin * Shape::kBlockQ;
-      rows.count = s.seqlen_q - range.begin * Shape::kBlockQ;
+    for (int i = 0; i < group; ++i) {
+      const float* statistics =
+          launch.base.statistics + int64_t{slot} * Shape::Slot::kStatistics;
+      rows.row = where.query_row + range.begin * Shape::kBlockQ;
+      rows.count = where.seqlen_q - range.begin * Shape::kBlockQ;
       FLASHTILE_ROLL
-      for (int i = range.begin; i < range.end; ++i, ++use) {
+      for (int blocks = range.end - range.begin; blocks > 0; --blocks, ++use) {
         load_queries(use, statistics, rows);
         statistics += Shape::Slot::kStatistics;
         rows.row += Shape::kBlockQ;
         rows.count -= Shape::kBlockQ;
       }
+      slot += static_cast<int>(launch.base.slots_q);
+      ++rows.head;
     }
   }
 

@@ -10,6 +10,47 @@
 
 namespace flashtile {
 
+// What a thread block has to do. One thread finds out and leaves notes in shared memory, one 16-byte
+// word per subject; whoever needs a word reads it then, since registers are what the main loop
+// lacks.
+struct RangeNotes {  // blocks of queries, within the sequence; none if begin >= end
+  int begin, full_begin;
+  int clean_end;  // one past the last block that is whole and seen whole
+  int end;
+  static constexpr int kOffset = 0;
+};
+struct BandNotes {  // for key `i` of the block
+  int begin;        // i + begin is the first query that sees it
+  int end;          // i + end is one past the last one
+  int keys;         // of the block, in use
+  int first_slot;   // of the sequence's first block of queries, in the first query head
+  static constexpr int kOffset = 16;
+};
+struct RowNotes {
+  int key_row;    // of the block's first key, in k
+  int query_row;  // of the sequence's first query, in q
+  int seqlen_q;
+  int batch;
+  static constexpr int kOffset = 32;
+};
+struct HeadNotes {
+  int head_kv;
+  int key_block;   // index of the block in its sequence
+  int lowest_key;  // BandMask::lowest
+  int index;       // of the thread block's work
+  static constexpr int kOffset = 48;
+};
+inline constexpr int kBackwardNotesBytes = 64;
+
+template <class Notes>
+FLASHTILE_DEVICE Notes read_word(uint32_t notes) {
+  return __builtin_bit_cast(Notes, ptx::lds_u32x4(notes + Notes::kOffset));
+}
+template <class Notes>
+FLASHTILE_DEVICE void write_word(uint32_t notes, const Notes& word) {
+  ptx::sts_u32x4(notes + Notes::kOffset, __builtin_bit_cast(uint4, word));
+}
+
 // The arguments of the main kernel.
 struct BackwardLaunchSm90 {
   BackwardLaunch base;
@@ -54,7 +95,8 @@ struct BackwardShapeSm90 {
   static constexpr int kKeysFull = kBarriers;  // one mbarrier: K and V have landed
   static constexpr int kQRing = kKeysFull + kMbarrierBytes;
   static constexpr int kDoutRing = kQRing + QueryRing::kBytes;  // of dO and the statistics
-  static constexpr int kBytes = kDoutRing + QueryRing::kBytes;
+  static constexpr int kNotes = (kDoutRing + QueryRing::kBytes + 15) / 16 * 16;
+  static constexpr int kBytes = kNotes + kBackwardNotesBytes;
   static_assert(kStatisticsBytes % 16 == 0 && kBytes <= kSharedLimitSm90);
 };
 

@@ -8,51 +8,44 @@
 namespace flashtile {
 
 struct NoGroupTurns {
-  FLASHTILE_DEVICE NoGroupTurns(const BandMask&, const RowBlock&) {}
-  FLASHTILE_DEVICE void start(const BackwardLaunch&, int64_t) {}
   template <int kGroup>
-  FLASHTILE_DEVICE void wait(int) const {}
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch&, uint32_t, int, int) {}
   template <int kGroup>
-  FLASHTILE_DEVICE void pass() {}
+  static FLASHTILE_DEVICE void pass(const BackwardLaunch&, int) {}
 };
 
 // Counters [num_heads, slots_q, 2]: which key block of the sequence comes next.
 template <class Shape>
 struct GroupTurns {
-  int lowest;     // BandMask's
-  int key_block;  // index of the block of keys in the sequence
-  int* next;      // the counters of the block of queries at hand
-
-  FLASHTILE_DEVICE GroupTurns(const BandMask& mask, const RowBlock& block)
-      : lowest(mask.lowest), key_block(block.row0 / Shape::kBlockK), next(nullptr) {}
-
-  static FLASHTILE_HOST_DEVICE int64_t count(int64_t slots) {
-    return Shape::kWarpgroups * slots + 1;
-  }
   static FLASHTILE_DEVICE int* tickets(const BackwardLaunch& launch) {
-    return launch.turns +
-           Shape::kWarpgroups * launch.params.problem.num_heads * launch.slots_q;
+    return counter(launch, launch.params.problem.num_heads * launch.slots_q, 0);
   }
 
-  FLASHTILE_DEVICE void start(const BackwardLaunch& launch, int64_t slot) {
-    next = launch.turns + Shape::kWarpgroups * slot;
-  }
-  // Until all key blocks from the first that visits the block of queries have passed.
+  // Until all key blocks from the first that visits query block `block` have passed.
   template <int kGroup>
-  FLASHTILE_DEVICE void wait(int query_block) const {
-    if (ptx::thread_index() % Shape::kGroupThreads == 0) {
-      const int first_key = max(query_block * Shape::kBlockQ + lowest, 0);
-      const int turn = key_block - first_key / Shape::kBlockK;
-      while (ptx::atomic_add_acquire(next + kGroup, 0) < turn) {
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, uint32_t notes, int slot,
+                                    int block) {
+    if (is_first_thread()) {
+      const HeadNotes my = read_word<HeadNotes>(notes);
+      const int first_key = max(block * Shape::kBlockQ + my.lowest_key, 0);
+      const int turn = my.key_block - first_key / Shape::kBlockK;
+      while (ptx::atomic_add_acquire(counter(launch, slot, kGroup), 0) < turn) {
       }
     }
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn
   }
   template <int kGroup>
-  FLASHTILE_DEVICE void pass() {
+  static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, int slot) {
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // dQ has been added to
-    if (ptx::thread_index() % Shape::kGroupThreads == 0) ptx::red_add_release(next + kGroup, 1);
-    next += Shape::kWarpgroups;
+    if (is_first_thread()) ptx::red_add_release(counter(launch, slot, kGroup), 1);
+  }
+
+ private:
+  static FLASHTILE_DEVICE int* counter(const BackwardLaunch& launch, int64_t slot, int group) {
+    return launch.turns + Shape::kWarpgroups * slot + group;
+  }
+  static FLASHTILE_DEVICE bool is_first_thread() {
+    return ptx::thread_index() % Shape::kGroupThreads == 0;
   }
 };
 

@@ -24,4 +24,12 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream);
 template <int kHeadDim, Memory kMemory>
 size_t backward_workspace_sm80(const Problem& problem);
 
+// For sm_90a; q, k, v and dout are tensors that TMA takes (tensor_map.h).
+template <int kHeadDim>
+Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream);
+
+// Bytes of params.workspace that launch_backward_sm90 uses.
+template <int kHeadDim>
+size_t backward_workspace_sm90(const Problem& problem);
+
 }  // namespace flashtile

@@ -1,0 +1,62 @@
+// The backward on sm_90a: three launches on one stream.
+#pragma once
+
+#include "backward_sm90.cuh"
+#include "backward_workspace.cuh"
+#include "slices.cuh"
+
+namespace flashtile {
+
+template <int kHeadDim>
+BackwardWorkspace backward_workspace_parts_sm90(const Problem& problem) {
+  using Shape = BackwardShapeSm90<kHeadDim>;
+  return backward_workspace<Shape::kBlockQ, kHeadDim, Shape::kWarpgroups>(problem);
+}
+
+template <int kHeadDim>
+size_t backward_workspace_sm90(const Problem& problem) {
+  return backward_workspace_parts_sm90<kHeadDim>(problem).bytes;
+}
+
+template <class T, int kHeadDim>
+Status launch_backward(const BackwardLaunchSm90& launch_params, CUstream_st* stream) {
+  using Shape = BackwardShapeSm90<kHeadDim>;
+  using Delta = BackwardDelta<T, kHeadDim, Shape::kBlockQ, Shape::kWarpgroups>;
+  const BackwardLaunch& base = launch_params.base;
+  const Problem& p = base.params.problem;
+  const int64_t query_blocks = base.slots_q * p.num_heads;
+  const int64_t key_blocks = base.slots_k * p.num_heads_kv;
+  if (Status s = launch<Delta>(base, query_blocks, stream)) return s;
+  if (Status s =
+          p.deterministic
+              ? launch<BackwardSm90<T, kHeadDim, true>>(launch_params, key_blocks, stream)
+              : launch<BackwardSm90<T, kHeadDim, false>>(launch_params, key_blocks, stream)) {
+    return s;
+  }
+  return launch<BackwardDq<T, kHeadDim, DqOrderSm90<kHeadDim>>>(base, query_blocks, stream);
+}
+
+template <int kHeadDim>
+Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
+  using Shape = BackwardShapeSm90<kHeadDim>;
+  const Problem& p = params.problem;
+  BackwardLaunchSm90 launch_params;
+  launch_params.base =
+      backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p), Shape::kBlockK);
+  const struct {
+    MappedTensor tensor;
+    int box_rows;
+    TensorMap& map;
+  } maps[] = {
+      {query_tensor("q", params.q, p, p.head_dim), Shape::kBlockQ, launch_params.q},
+      {key_tensor("k", params.k, p, p.head_dim), Shape::kBlockK, launch_params.k},
+      {key_tensor("v", params.v, p, p.head_dim_v), Shape::kBlockK, launch_params.v},
+      {query_tensor("dout", params.dout, p, p.head_dim_v), Shape::kBlockQ, launch_params.dout}};
+  for (const auto& [tensor, box_rows, map] : maps) {
+    if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
+  }
+  return p.dtype == Dtype::kFloat16 ? launch_backward<__half, kHeadDim>(launch_params, stream)
+                                    : launch_backward<__nv_bfloat16, kHeadDim>(launch_params, stream);
+}
+
+}  // namespace flashtile
