@@ -7,21 +7,9 @@
 #pragma once
 
 #include "backward_layout.cuh"
+#include "tile/unpack.cuh"
 
 namespace flashtile {
-
-// A pair of 16-bit elements as fp32.
-template <class T>
-FLASHTILE_DEVICE float2 unpack(uint32_t x);
-template <>
-FLASHTILE_DEVICE float2 unpack<__nv_bfloat16>(uint32_t x) {
-  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
-template <>
-FLASHTILE_DEVICE float2 unpack<__half>(uint32_t x) {
-  const __half2_raw raw = {static_cast<unsigned short>(x), static_cast<unsigned short>(x >> 16)};
-  return __half22float2(__half2(raw));
-}
 
 // kBlockQ: of the main kernel. kCounters: how many counters of turns a slot has.
 template <class T, int kHeadDim, int kBlockQ, int kCounters>

@@ -68,29 +68,46 @@ struct BackwardShapeSm90 {
   static constexpr int kConsumers = kWarpgroups * kGroupThreads;
   static constexpr int kThreads = kConsumers + kGroupThreads;
   static constexpr int kGroupKeys = 64;  // rows of one wgmma
-  static_assert(kBlockK == kWarpgroups * kGroupKeys);
+  // Both warpgroups have the same keys: one computes P and dV, the other dS and dK.
+  static constexpr bool kRoles = kBlockK == kGroupKeys;
+  static_assert(kRoles || kBlockK == kWarpgroups * kGroupKeys);
 
   using KeyTile = SmemTile<kBlockK, kHeadDim>;    // K, V
   using QueryTile = SmemTile<kBlockQ, kHeadDim>;  // Q, dO
-  using ScoreTile = SmemTile<kBlockQ, kBlockK>;   // dS: [query, key], a panel per warpgroup
+  using ScoreTile = SmemTile<kBlockQ, kBlockK>;   // dS: [query, key]
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
   using QueryRing = Ring<kStages>;  // every warp that computes is a consumer
-  using Scores = Accumulator<16, kBlockQ>;     // S^T, dP^T: a warp's keys, all queries
-  using Gradient = Accumulator<16, kHeadDim>;  // dK, dV
-  // dQ: where a block has 64 queries a warpgroup takes half of the columns, else half of the rows.
-  static constexpr bool kSplitColumns = kBlockQ == 64;
-  static constexpr int kDqCols = kSplitColumns ? kHeadDim / kWarpgroups : kHeadDim;
-  static_assert(kBlockQ == 64 || kBlockQ == 128);
-  static_assert(kDqCols % kPanelCols == 0);
+  using Scores = Accumulator<16, kBlockQ>;         // S^T, dP^T: a warp's keys, all queries
+  using Packed = uint32_t[kBlockQ / 16][4];        // P^T, dS^T: register operands, pairs of T
+  using Gradient = Accumulator<16, kHeadDim>;      // dK, dV
+
+  // dQ: with 128 queries each warpgroup takes half of the rows, with 64 some panels of columns.
+  static constexpr bool kSplitRows = kBlockQ == 128;
+  static constexpr int kFirstPanels = (kHeadDim / kPanelCols + 1) / 2;  // of the first warpgroup
+  static_assert(kSplitRows || (kBlockQ == 64 && kHeadDim % kPanelCols == 0));
+  static FLASHTILE_HOST_DEVICE int dq_panel(int group) {
+    return kSplitRows ? 0 : group * kFirstPanels;
+  }
+  static FLASHTILE_HOST_DEVICE int dq_cols(int group) {
+    if (kSplitRows) return kHeadDim;
+    return group == 0 ? kFirstPanels * kPanelCols : kHeadDim - kFirstPanels * kPanelCols;
+  }
+  // Floats of dQ in the slot before those of a warpgroup.
+  static FLASHTILE_HOST_DEVICE int dq_floats(int group) {
+    return 64 * (kSplitRows ? group * kHeadDim : dq_panel(group) * kPanelCols);
+  }
 
   // Bytes.
   static constexpr int kStatisticsBytes = 12 * kBlockQ;
+  static constexpr int kScoreStages = kRoles ? 1 : 2;
   static constexpr int kK = 0;
   static constexpr int kV = kK + KeyTile::kBytes;
   static constexpr int kQ = kV + KeyTile::kBytes;
   static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
   static constexpr int kScores = kDout + kStages * QueryTile::kBytes;
-  static constexpr int kStatistics = kScores + kStages * ScoreTile::kBytes;
+  static constexpr int kExchange = kScores + kScoreStages * ScoreTile::kBytes;  // P^T, of roles
+  static constexpr int kStatistics =
+      kExchange + (kRoles ? kGroupThreads * static_cast<int>(sizeof(Packed)) : 0);
   static constexpr int kBarriers = kStatistics + kStages * kStatisticsBytes;
   static constexpr int kKeysFull = kBarriers;  // one mbarrier: K and V have landed
   static constexpr int kQRing = kKeysFull + kMbarrierBytes;
@@ -101,21 +118,27 @@ struct BackwardShapeSm90 {
 };
 
 // Named barriers of the warps that compute; 0 is __syncthreads.
-enum BackwardBarrier { kAllConsumers = 1, kOwnGroup = 2 };  // kOwnGroup + warpgroup
+enum BackwardBarrier {
+  kAllConsumers = 1,
+  kOwnGroup = 2,  // and 3: of one warpgroup
+  kProbabilitiesThere = 4,
+  kScoresThere = 5
+};
 
-// Where dQ's accumulators lie: [n8 block][thread][4], one float4 per thread.
+// Where dQ's accumulators lie: [warpgroup][n8 block][thread][4], one float4 per thread.
 template <int kHeadDim>
 struct DqOrderSm90 {
   using Shape = BackwardShapeSm90<kHeadDim>;
   static constexpr int kBlockQ = Shape::kBlockQ;
-  static constexpr int kBlockFloats = 4 * Shape::kConsumers;  // from n8 block to n8 block
+  static constexpr int kBlockFloats = 4 * Shape::kGroupThreads;  // from n8 block to n8 block
 
   // Floats from the start of the slot to (row, col), col a multiple of 8. Columns col + 2 i and
   // col + 2 i + 1 lie 4 i and 4 i + 1 floats further, i < 4.
   static FLASHTILE_HOST_DEVICE int offset(int row, int col) {
-    const int group = Shape::kSplitColumns ? col / Shape::kDqCols : row / 64;
-    const int thread = group * Shape::kGroupThreads + row % 64 / 16 * 32 + row % 8 * 4;
-    return col % Shape::kDqCols / 8 * kBlockFloats + thread * 4 + row / 8 % 2 * 2;
+    const int group = Shape::kSplitRows ? row / 64 : col >= Shape::dq_cols(0);
+    const int thread = row % 64 / 16 * 32 + row % 8 * 4;
+    const int block = (col - Shape::dq_panel(group) * kPanelCols) / 8;
+    return Shape::dq_floats(group) + block * kBlockFloats + thread * 4 + row / 8 % 2 * 2;
   }
   static FLASHTILE_DEVICE void load(const float* slot, int row, int col, float (&x)[8]) {
     const float* const source = slot + offset(row, col);
