@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <type_traits>
 
 #include "backend.h"
@@ -204,15 +205,12 @@ const char* sm80_family(Memory memory) {
 // takes all tensors, else those for sm_80 and later, which take everything.
 enum class Family { kSm80, kSm90 };
 
-// `note`: why not kSm90, on a device that has it.
-Family forward_family(const ForwardParams& params, const Device& device, PlanName& name) {
+// `name.note`: why not kSm90, on a device that has it.
+Family family_of(const Device& device, std::initializer_list<MappedTensor> tensors,
+                 PlanName& name) {
   if (!kHasSm90 || device.capability != 90) return Family::kSm80;
-  const Problem& p = params.problem;
   TmaObstacle obstacle;
-  for (const MappedTensor& tensor :
-       {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
-        key_tensor("v", params.v, p, p.head_dim_v),
-        query_tensor("out", params.out, p, p.head_dim_v)}) {
+  for (const MappedTensor& tensor : tensors) {
     if (!obstacle) obstacle = tma_obstacle(tensor);
   }
   if (!obstacle && driver_encodes_tensor_maps()) return Family::kSm90;
@@ -222,6 +220,44 @@ Family forward_family(const ForwardParams& params, const Device& device, PlanNam
       "sm_80 run instead",
       obstacle ? obstacle.text : "the driver has no cuTensorMapEncodeTiled");
   return Family::kSm80;
+}
+Family forward_family(const ForwardParams& params, const Device& device, PlanName& name) {
+  const Problem& p = params.problem;
+  return family_of(
+      device,
+      {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
+       key_tensor("v", params.v, p, p.head_dim_v), query_tensor("out", params.out, p, p.head_dim_v)},
+      name);
+}
+// The other tensors are read and written without TMA.
+Family backward_family(const BackwardParams& params, const Device& device, PlanName& name) {
+  const Problem& p = params.problem;
+  return family_of(device,
+                   {query_tensor("q", params.q, p, p.head_dim),
+                    key_tensor("k", params.k, p, p.head_dim),
+                    key_tensor("v", params.v, p, p.head_dim_v),
+                    query_tensor("dout", params.dout, p, p.head_dim_v)},
+                   name);
+}
+
+// Enough for either family: which one serves is not known before the tensors are.
+Status backward_workspace(const Problem& problem, const Device& device, size_t& bytes) {
+  if (Status s = visit_slice<BackwardHeadDims>(
+          problem, device.memory, [&](auto dim, auto memory) {
+            bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
+            return FLASHTILE_OK;
+          })) {
+    return s;
+  }
+  if constexpr (kHasSm90) {
+    if (device.capability == 90) {
+      return visit_head_dim(BackwardSm90HeadDims{}, problem, [&](auto dim) {
+        bytes = std::max(bytes, backward_workspace_sm90<dim.value>(problem));
+        return FLASHTILE_OK;
+      });
+    }
+  }
+  return FLASHTILE_OK;
 }
 
 }  // namespace
@@ -256,9 +292,15 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto memory) {
+  if (Status s = backward_workspace(problem, device, workspace_bytes)) return s;
+  if (backward_family(params, device, name) == Family::kSm90) {
+    return visit_head_dim(BackwardSm90HeadDims{}, problem, [&](auto dim) {
+      write_name(name, "backward", "sm90", problem, dim.value);
+      return FLASHTILE_OK;
+    });
+  }
+  return visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto) {
     write_name(name, "backward", sm80_family(device.memory), problem, dim.value);
-    workspace_bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
     return FLASHTILE_OK;
   });
 }
@@ -286,6 +328,14 @@ Status backward(const BackwardParams& params, int device_index, CUstream_st* str
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
+  if constexpr (kHasSm90) {
+    PlanName unused;
+    if (backward_family(params, device, unused) == Family::kSm90) {
+      return visit_head_dim(BackwardSm90HeadDims{}, params.problem, [&](auto dim) {
+        return launch_backward_sm90<dim.value>(params, stream);
+      });
+    }
+  }
   return visit_slice<BackwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_backward_sm80<dim.value, memory.value>(params, stream);
   });

@@ -46,9 +46,10 @@ inline bool tma_takes(const HostTensor& tensor) {
 }
 
 inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Schedule& schedule) {
-  if (!schedule.has_sm90 || pass != "forward") return false;
-  return tma_takes(setup.q) && tma_takes(setup.k) && tma_takes(setup.v) &&
-         tma_takes(make_tensor(setup, Role::kOut, setup.extents_out));
+  const bool takes_inputs =
+      schedule.has_sm90 && tma_takes(setup.q) && tma_takes(setup.k) && tma_takes(setup.v);
+  if (pass == "backward") return takes_inputs && tma_takes(setup.dout);
+  return takes_inputs && tma_takes(make_tensor(setup, Role::kOut, setup.extents_out));
 }
 
 inline std::string expected_plan(const std::string& pass, const Setup& setup,
