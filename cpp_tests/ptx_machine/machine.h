@@ -21,6 +21,7 @@ struct Device {
   int smem_optin = 163 * 1024;  // dynamic + static shared memory of one block, after opting in
   int smem_per_sm = 164 * 1024;
   int sm_count = 108;
+  int driver_version = 13000;  // below 12000 there is no cuTensorMapEncodeTiled
   int compute_capability() const { return cc_major * 10 + cc_minor; }
 };
 inline constexpr Device kSm80 = {8, 0, 163 * 1024, 164 * 1024, 108};
@@ -119,10 +120,6 @@ class Machine {
   void set_resident_blocks(int count) { resident_blocks_ = count; }
   int resident_blocks() const { return resident_blocks_; }
 
-  // Whether cudaGetDriverEntryPointByVersion finds cuTensorMapEncodeTiled.
-  void set_driver(int version) { driver_version_ = version; }
-  int driver_version() const { return driver_version_; }
-
   // Off: no race, in-flight or uninitialised-read check (bounds stay); for timing only.
   void set_checks(bool on) { checks_ = on; }
   bool checks() const { return checks_; }
@@ -165,7 +162,6 @@ class Machine {
   uint64_t budget_ = 20'000'000;
   bool checks_ = true;
   int resident_blocks_ = 1;
-  int driver_version_ = 13000;
   std::vector<Report> reports_;
   Counters counters_;
 };

@@ -216,7 +216,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 // The driver: one function is asked for by name.
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = ptx::machine().driver_version();
+  *version = ptx::machine().device().driver_version;
   return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {
@@ -226,7 +226,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* status) {
-  const int driver = ptx::machine().driver_version();
+  const int driver = ptx::machine().device().driver_version;
   const bool known = std::string(symbol) == "cuTensorMapEncodeTiled";
   const bool found = known && driver >= 12000 && static_cast<int>(version) <= driver;
   *function = found ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
