@@ -129,6 +129,7 @@ TEST("other devices have no note") {
   Call call;
   ptx::machine().configure(ptx::kSm80);
   char note[256] = "unset";
+  if (flashtile_can_run(&call.params, note, sizeof note) == FLASHTILE_NOT_BUILT) SKIP(note);
   CHECK_EQ(flashtile_can_run(&call.params, note, sizeof note), FLASHTILE_OK);
   CHECK_EQ(std::string(note), std::string());
 }
