@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdio>
 
 #include "tile/smem_tile.cuh"
@@ -20,15 +21,25 @@ constexpr int64_t kAlignment = 16;  // of rows
 constexpr int64_t kStrideLimit = int64_t{1} << 40;
 constexpr int kMostBoxRows = 256;
 
-// Null where the driver is too old.
+constexpr int kFirstDriver = 12000;  // that has the function
+
+// Null where the driver does not have it.
 Encode find_encode() {
+  static std::atomic<Encode> known = nullptr;  // of this process, once found
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver < kFirstDriver) {
+    cudaGetLastError();  // the caller's next check must not find it
+    return nullptr;
+  }
+  if (const Encode encode = known.load(std::memory_order_relaxed)) return encode;
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) cudaGetLastError();  // the caller's next check must not find it
-  const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-  return usable ? reinterpret_cast<Encode>(entry) : nullptr;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &entry, kFirstDriver, cudaEnableDefault, &found);
+  if (error != cudaSuccess) cudaGetLastError();
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  known.store(reinterpret_cast<Encode>(entry), std::memory_order_relaxed);
+  return reinterpret_cast<Encode>(entry);
 }
 
 // Bytes; along a dimension of one element a stride is never used, and any legal one will do.

@@ -39,9 +39,9 @@ inline bool tma_takes(const HostTensor& tensor) {
   const Extents& e = tensor.extents();
   const Strides& s = tensor.strides();
   const auto takes = [](int64_t stride, int64_t extent) {
-    return extent == 1 || (stride > 0 && stride % 8 == 0);
+    return extent <= 1 || (stride > 0 && stride % 8 == 0);
   };
-  return !e.empty() && e.dim % 8 == 0 && tensor.start_byte() % 16 == 0 && takes(s.seq, e.seq) &&
+  return e.seq > 0 && e.dim % 8 == 0 && tensor.start_byte() % 16 == 0 && takes(s.seq, e.seq) &&
          takes(s.head, e.heads) && takes(s.batch, e.batch);
 }
 

@@ -31,7 +31,7 @@ const std::vector<Model>& models() {
   // sm_90a runs those that only it has, with so few multiprocessors that a block gets many tiles.
   static const ptx::Device sm90_old_driver = [] {
     ptx::Device device = ptx::kSm90;
-    device.encodes_tensor_maps = false;
+    device.driver_version = 11080;
     return device;
   }();
   static const ptx::Device sm90a = [] {
