@@ -43,6 +43,7 @@ Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
   BackwardLaunchSm90 launch_params;
   launch_params.base =
       backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p), Shape::kBlockK);
+  if (launch_params.base.slots_q == 0) return FLASHTILE_OK;  // no batch: no map, nothing to do
   const struct {
     MappedTensor tensor;
     int box_rows;

@@ -148,7 +148,7 @@ struct BackwardSm90 {
   // By all threads.
   static FLASHTILE_DEVICE int work_index(const BackwardLaunch& launch, char* shared) {
     if constexpr (!kDeterministic) return ptx::block_index();
-    return take_ticket(GroupTurns<Shape>::tickets(launch), shared);
+    return take_ticket(GroupTurns<Shape>::tickets(launch), shared + Shape::kNotes);
   }
 
   static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {

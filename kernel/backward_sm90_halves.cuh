@@ -38,6 +38,10 @@ struct BackwardHalves {
   // Asked again each time where no register is left.
   FLASHTILE_DEVICE int thread() const { return kEarlyDv ? kept_thread : ptx::thread_index(); }
 
+  template <QueryBlock kBlock>
+  FLASHTILE_DEVICE typename Words::Seen seen_pairs(int slot, int first_slot) const {
+    return Words::template seen_pairs<kBlock>(smem, (slot - first_slot) * Shape::kBlockQ, thread());
+  }
   // dV += P^T dO
   FLASHTILE_DEVICE void issue_dv(const Packed& p, uint32_t dout) {
     ptx::wgmma_fence();
@@ -74,10 +78,10 @@ struct BackwardHalves {
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(p.d[0]);  // S^T is there
     Words::template probabilities<kBlock>(p, statistics, launch.scale_log2);
-    const auto seen =
-        Words::template seen_pairs<kBlock>(smem, (slot - first_slot) * Shape::kBlockQ, thread());
     Packed packed_p, packed_ds;
+    typename Words::Seen seen;
     if constexpr (kEarlyDv) {
+      seen = seen_pairs<kBlock>(slot, first_slot);
       Words::template pack<kBlock>(packed_p, p, seen);
       issue_dv(packed_p, dout);
       ptx::wgmma_wait<1>();
@@ -87,6 +91,7 @@ struct BackwardHalves {
     ptx::keep_in_order(ds.d[0]);  // dP^T - delta is there
     Words::multiply(ds, p);
     if constexpr (!kEarlyDv) {
+      seen = seen_pairs<kBlock>(slot, first_slot);
       Words::template pack<kBlock>(packed_p, p, seen);
       issue_dv(packed_p, dout);
     }

@@ -23,6 +23,11 @@ struct BackwardScores {
     return smem + Shape::kStatistics + stage * Shape::kStatisticsBytes + thread % 4 * 16;
   }
 
+  // 2^x; of huge scores at most 1.
+  template <QueryBlock kBlock>
+  static FLASHTILE_DEVICE float exponential(float x) {
+    return ptx::ex2(kBlock == QueryBlock::kHuge ? ptx::min_nan(x, 0.0f) : x);
+  }
   // S^T -> P^T = exp2(S^T scale_log2 - lse)
   template <QueryBlock kBlock>
   static FLASHTILE_DEVICE void probabilities(Scores& s, uint32_t statistics, float scale_log2) {
@@ -33,15 +38,8 @@ struct BackwardScores {
       for (int i = 0; i < 4; ++i) {
         float& first = s.d[0][2 * n16][i];
         float& second = s.d[0][2 * n16 + 1][i];
-        first = ptx::ex2(first * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
-        second = ptx::ex2(second * scale_log2 - (i % 2 == 0 ? lse.z : lse.w));
-      }
-    }
-    if constexpr (kBlock == QueryBlock::kHuge) {
-      FLASHTILE_UNROLL
-      for (int n = 0; n < kBlocks; ++n) {
-        FLASHTILE_UNROLL
-        for (int i = 0; i < 4; ++i) s.d[0][n][i] = ptx::min_nan(s.d[0][n][i], 1.0f);
+        first = exponential<kBlock>(first * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+        second = exponential<kBlock>(second * scale_log2 - (i % 2 == 0 ? lse.z : lse.w));
       }
     }
   }
