@@ -52,7 +52,8 @@ struct Word {  // one word of one access
   int lane;
   uint64_t address;
   Access access;
-  bool bulk;  // by the async proxy
+  bool bulk;    // by the async proxy
+  bool strong;  // not weak
 };
 
 [[noreturn]] void fail_word(const Word& at, Error kind, const char* relation, const char* earlier,
@@ -77,7 +78,7 @@ bool is_ordered(const Block& block, int thread, uint32_t agent, uint32_t stamp) 
 void check_last_write(const Word& at, const WordShadow& w) {
   Block& block = *at.warp.block;
   const int thread = at.warp.index * kLanes + at.lane;
-  if (at.access == Access::kAtomic && w.atomic) return;
+  if ((at.access == Access::kAtomic || at.strong) && w.atomic) return;
   const char* const what = w.atomic ? "atomic update" : "write";
   if (w.in_flight)
     fail_word(at, Error::kInFlight, "is not ordered after", "bulk copy, which is in flight,",
@@ -114,6 +115,7 @@ void check_word(const Word& at, WordShadow& w, uint8_t covered) {
   if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0)
     check_last_write(at, w);
   const uint32_t agent = agent_of(block.number, thread);
+  if (at.access == Access::kRead && at.strong) return;
   if (at.access == Access::kRead) return note_read(w, block, stamp, agent, at.pc);
   if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
     if (!is_ordered(block, thread, w.read_agent, w.read_stamp))
@@ -127,7 +129,7 @@ void check_word(const Word& at, WordShadow& w, uint8_t covered) {
   w.write_agent = agent;
   w.write_pc = at.pc;
   w.write_bytes = covered;
-  w.atomic = at.access == Access::kAtomic;
+  w.atomic = at.access == Access::kAtomic || at.strong;
   w.in_flight = w.async = at.bulk;
 }
 
@@ -239,7 +241,7 @@ uint32_t shared_offset(Warp& warp, uint32_t pc, int lane, uint64_t address, uint
 }
 
 const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                           Access access) {
+                           Access access, bool strong) {
   Block& block = *warp.block;
   Allocation*& range = block.range_cache[pc];
   if (range == nullptr || address < range->begin || address + bytes > range->end) {
@@ -253,7 +255,7 @@ const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, 
     block.fail(Error::kOutOfBounds, warp, pc, lane,
                text("%s of %s, which is read-only", verb(access), range->label.c_str()));
   }
-  if (block.checks) check_global({warp, pc, lane, address, access, false}, *range, bytes);
+  if (block.checks) check_global({warp, pc, lane, address, access, false, strong}, *range, bytes);
   return reinterpret_cast<const char*>(address);
 }
 
@@ -267,7 +269,7 @@ void check_bulk_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint
     block.fail(Error::kOutOfBounds, warp, pc, lane,
                text("%s of %s, which is read-only", verb(access), range->label.c_str()));
   }
-  if (block.checks) check_global({warp, pc, lane, address, access, true}, *range, bytes);
+  if (block.checks) check_global({warp, pc, lane, address, access, true, false}, *range, bytes);
   Counters& counters = *block.counters;
   (access == Access::kRead ? counters.global_read_bytes : counters.global_written_bytes) += bytes;
 }
@@ -305,7 +307,8 @@ void resolve(Request& r, Space space) {
       case Space::kLocal: r.host[l] = resolve_local(r, l, inside); break;
       case Space::kParam: r.host[l] = resolve_param(r, l, inside); break;
       default:
-        r.host[l] = const_cast<char*>(resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access));
+        r.host[l] = const_cast<char*>(
+            resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access, r.strong));
     }
   }
   if (global) {

@@ -15,6 +15,7 @@ struct Request {
   uint32_t mask = 0;
   uint32_t bytes = 0;
   Access access = Access::kRead;
+  bool strong = false;  // relaxed, acquire, release, volatile: no race with atomic updates
   alignas(64) uint64_t address[kLanes];
   char* host[kLanes];
 };
@@ -27,7 +28,7 @@ void resolve(Request& request, Space space);
 
 // Global part of a cp.async: `bytes` of lane `lane` at `address`, already counted by count_global.
 const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                           Access access);
+                           Access access, bool strong = false);
 // A contiguous range that a bulk copy of this lane reads or writes: bounds, shadows, counters. A
 // write stays in flight until end_bulk_write.
 void check_bulk_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,

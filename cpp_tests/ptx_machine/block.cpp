@@ -140,6 +140,8 @@ void Block::start(const uint32_t (&id)[3], uint32_t block_number) {
   mbarriers.clear();
   wgmmas->start();
   register_pool = 0;
+  fenced.clear();
+  observed.clear();
   stuck_rounds_ = 0;
   if (checks) shadow->start(shared_bytes, count, &async);
   for (BarrierState& b : barriers) b = {};
@@ -169,10 +171,7 @@ Step Block::step() {
     alive |= warp.live != 0;
     runnable += warp.has_runnable() ? 1 : 0;
   }
-  if (!alive) {
-    finish();
-    return Step::kDone;
-  }
+  if (!alive) return end();
   // Copies land at any time, and at the latest when nothing else can happen.
   if (!bulk.idle() && (runnable == 0 || (random->next() & 3) == 0)) {
     bulk.step();
@@ -190,6 +189,19 @@ Step Block::step() {
     break;
   }
   return Step::kRan;
+}
+
+// All threads have exited. Stores that were read land later.
+Step Block::end() {
+  if (const BulkCopy* copy = bulk.unread_store())
+    fail_thread(Error::kInFlight, copy->thread, copy->pc,
+                "the block ends before this copy has read its shared memory: no wait_group");
+  if (!bulk.idle()) {
+    if ((random->next() & 7) == 0) bulk.step();
+    return Step::kRan;
+  }
+  finish();
+  return Step::kDone;
 }
 
 // A try_wait may give up. Only when nothing else can happen, and only as long as that brings
@@ -221,11 +233,6 @@ void Block::wake(Wait wait, uint32_t detail) {
 
 // What must not be left behind when all threads have exited.
 void Block::finish() {
-  if (const BulkCopy* copy = bulk.unread_store())
-    fail_thread(Error::kInFlight, copy->thread, copy->pc,
-                "the block ends before this copy has read its shared memory: no wait_group");
-  while (bulk.step()) {
-  }
   for (const auto& [offset, b] : mbarriers) {
     const std::string name = "the mbarrier at offset " + std::to_string(offset);
     if (b.bytes != 0)

@@ -22,4 +22,19 @@ struct Grid {
 // Where all blocks but `except` wait.
 std::string dump_all(const Grid& grid, const Block* except = nullptr);
 
+// How a memory instruction orders others. Anything but kWeak is no race with an atomic update.
+enum Order : int32_t { kWeak = 0, kRelaxed = 1, kAcquire = 3, kRelease = 5, kAcquireRelease = 7 };
+inline bool acquires(int32_t order) { return (order & 2) != 0; }
+inline bool releases(int32_t order) { return (order & 4) != 0; }
+
+// Lanes wrote (changed: atom and red) these words: what they release is there to be acquired.
+void release_words(Warp& warp, const uint64_t (&address)[kLanes], uint32_t mask, int32_t order,
+                   bool changed);
+// Lanes read these words; without acquire, a later fence acquires.
+void acquire_words(Warp& warp, const uint64_t (&address)[kLanes], uint32_t mask, int32_t order);
+// fence.acq_rel and stronger, membar.
+void fence_order(Warp& warp, uint32_t mask);
+// The warp may be polling: others go first.
+void yield_poll(Warp& warp);
+
 }  // namespace ptx

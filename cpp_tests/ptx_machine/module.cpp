@@ -228,7 +228,7 @@ class Scanner {
     if (stated != 0)
       kernel.launch_registers = stated;
     else if (bound)
-      kernel.launch_registers = std::min(65536 / (kernel.max_threads * blocks) / 8 * 8, 255u);
+      kernel.launch_registers = std::min(65536 / (kernel.max_threads * blocks) / 8 * 8, 256u);
   }
 
   static void params(Kernel& kernel, const std::string& list) {

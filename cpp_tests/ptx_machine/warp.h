@@ -159,8 +159,12 @@ struct Block {
   std::unique_ptr<char[]> register_files;
   std::vector<char> local_memory;
   std::vector<Allocation*> range_cache;  // [instructions], the allocation last used there
-  int64_t register_pool = 0;             // free registers of the block, for setmaxnreg
-  uint64_t progress = 0;                 // grows with every event that waiting threads can see
+  // Of each thread, empty until there is one: what its last fence published, and what it has read
+  // from other blocks without an acquire.
+  std::vector<std::shared_ptr<const Foreign>> fenced;
+  std::vector<std::shared_ptr<const Foreign>> observed;
+  int64_t register_pool = 0;  // free registers of the block, for setmaxnreg
+  uint64_t progress = 0;      // grows with every event that waiting threads can see
 
   void prepare();                                        // buffers and constants, once per launch
   void start(const uint32_t (&id)[3], uint32_t number);  // one block
@@ -200,6 +204,7 @@ struct Block {
   void lanes_exited(Warp& warp);
   void try_release(uint32_t id);
   bool time_out_waits();
+  Step end();
   void finish();
   uint32_t live_threads() const;
   std::string describe(const Warp& warp) const;

@@ -218,11 +218,13 @@ TEST("a driver that is too old has no encoder") {
   ptx::Machine& machine = ptx_test::hopper_machine();
   void* function = &machine;
   cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSuccess;
-  machine.set_driver(11080);
+  ptx::Device old = ptx::kSm90;
+  old.driver_version = 11080;
+  machine.configure(old);
   CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                          cudaEnableDefault, &status) == cudaSuccess);
   CHECK(function == nullptr && status == cudaDriverEntryPointVersionNotSufficent);
-  machine.set_driver(13000);
+  machine.configure(ptx::kSm90);
   CHECK(cudaGetDriverEntryPointByVersion("cuNoSuchThing", &function, 12000, cudaEnableDefault,
                                          &status) == cudaSuccess);
   CHECK(function == nullptr && status == cudaDriverEntryPointSymbolNotFound);
