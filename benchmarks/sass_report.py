@@ -298,10 +298,8 @@ def main() -> int:
         print("no kernel with tensor-core instructions found", file=sys.stderr)
         return 1
     rows = merged(rows)
-    if rows:
-        print_tables(rows, arguments.classes)
-    if sm90_rows:
-        sass_sm90.print_table(sm90_rows)
+    print_tables(rows, arguments.classes)
+    sass_sm90.print_table(sm90_rows)
     if arguments.json:
         listing = [row.numbers() | {"dtypes": sorted(row.dtypes)} for row in rows]
         listing += [dataclasses.asdict(row) for row in sm90_rows]

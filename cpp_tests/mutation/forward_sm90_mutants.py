@@ -90,12 +90,14 @@ BARRIERS = [
         FORWARD,
         "ptx::wgmma_wait<kPending>(); ptx::keep_in_order(s.d[0]); " + RELEASE_K,
         RELEASE_K + "ptx::wgmma_wait<kPending>(); ptx::keep_in_order(s.d[0]);",
+        cases="masks",
     ),
     mutant(
         "V released before its product is done",
         FORWARD,
         "ptx::wgmma_wait<0>(); ptx::keep_in_order(o.d[0]); " + RELEASE_V,
         RELEASE_V + "ptx::wgmma_wait<0>(); ptx::keep_in_order(o.d[0]);",
+        cases="masks",
     ),
     mutant("K not waited for", FORWARD, FIRST_SCORES, FENCE + "issue_scores(s, q, use);"),
     mutant(
@@ -134,7 +136,9 @@ BARRIERS = [
 ]
 
 PRODUCTS = [
-    mutant("no fence before the first product", FORWARD, FIRST_SCORES, FIRST_SCORES.replace(FENCE, "")),
+    mutant(
+        "no fence before the first product", FORWARD, FIRST_SCORES, FIRST_SCORES.replace(FENCE, "")
+    ),
     mutant(
         "scores read while their product runs",
         FORWARD,
@@ -175,7 +179,12 @@ PRODUCTS = [
         head_dim=192,
     ),
     mutant("no swizzle", WGMMA, "1u << 30 | 1024 / 16;", "0u << 30 | 1024 / 16;"),
-    mutant("scores added to the old ones", PRODUCT, "ptx::descriptor(at_b), step > 0);", "ptx::descriptor(at_b), true);"),
+    mutant(
+        "scores added to the old ones",
+        PRODUCT,
+        "ptx::descriptor(at_b), step > 0);",
+        "ptx::descriptor(at_b), true);",
+    ),
     mutant(
         "every warpgroup has the first one's queries",
         FORWARD,
@@ -261,9 +270,7 @@ REGISTERS = [
 
 CONTROLS = [
     control("control: a fence more", FORWARD, FIRST_SCORES, FENCE + FIRST_SCORES),
-    control(
-        "control: stores waited for to their end", FORWARD, STORED, "ptx::bulk_wait<0>();"
-    ),
+    control("control: stores waited for to their end", FORWARD, STORED, "ptx::bulk_wait<0>();"),
 ]
 
 FORWARD_SM90_MUTANTS = BARRIERS + PRODUCTS + STORES + REGISTERS + CONTROLS

@@ -110,6 +110,9 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     lines = []
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
+        # What sm_90a leaves to the kernels for sm_80.
+        if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
+            lines.append(line)
         for kernel in ("forward", "backward"):
             name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}_ptx{capability}"
             if f"/{name}.dir/" not in line:
@@ -195,7 +198,12 @@ def main() -> int:
         arguments.runner,
         arguments.manifest,
     )
-    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    has_sm90 = "_sm90_ptx90a.dir/" in settings.manifest.read_text()
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if arguments.only in mutant.name and (has_sm90 or mutant.memory != "sm90")
+    ]
     outcomes = []
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for outcome in pool.map(lambda mutant: try_mutant(settings, mutant), chosen):
