@@ -203,6 +203,8 @@ def print_table(title: str, header: list[str], lines: list[list[object]]) -> Non
 
 
 def print_tables(rows: list[Row], classes: bool) -> None:
+    if not rows:
+        return
     kernel = ["kernel", "dtype", "arch"]
 
     def table(title: str, columns: dict[str, Callable[[Row], object]]) -> None:

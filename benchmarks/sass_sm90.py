@@ -98,5 +98,6 @@ def print_table(rows: list[Row]) -> None:
         fa3 = FA3.get(row.key, "-")
         print(
             f"| {row.name} | {row.dtype} | {row.hgmma} | {row.exponentials} "
-            f"| {row.clean} | {row.edge} | {pinned} | {fa3} | {row.registers} | {row.local_in_kernel} |"
+            f"| {row.clean} | {row.edge} | {pinned} | {fa3} | {row.registers} "
+            f"| {row.local_in_kernel} |"
         )
