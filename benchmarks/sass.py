@@ -2,8 +2,8 @@
 hot loops. sass_report.py prints it.
 
 The hot loop is the innermost natural loop with the most HMMA (HGMMA on sm_90a) per iteration. Its
-clean path executes every HMMA and every copy and otherwise the fewest instructions, so blocks that are jumped over
-(masks, rescaling, rows that need the general copy) do not count.
+clean path executes every HMMA and every copy and otherwise the fewest instructions, so blocks that
+are jumped over (masks, rescaling, rows that need the general copy) do not count.
 """
 
 from __future__ import annotations

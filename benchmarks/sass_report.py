@@ -203,6 +203,8 @@ def print_table(title: str, header: list[str], lines: list[list[object]]) -> Non
 
 
 def print_tables(rows: list[Row], classes: bool) -> None:
+    if not rows:
+        return
     kernel = ["kernel", "dtype", "arch"]
 
     def table(title: str, columns: dict[str, Callable[[Row], object]]) -> None:
@@ -298,10 +300,8 @@ def main() -> int:
         print("no kernel with tensor-core instructions found", file=sys.stderr)
         return 1
     rows = merged(rows)
-    if rows:
-        print_tables(rows, arguments.classes)
-    if sm90_rows:
-        sass_sm90.print_table(sm90_rows)
+    print_tables(rows, arguments.classes)
+    sass_sm90.print_table(sm90_rows)
     if arguments.json:
         listing = [row.numbers() | {"dtypes": sorted(row.dtypes)} for row in rows]
         listing += [dataclasses.asdict(row) for row in sm90_rows]

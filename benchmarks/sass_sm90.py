@@ -46,7 +46,10 @@ class Row:
             found.append(f"{where}: {self.local_in_kernel} local-memory instructions")
         budget = BUDGETS.get(self.key)
         if budget is not None:
-            for what, count, most in (("clean", self.clean, budget[0]), ("edge", self.edge, budget[1])):
+            for what, count, most in (
+                ("clean", self.clean, budget[0]),
+                ("edge", self.edge, budget[1]),
+            ):
                 if count > most:
                     found.append(f"{where}: {count} instructions on the {what} path, not {most}")
         return found
@@ -82,14 +85,19 @@ def make_row(kernel: Kernel, loop: Loop) -> Row:
 
 
 def print_table(rows: list[Row]) -> None:
+    if not rows:
+        return
     print("\nsm_90a: instructions of a thread per block of keys\n")
-    print("| kernel | dtype | HGMMA | MUFU | clean | edge | budget | FA3 | registers | local memory |")
+    print(
+        "| kernel | dtype | HGMMA | MUFU | clean | edge | budget | FA3 | registers | local memory |"
+    )
     print("|" + " --- |" * 10)
     for row in sorted(rows, key=lambda row: (row.key, row.dtype)):
         budget = BUDGETS.get(row.key)
         pinned = f"{budget[0]} / {budget[1]}" if budget else "-"
         fa3 = FA3.get(row.key, "-")
         print(
-            f"| {row.name} | {row.dtype} | {row.hgmma} | {row.exponentials} | {row.clean} | {row.edge} "
-            f"| {pinned} | {fa3} | {row.registers} | {row.local_in_kernel} |"
+            f"| {row.name} | {row.dtype} | {row.hgmma} | {row.exponentials} "
+            f"| {row.clean} | {row.edge} | {pinned} | {fa3} | {row.registers} "
+            f"| {row.local_in_kernel} |"
         )
