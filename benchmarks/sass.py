@@ -304,8 +304,8 @@ class FlowGraph:
         return [i for block in found[1] for i in self.blocks[block]] if found else []
 
 
-def hot_loop(kernel: Kernel) -> Loop | None:
-    """The innermost loop with the most HMMA; of equals (a masked twin) the shortest path."""
+def mma_loops(kernel: Kernel) -> list[Loop]:
+    """The innermost loops with HMMA."""
     graph = FlowGraph(kernel.instructions)
 
     def has_mma(blocks: set[int]) -> bool:
@@ -323,5 +323,10 @@ def hot_loop(kernel: Kernel) -> Loop | None:
         on_path = {i.address for i in path}
         blocks = [graph.blocks[n] for n in sorted(body)]
         loops.append(Loop(path, [block for block in blocks if block[0].address not in on_path]))
-    loops = [loop for loop in loops if loop.mma]
+    return [loop for loop in loops if loop.mma]
+
+
+def hot_loop(kernel: Kernel) -> Loop | None:
+    """The innermost loop with the most HMMA; of equals (a masked twin) the shortest path."""
+    loops = mma_loops(kernel)
     return min(loops, key=lambda loop: (-loop.mma, len(loop.path)), default=None)

@@ -1,5 +1,6 @@
-"""The hot loops of the kernels for sm_90a: instructions of a thread per block of keys, on the clean
-path and on one edge of the mask, beside the budgets pinned here and FlashAttention-3's loops.
+"""The hot loops of the kernels for sm_90a: instructions of a thread per block of keys (backward: of
+queries), on the clean path and on one edge of the mask, beside the budgets pinned here and
+FlashAttention-3's loops. Where warpgroups have loops of their own, the longer one counts.
 
 sass_report.py prints it. Loops that wait for an mbarrier count as one look at it.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from sass import Kernel, Loop
+from sass import Kernel, Loop, mma_loops
 
 # Instructions (clean path, with one edge of the mask) by (pass, head dim).
 BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
@@ -18,6 +19,10 @@ BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
     ("forward", 128): (420, 555),
     ("forward", 192): (410, 530),
     ("forward", 256): (345, 430),
+    ("backward", 64): (540, 735),
+    ("backward", 128): (400, 490),
+    ("backward", 192): (265, 325),
+    ("backward", 256): (285, 375),
 }
 # FlashAttention-3's clean loops with the same tile, nvcc 12.8: published machine code.
 FA3 = {("forward", 128): 469}
@@ -67,18 +72,37 @@ def edge_instructions(loop: Loop) -> int:
     return min(selecting, default=0)
 
 
+def longest(loops: list[Loop]) -> int:
+    """Instructions of the longest of some loops."""
+    return max((len(loop.path) for loop in loops), default=0)
+
+
+def backward_instructions(kernel: Kernel) -> tuple[int, int]:
+    """Of the clean loops and of those that test the band; a third kind also cuts exponents."""
+    loops = mma_loops(kernel)
+    masked = [loop for loop in loops if loop.count("VIADDMNMX", "VIMNMX")]
+    clean = [loop for loop in loops if not loop.count("VIADDMNMX", "VIMNMX")]
+    return longest(clean), longest([loop for loop in masked if not loop.count("FMNMX")])
+
+
 def make_row(kernel: Kernel, loop: Loop) -> Row:
     match = SYMBOL.search(kernel.symbol)
     assert match
     key = (match[1].lower(), int(match[2]))
+    clean, edge = len(loop.path), len(loop.path) + edge_instructions(loop)
+    ordered = ""
+    if key[0] == "backward":
+        clean, edge = backward_instructions(kernel)
+        if "ELb1E" in kernel.symbol:
+            ordered = " deterministic"
     return Row(
-        name=f"{key[0]} d{key[1]} sm90",
+        name=f"{key[0]} d{key[1]} sm90{ordered}",
         dtype=kernel.dtype,
-        key=key,
+        key=(key[0] + ordered, key[1]),
         hgmma=loop.count("HGMMA"),
         exponentials=loop.count("MUFU"),
-        clean=len(loop.path),
-        edge=len(loop.path) + edge_instructions(loop),
+        clean=clean,
+        edge=edge,
         registers=kernel.registers,
         local_in_kernel=kernel.local,
     )

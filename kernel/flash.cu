@@ -9,6 +9,7 @@
 //   forward_sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
 //   forward_sm90.cuh   forward main loop: TMA + wgmma (sm_90a); tensor_map.h: what TMA takes
 //   backward_sm80.cuh  backward main loop; backward_delta.cuh before, backward_dq.cuh after it
+//   backward_sm90.cuh  the same for sm_90a: TMA + wgmma
 //   config.cuh         tuning table;  launch.cuh: the only __global__ function
 //   tile/, ptx/        the words the loops are written in; one function = one instruction
 //   torch/             the same op for PyTorch, on top of the C API

@@ -1,5 +1,5 @@
-// Which kernel serves a forward on compute capability 9.0, and what can_run says of it: the kernels
-// for sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
+// Which kernel serves a call on compute capability 9.0, and what can_run says of it: the kernels for
+// sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
 #include <functional>
 
 #include "kernel_cases.h"
@@ -132,4 +132,82 @@ TEST("other devices have no note") {
   if (flashtile_can_run(&call.params, note, sizeof note) == FLASHTILE_NOT_BUILT) SKIP(note);
   CHECK_EQ(flashtile_can_run(&call.params, note, sizeof note), FLASHTILE_OK);
   CHECK_EQ(std::string(note), std::string());
+}
+
+namespace {
+
+// A backward whose tensors lie in memory that nobody touches.
+struct BackwardCall {
+  flashtile_problem problem = Call().problem;
+  flashtile_backward_params params;
+
+  BackwardCall() {
+    flashtile_backward_init(&params);
+    params.problem = &problem;
+    uintptr_t address = 1 << 20;
+    for (flashtile_tensor* tensor : {&params.q, &params.k, &params.v, &params.out, &params.dout,
+                                     &params.dq, &params.dk, &params.dv}) {
+      *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
+      address += 1 << 24;
+    }
+    params.lse = {reinterpret_cast<float*>(address), kHeads * kRows, kRows};
+  }
+};
+
+Answer ask_backward(const std::function<void(BackwardCall&)>& change) {
+  BackwardCall call;
+  change(call);
+  ptx::machine().configure(ptx::kSm90);
+  char name[128] = "", note[256] = "";
+  CHECK_EQ(flashtile_plan_backward(&call.params, name, sizeof name), FLASHTILE_OK);
+  CHECK_EQ(flashtile_can_run_backward(&call.params, note, sizeof note), FLASHTILE_OK);
+  return {name, note};
+}
+
+size_t workspace(const std::function<void(BackwardCall&)>& change) {
+  BackwardCall call;
+  change(call);
+  size_t bytes = 0;
+  CHECK_EQ(flashtile_workspace_size_backward(&call.params, &bytes), FLASHTILE_OK);
+  return bytes;
+}
+
+}  // namespace
+
+TEST("the backward of aligned tensors is served by the kernels for sm_90a") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  const struct {
+    int64_t head_dim, slice;
+  } dims[] = {{8, 64}, {64, 64}, {72, 128}, {128, 128}, {136, 192}, {200, 256}};
+  for (const auto& [head_dim, slice] : dims) {
+    const Answer answer = ask_backward([&, dim = head_dim](BackwardCall& call) {
+      call.problem.head_dim = call.problem.head_dim_v = dim;
+      flashtile_backward_params& p = call.params;
+      for (flashtile_tensor* tensor : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
+        *tensor = {tensor->data, 256 * kHeads * kRows, 256 * kHeads, 256};
+    });
+    CHECK_EQ(answer.plan, "backward_sm90_d" + std::to_string(slice) + "_bf16_full");
+    CHECK_EQ(answer.note, std::string());
+  }
+}
+
+TEST("only q, k, v and dout of a backward have to be what TMA takes") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  const Answer odd_results = ask_backward([](BackwardCall& call) {
+    for (flashtile_tensor* tensor : {&call.params.out, &call.params.dq, &call.params.dk})
+      tensor->data = static_cast<char*>(tensor->data) + 2;
+  });
+  CHECK_EQ(odd_results.plan, std::string("backward_sm90_d128_bf16_full"));
+  const Answer odd_dout =
+      ask_backward([](BackwardCall& call) { call.params.dout.stride_seq = 516; });
+  CHECK_EQ(odd_dout.plan, std::string("backward_sm80_large_d128_bf16_full"));
+  CHECK(odd_dout.note.find("dout.stride_seq is 516; ") == 0);
+}
+
+TEST("the backward's workspace does not depend on which kernels serve it") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  ptx::machine().configure(ptx::kSm90);
+  const size_t plain = workspace([](BackwardCall&) {});
+  CHECK_EQ(workspace([](BackwardCall& call) { call.params.dout.stride_seq = 516; }), plain);
+  CHECK(plain > 0);
 }

@@ -381,7 +381,7 @@ DETERMINISTIC = [
         cases="turns",
     ),
     mutant("last turn not passed on", MAIN, PASS_LAST, "", cases="turns"),
-    mutant("turns not cleared", DELTA, "launch.turns[ptx::block_index()] = 0;", "", cases="turns"),
+    mutant("turns not cleared", DELTA, "launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;", "", cases="turns"),
 ]
 
 TWO_BARRIERS = (MAIN, DS_COMPLETE, "__syncthreads(); __syncthreads();")

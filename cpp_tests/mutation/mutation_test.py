@@ -22,10 +22,11 @@ from pathlib import Path
 
 from backward_mutants import BACKWARD_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
+from backward_sm90_mutants import BACKWARD_SM90_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 
-MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS
+MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
 
@@ -60,27 +61,45 @@ def patch(text: str, old: str, new: str) -> str:
     return pattern.sub(lambda _: new, text)
 
 
+def forward_slice(mutant: Mutant) -> tuple[str, list[str]]:
+    """Header and functions."""
+    parameters = "const ForwardParams&, CUstream_st*"
+    if mutant.memory == "sm90":
+        function = f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>({parameters})"
+        return "forward_sm90.cuh", [function]
+    arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"
+    return "forward_sm80.cuh", [f"launch_forward_kernel<{arguments}, __half>({parameters})"]
+
+
+def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
+    """Header and functions."""
+    dim = mutant.head_dim
+    ordered = ["false"] if set(mutant.cases) != {"turns"} else []
+    if "turns" in mutant.cases:
+        ordered.append("true")
+    if mutant.memory == "sm90":
+        header, launch, order, counters = "launch_sm90", "LaunchSm90", f"DqOrderSm90<{dim}>", 2
+        main = [f"BackwardSm90<__half, {dim}, {flag}>" for flag in ordered]
+    else:
+        arguments = f"{dim}, Memory::k{mutant.memory.capitalize()}"
+        header, launch, order, counters = "launch", "Launch", f"DqOrder<{arguments}>", 1
+        main = [f"BackwardSm80<__half, {arguments}, {flag}>" for flag in ordered]
+    around = [
+        f"BackwardDelta<__half, {dim}, {order}::kBlockQ, {counters}>",
+        f"BackwardDq<__half, {dim}, {order}>",
+    ]
+    functions = [f"launch<{one}>(const BackwardLaunch&, int64_t, CUstream_st*)" for one in around]
+    functions += [
+        f"launch<{one}>(const Backward{launch}&, int64_t, CUstream_st*)" for one in main
+    ]
+    return f"backward_{header}.cuh", functions
+
+
 def slice_source(mutant: Mutant) -> str:
     """A slice with nothing but what the cases run: fp16, one main kernel if one will do."""
-    arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"
-    if mutant.memory == "sm90":
-        header = "forward_sm90.cuh"
-        parameters = "const ForwardParams&, CUstream_st*"
-        functions = [f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>"]
-    elif mutant.kernel == "forward":
-        header = "forward_sm80.cuh"
-        parameters = "const ForwardParams&, CUstream_st*"
-        functions = [f"launch_forward_kernel<{arguments}, __half>"]
-    else:
-        header = "backward_launch.cuh"
-        parameters = "const BackwardLaunch&, int64_t, CUstream_st*"
-        kernels = [f"Backward{part}<__half, {arguments}>" for part in ("Delta", "Dq")]
-        if set(mutant.cases) != {"turns"}:
-            kernels.append(f"BackwardSm80<__half, {arguments}, false>")
-        if "turns" in mutant.cases:
-            kernels.append(f"BackwardSm80<__half, {arguments}, true>")
-        functions = [f"launch<{kernel}>" for kernel in kernels]
-    lines = [f"template Status {function}({parameters});" for function in functions]
+    make = forward_slice if mutant.kernel == "forward" else backward_slice
+    header, functions = make(mutant)
+    lines = [f"template Status {function};" for function in functions]
     return "\n".join([f'#include "{header}"', "namespace flashtile {", *lines, "}", ""])
 
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "backward_sm90_shape.cuh"
 #include "config.cuh"
 #include "tile/mask.cuh"
 #include "tile/row_format.cuh"
@@ -183,4 +184,30 @@ TEST("rows of the tuning table are whole warps and fit their memory class") {
       CHECK_EQ(backward.warps() % backward.dq_warps_q, 0);
     }
   }
+}
+
+namespace {
+
+template <int kHeadDim>
+void check_dq_order() {
+  using Order = DqOrderSm90<kHeadDim>;
+  using Slot = typename BackwardShapeSm90<kHeadDim>::Slot;
+  std::vector<int> used(static_cast<size_t>(Slot::kDq));
+  for (int row = 0; row < Order::kBlockQ; ++row) {
+    for (int col = 0; col < kHeadDim; ++col) {
+      const int place = Order::offset(row, col / 8 * 8) + col % 8 / 2 * 4 + col % 2;
+      CHECK(place >= 0 && place < Slot::kDq);
+      if (place >= 0 && place < Slot::kDq) ++used[static_cast<size_t>(place)];
+    }
+  }
+  for (const int count : used) CHECK_EQ(count, 1);
+}
+
+}  // namespace
+
+TEST("dq of the backward for sm_90a: every element has a place of its own") {
+  check_dq_order<64>();
+  check_dq_order<128>();
+  check_dq_order<192>();
+  check_dq_order<256>();
 }

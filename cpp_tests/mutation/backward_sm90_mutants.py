@@ -1,0 +1,219 @@
+"""Mutants of the backward for sm_90a: what only asynchronous copies and products, and warpgroups that
+hand work to each other, can get wrong. Head dim 64 halves the keys, 256 splits the roles."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MAIN = "backward_sm90.cuh"
+HALVES = "backward_sm90_halves.cuh"
+ROLES = "backward_sm90_roles.cuh"
+SCORES = "backward_sm90_scores.cuh"
+MASK = "backward_sm90_mask.cuh"
+LOAD = "backward_sm90_load.cuh"
+SHAPE = "backward_sm90_shape.cuh"
+PRODUCTS = "backward_sm90_products.cuh"
+TURNS = "backward_sm90_turns.cuh"
+
+DS_THERE = "ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);"
+P_THERE = "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);"
+KEYS_FULL = "ptx::mbarrier_wait(smem + Shape::kKeysFull, 0);"
+RELEASE_DOUT = "if (thread() % 32 == 0) dout_ring.release(use);"
+RELEASE_Q = "if (thread() % 32 == 0) q_ring.release(use);"
+DV_DONE = "ptx::wgmma_wait<2>(); ptx::keep_in_order(dv.d[0]);  // dO has been read"
+DK_DONE = "ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);  // Q has been read"
+OUR_TURN = "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn"
+ADDED = (
+    "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // dQ has been added to"
+)
+
+
+def mutant(name: str, *patch: str, cases: str = "shapes", head_dim: int = 64) -> Mutant:
+    """A mutant of one patch: file, old text, new text."""
+    file, old, new = patch
+    return Mutant(name, "backward", ((file, old, new),), (cases,), head_dim, "sm90")
+
+
+def role_mutant(name: str, *patch: str, cases: str = "shapes") -> Mutant:
+    """The same where the two warpgroups have roles."""
+    return mutant(name, *patch, cases=cases, head_dim=256)
+
+
+BARRIERS = [
+    mutant(
+        "no barrier after the notes and mbarriers",
+        MAIN,
+        "__syncthreads();  // the notes and the mbarriers are there",
+        "",
+    ),
+    mutant("K and V not waited for", MAIN, KEYS_FULL, ""),
+    mutant("Q not waited for", HALVES, "q_ring.wait(use);", ""),
+    mutant("dO not waited for", HALVES, "dout_ring.wait(use);", ""),
+    mutant("dS not waited for", HALVES, DS_THERE, ""),
+    mutant(
+        "dO released before dV is done",
+        HALVES,
+        f"{DV_DONE} {RELEASE_DOUT}",
+        f"{RELEASE_DOUT} ptx::wgmma_wait<2>(); ptx::keep_in_order(dv.d[0]);",
+    ),
+    mutant(
+        "Q released before dK is done",
+        HALVES,
+        f"{DK_DONE} {RELEASE_Q}",
+        f"{RELEASE_Q} ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);",
+    ),
+    mutant("Q never released", HALVES, RELEASE_Q, ""),
+    mutant(
+        "one warp empties a buffer",
+        MAIN,
+        "Ring{smem + Shape::kDoutRing}.init(Shape::kConsumers / 32);",
+        "Ring{smem + Shape::kDoutRing}.init(1);",
+    ),
+    mutant(
+        "statistics not counted among the bytes",
+        LOAD,
+        "dout_ring.acquire(use, Tile::kBytes + Shape::kStatisticsBytes);",
+        "dout_ring.acquire(use, Tile::kBytes);",
+    ),
+    mutant(
+        "one place for dS of two blocks",
+        HALVES,
+        "Shape::kScores + use % 2 * ScoreTile::kBytes;",
+        "Shape::kScores;",
+    ),
+    mutant(
+        "gradients staged over keys that are read",
+        MAIN,
+        DS_THERE + "  // nobody reads K and V any more",
+        "",
+    ),
+    mutant(
+        "gradients stored before they are complete",
+        MAIN,
+        DS_THERE + "  // dK and dV are complete",
+        "",
+    ),
+    role_mutant("P never announced", ROLES, P_THERE, ""),
+    role_mutant(
+        "P not waited for",
+        ROLES,
+        "ptx::named_barrier_sync(kProbabilitiesThere, Shape::kConsumers);",
+        "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);",
+    ),
+    role_mutant(
+        "dS not waited for by the first",
+        ROLES,
+        "ptx::named_barrier_sync(kScoresThere, Shape::kConsumers);",
+        "ptx::named_barrier_arrive(kScoresThere, Shape::kConsumers);",
+    ),
+    role_mutant(
+        "dS not waited for by the second",
+        ROLES,
+        "ptx::named_barrier_sync(kOwnGroup + 1, Shape::kGroupThreads);  // dS is complete",
+        "",
+    ),
+]
+
+PRODUCT_MUTANTS = [
+    mutant(
+        "no proxy fence behind dS",
+        SCORES,
+        "ptx::fence_proxy_async_shared();",
+        "",
+    ),
+    mutant(
+        "S read while its product runs",
+        HALVES,
+        "ptx::wgmma_wait<1>(); ptx::keep_in_order(p.d[0]);  // S^T is there",
+        "ptx::wgmma_wait<2>(); ptx::keep_in_order(p.d[0]);",
+    ),
+    mutant(
+        "dQ read while its product runs",
+        HALVES,
+        "ptx::wgmma_wait<1>(); ptx::keep_in_order(dq.d[0]);  // dQ is there",
+        "ptx::keep_in_order(dq.d[0]);",
+    ),
+    role_mutant(
+        "dK's operands overwritten",
+        ROLES,
+        "ptx::wgmma_wait<0>(); ptx::keep_in_order(gradient.d[0]); if (is_first_lane()) "
+        "q_ring().release(use);",
+        "if (is_first_lane()) q_ring().release(use);",
+    ),
+    mutant(
+        "dP starts from nothing",
+        PRODUCTS,
+        "ptx::descriptor(along_rows<TileB>(b, step)), true);",
+        "ptx::descriptor(along_rows<TileB>(b, step)), step > 0);",
+    ),
+    mutant(
+        "both warpgroups have the first keys",
+        HALVES,
+        "constexpr int kFirstKey = kGroup * Shape::kGroupKeys;",
+        "constexpr int kFirstKey = 0;",
+    ),
+    mutant(
+        "both warpgroups have the first rows of dQ",
+        HALVES,
+        "Shape::kSplitRows ? kGroup * 64 : 0;",
+        "0;",
+    ),
+    role_mutant(
+        "both warpgroups have the first columns of dQ",
+        SHAPE,
+        "return kSplitRows ? 0 : group * kFirstPanels;",
+        "return 0;",
+    ),
+]
+
+VALUES = [
+    mutant(
+        "no mask",
+        SCORES,
+        "packed[k][i] &= seen.pair(2 * k + i / 2, i % 2);",
+        "",
+        cases="masks",
+    ),
+    mutant(
+        "the second key sees like the first",
+        MASK,
+        "const int byte = n + 1 - half;",
+        "const int byte = n + 1;",
+        cases="masks",
+    ),
+    mutant(
+        "keys past the end are seen",
+        MASK,
+        "return both & key[half];",
+        "return both;",
+    ),
+    mutant(
+        "an edge taken for clean",
+        MAIN,
+        ".clean_end = min(range.full_end, s.seqlen_q / kBlockQ),",
+        ".clean_end = range.end,",
+        cases="masks",
+    ),
+    mutant(
+        "the next head's queries are the first head's",
+        LOAD,
+        "++rows.head;",
+        "",
+        cases="used rows",
+    ),
+    mutant(
+        "dQ of all heads goes to the first",
+        MAIN,
+        "static_cast<int>(block.head * group * launch.slots_q +",
+        "static_cast<int>(block.head * launch.slots_q * 0 +",
+        cases="masks",
+    ),
+]
+
+ORDER = [
+    mutant("no turn waited for", TURNS, "while (", "if (", cases="turns"),
+    mutant("the turn not told to the others", TURNS, OUR_TURN, "", cases="turns"),
+    mutant("the turn passed too early", TURNS, ADDED, "", cases="turns"),
+]
+
+BACKWARD_SM90_MUTANTS = BARRIERS + PRODUCT_MUTANTS + VALUES + ORDER
