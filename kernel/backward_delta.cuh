@@ -74,7 +74,8 @@ struct BackwardDelta {
   static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
     if (!launch.params.problem.deterministic || thread != 0) return;
     // The grid is [num_heads, slots_q], too; the tickets' counter comes last.
-    for (int i = 0; i < kCounters; ++i) launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;
+    for (int i = 0; i < kCounters; ++i)
+      launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;
     if (ptx::block_index() == 0)
       launch.turns[kCounters * launch.params.problem.num_heads * launch.slots_q] = 0;
   }

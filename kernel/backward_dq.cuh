@@ -1,8 +1,8 @@
 // Last launch of the backward: dQ from fp32 in accumulator order to rows of T, times the scale.
 //
 // One block per slot and head. Each thread writes up to 16 bytes of a row: eight values of four
-// neighbouring lanes of the main kernel, which `Order` finds. Rows that see no key and rows that are
-// not in use are 0, whatever K holds.
+// neighbouring lanes of the main kernel, which `Order` finds. Rows that see no key and rows that
+// are not in use are 0, whatever K holds.
 #pragma once
 
 #include "backward_layout.cuh"
@@ -33,9 +33,8 @@ struct BackwardDq {
       const int row = i / kChunks, chunk = i % kChunks;
       if (row >= block.owned) break;
       const bool is_zero = row >= block.rows || statistics[Slot::lse(row)] == INFINITY;
-      const uint4 x =
-          is_zero ? make_uint4(0, 0, 0, 0)
-                  : scaled(accumulator, row, 8 * chunk, p.problem.softmax_scale);
+      const uint4 x = is_zero ? make_uint4(0, 0, 0, 0)
+                              : scaled(accumulator, row, 8 * chunk, p.problem.softmax_scale);
       char* const target =
           static_cast<char*>(p.dq.data) +
           2 * (element_offset(p.dq, s.batch, s.row_q + block.row0 + row, block.head) + 8 * chunk);

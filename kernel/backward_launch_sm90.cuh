@@ -56,8 +56,9 @@ Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
   for (const auto& [tensor, box_rows, map] : maps) {
     if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
   }
-  return p.dtype == Dtype::kFloat16 ? launch_backward<__half, kHeadDim>(launch_params, stream)
-                                    : launch_backward<__nv_bfloat16, kHeadDim>(launch_params, stream);
+  return p.dtype == Dtype::kFloat16
+             ? launch_backward<__half, kHeadDim>(launch_params, stream)
+             : launch_backward<__nv_bfloat16, kHeadDim>(launch_params, stream);
 }
 
 }  // namespace flashtile

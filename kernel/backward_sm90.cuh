@@ -102,8 +102,7 @@ struct BackwardSm90 {
     my.template stage_gradients<kGroup>(dk_tile, dv_tile);
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // dK and dV are complete
     // Found again here, so that nothing of it was kept in registers during the main loop.
-    const RowBlock block =
-        key_block(launch, read_word<HeadNotes>(my.smem + Shape::kNotes).index);
+    const RowBlock block = key_block(launch, read_word<HeadNotes>(my.smem + Shape::kNotes).index);
     store_rows<Copy, KeyTile>(p.dk, launch.dk, block, dk_tile, ptx::thread_index());
     store_rows<Copy, KeyTile>(p.dv, launch.dv, block, dv_tile, ptx::thread_index());
   }

@@ -43,47 +43,54 @@ struct BackwardHalves {
     return Words::template seen_pairs<kBlock>(smem, (slot - first_slot) * Shape::kBlockQ, thread());
   }
   // dV += P^T dO
-  FLASHTILE_DEVICE void issue_dv(const Packed& p, uint32_t dout) {
+  FLASHTILE_DEVICE void issue_dv(const Packed& p) {
     ptx::wgmma_fence();
-    issue_AB<T, QueryTile>(dv, p, tile_descriptor<QueryTile>(dout));
+    issue_AB<T, QueryTile>(dv, p, tile_descriptor<QueryTile>(dout()));
     ptx::wgmma_commit();
   }
 
-  // The block at `slot` of the workspace; the first of its head lies at `first_slot`.
+  FLASHTILE_DEVICE Ring q_ring() const { return {smem + Shape::kQRing}; }
+  FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
+  FLASHTILE_DEVICE uint32_t q() const {
+    return smem + Shape::kQ + Ring::stage(use) * QueryTile::kBytes;
+  }
+  FLASHTILE_DEVICE uint32_t dout() const {
+    return smem + Shape::kDout + Ring::stage(use) * QueryTile::kBytes;
+  }
+  FLASHTILE_DEVICE uint32_t scores() const {
+    return smem + Shape::kScores + use % 2 * ScoreTile::kBytes;
+  }
+
+  // S^T to dS^T, rounded, in registers and in shared memory; leaves dV's product in flight.
   template <int kGroup, QueryBlock kBlock>
-  FLASHTILE_DEVICE void step(int slot, int first_slot) {
+  FLASHTILE_DEVICE void compute_scores(Packed& packed_ds, int slot, int first_slot) {
     constexpr int kFirstKey = kGroup * Shape::kGroupKeys;
-    const int stage = Ring::stage(use);
-    const Ring q_ring = {smem + Shape::kQRing}, dout_ring = {smem + Shape::kDoutRing};
-    const uint32_t q = smem + Shape::kQ + stage * QueryTile::kBytes;
-    const uint32_t dout = smem + Shape::kDout + stage * QueryTile::kBytes;
-    const uint32_t scores = smem + Shape::kScores + use % 2 * ScoreTile::kBytes;
-    const uint32_t statistics = Words::statistics(smem, stage, thread());
-    q_ring.wait(use);
+    const uint32_t statistics = Words::statistics(smem, Ring::stage(use), thread());
+    q_ring().wait(use);
     Scores p;
     ptx::wgmma_fence();
     issue_ABt<T, KeyTile, QueryTile>(p, tile_descriptor<KeyTile>(smem + Shape::kK, kFirstKey),
-                                     tile_descriptor<QueryTile>(q));  // S^T = K Q^T
+                                     tile_descriptor<QueryTile>(q()));  // S^T = K Q^T
     ptx::wgmma_commit();
 
-    dout_ring.wait(use);
+    dout_ring().wait(use);
     Scores ds;
     Words::start_from_delta(ds, statistics);
     ptx::wgmma_fence();
     issue_add_ABt<T, KeyTile, QueryTile>(
         ds, tile_descriptor<KeyTile>(smem + Shape::kV, kFirstKey),
-        tile_descriptor<QueryTile>(dout));  // dP^T - delta = V dO^T - delta
+        tile_descriptor<QueryTile>(dout()));  // dP^T - delta = V dO^T - delta
     ptx::wgmma_commit();
 
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(p.d[0]);  // S^T is there
     Words::template probabilities<kBlock>(p, statistics, launch.scale_log2);
-    Packed packed_p, packed_ds;
+    Packed packed_p;
     typename Words::Seen seen;
     if constexpr (kEarlyDv) {
       seen = seen_pairs<kBlock>(slot, first_slot);
       Words::template pack<kBlock>(packed_p, p, seen);
-      issue_dv(packed_p, dout);
+      issue_dv(packed_p);
       ptx::wgmma_wait<1>();
     } else {
       ptx::wgmma_wait<0>();
@@ -93,10 +100,17 @@ struct BackwardHalves {
     if constexpr (!kEarlyDv) {
       seen = seen_pairs<kBlock>(slot, first_slot);
       Words::template pack<kBlock>(packed_p, p, seen);
-      issue_dv(packed_p, dout);
+      issue_dv(packed_p);
     }
     Words::template pack<kBlock>(packed_ds, ds, seen);
-    Words::store(scores, packed_ds, thread());
+    Words::store(scores(), packed_ds, thread());
+  }
+
+  // The block at `slot` of the workspace; the first of its head lies at `first_slot`.
+  template <int kGroup, QueryBlock kBlock>
+  FLASHTILE_DEVICE void step(int slot, int first_slot) {
+    Packed ds;
+    compute_scores<kGroup, kBlock>(ds, slot, first_slot);
     // dS of the block is complete. Two blocks ago its place was read: by products that whoever
     // stored dS of the last block had waited for.
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);
@@ -105,16 +119,16 @@ struct BackwardHalves {
     constexpr int kDqRow = Shape::kSplitRows ? kGroup * 64 : 0;
     ptx::wgmma_fence();
     issue_shared_AB<T, ScoreTile, KeyTile>(
-        dq, tile_descriptor<ScoreTile>(scores, kDqRow),
+        dq, tile_descriptor<ScoreTile>(scores(), kDqRow),
         tile_descriptor<KeyTile>(smem + Shape::kK +
                                  Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
-    ptx::wgmma_commit();  // dQ = dS K
-    issue_AB<T, QueryTile>(dk, packed_ds, tile_descriptor<QueryTile>(q));  // dK += dS^T Q
+    ptx::wgmma_commit();                                              // dQ = dS K
+    issue_AB<T, QueryTile>(dk, ds, tile_descriptor<QueryTile>(q()));  // dK += dS^T Q
     ptx::wgmma_commit();
 
     ptx::wgmma_wait<2>();
     ptx::keep_in_order(dv.d[0]);  // dO has been read
-    if (thread() % 32 == 0) dout_ring.release(use);
+    if (thread() % 32 == 0) dout_ring().release(use);
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(dq.d[0]);  // dQ is there
     Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot, slot - first_slot);
@@ -122,7 +136,7 @@ struct BackwardHalves {
     Turns::template pass<kGroup>(launch, slot);
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(dk.d[0]);  // Q has been read
-    if (thread() % 32 == 0) q_ring.release(use);
+    if (thread() % 32 == 0) q_ring().release(use);
     ++use;
   }
 

@@ -36,8 +36,7 @@ struct BackwardProducer {
     rows.head = heads.head_kv * group;
     FLASHTILE_ROLL
     for (int i = 0; i < group; ++i) {
-      const float* statistics =
-          launch.base.statistics + int64_t{slot} * Shape::Slot::kStatistics;
+      const float* statistics = launch.base.statistics + int64_t{slot} * Shape::Slot::kStatistics;
       rows.row = where.query_row + range.begin * Shape::kBlockQ;
       rows.count = where.seqlen_q - range.begin * Shape::kBlockQ;
       FLASHTILE_ROLL

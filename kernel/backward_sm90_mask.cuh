@@ -23,9 +23,9 @@ struct LaneBand {
   }
 };
 
-// In a block of 8 * kBlocks queries. A lane holds queries 8 n and 8 n + 1 (on from its first one) of
-// both keys; key + 8 is seen by the query 8 further on. Bits 6 and 7 of byte m + 1 say whether queries
-// 8 m and 8 m + 1 see the first key; m counts from -1.
+// In a block of 8 * kBlocks queries. A lane holds queries 8 n and 8 n + 1 (on from its first one)
+// of both keys; key + 8 is seen by the query 8 further on. Bits 6 and 7 of byte m + 1 say whether
+// queries 8 m and 8 m + 1 see the first key; m counts from -1.
 template <int kBlocks>
 struct SeenPairs {
   static constexpr int kWords = kBlocks / 4 + 1;

@@ -21,10 +21,9 @@ FLASHTILE_DEVICE void issue_add_ABt(Accumulator<16, TileB::kRows>& c, uint32_t a
   static_assert(TileA::kCols == TileB::kCols);
   FLASHTILE_UNROLL
   for (int step = 0; step < TileA::kCols / 16; ++step) {
-    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(c.d[0],
-                                                  ptx::descriptor(along_rows<TileA>(a, step)),
-                                                  ptx::descriptor(along_rows<TileB>(b, step)),
-                                                  true);
+    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(
+        c.d[0], ptx::descriptor(along_rows<TileA>(a, step)),
+        ptx::descriptor(along_rows<TileB>(b, step)), true);
   }
 }
 
@@ -43,10 +42,9 @@ FLASHTILE_DEVICE void issue_shared_AB(Accumulator<16, kCols>& c, uint32_t a, uin
   static_assert(TileA::kCols == TileB::kRows);
   FLASHTILE_UNROLL
   for (int step = 0; step < TileA::kCols / 16; ++step) {
-    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kMn>(c.d[0],
-                                                   ptx::descriptor(along_rows<TileA>(a, step)),
-                                                   ptx::descriptor(down_columns(b, step)),
-                                                   step > 0);
+    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kMn>(
+        c.d[0], ptx::descriptor(along_rows<TileA>(a, step)), ptx::descriptor(down_columns(b, step)),
+        step > 0);
   }
 }
 

@@ -1,5 +1,6 @@
 // One block of queries in the sm_90a backward, where the two warpgroups have the same 64 keys and
-// share the products: the first computes S, P and dV, the second dP, dS and dK, and each a part of dQ.
+// share the products: the first computes S, P and dV, the second dP, dS and dK, and each a part of
+// dQ.
 //
 //   first    S^T = K Q^T | exp, P -> | dV += P^T dO            | dQ = dS K | add
 //   second   dP^T = V dO^T          | dS = P dP, dS -> | dQ = dS K, dK += dS^T Q | add

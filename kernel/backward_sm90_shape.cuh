@@ -10,9 +10,9 @@
 
 namespace flashtile {
 
-// What a thread block has to do. One thread finds out and leaves notes in shared memory, one 16-byte
-// word per subject; whoever needs a word reads it then, since registers are what the main loop
-// lacks.
+// What a thread block has to do. One thread finds out and leaves notes in shared memory, one
+// 16-byte word per subject; whoever needs a word reads it then, since registers are what the main
+// loop lacks.
 struct RangeNotes {  // blocks of queries, within the sequence; none if begin >= end
   int begin, full_begin;
   int clean_end;  // one past the last block that is whole and seen whole
@@ -76,10 +76,10 @@ struct BackwardShapeSm90 {
   using QueryTile = SmemTile<kBlockQ, kHeadDim>;  // Q, dO
   using ScoreTile = SmemTile<kBlockQ, kBlockK>;   // dS: [query, key]
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
-  using QueryRing = Ring<kStages>;  // every warp that computes is a consumer
-  using Scores = Accumulator<16, kBlockQ>;         // S^T, dP^T: a warp's keys, all queries
-  using Packed = uint32_t[kBlockQ / 16][4];        // P^T, dS^T: register operands, pairs of T
-  using Gradient = Accumulator<16, kHeadDim>;      // dK, dV
+  using QueryRing = Ring<kStages>;             // every warp that computes is a consumer
+  using Scores = Accumulator<16, kBlockQ>;     // S^T, dP^T: a warp's keys, all queries
+  using Packed = uint32_t[kBlockQ / 16][4];    // P^T, dS^T: register operands, pairs of T
+  using Gradient = Accumulator<16, kHeadDim>;  // dK, dV
 
   // dQ: with 128 queries each warpgroup takes half of the rows, with 64 some panels of columns.
   static constexpr bool kSplitRows = kBlockQ == 128;

@@ -226,27 +226,27 @@ Family forward_family(const ForwardParams& params, const Device& device, PlanNam
   return family_of(
       device,
       {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
-       key_tensor("v", params.v, p, p.head_dim_v), query_tensor("out", params.out, p, p.head_dim_v)},
+       key_tensor("v", params.v, p, p.head_dim_v),
+       query_tensor("out", params.out, p, p.head_dim_v)},
       name);
 }
 // The other tensors are read and written without TMA.
 Family backward_family(const BackwardParams& params, const Device& device, PlanName& name) {
   const Problem& p = params.problem;
-  return family_of(device,
-                   {query_tensor("q", params.q, p, p.head_dim),
-                    key_tensor("k", params.k, p, p.head_dim),
-                    key_tensor("v", params.v, p, p.head_dim_v),
-                    query_tensor("dout", params.dout, p, p.head_dim_v)},
-                   name);
+  return family_of(
+      device,
+      {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
+       key_tensor("v", params.v, p, p.head_dim_v),
+       query_tensor("dout", params.dout, p, p.head_dim_v)},
+      name);
 }
 
 // Enough for either family: which one serves is not known before the tensors are.
 Status backward_workspace(const Problem& problem, const Device& device, size_t& bytes) {
-  if (Status s = visit_slice<BackwardHeadDims>(
-          problem, device.memory, [&](auto dim, auto memory) {
-            bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
-            return FLASHTILE_OK;
-          })) {
+  if (Status s = visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto memory) {
+        bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
+        return FLASHTILE_OK;
+      })) {
     return s;
   }
   if constexpr (kHasSm90) {

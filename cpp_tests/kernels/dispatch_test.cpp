@@ -1,5 +1,5 @@
-// Which kernel serves a call on compute capability 9.0, and what can_run says of it: the kernels for
-// sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
+// Which kernel serves a call on compute capability 9.0, and what can_run says of it: the kernels
+// for sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
 #include <functional>
 
 #include "kernel_cases.h"
@@ -150,7 +150,9 @@ struct BackwardCall {
       *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
       address += 1 << 24;
     }
-    params.lse = {reinterpret_cast<float*>(address), kHeads * kRows, kRows};
+    params.softmax_lse = reinterpret_cast<float*>(address);
+    params.lse_stride_batch = kHeads * kRows;
+    params.lse_stride_head = kRows;
   }
 };
 

@@ -18,8 +18,8 @@ TURNS = "backward_sm90_turns.cuh"
 DS_THERE = "ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);"
 P_THERE = "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);"
 KEYS_FULL = "ptx::mbarrier_wait(smem + Shape::kKeysFull, 0);"
-RELEASE_DOUT = "if (thread() % 32 == 0) dout_ring.release(use);"
-RELEASE_Q = "if (thread() % 32 == 0) q_ring.release(use);"
+RELEASE_DOUT = "if (thread() % 32 == 0) dout_ring().release(use);"
+RELEASE_Q = "if (thread() % 32 == 0) q_ring().release(use);"
 DV_DONE = "ptx::wgmma_wait<2>(); ptx::keep_in_order(dv.d[0]);  // dO has been read"
 DK_DONE = "ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);  // Q has been read"
 OUR_TURN = "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn"
@@ -47,8 +47,8 @@ BARRIERS = [
         "",
     ),
     mutant("K and V not waited for", MAIN, KEYS_FULL, ""),
-    mutant("Q not waited for", HALVES, "q_ring.wait(use);", ""),
-    mutant("dO not waited for", HALVES, "dout_ring.wait(use);", ""),
+    mutant("Q not waited for", HALVES, "q_ring().wait(use);", ""),
+    mutant("dO not waited for", HALVES, "dout_ring().wait(use);", ""),
     mutant("dS not waited for", HALVES, DS_THERE, ""),
     mutant(
         "dO released before dV is done",

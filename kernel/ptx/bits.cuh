@@ -12,8 +12,8 @@ FLASHTILE_DEVICE uint32_t shift_left(uint32_t x, int n) {
   return y;
 }
 
-// Four bytes out of low (0 to 3) and high (4 to 7), one per hexadecimal digit of `selector`; a digit
-// of 8 more stands for eight copies of that byte's highest bit.
+// Four bytes out of low (0 to 3) and high (4 to 7), one per hexadecimal digit of `selector`; a
+// digit of 8 more stands for eight copies of that byte's highest bit.
 template <uint32_t kSelector>
 FLASHTILE_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high) {
   uint32_t y;
