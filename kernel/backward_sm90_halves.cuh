@@ -25,12 +25,13 @@ struct BackwardHalves {
 
   const BackwardLaunch& launch;
   uint32_t smem;
+  TileDescriptors tiles;
   int kept_thread;
   int use = 0;  // of the rings
   Gradient dk, dv;
 
   FLASHTILE_DEVICE BackwardHalves(const BackwardLaunch& launch, uint32_t smem)
-      : launch(launch), smem(smem), kept_thread(ptx::thread_index()) {
+      : launch(launch), smem(smem), tiles(smem), kept_thread(ptx::thread_index()) {
     clear(dk);
     clear(dv);
   }
@@ -45,17 +46,18 @@ struct BackwardHalves {
   // dV += P^T dO
   FLASHTILE_DEVICE void issue_dv(const Packed& p) {
     ptx::wgmma_fence();
-    issue_AB<T, QueryTile>(dv, p, tile_descriptor<QueryTile>(dout()));
+    issue_AB<T, QueryTile>(dv, p, dout());
     ptx::wgmma_commit();
   }
 
   FLASHTILE_DEVICE Ring q_ring() const { return {smem + Shape::kQRing}; }
   FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
+  // Descriptors of the tiles at hand.
   FLASHTILE_DEVICE uint32_t q() const {
-    return smem + Shape::kQ + Ring::stage(use) * QueryTile::kBytes;
+    return tiles.template at_stage<QueryTile>(Shape::kQ, Ring::stage(use));
   }
   FLASHTILE_DEVICE uint32_t dout() const {
-    return smem + Shape::kDout + Ring::stage(use) * QueryTile::kBytes;
+    return tiles.template at_stage<QueryTile>(Shape::kDout, Ring::stage(use));
   }
   FLASHTILE_DEVICE uint32_t scores() const {
     return smem + Shape::kScores + use % 2 * ScoreTile::kBytes;
@@ -64,13 +66,13 @@ struct BackwardHalves {
   // S^T to dS^T, rounded, in registers and in shared memory; leaves dV's product in flight.
   template <int kGroup, QueryBlock kBlock>
   FLASHTILE_DEVICE void compute_scores(Packed& packed_ds, int slot, int first_slot) {
-    constexpr int kFirstKey = kGroup * Shape::kGroupKeys;
+    constexpr int kFirstRow = kGroup * Shape::kGroupKeys * kPanelRowBytes;  // of the keys
     const uint32_t statistics = Words::statistics(smem, Ring::stage(use), thread());
     q_ring().wait(use);
     Scores p;
     ptx::wgmma_fence();
-    issue_ABt<T, KeyTile, QueryTile>(p, tile_descriptor<KeyTile>(smem + Shape::kK, kFirstKey),
-                                     tile_descriptor<QueryTile>(q()));  // S^T = K Q^T
+    issue_ABt<T, KeyTile, QueryTile>(p, tiles.template at<KeyTile>(Shape::kK + kFirstRow),
+                                     q());  // S^T = K Q^T
     ptx::wgmma_commit();
 
     dout_ring().wait(use);
@@ -78,8 +80,8 @@ struct BackwardHalves {
     Words::start_from_delta(ds, statistics);
     ptx::wgmma_fence();
     issue_add_ABt<T, KeyTile, QueryTile>(
-        ds, tile_descriptor<KeyTile>(smem + Shape::kV, kFirstKey),
-        tile_descriptor<QueryTile>(dout()));  // dP^T - delta = V dO^T - delta
+        ds, tiles.template at<KeyTile>(Shape::kV + kFirstRow),
+        dout());  // dP^T - delta = V dO^T - delta
     ptx::wgmma_commit();
 
     ptx::wgmma_wait<1>();
@@ -116,14 +118,13 @@ struct BackwardHalves {
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);
 
     Accumulator<16, Shape::dq_cols(kGroup)> dq;
-    constexpr int kDqRow = Shape::kSplitRows ? kGroup * 64 : 0;
+    constexpr int kDqRow = Shape::kSplitRows ? kGroup * 64 * kPanelRowBytes : 0;
     ptx::wgmma_fence();
     issue_shared_AB<T, ScoreTile, KeyTile>(
-        dq, tile_descriptor<ScoreTile>(scores(), kDqRow),
-        tile_descriptor<KeyTile>(smem + Shape::kK +
-                                 Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
+        dq, tiles.template at_stage<ScoreTile>(Shape::kScores + kDqRow, use % 2),
+        tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
     ptx::wgmma_commit();                                              // dQ = dS K
-    issue_AB<T, QueryTile>(dk, ds, tile_descriptor<QueryTile>(q()));  // dK += dS^T Q
+    issue_AB<T, QueryTile>(dk, ds, q());  // dK += dS^T Q
     ptx::wgmma_commit();
 
     ptx::wgmma_wait<2>();

@@ -6,6 +6,24 @@
 
 namespace flashtile {
 
+// Lower descriptor words of tiles in one block of shared memory: what a tile has not in common with
+// the block's own word is a constant, but for the stage.
+struct TileDescriptors {
+  uint32_t origin;
+
+  FLASHTILE_DEVICE explicit TileDescriptors(uint32_t smem) : origin(ptx::descriptor_low(smem, 0)) {}
+  // `offset`: bytes from the block to the tile's first row.
+  template <class Tile>
+  FLASHTILE_DEVICE uint32_t at(int offset) const {
+    return origin + offset / 16 + (Tile::kPanelBytes / 16 << 16);
+  }
+  // Tile `stage` of those that begin at `offset`.
+  template <class Tile>
+  FLASHTILE_DEVICE uint32_t at_stage(int offset, int stage) const {
+    return at<Tile>(offset) + stage * (Tile::kBytes / 16);
+  }
+};
+
 // Lower descriptor word, 16 columns at a time along the rows of a tile, and 16 rows down.
 template <class Tile>
 FLASHTILE_DEVICE uint32_t along_rows(uint32_t tile, int step) {

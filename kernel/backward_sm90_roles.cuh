@@ -30,22 +30,24 @@ struct BackwardRoles {
 
   const BackwardLaunch& launch;
   uint32_t smem;
+  TileDescriptors tiles;
   int thread;         // 0 to 255
   int use = 0;        // of the rings
   Gradient gradient;  // dV of the first warpgroup, dK of the second
 
   FLASHTILE_DEVICE BackwardRoles(const BackwardLaunch& launch, uint32_t smem)
-      : launch(launch), smem(smem), thread(ptx::thread_index()) {
+      : launch(launch), smem(smem), tiles(smem), thread(ptx::thread_index()) {
     clear(gradient);
   }
 
   FLASHTILE_DEVICE Ring q_ring() const { return {smem + Shape::kQRing}; }
   FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
+  // Descriptors of the tiles at hand.
   FLASHTILE_DEVICE uint32_t q() const {
-    return smem + Shape::kQ + Ring::stage(use) * QueryTile::kBytes;
+    return tiles.template at_stage<QueryTile>(Shape::kQ, Ring::stage(use));
   }
   FLASHTILE_DEVICE uint32_t dout() const {
-    return smem + Shape::kDout + Ring::stage(use) * QueryTile::kBytes;
+    return tiles.template at_stage<QueryTile>(Shape::kDout, Ring::stage(use));
   }
   FLASHTILE_DEVICE bool is_first_lane() const { return thread % 32 == 0; }
   // Where the lane's P lies, of 16 queries.
@@ -63,9 +65,8 @@ struct BackwardRoles {
   template <int kGroup, int kCols>
   FLASHTILE_DEVICE void issue_dq(Accumulator<16, kCols>& dq) const {
     issue_shared_AB<T, ScoreTile, KeyTile>(
-        dq, tile_descriptor<ScoreTile>(smem + Shape::kScores),
-        tile_descriptor<KeyTile>(smem + Shape::kK +
-                                 Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
+        dq, tiles.template at<ScoreTile>(Shape::kScores),
+        tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
     ptx::wgmma_commit();
   }
   template <int kGroup, int kCols>
@@ -80,8 +81,8 @@ struct BackwardRoles {
     q_ring().wait(use);
     Scores p;
     ptx::wgmma_fence();
-    issue_ABt<T, KeyTile, QueryTile>(p, tile_descriptor<KeyTile>(smem + Shape::kK),
-                                     tile_descriptor<QueryTile>(q()));  // S^T = K Q^T
+    issue_ABt<T, KeyTile, QueryTile>(p, tiles.template at<KeyTile>(Shape::kK),
+                                     q());  // S^T = K Q^T
     ptx::wgmma_commit();
     dout_ring().wait(use);
     ptx::wgmma_wait<0>();
@@ -98,7 +99,7 @@ struct BackwardRoles {
     }
     ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);
     ptx::wgmma_fence();
-    issue_AB<T, QueryTile>(gradient, packed, tile_descriptor<QueryTile>(dout()));
+    issue_AB<T, QueryTile>(gradient, packed, dout());
     ptx::wgmma_commit();  // dV += P^T dO
 
     ptx::named_barrier_sync(kScoresThere, Shape::kConsumers);
@@ -119,8 +120,8 @@ struct BackwardRoles {
     Scores ds;
     Words::start_from_delta(ds, Words::statistics(smem, Ring::stage(use), thread));
     ptx::wgmma_fence();
-    issue_add_ABt<T, KeyTile, QueryTile>(ds, tile_descriptor<KeyTile>(smem + Shape::kV),
-                                         tile_descriptor<QueryTile>(dout()));
+    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV),
+                                         dout());
     ptx::wgmma_commit();  // dP^T - delta = V dO^T - delta
     q_ring().wait(use);
     ptx::named_barrier_sync(kProbabilitiesThere, Shape::kConsumers);
@@ -147,7 +148,7 @@ struct BackwardRoles {
     Accumulator<16, Shape::dq_cols(1)> dq;
     ptx::wgmma_fence();
     issue_dq<1>(dq);
-    issue_AB<T, QueryTile>(gradient, packed, tile_descriptor<QueryTile>(q()));
+    issue_AB<T, QueryTile>(gradient, packed, q());
     ptx::wgmma_commit();  // dK += dS^T Q
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(dq.d[0]);

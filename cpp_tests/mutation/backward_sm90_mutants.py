@@ -79,7 +79,7 @@ BARRIERS = [
         "one place for dS of two blocks",
         HALVES,
         "Shape::kScores + use % 2 * ScoreTile::kBytes;",
-        "Shape::kScores;",
+        "Shape::kScores + ScoreTile::kBytes;",
     ),
     mutant(
         "gradients staged over keys that are read",
@@ -149,13 +149,13 @@ PRODUCT_MUTANTS = [
     mutant(
         "both warpgroups have the first keys",
         HALVES,
-        "constexpr int kFirstKey = kGroup * Shape::kGroupKeys;",
-        "constexpr int kFirstKey = 0;",
+        "constexpr int kFirstRow = kGroup * Shape::kGroupKeys * kPanelRowBytes;",
+        "constexpr int kFirstRow = 0;",
     ),
     mutant(
         "both warpgroups have the first rows of dQ",
         HALVES,
-        "Shape::kSplitRows ? kGroup * 64 : 0;",
+        "Shape::kSplitRows ? kGroup * 64 * kPanelRowBytes : 0;",
         "0;",
     ),
     role_mutant(
