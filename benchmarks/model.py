@@ -9,7 +9,7 @@ overlap with it but for a share OVERLAP_LOSS, which was fitted to published meas
 FlashAttention-2 and -3 (the last table compares). Tiles are then dealt out, longest first, to the
 blocks that fit on the GPU: what this leaves idle is wave quantisation, what a mask cuts from tiles
 is causal efficiency. The time of global memory is a floor of the whole. A ranking with an error of
-10 to 20 percent, not a promise; measured results (results/*/results.json of a GPU) are printed
+10 to 20 percent, not a promise; measured results (results/ of that GPU) are printed
 beside it where there are any.
 
 mma.sync kernels come from the report on their machine code (sass_report.py --json); wgmma tiles
@@ -261,8 +261,9 @@ PUBLISHED = (
 def measured(gpu: Gpu) -> dict[tuple[str, int, int, bool], float]:
     """TFLOP/s by (pass, head_dim, seqlen, causal), from the results kept for this GPU."""
     found: dict[tuple[str, int, int, bool], float] = {}
-    for path in (HERE / "results").glob(f"{gpu.name.lower().replace(' ', '-')}*/results.json"):
-        for case in json.loads(path.read_text())["cases"]:
+    for path in (HERE / "results").glob(f"*{gpu.name.lower().replace(' ', '-')}*/*.json"):
+        report = json.loads(path.read_text())
+        for case in (report.get("benchmark") or report)["cases"]:
             if case["dtype"] != "bfloat16" or case["window"] or case["lengths"]:
                 continue
             seconds = case["contenders"]["flashtile"]["wall_median"]
