@@ -46,12 +46,14 @@ build: $(VENV)/.stamp
 test: build
 	@rm -rf build/error_table/*
 	ctest --preset default
+	grep -hE "^(cells:|traps:|fuzz on|planted )" build/Testing/Temporary/LastTest.log
+	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
 	$(BIN)/python -m pytest -q python/tests
 
 test-long: build
 	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
-	grep -h "mutants caught" build/Testing/Temporary/LastTest.log || echo 'no mutants: built without CUDA'
+	grep -hE "mutants caught|^(fuzz on|planted )" build/Testing/Temporary/LastTest.log
 	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
