@@ -24,8 +24,8 @@ from mutation_test import MUTANTS, Settings, patch, write_manifest
 
 PLANTED = [
     "keys past the end unmasked",
-    "odd head dim: one element of out too many",
-    "left edge one key off",
+    "key range begins a block late",
+    "a row's last chunk of 16 bytes and one more",
     "dLSE with the wrong sign",
     "no barrier after dS is stored",
 ]
