@@ -49,7 +49,7 @@ test: build
 	grep -hE "^(cells:|traps:|fuzz on|planted )" build/Testing/Temporary/LastTest.log
 	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
-	$(BIN)/python -m pytest -q python/tests
+	FLASHTILE_MATRIX=build/matrix.json $(BIN)/python -m pytest -q python/tests
 
 test-long: build
 	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
