@@ -117,4 +117,13 @@ inline Attempt attempt_on_cpu(const Setup& setup, const Truth& truth) {
   return attempt;
 }
 
+// `make(seed)`: the setup with the values of a seed.
+template <class Make>
+Attempt attempt_draws_on_cpu(uint64_t seed, const Make& make) {
+  return attempt_draws(seed, [&](uint64_t drawn) {
+    const Setup setup = make(drawn);
+    return attempt_on_cpu(setup, Truth(setup));
+  });
+}
+
 }  // namespace flashtile::test

@@ -46,10 +46,7 @@ void check_setup(const Setup& setup) {
 void check_setup_once(const Setup& setup) { check_setup(setup); }
 
 void check_draws(const std::function<Setup(uint64_t)>& draw) {
-  const Attempt attempt = attempt_draws(1, [&](uint64_t seed) {
-    const Setup setup = draw(seed);
-    return attempt_on_cpu(setup, Truth(setup));
-  });
+  const Attempt attempt = attempt_draws_on_cpu(1, draw);
   CHECK_MESSAGE(attempt.passed(), draw(1).name() + " on the CPU: " + attempt.wrong);
 }
 
