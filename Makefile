@@ -3,6 +3,7 @@
 #   make test       build, ctest, pytest            make test-long  mutants, sanitizers, long cases
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
+#   make model      what a performance model expects of GPUs
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +21,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: demo test test-long wheel bench lint format build sass-report clean
+.PHONY: demo test test-long wheel bench lint format build sass-report model clean
 .DEFAULT_GOAL := test
 
 # Without a network, an interpreter that already has what we need is used through a .pth file
@@ -45,12 +46,14 @@ build: $(VENV)/.stamp
 test: build
 	@rm -rf build/error_table/*
 	ctest --preset default
+	grep -hE "^(cells:|traps:|fuzz on|planted )" build/Testing/Temporary/LastTest.log
+	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
-	$(BIN)/python -m pytest -q python/tests
+	FLASHTILE_MATRIX=build/matrix.json $(BIN)/python -m pytest -q python/tests
 
 test-long: build
 	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
-	grep -h "mutants caught" build/Testing/Temporary/LastTest.log || echo 'no mutants: built without CUDA'
+	grep -hE "mutants caught|^(fuzz on|planted )" build/Testing/Temporary/LastTest.log
 	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
@@ -73,7 +76,10 @@ bench: build
 
 sass-report: build
 	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
-	$(BIN)/python benchmarks/sass_report.py
+	$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json
+
+model: sass-report
+	@$(BIN)/python benchmarks/model.py
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt

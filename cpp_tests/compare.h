@@ -33,10 +33,19 @@ inline constexpr int64_t kBlockRows = 16;
 
 // Both sides of the bound in one block of rows, as largest values.
 struct BlockError {
+  const char* tensor = "";
+  int64_t row = 0;  // the first
   double error = 0.0;
   double rounding = 0.0;  // error of the dtype
   double floor = 0.0;
+
   double ratio() const { return error == 0.0 ? 0.0 : error / (rounding + floor / kAllowedRatio); }
+  std::string text() const {
+    char text[120];
+    std::snprintf(text, sizeof text, "%s rows %lld..: error %.3g, in the dtype %.3g, floor %.3g",
+                  tensor, static_cast<long long>(row), error, rounding, floor);
+    return text;
+  }
 };
 
 // Largest error / (dtype error + floor / 2), at most 2; infinite when NaN or infinities stand
@@ -56,17 +65,30 @@ struct Comparison {
     where = other.where;
   }
 
+  void add_block(const BlockError& block) {
+    blocks.push_back(block);
+    error = std::max(error, block.error);
+    raise(block);
+  }
+
   // As if the blocks of `other`, the same comparison of other values, belonged to the blocks here.
+  // Both have a ratio that is finite.
   void pool(const Comparison& other) {
-    double pooled = other.blocks.size() == blocks.size() ? 0.0 : kInfinity;
-    for (size_t i = 0; i < std::min(blocks.size(), other.blocks.size()); ++i) {
+    error = std::max(error, other.error);
+    ratio = 0.0;
+    for (size_t i = 0; i < blocks.size(); ++i) {
       blocks[i].error = std::max(blocks[i].error, other.blocks[i].error);
       blocks[i].rounding = std::max(blocks[i].rounding, other.blocks[i].rounding);
       blocks[i].floor = std::max(blocks[i].floor, other.blocks[i].floor);
-      pooled = std::max(pooled, blocks[i].ratio());
+      raise(blocks[i]);
     }
-    error = std::max(error, other.error);
-    ratio = std::isinf(other.ratio) ? other.ratio : pooled;
+  }
+
+ private:
+  void raise(const BlockError& block) {
+    if (block.ratio() <= ratio) return;
+    ratio = block.ratio();
+    where = block.text();
   }
 };
 
@@ -105,18 +127,7 @@ inline void compare_block(const RowTensor& t, int64_t first, int64_t count, Comp
     if (std::isfinite(one)) rounding = std::max(rounding, one);
     largest = std::max(largest, std::fabs(t.truth[at]));
   }
-  worst.error = std::max(worst.error, error);
-  const double floor = t.epsilon / 2 * largest + t.noise;
-  worst.blocks.push_back({error, rounding, floor});
-  const double ratio = worst.blocks.back().ratio();
-  if (ratio > worst.ratio) {
-    worst.ratio = ratio;
-    char text[160];
-    std::snprintf(text, sizeof text,
-                  "%s rows %lld..: error %.3g, in the dtype %.3g, floor %.3g, largest value %.3g",
-                  t.name, static_cast<long long>(first), error, rounding, floor, largest);
-    worst.where = text;
-  }
+  worst.add_block({t.name, first, error, rounding, t.epsilon / 2 * largest + t.noise});
 }
 
 // Which rows take part: a query that sees a key, a key that a query sees.

@@ -10,14 +10,13 @@ using namespace flashtile::test;
 namespace {
 
 void run_cell(const Cell& cell, ErrorTable& table, MatrixReport& report) {
-  std::string name;
-  const Attempt attempt = attempt_draws(static_cast<uint64_t>(cell.index) + 1, [&](uint64_t seed) {
-    const Setup setup = make_setup(cell.spec, cell.dtype, cell.head_dims, cell.mask, seed);
-    name = setup.name();
-    return attempt_on_cpu(setup, Truth(setup));
-  });
-  CHECK_MESSAGE(attempt.passed(), name + " on the CPU: " + attempt.wrong);
-  const Setup setup = make_setup(cell.spec, cell.dtype, cell.head_dims, cell.mask);
+  const auto make = [&](uint64_t seed) {
+    return make_setup(cell.spec, cell.dtype, cell.head_dims, cell.mask, seed);
+  };
+  const uint64_t seed = static_cast<uint64_t>(cell.index) + 1;
+  const Attempt attempt = attempt_draws_on_cpu(seed, make);
+  const Setup setup = make(seed);
+  CHECK_MESSAGE(attempt.passed(), setup.name() + " on the CPU: " + attempt.wrong);
   for (const Verdict& verdict : attempt.verdicts) table.add("cpu", setup, verdict);
   report.add(cell, "forward", attempt.forward_passed() ? Outcome::kPassed : Outcome::kFailed);
   report.add(cell, "backward", attempt.passed() ? Outcome::kPassed : Outcome::kFailed);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -151,7 +152,9 @@ class Run {
     return result_;
   }
 
-  RunResult backward() {
+  // `before` is called with the memory of dout right before the backward, which may be queued
+  // behind what it queues.
+  RunResult backward(const std::function<void(void* dout)>& before = nullptr) {
     char name[128] = "";
     size_t bytes = 0;
     if (!ok(flashtile_workspace_size_backward(&backward_, &bytes))) return result_;
@@ -161,6 +164,7 @@ class Run {
     backward_.workspace_bytes = bytes;
     if (!ok(flashtile_plan_backward(&backward_, name, sizeof name))) return result_;
     result_.backward_plan = name;
+    if (before != nullptr) before(dout_.bytes.data());
     if (!ok(flashtile_backward(&backward_, nullptr))) return result_;
     result_.values.dq = fetch(dq_, "dq");
     result_.values.dk = fetch(dk_, "dk");

@@ -1,11 +1,12 @@
 // Random cases against manual attention in fp64, until the time or the number of cases is up.
 //
-//   fuzz --backend cpu --seconds 30            cases with the seeds 1, 2, 3, ...
+//   fuzz --backend cpu --seconds 30               cases with the seeds 1, 2, 3, ...
 //   fuzz --backend machine --seed 123 --cases 1   one case again, as a failure prints it
-//   fuzz --backend cpu --plant all             how many cases it takes to find each planted bug
+//   fuzz --backend cpu --plant all                how many cases it takes to find each planted bug
 //
-// Options: --head-dims LOW-HIGH and --device sm_80 narrow what is drawn; --find ends at the first
-// failure, successfully: a mutant of the kernels is to be found.
+// Options: --head-dims LOW-HIGH narrows what is drawn, --device sm_80 the models of the machine; on
+// the CPU --device is an instruction set. --find ends at the first failure, successfully: a bug
+// that is planted in the code is to be found.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -79,6 +80,10 @@ Attempt run_case(const FuzzCase& c, const FuzzTarget& target, const Plant* plant
   });
 }
 
+std::string place(const Options& options) {
+  return options.backend + (options.device.empty() ? "" : " " + options.device);
+}
+
 std::string reproducer(const Options& options, uint64_t seed) {
   std::string text =
       "fuzz --backend " + options.backend + " --seed " + std::to_string(seed) + " --cases 1";
@@ -127,11 +132,12 @@ int find_plants(const Options& options, const FuzzTarget& target) {
     if (options.plant != "all" && options.plant != plant.name) continue;
     const Tally tally = run_cases(options, target, &plant, /*stop=*/true);
     if (tally.failures > 0) {
-      std::printf("planted %s: found by case %llu, after %.1f s\n", plant.name,
-                  static_cast<unsigned long long>(tally.cases), tally.seconds);
+      std::printf("planted %s on the %s: found by case %llu, after %.1f s\n", plant.name,
+                  place(options).c_str(), static_cast<unsigned long long>(tally.cases),
+                  tally.seconds);
     } else {
-      std::printf("planted %s: NOT found in %llu cases\n", plant.name,
-                  static_cast<unsigned long long>(tally.cases));
+      std::printf("planted %s on the %s: NOT found in %llu cases\n", plant.name,
+                  place(options).c_str(), static_cast<unsigned long long>(tally.cases));
       ++missed;
     }
   }
@@ -144,9 +150,10 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   Options options;
   if (!read_options(argc, argv, options)) return 2;
-  FuzzTarget target = options.backend == "cpu" ? cpu_target() : machine_target(options.device);
+  FuzzTarget target =
+      options.backend == "cpu" ? cpu_target(options.device) : machine_target(options.device);
   if (!target.unavailable.empty()) {
-    std::printf("SKIP fuzz on the %s: %s\n", options.backend.c_str(), target.unavailable.c_str());
+    std::printf("SKIP fuzz on the %s: %s\n", place(options).c_str(), target.unavailable.c_str());
     return 77;
   }
   target.range.least_head_dim = options.least_head_dim;
@@ -154,7 +161,7 @@ int main(int argc, char** argv) {
   if (!options.plant.empty()) return find_plants(options, target);
   const Tally tally = run_cases(options, target, nullptr, options.find);
   std::printf("fuzz on the %s: %llu cases, seeds %llu to %llu, in %.0f s, %llu failed\n",
-              options.backend.c_str(), static_cast<unsigned long long>(tally.cases),
+              place(options).c_str(), static_cast<unsigned long long>(tally.cases),
               static_cast<unsigned long long>(options.seed),
               static_cast<unsigned long long>(options.seed + tally.cases - 1), tally.seconds,
               static_cast<unsigned long long>(tally.failures));

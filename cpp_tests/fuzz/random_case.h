@@ -43,7 +43,9 @@ class Draw {
 inline HeadDims random_head_dims(Draw& draw, const FuzzRange& range) {
   const auto one = [&] {
     const int low = range.least_head_dim, high = range.largest_head_dim;
-    if (draw.chance(0.5)) return draw.between(low, high);
+    if (draw.chance(0.35)) return draw.between(low, high);
+    // Rows that are whole in units of 16 bytes, and yet need not fill a slice.
+    if (draw.chance(0.3)) return std::clamp(8 * draw.between(1, 32), low, high);
     return std::clamp(draw.one_of<int>({16, 32, 64, 80, 96, 128, 192, 256}), low, high);
   };
   const int qk = one();
@@ -117,8 +119,10 @@ inline int64_t work_of(const Case& spec, const HeadDims& head_dims) {
 }
 
 // Large scores only with 16 bits: in fp32, several roundings of a score of 40 show in a
-// probability, and the bound knows of one, the LSE's.
+// probability, and the bound knows of one, the LSE's. The huge ones have no backward.
 inline Values random_values(Draw& draw, Dtype dtype) {
+  if (bytes_of(dtype) == 2 && draw.chance(0.06))
+    return draw.one_of<Values>({Values::kHuge, Values::kMixedHuge});
   const Values values = draw.one_of<Values>(
       {Values::kNormal, Values::kNormal, Values::kNormal, Values::kZeroScale,
        Values::kNegativeScale, Values::kTriple, Values::kPeaked, Values::kVeryNegative});

@@ -14,7 +14,8 @@ struct FuzzTarget {
   Attempt (*attempt)(const Setup& setup, const Truth& truth, uint64_t seed) = nullptr;
 };
 
-FuzzTarget cpu_target();
+// With an instruction set by its name, or with the one that the op chooses.
+FuzzTarget cpu_target(const std::string& instruction_set);
 
 // On one device model per case, chosen by the seed among those whose name contains `device`.
 FuzzTarget machine_target(const std::string& device);

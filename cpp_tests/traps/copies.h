@@ -19,23 +19,21 @@ class Copies {
   Copies& operator=(const Copies&) = delete;
   ~Copies() { large_backend().release(memory_); }
 
-  uint8_t* data() const { return memory_; }
   flashtile_tensor view() const {
     return {memory_, host_.strides().batch, host_.strides().seq, host_.strides().head};
   }
-  std::vector<double> fetch(int64_t i) {
-    large_backend().copy_out(host_.bytes().data(), copy(i), bytes_);
-    return host_.dense();
-  }
-  // Whether all copies have the bits of the first.
-  bool are_alike() {
-    std::vector<uint8_t> first(bytes_), other(bytes_);
-    large_backend().copy_out(first.data(), copy(0), bytes_);
-    for (int64_t i = 1; i < copies_; ++i) {
+  // The last copy, whose bits all others must have.
+  std::vector<double> fetch() const {
+    HostTensor last = host_;
+    std::vector<uint8_t> other(bytes_);
+    large_backend().copy_out(last.bytes().data(), copy(copies_ - 1), bytes_);
+    int64_t unlike = 0;
+    for (int64_t i = 0; i < copies_ - 1; ++i) {
       large_backend().copy_out(other.data(), copy(i), bytes_);
-      if (first != other) return false;
+      unlike += other != last.bytes();
     }
-    return true;
+    CHECK_EQ(unlike, int64_t{0});
+    return last.dense();
   }
 
  private:
@@ -49,29 +47,8 @@ class Copies {
 
 // `setup` is one deterministic dense batch; runs `copies` of it at once.
 inline void check_copies(const Setup& setup, int64_t copies) {
-  Copies q(setup.q, copies), k(setup.k, copies), v(setup.v, copies), out(setup.dout, copies),
-      dout(setup.dout, copies), dq(setup.q, copies), dk(setup.k, copies), dv(setup.v, copies),
-      lse(dense_lse(setup), copies);
-  run_large(setup, copies,
-            {.q = q.view(),
-             .k = k.view(),
-             .v = v.view(),
-             .out = out.view(),
-             .dout = dout.view(),
-             .dq = dq.view(),
-             .dk = dk.view(),
-             .dv = dv.view(),
-             .lse = reinterpret_cast<float*>(lse.data())});
-  for (Copies* result : {&out, &lse, &dq, &dk, &dv})
-    CHECK_MESSAGE(result->are_alike(), setup.name() + ": copies differ");
-  const int64_t last = copies - 1;
-  const AttentionOutput result = {.out = out.fetch(last),
-                                  .lse = lse.fetch(last),
-                                  .dq = dq.fetch(last),
-                                  .dk = dk.fetch(last),
-                                  .dv = dv.fetch(last)};
-  const Verdict verdict = compare(setup, Truth(setup), result);
-  CHECK_MESSAGE(verdict.passed(), setup.name() + verdict.text());
+  check_placed(setup, copies,
+               [&](const HostTensor& tensor, Rows) { return Copies(tensor, copies); });
 }
 
 inline Setup one_batch(int heads, int queries, int keys, int head_dim,

@@ -45,6 +45,20 @@ void check_setup(const Setup& setup) {
 
 void check_setup_once(const Setup& setup) { check_setup(setup); }
 
+void check_draws(const std::function<Setup(uint64_t)>& draw) {
+  const Attempt attempt = attempt_draws_on_cpu(1, draw);
+  CHECK_MESSAGE(attempt.passed(), draw(1).name() + " on the CPU: " + attempt.wrong);
+}
+
+std::vector<RunResult> results_with_late_dout(const Setup& setup) {
+  static const Backend backend = cpu_backend();
+  const Setup early = without_dout(setup);
+  Run run(early, backend);
+  CHECK_EQ(run.forward().error, std::string());
+  const std::vector<uint8_t>& dout = setup.dout.bytes();
+  return {run.backward([&](void* memory) { std::memcpy(memory, dout.data(), dout.size()); })};
+}
+
 std::vector<RunResult> results_of(const Setup& setup, int runs) {
   static const Backend backend = cpu_backend();
   std::vector<RunResult> results;

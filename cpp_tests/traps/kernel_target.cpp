@@ -1,3 +1,5 @@
+#include <cuda_runtime_api.h>
+
 #include "../kernels/kernel_cases.h"
 #include "large_memory.h"
 #include "target.h"
@@ -12,9 +14,13 @@ void require_device() {
   throw check::Skipped{reason};
 }
 
-void check_on(std::vector<Schedule> chosen, const Setup& setup, const Truth& truth) {
+Attempt attempt_on(std::vector<Schedule> chosen, const Setup& setup, const Truth& truth) {
   if (!setup.spec.deterministic) chosen.resize(1);
-  const Attempt attempt = attempt_on_device(chosen, setup, truth, cuda_backend());
+  return attempt_on_device(chosen, setup, truth, cuda_backend());
+}
+
+void check_on(const std::vector<Schedule>& chosen, const Setup& setup, const Truth& truth) {
+  const Attempt attempt = attempt_on(chosen, setup, truth);
   CHECK_MESSAGE(attempt.passed(), attempt.wrong);
 }
 
@@ -38,6 +44,44 @@ void check_setup(const Setup& setup) {
 void check_setup_once(const Setup& setup) {
   require_device();
   check_on(schedules_by_device().begin()->second, setup, Truth(setup));
+}
+
+void check_draws(const std::function<Setup(uint64_t)>& draw) {
+  require_device();
+  constexpr uint64_t kFirst = 1;
+  const Setup first = draw(kFirst);
+  const Truth truth(first);
+  for (const auto& device : schedules_by_device()) {
+    const Attempt attempt = attempt_draws(kFirst, [&](uint64_t seed) {
+      if (seed == kFirst) return attempt_on(device.second, first, truth);
+      const Setup other = draw(seed);
+      return attempt_on(device.second, other, Truth(other));
+    });
+    CHECK_MESSAGE(attempt.passed(), attempt.wrong);
+  }
+}
+
+std::vector<RunResult> results_with_late_dout(const Setup& setup) {
+  require_device();
+  const Backend backend = cuda_backend();
+  const Setup early = without_dout(setup);
+  const std::vector<uint8_t> work(size_t{16} << 20);
+  std::vector<RunResult> results;
+  for (const auto& device : schedules_by_device()) {
+    begin(device.second.front());
+    const DeviceBytes dout(backend, setup.dout.bytes().data(), setup.dout.bytes().size());
+    const DeviceBytes busy(backend, work.data(), work.size());
+    Run run(early, backend);
+    CHECK_EQ(run.forward().error, std::string());
+    results.push_back(run.backward([&](void* memory) {  // all of it on the stream of the calls
+      for (int i = 0; i < 40; ++i) cudaMemsetAsync(busy.data(), i, work.size(), nullptr);
+      const cudaError_t error = cudaMemcpyAsync(memory, dout.data(), setup.dout.bytes().size(),
+                                                cudaMemcpyDeviceToDevice, nullptr);
+      CHECK_EQ(error, cudaSuccess);
+    }));
+    CHECK_EQ(finish(), std::string());
+  }
+  return results;
 }
 
 std::vector<RunResult> results_of(const Setup& setup, int runs) {

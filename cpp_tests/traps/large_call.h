@@ -1,4 +1,4 @@
-// Forward and backward of a dense setup on tensors that the caller has placed in large memory.
+// Forward and backward of a setup on tensors that the caller has placed in large memory.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,13 @@ inline void run_large(const Setup& setup, int64_t batch, const LargeTensors& t) 
   problem.num_heads = queries.heads;
   problem.num_heads_kv = setup.extents_k.heads;
   problem.head_dim = setup.head_dim;
-  problem.seqlen_q = queries.seq;
-  problem.seqlen_k = setup.extents_k.seq;
+  problem.seqlen_q = problem.total_q = queries.seq;
+  problem.seqlen_k = problem.total_k = setup.extents_k.seq;
+  const auto bytes = [](const std::vector<int32_t>& x) { return x.size() * sizeof(int32_t); };
+  const DeviceBytes cu_q(backend, setup.cu_seqlens_q.data(), bytes(setup.cu_seqlens_q)),
+      cu_k(backend, setup.cu_seqlens_k.data(), bytes(setup.cu_seqlens_k));
+  problem.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_q.data());
+  problem.cu_seqlens_k = reinterpret_cast<const int32_t*>(cu_k.data());
   problem.softmax_scale = static_cast<float>(setup.softmax_scale);
   problem.window_right = setup.mask.right;
   problem.flags = setup.spec.deterministic ? FLASHTILE_DETERMINISTIC : 0;
@@ -54,11 +59,35 @@ inline void run_large(const Setup& setup, int64_t batch, const LargeTensors& t) 
   backend.release(workspace);
 }
 
-// LSE of one batch, dense.
-inline HostTensor dense_lse(const Setup& setup) {
+// What the rows of a tensor are.
+enum class Rows { kQueries, kKeys, kLse };
+
+// Places q, k, v, dout and the results, `make(tensor, rows)` each, runs `batch` sequences, and
+// compares with fp64 what fetch() of the results gives: those of the setup.
+template <class Make>
+void check_placed(const Setup& setup, int64_t batch, const Make& make) {
   const Extents& e = setup.extents_q;
-  return HostTensor(Dtype::kFloat32, {e.batch, e.seq, e.heads, 1},
-                    Strides{e.heads * e.seq, 1, e.seq}, 0);
+  const HostTensor dense_lse(Dtype::kFloat32, {e.batch, e.seq, e.heads, 1},
+                             Strides{e.heads * e.seq, 1, e.seq}, 0);
+  const auto q = make(setup.q, Rows::kQueries), out = make(setup.dout, Rows::kQueries),
+             dout = make(setup.dout, Rows::kQueries), dq = make(setup.q, Rows::kQueries),
+             k = make(setup.k, Rows::kKeys), v = make(setup.v, Rows::kKeys),
+             dk = make(setup.k, Rows::kKeys), dv = make(setup.v, Rows::kKeys),
+             lse = make(dense_lse, Rows::kLse);
+  run_large(setup, batch,
+            {.q = q.view(),
+             .k = k.view(),
+             .v = v.view(),
+             .out = out.view(),
+             .dout = dout.view(),
+             .dq = dq.view(),
+             .dk = dk.view(),
+             .dv = dv.view(),
+             .lse = static_cast<float*>(lse.view().data)});
+  const AttentionOutput result = {
+      .out = out.fetch(), .lse = lse.fetch(), .dq = dq.fetch(), .dk = dk.fetch(), .dv = dv.fetch()};
+  const Verdict verdict = compare(setup, Truth(setup), result);
+  CHECK_MESSAGE(verdict.passed(), setup.name() + verdict.text());
 }
 
 }  // namespace flashtile::test

