@@ -79,9 +79,8 @@ struct BackwardHalves {
     Scores ds;
     Words::start_from_delta(ds, statistics);
     ptx::wgmma_fence();
-    issue_add_ABt<T, KeyTile, QueryTile>(
-        ds, tiles.template at<KeyTile>(Shape::kV + kFirstRow),
-        dout());  // dP^T - delta = V dO^T - delta
+    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV + kFirstRow),
+                                         dout());  // dP^T - delta = V dO^T - delta
     ptx::wgmma_commit();
 
     ptx::wgmma_wait<1>();
@@ -123,7 +122,7 @@ struct BackwardHalves {
     issue_shared_AB<T, ScoreTile, KeyTile>(
         dq, tiles.template at_stage<ScoreTile>(Shape::kScores + kDqRow, use % 2),
         tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
-    ptx::wgmma_commit();                                              // dQ = dS K
+    ptx::wgmma_commit();                  // dQ = dS K
     issue_AB<T, QueryTile>(dk, ds, q());  // dK += dS^T Q
     ptx::wgmma_commit();
 

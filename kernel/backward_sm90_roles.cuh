@@ -120,8 +120,7 @@ struct BackwardRoles {
     Scores ds;
     Words::start_from_delta(ds, Words::statistics(smem, Ring::stage(use), thread));
     ptx::wgmma_fence();
-    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV),
-                                         dout());
+    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV), dout());
     ptx::wgmma_commit();  // dP^T - delta = V dO^T - delta
     q_ring().wait(use);
     ptx::named_barrier_sync(kProbabilitiesThere, Shape::kConsumers);

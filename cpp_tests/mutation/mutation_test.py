@@ -89,9 +89,7 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
         f"BackwardDq<__half, {dim}, {order}>",
     ]
     functions = [f"launch<{one}>(const BackwardLaunch&, int64_t, CUstream_st*)" for one in around]
-    functions += [
-        f"launch<{one}>(const Backward{launch}&, int64_t, CUstream_st*)" for one in main
-    ]
+    functions += [f"launch<{one}>(const Backward{launch}&, int64_t, CUstream_st*)" for one in main]
     return f"backward_{header}.cuh", functions
 
 
