@@ -381,7 +381,13 @@ DETERMINISTIC = [
         cases="turns",
     ),
     mutant("last turn not passed on", MAIN, PASS_LAST, "", cases="turns"),
-    mutant("turns not cleared", DELTA, "launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;", "", cases="turns"),
+    mutant(
+        "turns not cleared",
+        DELTA,
+        "launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;",
+        "",
+        cases="turns",
+    ),
 ]
 
 TWO_BARRIERS = (MAIN, DS_COMPLETE, "__syncthreads(); __syncthreads();")

@@ -1,5 +1,5 @@
-"""Mutants of the backward for sm_90a: what only asynchronous copies and products, and warpgroups that
-hand work to each other, can get wrong. Head dim 64 halves the keys, 256 splits the roles."""
+"""Mutants of the backward for sm_90a: what only asynchronous copies and products, and warpgroups
+that hand work to each other, can get wrong. Head dim 64 halves the keys, 256 splits the roles."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 from backward_mutants import BACKWARD_MUTANTS
-from forward_mutants import FORWARD_MUTANTS
 from backward_sm90_mutants import BACKWARD_SM90_MUTANTS
+from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 
