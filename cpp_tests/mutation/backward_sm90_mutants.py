@@ -175,7 +175,7 @@ VALUES = [
         "no mask",
         SCORES,
         "packed[k][i] &= seen.pair(2 * k + i / 2, i % 2);",
-        "",
+        "packed[k][i] &= ~0u;",
         cases="masks",
     ),
     mutant(
@@ -190,6 +190,7 @@ VALUES = [
         MASK,
         "return both & key[half];",
         "return both;",
+        cases="values",
     ),
     mutant(
         "an edge taken for clean",
