@@ -211,7 +211,7 @@ VALUES = [
         MAIN,
         "static_cast<int>(block.head * group * launch.slots_q +",
         "static_cast<int>(block.head * launch.slots_q * 0 +",
-        cases="masks",
+        cases="turns",
     ),
 ]
 
