@@ -56,8 +56,8 @@ BARRIERS = [
             (HALVES, RELEASE_DOUT, ""),
             (HALVES, "dout_ring().wait(use);", "dout_ring().wait(use); " + RELEASE_DOUT),
         ),
-        ("shapes",),
-        64,
+        ("masks",),
+        128,
         "sm90",
     ),
     mutant(
