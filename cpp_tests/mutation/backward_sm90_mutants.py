@@ -18,7 +18,6 @@ TURNS = "backward_sm90_turns.cuh"
 DS_THERE = "ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);"
 P_THERE = "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);"
 KEYS_FULL = "ptx::mbarrier_wait(smem + Shape::kKeysFull, 0);"
-RELEASE_DOUT = "if (thread() % 32 == 0) dout_ring().release(use);"
 RELEASE_Q = "if (thread() % 32 == 0) q_ring().release(use);"
 DK_DONE = "ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);  // Q has been read"
 OUR_TURN = "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn"
@@ -49,17 +48,6 @@ BARRIERS = [
     mutant("Q not waited for", HALVES, "q_ring().wait(use);", ""),
     mutant("dO not waited for", HALVES, "dout_ring().wait(use);", ""),
     mutant("dS not waited for", HALVES, DS_THERE, ""),
-    Mutant(
-        "dO released before it is read",
-        "backward",
-        (
-            (HALVES, RELEASE_DOUT, ""),
-            (HALVES, "dout_ring().wait(use);", "dout_ring().wait(use); " + RELEASE_DOUT),
-        ),
-        ("masks",),
-        128,
-        "sm90",
-    ),
     mutant(
         "Q released before dK is done",
         HALVES,
