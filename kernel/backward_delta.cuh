@@ -6,6 +6,8 @@
 // and a row that is not in use, gets lse = +inf: its probabilities exp2(s - lse) are exactly 0.
 #pragma once
 
+#include <bit>
+
 #include "backward_layout.cuh"
 
 namespace flashtile {
@@ -30,7 +32,7 @@ struct BackwardDelta {
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
   static constexpr int kBlockQ = backward_config(kHeadDim, kMemory).block_q;
-  static constexpr int kLanes = kHeadDim == 192 ? 32 : kHeadDim / 8;  // a power of two
+  static constexpr int kLanes = std::bit_ceil(kHeadDim / 8u);
   static constexpr int kRowsPerPass = kThreads / kLanes;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
 

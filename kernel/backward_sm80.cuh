@@ -188,7 +188,7 @@ struct BackwardSm80 {
     Packed packed;
     packed.template pack<T>(scores);
     if constexpr (kConfig.split_head_dim) {
-      packed.store(my.at.scores + kExchange);
+      packed.template store<ScoreTile>(my.at.scores + kExchange);
       share_scores();  // P^T of the warp's keys is complete
     }
     accumulate(my.dv, packed, my.stage.of_dout(my.stage.cols), Smem::kDout, my.at.partner,
@@ -201,7 +201,7 @@ struct BackwardSm80 {
     multiply<kEdge>(ds, scores);
     packed.template pack<T>(ds);
     if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
-    packed.store(my.at.scores);
+    packed.template store<ScoreTile>(my.at.scores);
     Turns::wait(launch, slot, my.notes);
     __syncthreads();  // dS of the block is complete; nobody reads its dO any more
     if constexpr (kConfig.stages_dout == 1)

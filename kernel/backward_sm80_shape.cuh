@@ -25,7 +25,7 @@ struct BackwardShape {
   using DqColumns = typename Dq::Columns;
   static constexpr bool kPairs = kConfig.warps_q == 2;  // of warps that exchange scores
   static constexpr int kHalfBytes =
-      kQueries * kPanelRowBytes;  // from one warp's queries to the next's
+      kQueries * QueryTile::kPanelRowBytes;  // from one warp's queries to the next's
   static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
   using Scores = Accumulator<kKeys, kQueries>;  // S^T, P^T, dP^T, dS^T: [key, query]
   using Packed = PackedScores<kKeys, kQueries>;

@@ -251,7 +251,7 @@ ROWS = [
     mutant(
         "rows copied past their end",
         TILE,
-        "i * kRowsPerPass < rows_left ? bytes - c * kPanelRowBytes : 0",
+        "i * kRowsPerPass < rows_left ? bytes - c * Tile::kPanelRowBytes : 0",
         "i * kRowsPerPass < rows_left ? bytes : 0",
         cases="row formats",
         head_dim=192,

@@ -46,7 +46,7 @@ FLASHTILE_DEVICE void store_global(const GlobalRows& rows, uint32_t tile, int ro
   const bool plain = rows.format.aligned && rows.format.bytes == 2 * Tile::kCols;
   FLASHTILE_ROLL
   for (int i = 0; i < kRows; i += kRowsPerPass) {
-    const int row = row0 + i + load_row(lane);
+    const int row = row0 + i + load_row<Tile>(lane);
     if (row >= rows.count) continue;
     char* const target = rows.first + row * rows.stride * 2;
     FLASHTILE_UNROLL
