@@ -86,9 +86,13 @@ struct BackwardDelta {
   }
 
   static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
-    if (!launch.params.problem.deterministic || thread != 0) return;
-    launch.turns[ptx::block_index()] = 0;  // the grid is [num_heads, slots_q], too
-    if (ptx::block_index() == 0) launch.turns[launch.params.problem.num_heads * launch.slots_q] = 0;
+    const Problem& p = launch.params.problem;
+    if (!p.deterministic) return;
+    const int64_t words = TurnWords::count(launch.slots_k * p.num_heads_kv);
+    const int64_t threads = launch.slots_q * p.num_heads * kThreads;
+    for (int64_t i = int64_t{ptx::block_index()} * kThreads + thread; i < words; i += threads) {
+      launch.turns[i] = TurnWords::at_start(i);
+    }
   }
 
   static FLASHTILE_DEVICE void clear_dq(float* dq, int thread) {

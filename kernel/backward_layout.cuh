@@ -12,6 +12,8 @@
 //     of a warp goes to 128 neighbouring bytes.
 #pragma once
 
+#include <cstdint>
+
 #include "config.cuh"
 #include "params.h"
 #include "tile/constants.cuh"
@@ -22,12 +24,24 @@
 
 namespace flashtile {
 
+// The words of the workspace by which key blocks take turns at dQ (backward_turns.cuh): the ticket
+// counter, a predecessor for those that have none, and how far each key block has come.
+struct TurnWords {
+  static constexpr int kTickets = 0;
+  static constexpr int kNobody = 1;
+  static constexpr int kBlocks = 2;  // of block 0; the others follow
+  static constexpr int kPastAll = INT32_MAX;
+
+  static FLASHTILE_HOST_DEVICE int64_t count(int64_t key_blocks) { return kBlocks + key_blocks; }
+  static FLASHTILE_HOST_DEVICE int at_start(int64_t word) { return word == kNobody ? kPastAll : 0; }
+};
+
 // The arguments of the three kernels.
 struct BackwardLaunch {
   BackwardParams params;
   float* statistics = nullptr;      // [num_heads, slots_q, 4 block_q]
   float* dq_accumulator = nullptr;  // [num_heads, slots_q, block_q * head_dim]
-  int* turns = nullptr;  // [num_heads, slots_q], then the ticket counter; only when deterministic
+  int* turns = nullptr;             // TurnWords; only when deterministic
   int64_t slots_q = 0;
   int64_t slots_k = 0;
   float scale_log2 = 0.0f;      // softmax_scale * log2(e)

@@ -27,11 +27,17 @@ struct QueryNotes {
   }
 };
 struct TurnNotes {
-  int key_block;          // index of the block of keys in the sequence
-  int first_visited;      // slot (of the workspace) of the first query block that is visited
-  unsigned to_first_key;  // slot * block_q + this: first key that the query block sees, modulo 2^32
-  int unused = 0;
+  int own;     // which of TurnWords says how far this block of keys has come
+  int before;  // and which how far the one before has
+  int unused[2] = {};
   static constexpr int kOffset = 32;
+  // One word alone: each is read in every step.
+  static FLASHTILE_DEVICE int read_own(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset));
+  }
+  static FLASHTILE_DEVICE int read_before(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset + 4));
+  }
 };
 inline constexpr int kNotesBytes = 48;
 
