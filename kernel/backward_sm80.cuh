@@ -131,18 +131,19 @@ struct BackwardSm80 {
     }
   }
 
-  // dP^T - delta -> dS^T. A selection where hidden: what stands there may be infinite.
-  template <bool kEdge>
-  static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {
+  // dP^T - delta -> dS^T, for the n8 blocks of queries from `first` on. A selection where hidden:
+  // what stands there may be infinite.
+  template <bool kEdge, int kSome>
+  static FLASHTILE_DEVICE void multiply(Accumulator<kKeys, kSome>& ds, const Scores& p, int first) {
     FLASHTILE_UNROLL
     for (int m = 0; m < kKeys / 16; ++m) {
       FLASHTILE_UNROLL
-      for (int n = 0; n < kQueries / 8; ++n) {
+      for (int n = 0; n < kSome / 8; ++n) {
         FLASHTILE_UNROLL
         for (int i = 0; i < 4; ++i) {
           float& x = ds.d[m][n][i];
-          x *= p.d[m][n][i];
-          if (kEdge && EdgeTest<Shape>::hidden(p.d[m][n][i])) x = 0.0f;
+          x *= p.d[m][first + n][i];
+          if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;
         }
       }
     }
@@ -189,12 +190,16 @@ struct BackwardSm80 {
     accumulate(my.dv, packed, my.stage.of_dout(my.stage.cols), Smem::kDout, my.at.partner,
                kExchange);
 
-    Scores ds;
-    product_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows), Smem::kDout, [&](int n) {
-      return my.stage.minus_delta(n);
-    });  // dP^T - delta = V dO^T - delta
-    multiply<kEdge>(ds, scores);
-    packed.template pack<T>(ds);
+    FLASHTILE_UNROLL
+    for (int q = 0; q < kQueries; q += Shape::kPiece) {
+      Accumulator<kKeys, Shape::kPiece> ds;
+      product_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows),
+                     Smem::kDout + q * Shape::QueryTile::kPanelRowBytes, [&](int n) {
+                       return my.stage.minus_delta(q / 8 + n);
+                     });  // dP^T - delta = V dO^T - delta
+      multiply<kEdge>(ds, scores, q / 8);
+      packed.template pack<T>(ds, q / 16);
+    }
     if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
     packed.template store<ScoreTile>(my.at.scores);
     Turns::wait(launch, slot, my.notes);

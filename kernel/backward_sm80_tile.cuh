@@ -245,12 +245,13 @@ template <int kRows, int kCols>
 struct PackedScores {
   uint32_t x[kCols / 16][kRows / 16][4];  // pairs of 16-bit elements
 
-  template <class T>
-  FLASHTILE_DEVICE void pack(const Accumulator<kRows, kCols>& s) {
+  // Some columns: k16 steps from `first` on.
+  template <class T, int kSome>
+  FLASHTILE_DEVICE void pack(const Accumulator<kRows, kSome>& s, int first = 0) {
     FLASHTILE_UNROLL
-    for (int k = 0; k < kCols / 16; ++k) {
+    for (int k = 0; k < kSome / 16; ++k) {
       FLASHTILE_UNROLL
-      for (int m = 0; m < kRows / 16; ++m) to_operand<T>(x[k][m], s, m, k);
+      for (int m = 0; m < kRows / 16; ++m) to_operand<T>(x[first + k][m], s, m, k);
     }
   }
   // To a tile [row, col]; `address`: this lane's pair of row block 0, column block 0.

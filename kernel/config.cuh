@@ -66,8 +66,8 @@ struct BackwardConfig {
 FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory) {
   const bool large = memory == Memory::kLarge;
   switch (head_dim) {
-    case 32:
-    case 64: return {64, 128, 4, 2, 4, false, false, false, 2, 2};
+    case 32: return {64, 128, 4, 2, 4, false, false, false, 2, 2};
+    case 64: return {64, 128, 4, 2, 4, false, large, false, 2, 2};
     case 96:
       return large ? BackwardConfig{64, 128, 4, 2, 4, true, false, false, 2, 2}
                    : BackwardConfig{64, 128, 8, 1, 4, false, true, false, 2, 2};

@@ -155,7 +155,7 @@ MASKS = [
     mutant(
         "dS not hidden",
         MAIN,
-        "if (kEdge && EdgeTest<Shape>::hidden(p.d[m][n][i])) x = 0.0f;",
+        "if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;",
         "",
         cases="values",
     ),
