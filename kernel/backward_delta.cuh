@@ -126,7 +126,7 @@ struct BackwardDelta {
     const char* source = static_cast<const char*>(view.data) +
                          2 * (element_offset(view, s.batch, row, head) + 8 * lane);
     const int bytes = format.bytes - lane * kChunkBytes;
-    if (format.aligned && bytes >= kChunkBytes) return *reinterpret_cast<const uint4*>(source);
+    if (format.unit == kChunkBytes && bytes > 0) return *reinterpret_cast<const uint4*>(source);
     return load_elements(source, bytes);
   }
 

@@ -78,7 +78,7 @@ FLASHTILE_DEVICE void store_rows(const View& view, const RowFormat& format, cons
                                c * Tile::kPanelBytes);
       if (row >= block.rows) x = make_uint4(0, 0, 0, 0);
       store_chunk(target + c * Tile::kPanelRowBytes, x, bytes - c * Tile::kPanelRowBytes,
-                  format.aligned);
+                  format.unit);
     }
     target += 2 * Copy::kRowsPerPass * view.stride_seq;
   }

@@ -156,7 +156,7 @@ struct RowCopy {
         copy_chunk(shared + i * kRowsPerPass * Tile::kPanelRowBytes + c * Tile::kPanelBytes,
                    source + c * Tile::kPanelRowBytes,
                    i * kRowsPerPass < rows_left ? bytes - c * Tile::kPanelRowBytes : 0,
-                   format.aligned);
+                   format.unit);
       }
       source += pass_bytes;
     }

@@ -118,8 +118,8 @@ STATISTICS = [
     mutant(
         "delta from past the row's end",
         DELTA,
-        "if (format.aligned && bytes >= kChunkBytes)",
-        "if (format.aligned && bytes > 0)",
+        "if (format.unit == kChunkBytes && bytes > 0)",
+        "if (format.unit >= 4 && bytes > 0)",
         cases="row formats",
     ),
     mutant(
