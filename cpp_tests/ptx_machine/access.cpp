@@ -48,17 +48,20 @@ unsigned long long ull(uint64_t x) { return x; }
 
 struct Word {  // one word of one access
   Warp& warp;
+  Block& block;
   uint32_t pc;
   int lane;
   uint64_t address;
   Access access;
   bool bulk;    // by the async proxy
   bool strong;  // not weak
+  int thread = warp.first_thread() + lane;
+  uint32_t stamp = block.clocks.own(thread);
 };
 
 [[noreturn]] void fail_word(const Word& at, Error kind, const char* relation, const char* earlier,
                             uint32_t agent, uint32_t earlier_pc) {
-  Block& block = *at.warp.block;
+  Block& block = at.block;
   const Allocation* range = global_memory().find(at.address);
   block.fail(
       kind, at.warp, at.pc, at.lane,
@@ -76,8 +79,8 @@ bool is_ordered(const Block& block, int thread, uint32_t agent, uint32_t stamp) 
 
 // The last write of the word is visible to this access, or it is an error.
 void check_last_write(const Word& at, const WordShadow& w) {
-  Block& block = *at.warp.block;
-  const int thread = at.warp.index * kLanes + at.lane;
+  const Block& block = at.block;
+  const int thread = at.thread;
   if ((at.access == Access::kAtomic || at.strong) && w.atomic) return;
   const char* const what = w.atomic ? "atomic update" : "write";
   if (w.in_flight)
@@ -108,15 +111,14 @@ void note_read(WordShadow& w, const Block& block, uint32_t stamp, uint32_t agent
 }
 
 // One word of an access against its shadow; `covered`: which of its bytes.
-void check_word(const Word& at, WordShadow& w, uint8_t covered) {
-  Block& block = *at.warp.block;
-  const int thread = at.warp.index * kLanes + at.lane;
-  const uint32_t stamp = block.clocks.own(thread);
+inline void check_word(const Word& at, WordShadow& w, uint8_t covered) {
+  const Block& block = at.block;
+  const int thread = at.thread;
   if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0)
     check_last_write(at, w);
   const uint32_t agent = agent_of(block.number, thread);
   if (at.access == Access::kRead && at.strong) return;
-  if (at.access == Access::kRead) return note_read(w, block, stamp, agent, at.pc);
+  if (at.access == Access::kRead) return note_read(w, block, at.stamp, agent, at.pc);
   if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
     if (!is_ordered(block, thread, w.read_agent, w.read_stamp))
       fail_word(at, Error::kRace, "is not ordered after", "read", w.read_agent, w.read_pc);
@@ -125,7 +127,7 @@ void check_word(const Word& at, WordShadow& w, uint8_t covered) {
       fail_word(at, Error::kRace, "is not ordered after", "read", w.foreign_read_agent, w.read_pc);
     }
   }
-  w.write_stamp = stamp;
+  w.write_stamp = at.stamp;
   w.write_agent = agent;
   w.write_pc = at.pc;
   w.write_bytes = covered;
@@ -134,7 +136,7 @@ void check_word(const Word& at, WordShadow& w, uint8_t covered) {
 }
 
 // The 4-byte words of one lane's access against the shadow of their allocation.
-void check_global(Word at, Allocation& range, uint32_t bytes) {
+inline void check_global(Word at, Allocation& range, uint32_t bytes) {
   const uint64_t begin = at.address;
   const uint64_t end = begin + bytes;
   for (at.address = begin & ~uint64_t{3}; at.address < end; at.address += 4) {
@@ -255,7 +257,8 @@ const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, 
     block.fail(Error::kOutOfBounds, warp, pc, lane,
                text("%s of %s, which is read-only", verb(access), range->label.c_str()));
   }
-  if (block.checks) check_global({warp, pc, lane, address, access, false, strong}, *range, bytes);
+  if (block.checks)
+    check_global({warp, block, pc, lane, address, access, false, strong}, *range, bytes);
   return reinterpret_cast<const char*>(address);
 }
 
@@ -269,7 +272,8 @@ void check_bulk_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint
     block.fail(Error::kOutOfBounds, warp, pc, lane,
                text("%s of %s, which is read-only", verb(access), range->label.c_str()));
   }
-  if (block.checks) check_global({warp, pc, lane, address, access, true, false}, *range, bytes);
+  if (block.checks)
+    check_global({warp, block, pc, lane, address, access, true, false}, *range, bytes);
   Counters& counters = *block.counters;
   (access == Access::kRead ? counters.global_read_bytes : counters.global_written_bytes) += bytes;
 }

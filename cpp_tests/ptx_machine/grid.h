@@ -19,6 +19,7 @@ struct Grid {
   std::unordered_map<uint64_t, std::shared_ptr<const Foreign>> released;
 };
 
+std::string hex(uint32_t x);  // "0x0000ffff"
 // Where all blocks but `except` wait.
 std::string dump_all(const Grid& grid, const Block* except = nullptr);
 

@@ -112,7 +112,8 @@ void set_registers(Warp& warp, const Inst& inst, uint32_t mask) {
 void add_wgmma_ops(OpTable& t) {
   for (int n = 8; n <= 256; n += 8) {
     const std::string shape = "wgmma.mma_async.sync.aligned.m64n" + std::to_string(n) + "k16.f32.";
-    const std::string d = "#" + std::string(n / 2, 'w');
+    std::string d(static_cast<size_t>(1 + n / 2), 'w');
+    d[0] = '#';
     t.add(shape + "f16.f16", d + "ddqiiii", multiply<false, false>, n);
     t.add(shape + "bf16.bf16", d + "ddqiiii", multiply<true, false>, n);
     t.add(shape + "f16.f16", d + "aaaadqiii", multiply<false, true>, n);

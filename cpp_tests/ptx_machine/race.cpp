@@ -30,9 +30,11 @@ void SharedShadow::start(uint32_t bytes, int threads, AsyncOps* async) {
     write_pc_.assign(words_, 0);
     write_thread_.assign(words_, 0);
     write_bytes_.assign(words_, 0);
+    reader_warps_.assign(words_, 0);
   }
   if (had_async_) std::replace(write_stamp_.begin(), write_stamp_.end(), kAsyncStamp, 0u);
   had_async_ = false;
+  std::fill(reader_warps_.begin(), reader_warps_.end(), 0u);
   if (readers_.size() < static_cast<size_t>(words_) * warps_) {
     readers_.assign(static_cast<size_t>(words_) * warps_, {});
   }
@@ -97,7 +99,8 @@ bool SharedShadow::check_write(const Clocks& clocks, int thread, uint32_t word, 
 
 bool SharedShadow::check_readers(const Clocks& clocks, int thread, uint32_t word) {
   const uint32_t floor = clocks.floor(thread);
-  for (int warp = 0; warp < warps_; ++warp) {
+  for (uint32_t warps = reader_warps_[word]; warps != 0; warps &= warps - 1) {
+    const int warp = __builtin_ctz(warps);
     const Reader& reader = readers_[static_cast<size_t>(warp) * words_ + word];
     if (reader.stamp < floor) continue;
     for (uint32_t lanes = reader.lanes; lanes != 0; lanes &= lanes - 1) {
@@ -107,6 +110,8 @@ bool SharedShadow::check_readers(const Clocks& clocks, int thread, uint32_t word
       }
     }
   }
+  // Whoever comes after this write comes after them too.
+  reader_warps_[word] = 0;
   return true;
 }
 

@@ -97,6 +97,7 @@ class SharedShadow {
       reader = {stamp, bit, 0};
     }
     reader.pc = pc;
+    reader_warps_[word] |= 1u << warp;
     return true;
   }
   bool read_slow(const Clocks& clocks, int thread, uint32_t word, uint8_t bytes);
@@ -125,12 +126,13 @@ class SharedShadow {
   int warps_ = 0;
   bool had_async_ = false;  // words with kAsyncStamp may be left
   AsyncOps* async_ = nullptr;
-  std::vector<uint32_t> write_stamp_;        // [words]
-  std::vector<uint32_t> write_pc_;           // [words]; after a bulk copy: the AsyncWrite
-  std::vector<uint16_t> write_thread_;       // [words]
-  std::vector<uint8_t> write_bytes_;         // [words], bytes of the last write
-  std::vector<uint8_t> flags_;               // [words], low 4 bits: initialised bytes
-  std::vector<Reader> readers_;              // [warps][words]
+  std::vector<uint32_t> write_stamp_;   // [words]
+  std::vector<uint32_t> write_pc_;      // [words]; after a bulk copy: the AsyncWrite
+  std::vector<uint16_t> write_thread_;  // [words]
+  std::vector<uint8_t> write_bytes_;    // [words], bytes of the last write
+  std::vector<uint8_t> flags_;          // [words], low 4 bits: initialised bytes
+  std::vector<uint32_t> reader_warps_;  // [words], warps that have read it since the last write
+  std::vector<Reader> readers_;         // [warps][words]
   std::vector<AsyncReaders> async_readers_;  // [words / 4], empty until there is one
   Conflict conflict_;
 };

@@ -15,12 +15,12 @@
 
 namespace ptx_test {
 
-// Loads a module whose body is `kernels` for sm_90a.
-inline void load_text(const std::string& kernels) {
+// Loads a module whose body is `kernels`.
+inline void load_text(const std::string& kernels, const std::string& target = "sm_90a") {
   char path[] = "/tmp/ptx_text_XXXXXX";
   const int file = mkstemp(path);
   CHECK(file >= 0);
-  std::ofstream(path) << ".version 8.4\n.target sm_90a\n.address_size 64\n" << kernels;
+  std::ofstream(path) << ".version 8.4\n.target " << target << "\n.address_size 64\n" << kernels;
   CHECK_MESSAGE(ptx::machine().load_ptx(path), ptx::machine().reports_text());
   std::remove(path);
 }

@@ -121,7 +121,9 @@ std::string kernel_text(const Shape& s) {
 uint16_t narrow(float x, bool bf16) { return bf16 ? ptx::float_to_bf16(x) : ptx::float_to_fp16(x); }
 float widen(uint16_t x, bool bf16) { return bf16 ? ptx::bf16_to_float(x) : ptx::fp16_to_float(x); }
 
-void check_shape(const Shape& s, uint64_t seed) {
+// The number of wrong elements, -1 if the launch failed. `spoiled` bits of B's descriptor are
+// flipped.
+int count_wrong(const Shape& s, uint64_t seed, uint64_t spoiled = 0) {
   std::mt19937 random(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
   std::vector<uint16_t> a(64 * kDepth), b(static_cast<size_t>(s.n) * kDepth);
@@ -146,12 +148,12 @@ void check_shape(const Shape& s, uint64_t seed) {
   ptx::Machine& machine = ptx_test::hopper_machine(seed);
   void* pointers[] = {image.get(), fragments.get(), result.get()};
   uint32_t words = static_cast<uint32_t>(bytes / 4);
-  uint64_t da = la.descriptor(1024), db = lb.descriptor(1024 + b_at);
+  uint64_t da = la.descriptor(1024), db = lb.descriptor(1024 + b_at) ^ spoiled;
   uint64_t sa = static_cast<uint64_t>(la.step() / 16), sb = static_cast<uint64_t>(lb.step() / 16);
   if (!ptx_test::launch_text(
           kernel_name(s), 128, bytes,
           {&pointers[0], &words, &da, &db, &sa, &sb, &pointers[1], &pointers[2]}))
-    return;
+    return -1;
   CHECK_EQ(machine.counters().wgmma, 2u);
   CHECK_EQ(machine.counters().wgmma_flops, 2ull * 64 * s.n * kDepth);
   int wrong = 0;
@@ -166,6 +168,11 @@ void check_shape(const Shape& s, uint64_t seed) {
       wrong += std::memcmp(&result[static_cast<size_t>(thread) * (s.n / 2) + i], &sum, 4) != 0;
     }
   }
+  return wrong;
+}
+
+void check_shape(const Shape& s, uint64_t seed) {
+  const int wrong = count_wrong(s, seed);
   CHECK_MESSAGE(wrong == 0, kernel_name(s) + " swizzles " + std::to_string(s.a_mode) + " " +
                                 std::to_string(s.b_mode) + ": " + std::to_string(wrong) +
                                 " elements differ");
@@ -214,4 +221,20 @@ TEST("wgmma with negated operands") {
   for (const Shape& s : shapes) text += kernel_text(s);
   ptx_test::load_text(text);
   for (const Shape& s : shapes) check_shape(s, 3);
+}
+TEST("wgmma with a wrong descriptor gives other results") {
+  const Shape k_major = {56, true, false, false, false, k128, k128};
+  const Shape mn_major = {128, true, false, true, true, k128, k128};
+  ptx_test::load_text(kernel_text(k_major) + kernel_text(mn_major));
+  const uint64_t swizzle = uint64_t{3} << 62;          // 128 -> 64 bytes
+  const uint64_t stride = uint64_t{64 ^ 32} << 32;     // half of it
+  const uint64_t leading = uint64_t{256 ^ 128} << 16;  // half a panel
+  for (const Shape& s : {k_major, mn_major}) {
+    CHECK_EQ(count_wrong(s, 5), 0);
+    CHECK(count_wrong(s, 5, stride) > 64);
+  }
+  CHECK(count_wrong(k_major, 5, swizzle) > 64);
+  CHECK(count_wrong(mn_major, 5, leading) > 64);
+  // K-major rows of 128 bytes have no leading offset.
+  CHECK_EQ(count_wrong(k_major, 5, leading), 0);
 }
