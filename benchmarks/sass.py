@@ -1,9 +1,9 @@
 """Machine code as data: the kernels of a cubin, object or library, and the clean path round their
 hot loops. sass_report.py prints it.
 
-The hot loop is the innermost natural loop with the most HMMA per iteration. Its clean path executes
-every HMMA and every copy and otherwise the fewest instructions, so blocks that are jumped over
-(masks, rescaling, rows that need the general copy) do not count.
+The hot loop is the innermost natural loop with the most HMMA (HGMMA on sm_90a) per iteration. Its
+clean path executes every HMMA and every copy and otherwise the fewest instructions, so blocks that
+are jumped over (masks, rescaling, rows that need the general copy) do not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sysconfig
 MEMORY_CLASSES = ("large", "small")  # flashtile::Memory
 
 CLASSES: dict[str, tuple[str, ...]] = {
-    "mma": ("HMMA",),
+    "mma": ("HMMA", "HGMMA"),
     "ldmatrix": ("LDSM",),
     "copy": ("LDGSTS", "LDGDEPBAR", "DEPBAR"),
     "shared": ("LDS", "STS"),
@@ -33,11 +33,12 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "select": ("FSETP", "FSEL", "ISETP", "SEL", "PLOP3", "VOTE", "VOTEU", "R2P", "P2R"),
     "integer": ("IMAD", "IADD3", "LOP3", "SHF", "LEA", "IABS", "IMNMX", "UIADD3", "ULOP3", "UIMAD"),
     "move": ("MOV", "UMOV", "R2UR", "S2R", "S2UR", "CS2R", "ULDC"),
-    "control": ("BRA", "BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "EXIT"),
+    "control": ("BRA", "BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "EXIT", "SYNCS", "WARPGROUP"),
 }
 CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
 
 COPIES = ("RED", "ATOMG", "LDSM", "BAR")
+MMA = ("HMMA", "HGMMA")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Instruction:
     @property
     def falls_through(self) -> bool:
         return self.predicated or self.opcode not in ("BRA", "EXIT", "RET", "BRX", "JMP")
+
+    @property
+    def is_mma(self) -> bool:
+        return self.opcode in MMA
 
     @property
     def is_copy(self) -> bool:
@@ -104,16 +109,17 @@ class Kernel:
 
 @dataclasses.dataclass
 class Loop:
-    """The clean path round a natural loop."""
+    """The clean path round a natural loop, and the blocks of the loop that it jumps over."""
 
     path: list[Instruction]
+    skipped: list[list[Instruction]] = dataclasses.field(default_factory=list)
 
     def count(self, *opcodes: str) -> int:
         return sum(i.opcode in opcodes for i in self.path)
 
     @property
     def mma(self) -> int:
-        return self.count("HMMA")
+        return self.count(*MMA)
 
     @property
     def per_mma(self) -> float:
@@ -267,7 +273,7 @@ class FlowGraph:
 
         def cost(block: int) -> tuple[int, int, int]:
             instructions = self.blocks[block]
-            mma = sum(i.opcode == "HMMA" for i in instructions)
+            mma = sum(i.is_mma for i in instructions)
             copies = sum(i.is_copy for i in instructions)
             return -mma, -copies, len(instructions)
 
@@ -303,7 +309,7 @@ def hot_loop(kernel: Kernel) -> Loop | None:
     graph = FlowGraph(kernel.instructions)
 
     def has_mma(blocks: set[int]) -> bool:
-        return any(i.opcode == "HMMA" for n in blocks for i in graph.blocks[n])
+        return any(i.is_mma for n in blocks for i in graph.blocks[n])
 
     bodies = {header: body for header, body in graph.loops().items() if has_mma(body)}
     innermost = {
@@ -311,6 +317,11 @@ def hot_loop(kernel: Kernel) -> Loop | None:
         for header, body in bodies.items()
         if not any(other < body for other in bodies.values())
     }
-    loops = [Loop(graph.clean_path(header, body)) for header, body in innermost.items()]
+    loops = []
+    for header, body in innermost.items():
+        path = graph.clean_path(header, body)
+        on_path = {i.address for i in path}
+        blocks = [graph.blocks[n] for n in sorted(body)]
+        loops.append(Loop(path, [block for block in blocks if block[0].address not in on_path]))
     loops = [loop for loop in loops if loop.mma]
     return min(loops, key=lambda loop: (-loop.mma, len(loop.path)), default=None)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import sass_sm90
 from sass import Kernel, Loop, find_cuobjdump, hot_loop, read_kernels
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -220,6 +221,8 @@ def print_table(title: str, header: list[str], lines: list[list[object]]) -> Non
 
 
 def print_tables(rows: list[Row], classes: bool) -> None:
+    if not rows:
+        return
     kernel = ["kernel", "dtype", "arch"]
 
     def table(title: str, columns: dict[str, Callable[[Row], object]]) -> None:
@@ -296,6 +299,7 @@ def main() -> int:
     fa2 = json.loads((HERE / "fa2_sass.json").read_text())["loops"]
     plans = read_plans(arguments.plans)
     rows = []
+    sm90_rows = []
     for path in files:
         for kernel in read_kernels(cuobjdump, path):
             if arguments.filter not in f"{kernel.name} {kernel.dtype} {kernel.architecture}":
@@ -303,19 +307,24 @@ def main() -> int:
             loop = hot_loop(kernel)
             if loop is None:
                 continue
-            rows.append(make_row(kernel, loop, fa2, plans))
+            if sass_sm90.is_sm90(kernel):
+                sm90_rows.append(sass_sm90.make_row(kernel, loop))
+            else:
+                rows.append(make_row(kernel, loop, fa2, plans))
             if arguments.dump:
                 print(f"\n{kernel.name} {kernel.dtype} {kernel.architecture}")
                 print("\n".join(f"  {i.address:05x}  {i.text}" for i in loop.path))
-    if not rows:
+    if not rows and not sm90_rows:
         print("no kernel with tensor-core instructions found", file=sys.stderr)
         return 1
     rows = merged(rows)
     print_tables(rows, arguments.classes)
+    sass_sm90.print_table(sm90_rows)
     if arguments.json:
         listing = [row.numbers() | {"dtypes": sorted(row.dtypes)} for row in rows]
+        listing += [dataclasses.asdict(row) for row in sm90_rows]
         arguments.json.write_text(json.dumps(listing, indent=1) + "\n")
-    problems = [problem for row in rows for problem in row.failures()]
+    problems = [problem for row in [*rows, *sm90_rows] for problem in row.failures()]
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
     return 1 if problems else 0

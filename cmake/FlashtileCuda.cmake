@@ -3,12 +3,14 @@
 #   FLASHTILE_HAS_CUDA            whether CUDA is enabled
 #   FLASHTILE_LARGE_ARCHITECTURES for kernels of the 163 KB shared memory class
 #   FLASHTILE_SMALL_ARCHITECTURES for kernels of the 99 KB class
+#   FLASHTILE_HAS_SM90            whether sm_90a is built, whose kernels run on compute capability 9.0 only
 
 include(CheckLanguage)
 
 set(FLASHTILE_HAS_CUDA FALSE)
 set(FLASHTILE_LARGE_ARCHITECTURES "")
 set(FLASHTILE_SMALL_ARCHITECTURES "")
+set(FLASHTILE_HAS_SM90 false)
 
 if(FLASHTILE_CUDA STREQUAL "OFF")
   message(STATUS "flashtile: CUDA kernels off (FLASHTILE_CUDA=OFF)")
@@ -61,8 +63,12 @@ if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
   set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
 endif()
 
+# 90a stands for two things: the kernels that only sm_90a has, and machine code of the general ones.
 # sm_80 machine code also runs on sm_86 (99 KB) and sm_87 (163 KB), PTX on both classes.
 foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
+  if(arch MATCHES "^90a(-real)?$")
+    set(FLASHTILE_HAS_SM90 true)
+  endif()
   string(REGEX REPLACE "^90a" "90" arch "${arch}")
   if(NOT arch MATCHES "^([0-9]+)(-real|-virtual)?$")
     message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES has '${arch}'; allowed: numbers from 80 on, with -real or -virtual")

@@ -15,6 +15,8 @@ FLASHTILE_HOST_DEVICE int shared_memory_limit(Memory memory) {
   return memory == Memory::kLarge ? 163 * 1024 : 99 * 1024;
 }
 
+inline constexpr int kSharedLimitSm90 = 227 * 1024;
+
 struct ForwardConfig {
   int block_q;        // queries per thread block
   int block_k;        // keys per step
@@ -43,6 +45,30 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
     case 128: return {64, 64, 4, 2, true};
     case 192: return {128, 64, 8, 1, true};
     default: return {64, 64, 4, 1, false};
+  }
+}
+
+// One thread block of the forward for sm_90a: `consumers` warpgroups own 64 queries each, one more
+// loads. Registers per thread: launch registers times threads are shared out, 168 x 384 = 128 x (40
+// + 232 + 232), 128 x 512 = 128 x (32 + 160 + 160 + 160).
+struct ForwardSm90Config {
+  int block_k;    // keys per step
+  int consumers;  // warpgroups
+  int stages;     // blocks of K, and of V, in shared memory
+  int q_stages;   // tiles of Q: 2, the next one arrives while one is worked on, where they fit
+  int producer_registers, consumer_registers;
+
+  FLASHTILE_HOST_DEVICE int block_q() const { return 64 * consumers; }
+  FLASHTILE_HOST_DEVICE int threads() const { return 128 * (consumers + 1); }
+};
+
+FLASHTILE_HOST_DEVICE ForwardSm90Config forward_sm90_config(int head_dim) {
+  switch (head_dim) {
+    case 64: return {128, 3, 2, 2, 32, 160};
+    case 96:
+    case 128: return {128, 2, 2, 2, 40, 232};
+    case 192: return {112, 2, 2, 1, 40, 232};
+    default: return {80, 2, 2, 1, 40, 232};
   }
 }
 

@@ -14,6 +14,7 @@
 #include "check.h"
 #include "launch.cuh"
 #include "slices.cuh"
+#include "tensor_map.h"
 #include "tile/mask.cuh"
 
 namespace flashtile::cuda {
@@ -189,11 +190,38 @@ Status check_forward_sizes(const Problem& problem) {
   return check_query_blocks(problem);
 }
 
-void write_name(PlanName& name, const char* pass, const Problem& problem, Memory memory,
+// `family`: "sm80_large", "sm80_small" or "sm90".
+void write_name(PlanName& name, const char* pass, const char* family, const Problem& problem,
                 int slice) {
-  std::snprintf(name.text, sizeof name.text, "%s_sm80_%s_d%d_%s_%s", pass,
-                memory == Memory::kLarge ? "large" : "small", slice,
+  std::snprintf(name.text, sizeof name.text, "%s_%s_d%d_%s_%s", pass, family, slice,
                 problem.dtype == Dtype::kFloat16 ? "fp16" : "bf16", problem.mask_name());
+}
+const char* sm80_family(Memory memory) {
+  return memory == Memory::kLarge ? "sm80_large" : "sm80_small";
+}
+
+// Which kernels serve a call on a device: those for sm_90a on compute capability 9.0 where TMA
+// takes all tensors, else those for sm_80 and later, which take everything.
+enum class Family { kSm80, kSm90 };
+
+// `note`: why not kSm90, on a device that has it.
+Family forward_family(const ForwardParams& params, const Device& device, PlanName& name) {
+  if (!kHasSm90 || device.capability != 90) return Family::kSm80;
+  const Problem& p = params.problem;
+  TmaObstacle obstacle;
+  for (const MappedTensor& tensor :
+       {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
+        key_tensor("v", params.v, p, p.head_dim_v),
+        query_tensor("out", params.out, p, p.head_dim_v)}) {
+    if (!obstacle) obstacle = tma_obstacle(tensor);
+  }
+  if (!obstacle && driver_encodes_tensor_maps()) return Family::kSm90;
+  std::snprintf(
+      name.note, sizeof name.note,
+      "%s; the kernels for sm_90a take multiples of 16 bytes and distinct rows, those for "
+      "sm_80 run instead",
+      obstacle ? obstacle.text : "the driver has no cuTensorMapEncodeTiled");
+  return Family::kSm80;
 }
 
 }  // namespace
@@ -206,9 +234,15 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
+  workspace_bytes = 0;
+  if (forward_family(params, device, name) == Family::kSm90) {
+    return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {
+      write_name(name, "forward", "sm90", problem, dim.value);
+      return FLASHTILE_OK;
+    });
+  }
   return visit_slice(problem, device.memory, [&](auto dim, auto) {
-    write_name(name, "forward", problem, device.memory, dim.value);
-    workspace_bytes = 0;
+    write_name(name, "forward", sm80_family(device.memory), problem, dim.value);
     return FLASHTILE_OK;
   });
 }
@@ -223,7 +257,7 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
   Device device;
   if (Status s = query_device(device)) return s;
   return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
-    write_name(name, "backward", problem, device.memory, dim.value);
+    write_name(name, "backward", sm80_family(device.memory), problem, dim.value);
     workspace_bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
     return FLASHTILE_OK;
   });
@@ -234,6 +268,14 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
+  if constexpr (kHasSm90) {
+    PlanName unused;
+    if (forward_family(params, device, unused) == Family::kSm90) {
+      return visit_head_dim(ForwardSm90HeadDims{}, params.problem, [&](auto dim) {
+        return launch_forward_sm90<dim.value>(params, stream);
+      });
+    }
+  }
   return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_forward_sm80<dim.value, memory.value>(params, stream);
   });

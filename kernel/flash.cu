@@ -7,6 +7,7 @@
 //   cuda_backend.cu    the CUDA backend: device -> memory class, head_dim -> slice
 //   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
 //   forward_sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
+//   forward_sm90.cuh   forward main loop: TMA + wgmma (sm_90a); tensor_map.h: what TMA takes
 //   backward_sm80.cuh  backward main loop; backward_delta.cuh before, backward_dq.cuh after it
 //   config.cuh         tuning table;  launch.cuh: the only __global__ function
 //   tile/, ptx/        the words the loops are written in; one function = one instruction
@@ -70,9 +71,9 @@ template <class Params, class UserParams>
 Status can_run(const UserParams* user, char* why, size_t why_size) {
   Target target;
   Params params;
-  Plan unused;
-  const Status status = checked_plan(user, target, params, unused);
-  copy_text(status == FLASHTILE_OK ? "" : last_error(), why, why_size);
+  Plan chosen;
+  const Status status = checked_plan(user, target, params, chosen);
+  copy_text(status == FLASHTILE_OK ? chosen.name.note : last_error(), why, why_size);
   return status;
 }
 

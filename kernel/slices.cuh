@@ -13,6 +13,10 @@ namespace flashtile {
 template <int kHeadDim, Memory kMemory>
 Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream);
 
+// For sm_90a; every tensor is one that TMA takes (tensor_map.h).
+template <int kHeadDim>
+Status launch_forward_sm90(const ForwardParams& params, CUstream_st* stream);
+
 template <int kHeadDim, Memory kMemory>
 Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream);
 

@@ -15,12 +15,13 @@ struct Schedule {
   std::string device;     // "machine sm_80", or the GPU's name
   int shared_memory = 0;  // bytes a block may use
   uint64_t seed = 0;
+  bool has_sm90 = false;  // the kernels for sm_90a are built and run on it
 };
 
 // Why nothing can run here; "" when it can.
 std::string device_unavailable();
 
-// The schedules that every case runs under: on the machine 3 seeds each with both memory classes.
+// The schedules that every case runs under: on the machine 3 seeds with each device model.
 std::vector<Schedule> schedules();
 
 void begin(const Schedule& schedule);

@@ -21,7 +21,13 @@ std::string device_unavailable() {
 std::vector<Schedule> schedules() {
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) return {};
-  return {{properties.name, static_cast<int>(properties.sharedMemPerBlockOptin), 0}};
+  flashtile_build_info info = {};
+  info.struct_size = sizeof info;
+  const bool sm90_built = flashtile_get_build_info(&info) == FLASHTILE_OK &&
+                          std::string(info.cuda_architectures).find("90a") != std::string::npos;
+  return {{.device = properties.name,
+           .shared_memory = static_cast<int>(properties.sharedMemPerBlockOptin),
+           .has_sm90 = sm90_built && properties.major == 9 && properties.minor == 0}};
 }
 
 void begin(const Schedule&) {}

@@ -31,11 +31,31 @@ inline int slice_of(const HeadDims& head_dims) {
   return smallest;
 }
 
+// Whether TMA takes a tensor: rows of whole 16 bytes that start at multiples of 16 bytes, none of
+// them twice.
+inline bool tma_takes(const HostTensor& tensor) {
+  const Extents& e = tensor.extents();
+  const Strides& s = tensor.strides();
+  const auto takes = [](int64_t stride, int64_t extent) {
+    return extent <= 1 || (stride > 0 && stride % 8 == 0);
+  };
+  return e.seq > 0 && e.dim % 8 == 0 && tensor.start_byte() % 16 == 0 && takes(s.seq, e.seq) &&
+         takes(s.head, e.heads) && takes(s.batch, e.batch);
+}
+
+inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Schedule& schedule) {
+  if (!schedule.has_sm90 || pass != "forward") return false;
+  return tma_takes(setup.q) && tma_takes(setup.k) && tma_takes(setup.v) &&
+         tma_takes(make_tensor(setup, Role::kOut, setup.extents_out));
+}
+
 inline std::string expected_plan(const std::string& pass, const Setup& setup,
                                  const Schedule& schedule) {
   const int slice = slice_of({setup.head_dim, setup.head_dim_v});
-  return pass + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(slice) + "_" +
-         name_of(setup.dtype) + "_" + kind_of(setup.mask);
+  const std::string end = std::string("_") + name_of(setup.dtype) + "_" + kind_of(setup.mask);
+  if (runs_on_sm90(pass, setup, schedule))
+    return pass + "_sm90_d" + std::to_string(std::max(slice, 64)) + end;
+  return pass + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(slice) + end;
 }
 
 inline Attempt attempt_under(const Schedule& schedule, const Setup& setup, const Truth& truth,

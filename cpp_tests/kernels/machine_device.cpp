@@ -23,13 +23,26 @@ struct Model {
   const char* name;
   const ptx::Device& device;
   std::vector<uint64_t> seeds;
+  bool has_sm90 = false;
 };
 
 const std::vector<Model>& models() {
-  // sm_90 runs the kernels of sm_80 through PTX of its own.
+  // sm_90 has a driver without tensor maps: it runs the kernels of sm_80, through PTX of its own.
+  // sm_90a runs those that only it has, with so few multiprocessors that a block gets many tiles.
+  static const ptx::Device sm90_old_driver = [] {
+    ptx::Device device = ptx::kSm90;
+    device.driver_version = 11080;
+    return device;
+  }();
+  static const ptx::Device sm90a = [] {
+    ptx::Device device = ptx::kSm90;
+    device.sm_count = 3;
+    return device;
+  }();
   static const std::vector<Model> all = {{"machine sm_80", ptx::kSm80, {1, 2, 3}},
                                          {"machine sm_89", ptx::kSm89, {4, 5, 6}},
-                                         {"machine sm_90", ptx::kSm90, {7, 8, 9}}};
+                                         {"machine sm_90", sm90_old_driver, {7, 8, 9}},
+                                         {"machine sm_90a", sm90a, {10, 11, 12}, true}};
   return all;
 }
 
@@ -40,26 +53,28 @@ std::string device_unavailable() {
   return reason;
 }
 
-// Whether this build has code for the model: sm_80 code also serves 8.9, sm_90 needs its own.
-bool is_built(const ptx::Device& device) {
+// Whether this build has code for the model: sm_80 code also serves 8.9, sm_90 and sm_90a need
+// their own.
+bool is_built(const Model& model) {
   flashtile_build_info info = {};
   info.struct_size = sizeof info;
   if (flashtile_get_build_info(&info) != FLASHTILE_OK) return false;
   const std::string built = info.cuda_architectures;
-  const std::string own = std::to_string(device.compute_capability());
+  if (model.has_sm90) return built.find("90a") != std::string::npos;
+  const std::string own = std::to_string(model.device.compute_capability());
   return built.find(own) != std::string::npos ||
          (own[0] == '8' && built.find("80") != std::string::npos);
 }
 
-// FLASHTILE_TEST_DEVICE picks one model (mutation tests run only what a mutant can break).
+// FLASHTILE_TEST_DEVICE picks one model, "sm_80" (mutation tests run only what a mutant can break).
 std::vector<Schedule> schedules() {
   const char* only = std::getenv("FLASHTILE_TEST_DEVICE");
   std::vector<Schedule> all;
   for (size_t round = 0; round < 3; ++round) {
     for (const Model& model : models()) {
-      if (!is_built(model.device)) continue;
-      if (only != nullptr && std::string(model.name).find(only) == std::string::npos) continue;
-      all.push_back({model.name, model.device.smem_optin, model.seeds[round]});
+      if (!is_built(model)) continue;
+      if (only != nullptr && model.name != std::string("machine ") + only) continue;
+      all.push_back({model.name, model.device.smem_optin, model.seeds[round], model.has_sm90});
     }
   }
   return all;

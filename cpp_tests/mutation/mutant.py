@@ -9,7 +9,8 @@ import dataclasses
 class Mutant:
     """Patches of kernel/ and the slice and cases in which they show.
 
-    `patches` are (file, old text, new text); `cases` the groups of mutation_cases.cpp that run.
+    `patches` are (file, old text, new text); `cases` the groups of mutation_cases.cpp that run;
+    `memory` the slices' memory class, or "sm90" for the kernels that only sm_90a has.
     """
 
     name: str

@@ -222,6 +222,18 @@ std::vector<Sample> values() {
   };
 }
 
+// More tiles than the device has multiprocessors, equal ones: a block works on several.
+std::vector<Sample> many_tiles() {
+  return {{{.name = "many tiles",
+            .batch = 2,
+            .heads = 6,
+            .heads_kv = 3,
+            .seqlen_q = 250,
+            .seqlen_k = 140,
+            .masks = {kFull}},
+           slice()}};
+}
+
 std::vector<Sample> turns() {
   const int d = slice();
   return {
@@ -249,6 +261,7 @@ TEST("forward masks") { run_samples(Pass::kForward, masks()); }
 TEST("forward used rows") { run_samples(Pass::kForward, used_rows()); }
 TEST("forward row formats") { run_samples(Pass::kForward, row_formats()); }
 TEST("forward values") { run_samples(Pass::kForward, values()); }
+TEST("forward many tiles") { run_samples(Pass::kForward, many_tiles()); }
 TEST("backward shapes") { run_samples(Pass::kBackward, shapes()); }
 TEST("backward masks") { run_samples(Pass::kBackward, masks()); }
 TEST("backward used rows") { run_samples(Pass::kBackward, used_rows()); }

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from backward_mutants import BACKWARD_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
+from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 
-MUTANTS = FORWARD_MUTANTS + BACKWARD_MUTANTS
-CAPABILITY = {"large": "80", "small": "89"}
+MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS
+CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
 
 
@@ -62,7 +63,11 @@ def patch(text: str, old: str, new: str) -> str:
 def slice_source(mutant: Mutant) -> str:
     """A slice with nothing but what the cases run: fp16, one main kernel if one will do."""
     arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"
-    if mutant.kernel == "forward":
+    if mutant.memory == "sm90":
+        header = "forward_sm90.cuh"
+        parameters = "const ForwardParams&, CUstream_st*"
+        functions = [f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>"]
+    elif mutant.kernel == "forward":
         header = "forward_sm80.cuh"
         parameters = "const ForwardParams&, CUstream_st*"
         functions = [f"launch_forward_kernel<{arguments}, __half>"]
@@ -105,13 +110,16 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     lines = []
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
+        # What sm_90a leaves to the kernels for sm_80.
+        if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
+            lines.append(line)
         for kernel in ("forward", "backward"):
             name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}_ptx{capability}"
             if f"/{name}.dir/" not in line:
                 continue
             mutated = kernel == mutant.kernel
             replaced += mutated
-            lines.append(f"{capability} {ptx}" if mutated else line)
+            lines.append(f"{capability[:2]} {ptx}" if mutated else line)
     if replaced != 1:
         raise ValueError(f"the mutated slice is {replaced} times in {settings.manifest}")
     output.write_text("\n".join(lines) + "\n")
@@ -190,7 +198,12 @@ def main() -> int:
         arguments.runner,
         arguments.manifest,
     )
-    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    has_sm90 = "_sm90_ptx90a.dir/" in settings.manifest.read_text()
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if arguments.only in mutant.name and (has_sm90 or mutant.memory != "sm90")
+    ]
     outcomes = []
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for outcome in pool.map(lambda mutant: try_mutant(settings, mutant), chosen):

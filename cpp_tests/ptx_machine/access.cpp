@@ -46,61 +46,107 @@ unsigned long long ull(uint64_t x) { return x; }
                         verb(access), bytes, space, ull(address), bytes));
 }
 
-[[noreturn]] void fail_global_race(Warp& warp, uint32_t pc, int lane, Access access,
-                                   uint64_t address, const char* earlier, uint32_t thread,
-                                   uint32_t earlier_pc, bool foreign) {
-  Block& block = *warp.block;
-  const Allocation* range = global_memory().find(address);
+struct Word {  // one word of one access
+  Warp& warp;
+  Block& block;
+  uint32_t pc;
+  int lane;
+  uint64_t address;
+  Access access;
+  bool bulk;    // by the async proxy
+  bool strong;  // not weak
+  int thread = warp.first_thread() + lane;
+  uint32_t stamp = block.clocks.own(thread);
+};
+
+[[noreturn]] void fail_word(const Word& at, Error kind, const char* relation, const char* earlier,
+                            uint32_t agent, uint32_t earlier_pc) {
+  Block& block = at.block;
+  const Allocation* range = global_memory().find(at.address);
   block.fail(
-      Error::kRace, warp, pc, lane,
-      text("%s of global memory (%s + %llu) is not ordered after the %s by thread %u of %s at %s",
-           verb(access), range->label.c_str(), ull(address - range->begin), earlier, thread,
-           foreign ? "another block" : "this block", block.where(earlier_pc).c_str()));
+      kind, at.warp, at.pc, at.lane,
+      text("%s of global memory (%s + %llu) %s the %s by thread %d of %s at %s", verb(at.access),
+           range->label.c_str(), ull(at.address - range->begin), relation, earlier,
+           thread_of(agent), block_of(agent) == block.number ? "this block" : "another block",
+           block.where(earlier_pc).c_str()));
+}
+
+bool is_ordered(const Block& block, int thread, uint32_t agent, uint32_t stamp) {
+  return block_of(agent) == block.number
+             ? block.clocks.knows(thread, thread_of(agent), stamp)
+             : block.clocks.knows_foreign(thread, block_of(agent), thread_of(agent), stamp);
+}
+
+// The last write of the word is visible to this access, or it is an error.
+void check_last_write(const Word& at, const WordShadow& w) {
+  const Block& block = at.block;
+  const int thread = at.thread;
+  if ((at.access == Access::kAtomic || at.strong) && w.atomic) return;
+  const char* const what = w.atomic ? "atomic update" : "write";
+  if (w.in_flight)
+    fail_word(at, Error::kInFlight, "is not ordered after", "bulk copy, which is in flight,",
+              w.write_agent, w.write_pc);
+  if (!is_ordered(block, thread, w.write_agent, w.write_stamp))
+    fail_word(at, Error::kRace, "is not ordered after", what, w.write_agent, w.write_pc);
+  if (!at.bulk || w.async) return;
+  const uint32_t writer = block_of(w.write_agent);
+  const int other = thread_of(w.write_agent);
+  const bool shown =
+      writer == block.number
+          ? block.clocks.shows(kGlobalProxy, thread, other, w.write_stamp)
+          : block.clocks.shows_foreign(kGlobalProxy, thread, writer, other, w.write_stamp);
+  if (!shown)
+    fail_word(at, Error::kProxy, "by the async proxy, without a fence.proxy.async behind", what,
+              w.write_agent, w.write_pc);
+}
+
+void note_read(WordShadow& w, const Block& block, uint32_t stamp, uint32_t agent, uint32_t pc) {
+  if (w.read_stamp >= block.launch_stamp && block_of(w.read_agent) != block.number) {
+    w.foreign_read_stamp = w.read_stamp;
+    w.foreign_read_agent = w.read_agent;
+  }
+  w.read_stamp = stamp;
+  w.read_agent = agent;
+  w.read_pc = pc;
+}
+
+// One word of an access against its shadow; `covered`: which of its bytes.
+inline void check_word(const Word& at, WordShadow& w, uint8_t covered) {
+  const Block& block = at.block;
+  const int thread = at.thread;
+  if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0)
+    check_last_write(at, w);
+  const uint32_t agent = agent_of(block.number, thread);
+  if (at.access == Access::kRead && at.strong) return;
+  if (at.access == Access::kRead) return note_read(w, block, at.stamp, agent, at.pc);
+  if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
+    if (!is_ordered(block, thread, w.read_agent, w.read_stamp))
+      fail_word(at, Error::kRace, "is not ordered after", "read", w.read_agent, w.read_pc);
+    if (w.foreign_read_stamp >= block.launch_stamp &&
+        !is_ordered(block, thread, w.foreign_read_agent, w.foreign_read_stamp)) {
+      fail_word(at, Error::kRace, "is not ordered after", "read", w.foreign_read_agent, w.read_pc);
+    }
+  }
+  w.write_stamp = at.stamp;
+  w.write_agent = agent;
+  w.write_pc = at.pc;
+  w.write_bytes = covered;
+  w.atomic = at.access == Access::kAtomic || at.strong;
+  w.in_flight = w.async = at.bulk;
 }
 
 // The 4-byte words of one lane's access against the shadow of their allocation.
-void check_global(Warp& warp, uint32_t pc, int lane, Allocation& range, uint64_t address,
-                  uint32_t bytes, Access access) {
-  Block& block = *warp.block;
-  const int thread = warp.index * kLanes + lane;
-  const uint32_t stamp = block.clocks.own(thread);
-  const uint64_t end = address + bytes;
-  for (uint64_t at = address & ~uint64_t{3}; at < end; at += 4) {
-    WordShadow& w = *range.word(at);
+inline void check_global(Word at, Allocation& range, uint32_t bytes) {
+  const uint64_t begin = at.address;
+  const uint64_t end = begin + bytes;
+  for (at.address = begin & ~uint64_t{3}; at.address < end; at.address += 4) {
     uint8_t covered = 0xF;
-    if (at < address || at + 4 > end) {
+    if (at.address < begin || at.address + 4 > end) {
       covered = 0;
       for (int b = 0; b < 4; ++b)
-        covered |= static_cast<uint8_t>((at + b >= address && at + b < end) << b);
+        covered |= static_cast<uint8_t>((at.address + b >= begin && at.address + b < end) << b);
     }
-    if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0 &&
-        !(access == Access::kAtomic && w.atomic)) {
-      const bool foreign = w.write_stamp < block.block_stamp;
-      if (foreign || !block.clocks.knows(thread, w.write_thread, w.write_stamp)) {
-        fail_global_race(warp, pc, lane, access, at, w.atomic ? "atomic update" : "write",
-                         w.write_thread, w.write_pc, foreign);
-      }
-    }
-    if (access == Access::kRead) {
-      if (w.read_stamp >= block.launch_stamp && w.read_stamp < block.block_stamp)
-        w.foreign_read_stamp = w.read_stamp;
-      w.read_stamp = stamp;
-      w.read_thread = static_cast<uint16_t>(thread);
-      w.read_pc = pc;
-      continue;
-    }
-    if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
-      const bool foreign =
-          w.read_stamp < block.block_stamp || w.foreign_read_stamp >= block.launch_stamp;
-      if (foreign || !block.clocks.knows(thread, w.read_thread, w.read_stamp)) {
-        fail_global_race(warp, pc, lane, access, at, "read", w.read_thread, w.read_pc, foreign);
-      }
-    }
-    w.write_stamp = stamp;
-    w.write_thread = static_cast<uint16_t>(thread);
-    w.write_pc = pc;
-    w.write_bytes = covered;
-    w.atomic = access == Access::kAtomic;
+    check_word(at, *range.word(at.address), covered);
   }
 }
 
@@ -110,9 +156,9 @@ char* resolve_shared(Request& r, int lane, uint64_t address) {
   if (block.checks) {
     const int thread = r.warp->index * kLanes + lane;
     const bool good = r.access == Access::kRead
-                          ? block.shadow.read(block.clocks, thread, offset, r.bytes, r.pc)
-                          : block.shadow.write(block.clocks, thread, offset, r.bytes, r.pc,
-                                               r.access == Access::kAtomic);
+                          ? block.shadow->read(block.clocks, thread, offset, r.bytes, r.pc)
+                          : block.shadow->write(block.clocks, thread, offset, r.bytes, r.pc,
+                                                r.access == Access::kAtomic);
     if (!good) fail_shadow(*r.warp, r.pc, lane, r.access);
   }
   return block.shared.data() + offset;
@@ -197,7 +243,7 @@ uint32_t shared_offset(Warp& warp, uint32_t pc, int lane, uint64_t address, uint
 }
 
 const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                           Access access) {
+                           Access access, bool strong) {
   Block& block = *warp.block;
   Allocation*& range = block.range_cache[pc];
   if (range == nullptr || address < range->begin || address + bytes > range->end) {
@@ -211,8 +257,36 @@ const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, 
     block.fail(Error::kOutOfBounds, warp, pc, lane,
                text("%s of %s, which is read-only", verb(access), range->label.c_str()));
   }
-  if (block.checks) check_global(warp, pc, lane, *range, address, bytes, access);
+  if (block.checks)
+    check_global({warp, block, pc, lane, address, access, false, strong}, *range, bytes);
   return reinterpret_cast<const char*>(address);
+}
+
+void check_bulk_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
+                       Access access) {
+  Block& block = *warp.block;
+  Allocation* range = global_memory().find(address);
+  if (range == nullptr || address + bytes > range->end)
+    fail_bounds(warp, pc, lane, address, bytes, access);
+  if (range->read_only && access != Access::kRead) {
+    block.fail(Error::kOutOfBounds, warp, pc, lane,
+               text("%s of %s, which is read-only", verb(access), range->label.c_str()));
+  }
+  if (block.checks)
+    check_global({warp, block, pc, lane, address, access, true, false}, *range, bytes);
+  Counters& counters = *block.counters;
+  (access == Access::kRead ? counters.global_read_bytes : counters.global_written_bytes) += bytes;
+}
+
+void end_bulk_write(Block& block, int thread, uint64_t address, uint32_t bytes) {
+  Allocation* range = global_memory().find(address);
+  const uint32_t agent = agent_of(block.number, thread);
+  for (uint64_t at = address & ~uint64_t{3}; at < address + bytes; at += 4) {
+    WordShadow& w = *range->word(at);
+    if (w.write_agent != agent || !w.async) continue;
+    w.in_flight = false;
+    w.write_stamp = block.clocks.own(thread);
+  }
 }
 
 void resolve(Request& r, Space space) {
@@ -237,7 +311,8 @@ void resolve(Request& r, Space space) {
       case Space::kLocal: r.host[l] = resolve_local(r, l, inside); break;
       case Space::kParam: r.host[l] = resolve_param(r, l, inside); break;
       default:
-        r.host[l] = const_cast<char*>(resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access));
+        r.host[l] = const_cast<char*>(
+            resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access, r.strong));
     }
   }
   if (global) {
@@ -285,25 +360,39 @@ void count_shared(Block& block, const uint64_t* address, uint32_t mask, uint32_t
   }
 }
 
-void fail_shadow(Warp& warp, uint32_t pc, int lane, Access access) {
+void fail_shadow(Warp& warp, uint32_t pc, int lane, const char* what) {
   Block& block = *warp.block;
-  const Conflict& c = block.shadow.conflict();
-  if (c.kind == Conflict::kUninitialised) {
-    block.fail(
-        Error::kUninitialised, warp, pc, lane,
-        text("%s of shared memory at offset %u that nothing has written", verb(access), c.offset));
+  const Conflict& c = block.shadow->conflict();
+  const std::string access = text("%s of shared memory at offset %u", what, c.offset);
+  const std::string other = c.kind == Conflict::kUninitialised
+                                ? ""
+                                : "thread " + std::to_string(c.thread) + " at " + block.where(c.pc);
+  switch (c.kind) {
+    case Conflict::kUninitialised:
+      block.fail(Error::kUninitialised, warp, pc, lane, access + " that nothing has written");
+    case Conflict::kInFlight:
+      block.fail(Error::kInFlight, warp, pc, lane,
+                 access + " while the copy of " + other + " is in flight");
+    case Conflict::kStillRead:
+      block.fail(Error::kInFlight, warp, pc, lane,
+                 access + ", which the operation of " + other +
+                     " may still read: nobody has waited for it");
+    case Conflict::kProxy:
+      block.fail(
+          Error::kProxy, warp, pc, lane,
+          access + " by the async proxy; no fence.proxy.async stands behind the write by " + other);
+    case Conflict::kBarrier:
+      block.fail(Error::kBarrier, warp, pc, lane,
+                 access + ", which is part of the mbarrier that " + other + " initialised");
+    default:
+      block.fail(Error::kRace, warp, pc, lane,
+                 access + " is not ordered after the " + (c.was_write ? "write" : "read") + " by " +
+                     other);
   }
-  const std::string earlier = block.where(c.pc);
-  if (c.kind == Conflict::kInFlight) {
-    block.fail(
-        Error::kInFlight, warp, pc, lane,
-        text("%s of shared memory at offset %u while the cp.async of thread %d at %s is in flight",
-             verb(access), c.offset, c.thread, earlier.c_str()));
-  }
-  block.fail(
-      Error::kRace, warp, pc, lane,
-      text("%s of shared memory at offset %u is not ordered after the %s by thread %d at %s",
-           verb(access), c.offset, c.was_write ? "write" : "read", c.thread, earlier.c_str()));
+}
+
+void fail_shadow(Warp& warp, uint32_t pc, int lane, Access access) {
+  fail_shadow(warp, pc, lane, verb(access));
 }
 
 }  // namespace ptx

@@ -1,23 +1,18 @@
-// Runs one block: which warp goes on, which of its splits, barriers, and what to say when nothing
-// can.
+// Runs one block: which warp goes on, which of its splits, barriers, and what must be over at the
+// end.
 #include <algorithm>
 #include <bit>
-#include <cstdio>
 #include <cstring>
 
+#include "grid.h"
 #include "warp.h"
+#include "wgmma.h"
 
 namespace ptx {
 
 namespace {
 
 constexpr size_t kAlign = 256;
-
-std::string hex(uint32_t x) {
-  char buffer[16];
-  std::snprintf(buffer, sizeof(buffer), "0x%08x", x);
-  return buffer;
-}
 
 }  // namespace
 
@@ -42,11 +37,6 @@ bool Warp::has_runnable() const {
                                   [](const Split& s) { return s.wait == Wait::kNone; });
 }
 
-SharedShadow& Block::shared_shadow() {
-  static SharedShadow shadow;
-  return shadow;
-}
-
 void Block::prepare() {
   const uint32_t count = (threads + kLanes - 1) / kLanes;
   const size_t file = kernel->register_bytes;
@@ -63,6 +53,7 @@ void Block::prepare() {
     fill_constants(warps[i]);
   }
   shared.resize(shared_bytes);
+  wgmmas = std::make_shared<Wgmmas>(*this);
   range_cache.assign(kernel->code.size(), nullptr);
 }
 
@@ -124,12 +115,21 @@ void Block::fill_specials(Warp& warp) const {
   }
 }
 
-void Block::start(const uint32_t (&id)[3]) {
+void Block::start(const uint32_t (&id)[3], uint32_t block_number) {
   std::copy(id, id + 3, index);
+  number = block_number;
   std::memset(shared.data(), 0xFF, shared.size());
-  clocks.start(static_cast<int>(threads));
-  block_stamp = clocks.own(0);
-  if (checks) shadow.start(shared_bytes, static_cast<int>(threads));
+  const int count = static_cast<int>(threads);
+  clocks.start(count, number);
+  async.start(count);
+  bulk.start(this, count);
+  mbarriers.clear();
+  wgmmas->start();
+  register_pool = 0;
+  fenced.clear();
+  observed.clear();
+  stuck_rounds_ = 0;
+  if (checks) shadow->start(shared_bytes, count, &async);
   for (BarrierState& b : barriers) b = {};
   for (Warp& warp : warps) {
     const uint32_t lanes =
@@ -137,7 +137,9 @@ void Block::start(const uint32_t (&id)[3]) {
     warp.live = warp.mask = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
     warp.pc = 0;
     warp.executed = 0;
-    warp.event = warp.exited = false;
+    warp.event = warp.exited = warp.yields = false;
+    warp.timed_out = 0;
+    warp.registers = kernel->launch_registers;
     warp.others.clear();
     for (LaneCopies& c : warp.copies) {
       c.pending.clear();
@@ -148,21 +150,91 @@ void Block::start(const uint32_t (&id)[3]) {
   ++counters->blocks;
 }
 
-void Block::run() {
-  std::vector<int> runnable;
-  for (;;) {
-    runnable.clear();
-    bool alive = false;
-    for (const Warp& warp : warps) {
-      alive |= warp.live != 0;
-      if (warp.has_runnable()) runnable.push_back(warp.index);
-    }
-    if (!alive) return;
-    if (runnable.empty()) report_stuck();
-    Warp& warp = warps[runnable[random->below(static_cast<uint32_t>(runnable.size()))]];
-    const uint32_t longest = (random->next() & 3) == 0 ? 64 : 4096;
-    run_warp(warp, 1 + random->below(longest));
+Step Block::step() {
+  bool alive = false;
+  uint32_t runnable = 0;
+  for (const Warp& warp : warps) {
+    alive |= warp.live != 0;
+    runnable += warp.has_runnable() ? 1 : 0;
   }
+  if (!alive) return end();
+  // Copies land at any time, and at the latest when nothing else can happen.
+  if (!bulk.idle() && (runnable == 0 || (random->next() & 3) == 0)) {
+    bulk.step();
+    return Step::kRan;
+  }
+  if (runnable == 0) {
+    if (time_out_waits()) return Step::kRan;
+    return Step::kStuck;
+  }
+  uint32_t pick = random->below(runnable);
+  const uint32_t longest = (random->next() & 3) == 0 ? 64 : 4096;
+  for (Warp& warp : warps) {
+    if (!warp.has_runnable() || pick-- != 0) continue;
+    run_warp(warp, 1 + random->below(longest));
+    break;
+  }
+  return Step::kRan;
+}
+
+// All threads have exited. Stores that were read land later.
+Step Block::end() {
+  if (const BulkCopy* copy = bulk.unread_store())
+    fail_thread(Error::kInFlight, copy->thread, copy->pc,
+                "the block ends before this copy has read its shared memory: no wait_group");
+  if (!bulk.idle()) {
+    if ((random->next() & 7) == 0) bulk.step();
+    return Step::kRan;
+  }
+  finish();
+  return Step::kDone;
+}
+
+// A try_wait may give up. Only when nothing else can happen, and only as long as that brings
+// something about: waits that fail again and again are a deadlock.
+bool Block::time_out_waits() {
+  constexpr int kRounds = 4;
+  stuck_rounds_ = progress == stuck_progress_ ? stuck_rounds_ + 1 : 0;
+  stuck_progress_ = progress;
+  if (stuck_rounds_ >= kRounds) return false;
+  bool any = false;
+  for (Warp& warp : warps) {
+    for (Split& s : warp.others) {
+      if (s.wait != Wait::kMbarrier) continue;
+      s.wait = Wait::kNone;
+      warp.timed_out |= s.mask;
+      any = true;
+    }
+  }
+  return any;
+}
+
+void Block::wake(Wait wait, uint32_t detail) {
+  for (Warp& warp : warps) {
+    for (Split& s : warp.others) {
+      if (s.wait == wait && (s.detail == detail || wait == Wait::kRegisters)) s.wait = Wait::kNone;
+    }
+  }
+}
+
+// What must not be left behind when all threads have exited.
+void Block::finish() {
+  for (const auto& [offset, b] : mbarriers) {
+    const std::string name = "the mbarrier at offset " + std::to_string(offset);
+    if (b.bytes != 0)
+      fail_thread(Error::kBarrier, b.init_thread, b.init_pc,
+                  name + " ends with " + std::to_string(b.bytes) + " bytes: expect_tx announced " +
+                      (b.bytes > 0 ? "more than arrived" : "less than arrived"));
+    const uint32_t pc = b.copy_pc != 0 ? b.copy_pc : b.previous_copy;
+    if (pc != 0)
+      fail_thread(Error::kInFlight, b.copy_thread, pc,
+                  "the block ends and nobody has waited at " + name + " for this copy");
+  }
+  int thread = 0;
+  const int pc = wgmmas->unfinished(thread);
+  if (pc >= 0)
+    fail_thread(Error::kWgmma, thread, static_cast<uint32_t>(pc),
+                "the block ends and its thread has not waited for this wgmma");
 }
 
 void Block::run_warp(Warp& warp, uint64_t quantum) {
@@ -181,6 +253,10 @@ void Block::run_warp(Warp& warp, uint64_t quantum) {
     if (warp.event || !warp.others.empty()) {
       reconverge(warp);
       if (warp.mask == 0) break;
+      if (warp.yields) {
+        warp.yields = false;
+        break;
+      }
     }
   }
   const uint64_t done = quantum - (left == ~uint64_t{0} ? 0 : left);
@@ -191,9 +267,9 @@ void Block::run_warp(Warp& warp, uint64_t quantum) {
     const uint32_t pc = warp.mask != 0 ? warp.pc : 0;
     fail(Error::kLivelock, warp, pc, warp.mask != 0 ? __builtin_ctz(warp.mask) : 0,
          "the warp has executed " + std::to_string(warp.executed) +
-             " instructions without an end; it may spin on memory that another block writes, which "
-             "this "
-             "machine runs before or after this one");
+             " instructions without an end; it may spin on memory that a block writes which does "
+             "not run beside this one (set_resident_blocks)" +
+             dump_all(*grid));
   }
 }
 
@@ -315,79 +391,8 @@ void Block::try_release(uint32_t id) {
     predicate = value ? predicate | result.lanes : predicate & ~result.lanes;
   }
   b = {};
-  for (Warp& warp : warps) {
-    for (Split& s : warp.others) {
-      if (s.wait == Wait::kBarrier && s.detail == id) s.wait = Wait::kNone;
-    }
-  }
-}
-
-std::string Block::where(uint32_t pc) const {
-  if (pc >= kernel->sites.size()) return "the end of the kernel";
-  const Site& site = kernel->sites[pc];
-  std::string text;
-  const auto& files = kernel->module->files;
-  const auto add = [&](int file, int line) {
-    const auto it = files.find(file);
-    const std::string path = it == files.end() ? "?" : it->second;
-    text += path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(line);
-  };
-  if (site.line > 0) {
-    add(site.file, site.line);
-    if (site.outer_line > 0) {
-      text += " (from ";
-      add(site.outer_file, site.outer_line);
-      text += ')';
-    }
-    text += ", ";
-  }
-  return text + "PTX line " + std::to_string(site.ptx_line) + " " + std::string(site.opcode);
-}
-
-std::string Block::describe(const Warp& warp) const {
-  std::string text;
-  for (const Split& s : warp.others) {
-    const bool barrier = s.wait == Wait::kBarrier;
-    const char* what = s.wait == Wait::kLanes      ? "wait for lanes "
-                       : barrier                   ? "wait at barrier "
-                       : s.wait == Wait::kWarpSync ? "wait at bar.warp.sync for lanes "
-                                                   : "can run ";
-    if (!text.empty()) text += "; ";
-    text += "lanes " + hex(s.mask) + " " + what;
-    if (barrier)
-      text += std::to_string(s.detail);
-    else if (s.wait != Wait::kNone)
-      text += hex(s.detail);
-    // A barrier or warp barrier resumes behind itself.
-    text += " at " + where(barrier || s.wait == Wait::kWarpSync ? s.pc - 1 : s.pc);
-  }
-  return text.empty() ? "exited" : text;
-}
-
-void Block::report_stuck() {
-  std::string text = "no warp can go on";
-  const Warp* stuck = nullptr;
-  uint32_t pc = 0;
-  for (const Warp& warp : warps) {
-    text += "\n    warp " + std::to_string(warp.index) + ": " + describe(warp);
-    if (stuck == nullptr && !warp.others.empty()) {
-      stuck = &warp;
-      const Split& s = warp.others.front();
-      pc = s.wait == Wait::kLanes ? s.pc : s.pc - 1;
-    }
-  }
-  for (int id = 0; id < kBarriers; ++id) {
-    const BarrierState& b = barriers[id];
-    if (b.arrived.empty()) continue;
-    text +=
-        "\n    barrier " + std::to_string(id) + ": " + std::to_string(b.arrived.size()) +
-        " threads arrived, " +
-        (b.expected != 0 ? std::to_string(b.expected) : "all " + std::to_string(live_threads())) +
-        " expected";
-  }
-  const Warp& at = stuck != nullptr ? *stuck : warps.front();
-  fail(Error::kDeadlock, at, pc, at.others.empty() ? 0 : __builtin_ctz(at.others.front().mask),
-       text);
+  ++progress;
+  wake(Wait::kBarrier, id);
 }
 
 }  // namespace ptx

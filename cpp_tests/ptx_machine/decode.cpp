@@ -26,6 +26,10 @@ const OpTable& op_table() {
     add_warp_ops(t);
     add_matrix_ops(t);
     add_control_ops(t);
+    add_mbarrier_ops(t);
+    add_bulk_ops(t);
+    add_wgmma_ops(t);
+    add_fence_ops(t);
     return t;
   }();
   return table;
@@ -207,6 +211,10 @@ class Decoder {
         result = false;
         continue;
       }
+      if (letter == '#') {
+        operands_.push_back(op.number);
+        continue;
+      }
       if (next == raw.operands.size() || !operand(raw, raw.operands[next], letter, result, flow)) {
         next = raw.operands.size() + 1;
         break;
@@ -248,6 +256,8 @@ class Decoder {
       case 'r':
       case 'h':
       case 'd': return value(o, letter, result, flow);
+      case 'w':
+      case 'a': return kept(o, letter == 'w', flow);
       case 'p':
       case 'q': return predicate(o, letter, result, flow);
       case 'M': return address(o, flow);
@@ -294,6 +304,16 @@ class Decoder {
     }
     if (letter == 'h') bits &= 0xFFFF;
     operands_.push_back(constant(wide ? bits : static_cast<uint32_t>(bits), wide));
+    return true;
+  }
+
+  // A register with a place of its own: an asynchronous operation reads it after its last use here.
+  bool kept(const RawOperand& o, bool written, Flow& flow) {
+    if (o.kind != RawOperand::kRegister || body_.registers[o.reg] != RegisterClass::k32)
+      return false;
+    use_register(o.reg, false, flow);
+    if (written) flow.defs.push_back(o.reg);
+    flow.kept.push_back(o.reg);
     return true;
   }
 
@@ -364,7 +384,9 @@ class Decoder {
   }
 
   void assign() {
-    const std::vector<int32_t> places = assign_registers(flow_, body_.registers, layout_);
+    kernel_.pinned_begin = layout_;
+    const std::vector<int32_t> places =
+        assign_registers(flow_, body_.registers, layout_, kernel_.pinned_end);
     for (const Patch& patch : patches_) operands_[patch.entry] = places[patch.reg];
     kernel_.register_bytes = round_up(layout_, 256);
     kernel_.operands = std::move(operands_);

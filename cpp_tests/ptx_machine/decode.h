@@ -7,6 +7,8 @@
 //   p  predicate                         q  predicate source, maybe negated: offset, flip
 //   M  [address]: base offset, displacement, 1 if the base is 64 bits wide
 //   i  plain integer                     L  label: instruction index
+//   w  32-bit register, read and written, that an asynchronous operation keeps; a  the same, read
+//   #  no operand: the number given to add()
 // Each letter is one entry of Inst::operand, q is two and M is three.
 #pragma once
 
@@ -22,12 +24,14 @@ namespace ptx {
 struct Op {
   std::string signature;
   Handler run = nullptr;
+  int32_t number = 0;
 };
 
 class OpTable {
  public:
-  void add(const std::string& opcode, const std::string& signature, Handler run) {
-    ops_[opcode].push_back({signature, run});
+  void add(const std::string& opcode, const std::string& signature, Handler run,
+           int32_t number = 0) {
+    ops_[opcode].push_back({signature, run, number});
   }
   const std::vector<Op>* find(std::string_view opcode) const {
     auto it = ops_.find(std::string(opcode));
@@ -53,5 +57,9 @@ void add_copy_ops(OpTable& table);
 void add_warp_ops(OpTable& table);
 void add_matrix_ops(OpTable& table);
 void add_control_ops(OpTable& table);
+void add_mbarrier_ops(OpTable& table);
+void add_bulk_ops(OpTable& table);
+void add_wgmma_ops(OpTable& table);
+void add_fence_ops(OpTable& table);
 
 }  // namespace ptx

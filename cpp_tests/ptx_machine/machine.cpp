@@ -8,7 +8,6 @@
 #include <cstring>
 #include <fstream>
 #include <map>
-#include <numeric>
 #include <sstream>
 
 #include "ops.h"
@@ -39,9 +38,14 @@ Kernel* find_kernel(const std::string& name, int capability, std::string& others
     const auto it = module->kernels.find(name);
     if (it == module->kernels.end()) continue;
     others += (others.empty() ? "" : ", ") + std::to_string(module->target);
-    if (module->target <= capability && module->target > best_target) {
+    if (module->specific) others += 'a';
+    const bool runs =
+        module->specific ? module->target == capability : module->target <= capability;
+    // sm_90a before sm_90.
+    const int rank = 2 * module->target + (module->specific ? 1 : 0);
+    if (runs && rank > best_target) {
       best = it->second.get();
-      best_target = module->target;
+      best_target = rank;
     }
   }
   return best;
@@ -68,6 +72,11 @@ const char* name(Error kind) {
     case Error::kLaunch: return "LAUNCH";
     case Error::kUnsupported: return "UNSUPPORTED";
     case Error::kTrap: return "TRAP";
+    case Error::kProxy: return "PROXY";
+    case Error::kBarrier: return "MBARRIER";
+    case Error::kWgmma: return "WGMMA";
+    case Error::kRegisters: return "REGISTERS";
+    case Error::kTensorMap: return "TENSOR MAP";
   }
   return "?";
 }
@@ -224,46 +233,7 @@ bool Machine::launch(const Launch& launch) {
   }
   const std::string error = launch_error(launch, *kernel);
   if (!error.empty()) return refuse(launch, Error::kLaunch, error);
-  return run_blocks(launch, *kernel);
-}
-
-bool Machine::run_blocks(const Launch& launch, const Kernel& kernel) {
-  Random random{seed_ * 0x9E3779B97F4A7C15ull + launches_++};
-  Block block;
-  block.machine = this;
-  block.kernel = &kernel;
-  block.launch = &launch;
-  block.random = &random;
-  block.counters = &counters_;
-  block.checks = checks_;
-  block.threads = launch.block[0] * launch.block[1] * launch.block[2];
-  block.shared_bytes = kernel.static_shared + static_cast<uint32_t>(launch.dynamic_shared);
-  block.launch_stamp = Clocks::next_stamp();
-  block.params.resize(kernel.param_bytes);
-  for (size_t i = 0; i < kernel.params.size(); ++i) {
-    std::memcpy(block.params.data() + kernel.params[i].offset, launch.args[i],
-                kernel.params[i].size);
-  }
-  counters_.shared_bytes_max = std::max<uint64_t>(counters_.shared_bytes_max, block.shared_bytes);
-  block.prepare();
-  const uint64_t count = uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2];
-  std::vector<uint64_t> order(count);
-  std::iota(order.begin(), order.end(), uint64_t{0});
-  for (uint64_t i = count; i > 1; --i) std::swap(order[i - 1], order[random.next() % i]);
-  bool good = true;
-  try {
-    for (const uint64_t id : order) {
-      const uint32_t index[3] = {static_cast<uint32_t>(id % launch.grid[0]),
-                                 static_cast<uint32_t>(id / launch.grid[0] % launch.grid[1]),
-                                 static_cast<uint32_t>(id / launch.grid[0] / launch.grid[1])};
-      block.start(index);
-      block.run();
-    }
-  } catch (const LaunchAborted&) {
-    good = false;
-  }
-  set_ftz(false);
-  return good;
+  return run_grid(launch, *kernel);
 }
 
 void Block::fail(Error kind, const Warp& warp, uint32_t pc, int lane, const std::string& text) {

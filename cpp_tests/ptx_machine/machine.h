@@ -21,6 +21,7 @@ struct Device {
   int smem_optin = 163 * 1024;  // dynamic + static shared memory of one block, after opting in
   int smem_per_sm = 164 * 1024;
   int sm_count = 108;
+  int driver_version = 13000;  // below 12000 there is no cuTensorMapEncodeTiled
   int compute_capability() const { return cc_major * 10 + cc_minor; }
 };
 inline constexpr Device kSm80 = {8, 0, 163 * 1024, 164 * 1024, 108};
@@ -40,6 +41,11 @@ enum class Error {
   kLaunch,       // refused launch: shared memory, threads, missing kernel
   kUnsupported,  // PTX the machine does not know
   kTrap,         // trap or a failed device assert
+  kProxy,        // the async proxy need not see an ordinary write: no fence.proxy.async
+  kBarrier,      // misuse of an mbarrier
+  kWgmma,        // registers or descriptors of a wgmma
+  kRegisters,    // misuse of setmaxnreg
+  kTensorMap,    // not a tensor map, or not of the instruction's rank
 };
 const char* name(Error kind);
 
@@ -76,6 +82,12 @@ struct Counters {
   uint64_t sectors_ideal = 0;     // the bytes of those requests / 32, rounded up
   uint64_t wavefronts = 0;        // of shared memory: ld, st, ldmatrix, cp.async
   uint64_t wavefronts_ideal = 0;  // the same without bank conflicts
+  uint64_t wgmma = 0;             // warpgroup-wide wgmma.mma_async
+  uint64_t wgmma_flops = 0;
+  uint64_t bulk_load_bytes = 0;   // into shared memory, zero fill included
+  uint64_t bulk_store_bytes = 0;  // out of it, reductions and clipped parts included
+  uint64_t mbarrier_waits = 0;    // test_wait and try_wait that succeeded, warp-wide
+  uint64_t tensor_maps = 0;       // cuTensorMapEncodeTiled calls, refused ones included
   uint64_t shared_bytes_max = 0;  // largest static + dynamic shared memory of a block
 };
 
@@ -102,6 +114,11 @@ class Machine {
   // Warp instructions one warp may execute before the launch is a livelock.
   void set_budget(uint64_t instructions) { budget_ = instructions; }
   uint64_t budget() const { return budget_; }
+
+  // Blocks of a launch that run side by side, their turns mixed at random; 1: one after another.
+  // Blocks that wait for each other need as many as the GPU would have resident.
+  void set_resident_blocks(int count) { resident_blocks_ = count; }
+  int resident_blocks() const { return resident_blocks_; }
 
   // Off: no race, in-flight or uninitialised-read check (bounds stay); for timing only.
   void set_checks(bool on) { checks_ = on; }
@@ -137,13 +154,14 @@ class Machine {
  private:
   bool refuse(const Launch& launch, Error kind, const std::string& text, int ptx_line = 0);
   std::string launch_error(const Launch& launch, const Kernel& kernel) const;
-  bool run_blocks(const Launch& launch, const Kernel& kernel);
+  bool run_grid(const Launch& launch, const Kernel& kernel);
 
   Device device_ = kSm80;
   uint64_t seed_ = 1;
   uint64_t launches_ = 0;  // since set_seed
   uint64_t budget_ = 20'000'000;
   bool checks_ = true;
+  int resident_blocks_ = 1;
   std::vector<Report> reports_;
   Counters counters_;
 };

@@ -15,14 +15,24 @@ namespace ptx {
 struct WordShadow {
   uint32_t write_stamp = 0;
   uint32_t read_stamp = 0;          // of the last read
-  uint32_t foreign_read_stamp = 0;  // of the last read by an earlier block
+  uint32_t foreign_read_stamp = 0;  // of the last read by a block that is not the last reader's
   uint32_t write_pc = 0;
   uint32_t read_pc = 0;
-  uint16_t write_thread = 0;
-  uint16_t read_thread = 0;
+  uint32_t write_agent = 0;  // see agent_of
+  uint32_t read_agent = 0;
+  uint32_t foreign_read_agent = 0;
   uint8_t write_bytes = 0;  // which of the 4 bytes
-  bool atomic = false;      // the write was an atom or a red
+  bool atomic = false;      // the write was an atom, a red or a bulk reduction
+  bool in_flight = false;   // by a bulk copy whose thread has not waited for it
+  bool async = false;       // by a bulk copy
 };
+
+// A thread of a launch: its block's number, and its index there.
+inline uint32_t agent_of(uint32_t block, int thread) {
+  return block << 10 | static_cast<uint32_t>(thread);
+}
+inline uint32_t block_of(uint32_t agent) { return agent >> 10; }
+inline int thread_of(uint32_t agent) { return static_cast<int>(agent & 1023); }
 
 struct Allocation {
   uint64_t begin = 0;

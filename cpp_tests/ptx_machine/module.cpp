@@ -131,7 +131,9 @@ class Scanner {
     if (starts(at, ".version") || starts(at, ".address_size")) return line_end(at);
     if (starts(at, ".target")) {
       const size_t sm = text_.find("sm_", at);
-      module_.target = std::atoi(text_.c_str() + sm + 3);
+      char* end = nullptr;
+      module_.target = static_cast<int>(std::strtol(text_.c_str() + sm + 3, &end, 10));
+      module_.specific = *end == 'a';
       return line_end(at);
     }
     if (starts(at, ".file")) return file(at);
@@ -192,6 +194,7 @@ class Scanner {
     kernel->body_line =
         1 + static_cast<int>(std::count(text_.begin(), text_.begin() + brace, '\n'));
     thread_limit(*kernel);
+    launch_registers(*kernel);
     module_.kernels[kernel->name] = std::move(kernel);
     return end + 1;
   }
@@ -207,6 +210,25 @@ class Scanner {
       kernel.max_threads = 1;
       while (in >> n) kernel.max_threads *= n;
     }
+  }
+
+  static uint32_t number_after(std::string_view header, std::string_view word) {
+    const size_t at = header.find(word);
+    if (at == std::string_view::npos) return 0;
+    return static_cast<uint32_t>(
+        std::strtoul(std::string(header.substr(at + word.size())).c_str(), nullptr, 10));
+  }
+
+  // What ptxas gives a thread of a kernel that uses setmaxnreg: all that its bounds leave.
+  static void launch_registers(Kernel& kernel) {
+    const bool bound = kernel.header.find(".maxntid") != std::string_view::npos ||
+                       kernel.header.find(".reqntid") != std::string_view::npos;
+    const uint32_t stated = number_after(kernel.header, ".maxnreg");
+    const uint32_t blocks = std::max(number_after(kernel.header, ".minnctapersm"), 1u);
+    if (stated != 0)
+      kernel.launch_registers = stated;
+    else if (bound)
+      kernel.launch_registers = std::min(65536 / (kernel.max_threads * blocks) / 8 * 8, 256u);
   }
 
   static void params(Kernel& kernel, const std::string& list) {

@@ -75,6 +75,9 @@ struct Kernel {
   std::vector<int32_t> operands;  // Inst::operand points into it
   std::vector<Constant> constants;
   std::vector<Special> specials;
+  uint32_t launch_registers = 0;  // per thread, where setmaxnreg works; 0: it does not
+  uint32_t pinned_begin = 0;      // bytes of the register file that wgmmas use
+  uint32_t pinned_end = 0;
   uint32_t register_bytes = 0;  // of one warp's register file, a multiple of 256
   uint32_t static_shared = 0;   // bytes before the dynamic part
   uint32_t local_bytes = 0;     // per thread
@@ -83,7 +86,8 @@ struct Kernel {
 struct Module {
   std::string path;
   std::string text;
-  int target = 0;  // 80, 89, 90
+  int target = 0;         // 80, 89, 90
+  bool specific = false;  // 90a: for this architecture only
   std::map<int, std::string> files;
   std::unordered_map<std::string, std::unique_ptr<Kernel>> kernels;
   struct Variable {

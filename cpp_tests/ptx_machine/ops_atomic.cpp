@@ -1,5 +1,6 @@
 // atom and red. Lanes of a warp are served in ascending order.
 #include "access.h"
+#include "grid.h"
 #include "half.h"
 #include "ops.h"
 
@@ -12,6 +13,14 @@ void update(char* at, T operand, T& old) {
   std::memcpy(&old, at, sizeof(T));
   const T next = kFunction(old, operand);
   std::memcpy(at, &next, sizeof(T));
+}
+
+template <Space kSpace>
+void order_update(Warp& warp, const uint64_t (&address)[kLanes], uint32_t mask, int32_t order) {
+  if (kSpace == Space::kShared) return;
+  acquire_words(warp, address, mask, order);
+  release_words(warp, address, mask, order, true);
+  if (acquires(order)) yield_poll(warp);
 }
 
 // kResult: atom, which returns the old value; otherwise red, with kVector operands.
@@ -27,6 +36,7 @@ void atomic(Warp& warp, const Inst& inst, uint32_t mask) {
   const int32_t* o = inst.operand + (kResult ? 1 : 0);
   read_addresses(warp, o, r.address);
   resolve(r, kSpace);
+  order_update<kSpace>(warp, r.address, mask, o[3 + kVector]);
   warp.block->counters->atomics += std::popcount(mask);
   for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
     const int l = __builtin_ctz(lanes);
@@ -48,6 +58,7 @@ void compare_and_swap(Warp& warp, const Inst& inst, uint32_t mask) {
   r.access = Access::kAtomic;
   read_addresses(warp, inst.operand + 1, r.address);
   resolve(r, kSpace);
+  order_update<kSpace>(warp, r.address, mask, inst.operand[6]);
   warp.block->counters->atomics += std::popcount(mask);
   for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
     const int l = __builtin_ctz(lanes);
@@ -69,68 +80,76 @@ uint32_t add_packed(uint32_t a, uint32_t b) {
 }
 
 template <Space kSpace, auto kFunction, class T>
-void add_one(OpTable& t, const std::string& prefix, const std::string& name) {
+void add_one(OpTable& t, const std::string& prefix, const std::string& name, Order order) {
   const char l = letter_of<T>();
-  t.add("atom" + prefix + name, std::string{l, '=', 'M', l}, atomic<kSpace, kFunction, T, true, 1>);
-  t.add("red" + prefix + name, std::string{'M', l}, atomic<kSpace, kFunction, T, false, 1>);
+  t.add("atom" + prefix + name, std::string{l, '=', 'M', l, '#'},
+        atomic<kSpace, kFunction, T, true, 1>, order);
+  t.add("red" + prefix + name, std::string{'M', l, '#'}, atomic<kSpace, kFunction, T, false, 1>,
+        order);
 }
 
 template <Space kSpace, class T>
-void add_integer(OpTable& t, const std::string& p, const std::string& type) {
+void add_integer(OpTable& t, const std::string& p, const std::string& type, Order order) {
   add_one<kSpace,
           [](T a, T b) {
             return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) +
                                   static_cast<std::make_unsigned_t<T>>(b));
           },
-          T>(t, p, ".add" + type);
-  add_one<kSpace, [](T a, T b) { return a < b ? a : b; }, T>(t, p, ".min" + type);
-  add_one<kSpace, [](T a, T b) { return (a > b) ? a : b; }, T>(t, p, ".max" + type);
+          T>(t, p, ".add" + type, order);
+  add_one<kSpace, [](T a, T b) { return a < b ? a : b; }, T>(t, p, ".min" + type, order);
+  add_one<kSpace, [](T a, T b) { return (a > b) ? a : b; }, T>(t, p, ".max" + type, order);
 }
 
 template <Space kSpace, class T>
-void add_bits(OpTable& t, const std::string& p, const std::string& type) {
-  add_one<kSpace, [](T a, T b) { return a & b; }, T>(t, p, ".and" + type);
-  add_one<kSpace, [](T a, T b) { return a | b; }, T>(t, p, ".or" + type);
-  add_one<kSpace, [](T a, T b) { return a ^ b; }, T>(t, p, ".xor" + type);
-  add_one<kSpace, [](T, T b) { return b; }, T>(t, p, ".exch" + type);
+void add_bits(OpTable& t, const std::string& p, const std::string& type, Order order) {
+  add_one<kSpace, [](T a, T b) { return a & b; }, T>(t, p, ".and" + type, order);
+  add_one<kSpace, [](T a, T b) { return a | b; }, T>(t, p, ".or" + type, order);
+  add_one<kSpace, [](T a, T b) { return a ^ b; }, T>(t, p, ".xor" + type, order);
+  add_one<kSpace, [](T, T b) { return b; }, T>(t, p, ".exch" + type, order);
   const char l = letter_of<T>();
-  t.add("atom" + p + ".cas" + type, std::string{l, '=', 'M', l, l}, compare_and_swap<kSpace, T>);
+  t.add("atom" + p + ".cas" + type, std::string{l, '=', 'M', l, l, '#'},
+        compare_and_swap<kSpace, T>, order);
 }
 
 template <Space kSpace>
-void add_space(OpTable& t, const std::string& p) {
+void add_space(OpTable& t, const std::string& p, Order order) {
   using U = uint32_t;
   constexpr auto plus = [](auto a, auto b) { return a + b; };
-  add_integer<kSpace, int32_t>(t, p, ".s32");
-  add_integer<kSpace, U>(t, p, ".u32");
-  add_integer<kSpace, int64_t>(t, p, ".s64");
-  add_integer<kSpace, uint64_t>(t, p, ".u64");
-  add_bits<kSpace, U>(t, p, ".b32");
-  add_bits<kSpace, uint64_t>(t, p, ".b64");
-  add_one<kSpace, [](U a, U b) { return (a >= b) ? 0 : a + 1; }, U>(t, p, ".inc.u32");
-  add_one<kSpace, [](U a, U b) { return (a == 0 || a > b) ? b : a - 1; }, U>(t, p, ".dec.u32");
-  add_one<kSpace, plus, float>(t, p, ".add.f32");
-  add_one<kSpace, plus, float>(t, p, ".add.ftz.f32");
-  add_one<kSpace, plus, double>(t, p, ".add.f64");
-  add_one<kSpace, add_packed<Fp16>, U>(t, p, ".add.noftz.f16x2");
-  add_one<kSpace, add_packed<Bf16>, U>(t, p, ".add.noftz.bf16x2");
+  add_integer<kSpace, int32_t>(t, p, ".s32", order);
+  add_integer<kSpace, U>(t, p, ".u32", order);
+  add_integer<kSpace, int64_t>(t, p, ".s64", order);
+  add_integer<kSpace, uint64_t>(t, p, ".u64", order);
+  add_bits<kSpace, U>(t, p, ".b32", order);
+  add_bits<kSpace, uint64_t>(t, p, ".b64", order);
+  add_one<kSpace, [](U a, U b) { return (a >= b) ? 0 : a + 1; }, U>(t, p, ".inc.u32", order);
+  add_one<kSpace, [](U a, U b) { return (a == 0 || a > b) ? b : a - 1; }, U>(t, p, ".dec.u32",
+                                                                             order);
+  add_one<kSpace, plus, float>(t, p, ".add.f32", order);
+  add_one<kSpace, plus, float>(t, p, ".add.ftz.f32", order);
+  add_one<kSpace, plus, double>(t, p, ".add.f64", order);
+  add_one<kSpace, add_packed<Fp16>, U>(t, p, ".add.noftz.f16x2", order);
+  add_one<kSpace, add_packed<Bf16>, U>(t, p, ".add.noftz.bf16x2", order);
   if constexpr (kSpace == Space::kGlobal) {
-    t.add("red" + p + ".add.v2.f32", "Mrr", atomic<kSpace, plus, float, false, 2>);
-    t.add("red" + p + ".add.v4.f32", "Mrrrr", atomic<kSpace, plus, float, false, 4>);
+    t.add("red" + p + ".add.v2.f32", "Mrr#", atomic<kSpace, plus, float, false, 2>, order);
+    t.add("red" + p + ".add.v4.f32", "Mrrrr#", atomic<kSpace, plus, float, false, 4>, order);
   }
 }
 
 }  // namespace
 
 void add_atomic_ops(OpTable& t) {
-  for (const char* order :
-       {"", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys", ".acquire.gpu", ".release.gpu",
-        ".acq_rel.gpu", ".acquire.cta", ".release.cta", ".acq_rel.cta", ".gpu", ".cta", ".sys"}) {
-    const std::string o = order;
-    add_space<Space::kGlobal>(t, o + ".global");
-    add_space<Space::kGeneric>(t, o);
-    add_space<Space::kShared>(t, o + ".shared");
-    add_space<Space::kShared>(t, o + ".shared::cta");
+  const auto add = [&](const std::string& o, Order order) {
+    add_space<Space::kGlobal>(t, o + ".global", order);
+    add_space<Space::kGeneric>(t, o, order);
+    add_space<Space::kShared>(t, o + ".shared", order);
+    add_space<Space::kShared>(t, o + ".shared::cta", order);
+  };
+  for (const char* scope : {"", ".gpu", ".cta", ".sys"}) add(scope, kRelaxed);
+  for (const std::string scope : {".cta", ".gpu", ".sys"}) {
+    add(".relaxed" + scope, kRelaxed);
+    add(".acquire" + scope, kAcquire);
+    add(".release" + scope, kRelease);
+    add(".acq_rel" + scope, kAcquireRelease);
   }
 }
 

@@ -53,6 +53,7 @@ void trap(Warp& warp, const Inst&, uint32_t mask) {
 }
 
 void nothing(Warp&, const Inst&, uint32_t) {}
+void sleep(Warp& warp, const Inst&, uint32_t) { warp.yields = warp.event = true; }
 
 uint32_t uniform(Warp& warp, int32_t place, uint32_t mask, const char* what) {
   const uint32_t* value = warp.at<const uint32_t>(place);
@@ -134,7 +135,7 @@ void add_control_ops(OpTable& t) {
   for (const char* name : {"ret", "exit", "ret.uni"}) t.add(name, "", exit_lanes);
   t.add("trap", "", trap);
   t.add("nop", "", nothing);
-  t.add("nanosleep.u32", "r", nothing);
+  t.add("nanosleep.u32", "r", sleep);
   t.add("bar.sync", "r", barrier<true, false, true>);
   t.add("bar.sync", "rr", barrier<true, true, true>);
   t.add("bar.arrive", "rr", barrier<true, true, false>);
@@ -151,12 +152,6 @@ void add_control_ops(OpTable& t) {
     t.add(std::string(name) + ".and.pred", "p=rq", reducing_barrier<false>);
   }
   t.add("bar.warp.sync", "r", warp_barrier);
-  for (const char* scope : {"cta", "gl", "sys"}) t.add(std::string("membar.") + scope, "", nothing);
-  for (const char* order : {"sc", "acq_rel", "acquire", "release"}) {
-    for (const char* scope : {"cta", "gpu", "sys"}) {
-      t.add(std::string("fence.") + order + "." + scope, "", nothing);
-    }
-  }
   for (const char* space : {"prefetch.global.L1", "prefetch.global.L2"}) t.add(space, "M", nothing);
   for (const char* name : {"griddepcontrol.wait", "griddepcontrol.launch_dependents"})
     t.add(name, "", nothing);

@@ -54,7 +54,7 @@ void copy_async(Warp& warp, const Inst& inst, uint32_t mask) {
     }
     copy.group = warp.copies[l].committed;
     if (block.checks &&
-        !block.shadow.begin_copy(block.clocks, warp.index * kLanes + l, copy.offset, bytes, pc)) {
+        !block.shadow->begin_copy(block.clocks, warp.index * kLanes + l, copy.offset, bytes, pc)) {
       fail_shadow(warp, pc, l, Access::kWrite);
     }
     if (now) land(warp, copy);
@@ -76,7 +76,7 @@ void wait_lane(Warp& warp, int lane, uint32_t first_pending_group) {
     }
     if (!copy.landed) land(warp, copy);
     if (block.checks)
-      block.shadow.land(block.clocks, warp.index * kLanes + lane, copy.offset, copy.bytes);
+      block.shadow->land(block.clocks, warp.index * kLanes + lane, copy.offset, copy.bytes);
   }
   pending.resize(kept);
 }

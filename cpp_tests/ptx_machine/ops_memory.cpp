@@ -1,5 +1,6 @@
 // ld and st of every space, scalar and vector.
 #include "access.h"
+#include "grid.h"
 #include "ops.h"
 
 namespace ptx {
@@ -15,7 +16,13 @@ void load(Warp& warp, const Inst& inst, uint32_t mask) {
   r.mask = mask;
   r.bytes = sizeof(T) * kVector;
   read_addresses(warp, inst.operand + kVector, r.address);
+  const int32_t order = inst.operand[kVector + 3];
+  r.strong = order != kWeak;
   resolve(r, kSpace);
+  if (order != kWeak) {
+    if (kSpace != Space::kShared) acquire_words(warp, r.address, mask, order);
+    yield_poll(warp);
+  }
   for (int v = 0; v < kVector; ++v) {
     R* to = warp.at<R>(inst.operand[v]);
     for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
@@ -48,7 +55,11 @@ void store(Warp& warp, const Inst& inst, uint32_t mask) {
   r.bytes = sizeof(T) * kVector;
   r.access = Access::kWrite;
   read_addresses(warp, inst.operand, r.address);
+  const int32_t order = inst.operand[3 + kVector];
+  r.strong = order != kWeak;
   resolve(r, kSpace);
+  if (kSpace != Space::kShared && order != kWeak)
+    release_words(warp, r.address, mask, order, false);
   for (int v = 0; v < kVector; ++v) {
     const R* from = warp.at<const R>(inst.operand[3 + v]);
     for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
@@ -61,34 +72,41 @@ void store(Warp& warp, const Inst& inst, uint32_t mask) {
 
 template <Space kSpace, class T, int kVector>
 void add_type(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
-              const std::string& type) {
+              const std::string& type, Order order) {
   const std::string vector = kVector == 1 ? "." : kVector == 2 ? ".v2." : ".v4.";
   const auto letters = [](char c) { return std::string(kVector, c); };
   if constexpr (sizeof(T) <= 2) {
     if (!load_prefix.empty())
-      t.add(load_prefix + vector + type, letters('h') + "=M", load_narrow<kSpace, T, kVector>);
+      t.add(load_prefix + vector + type, letters('h') + "=M#", load_narrow<kSpace, T, kVector>,
+            order);
     if (!store_prefix.empty())
-      t.add(store_prefix + vector + type, "M" + letters('h'), store<kSpace, T, uint32_t, kVector>);
+      t.add(store_prefix + vector + type, "M" + letters('h') + "#",
+            store<kSpace, T, uint32_t, kVector>, order);
   }
   if constexpr (sizeof(T) <= 4) {
     if (!load_prefix.empty())
-      t.add(load_prefix + vector + type, letters('r') + "=M", load<kSpace, T, uint32_t, kVector>);
+      t.add(load_prefix + vector + type, letters('r') + "=M#", load<kSpace, T, uint32_t, kVector>,
+            order);
     if (!store_prefix.empty())
-      t.add(store_prefix + vector + type, "M" + letters('r'), store<kSpace, T, uint32_t, kVector>);
+      t.add(store_prefix + vector + type, "M" + letters('r') + "#",
+            store<kSpace, T, uint32_t, kVector>, order);
   }
   if constexpr (sizeof(T) * kVector <= 16) {
     if (!load_prefix.empty())
-      t.add(load_prefix + vector + type, letters('d') + "=M", load<kSpace, T, uint64_t, kVector>);
+      t.add(load_prefix + vector + type, letters('d') + "=M#", load<kSpace, T, uint64_t, kVector>,
+            order);
     if (!store_prefix.empty())
-      t.add(store_prefix + vector + type, "M" + letters('d'), store<kSpace, T, uint64_t, kVector>);
+      t.add(store_prefix + vector + type, "M" + letters('d') + "#",
+            store<kSpace, T, uint64_t, kVector>, order);
   }
 }
 
 template <Space kSpace, int kVector>
-void add_types(OpTable& t, const std::string& load_prefix, const std::string& store_prefix) {
+void add_types(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
+               Order order) {
   const auto add = [&]<class T>(std::type_identity<T>, const char* type) {
     if constexpr (sizeof(T) * kVector <= 16)
-      add_type<kSpace, T, kVector>(t, load_prefix, store_prefix, type);
+      add_type<kSpace, T, kVector>(t, load_prefix, store_prefix, type, order);
   };
   add(std::type_identity<int8_t>{}, "s8");
   for (const char* type : {"b8", "u8"}) add(std::type_identity<uint8_t>{}, type);
@@ -100,22 +118,35 @@ void add_types(OpTable& t, const std::string& load_prefix, const std::string& st
 }
 
 template <Space kSpace>
-void add_space(OpTable& t, const std::string& load_prefix, const std::string& store_prefix) {
-  add_types<kSpace, 1>(t, load_prefix, store_prefix);
-  add_types<kSpace, 2>(t, load_prefix, store_prefix);
-  add_types<kSpace, 4>(t, load_prefix, store_prefix);
+void add_space(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
+               Order order = kWeak) {
+  add_types<kSpace, 1>(t, load_prefix, store_prefix, order);
+  add_types<kSpace, 2>(t, load_prefix, store_prefix, order);
+  add_types<kSpace, 4>(t, load_prefix, store_prefix, order);
 }
 
 }  // namespace
 
 void add_memory_ops(OpTable& t) {
-  const std::string orders[] = {
-      "", ".weak", ".volatile", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys"};
-  for (const std::string& order : orders) {
-    add_space<Space::kGlobal>(t, "ld" + order + ".global", "st" + order + ".global");
-    add_space<Space::kShared>(t, "ld" + order + ".shared", "st" + order + ".shared");
-    add_space<Space::kShared>(t, "ld" + order + ".shared::cta", "st" + order + ".shared::cta");
-    add_space<Space::kGeneric>(t, "ld" + order, "st" + order);
+  const auto add_all = [&](const std::string& load, const std::string& store, Order order) {
+    const auto both = [&]<Space kSpace>(std::integral_constant<Space, kSpace>, const char* space) {
+      add_space<kSpace>(t, load.empty() ? "" : load + space, store.empty() ? "" : store + space,
+                        order);
+    };
+    both(std::integral_constant<Space, Space::kGlobal>{}, ".global");
+    both(std::integral_constant<Space, Space::kShared>{}, ".shared");
+    both(std::integral_constant<Space, Space::kShared>{}, ".shared::cta");
+    both(std::integral_constant<Space, Space::kGeneric>{}, "");
+  };
+  for (const char* weak : {"", ".weak"}) {
+    add_all(std::string("ld") + weak, std::string("st") + weak, kWeak);
+  }
+  for (const char* strong : {".volatile", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys"}) {
+    add_all(std::string("ld") + strong, std::string("st") + strong, kRelaxed);
+  }
+  for (const char* scope : {".cta", ".gpu", ".sys"}) {
+    add_all(std::string("ld.acquire") + scope, "", kAcquire);
+    add_all("", std::string("st.release") + scope, kRelease);
   }
   add_space<Space::kLocal>(t, "ld.local", "st.local");
   add_space<Space::kParam>(t, "ld.param", "");

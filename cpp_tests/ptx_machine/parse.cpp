@@ -283,8 +283,12 @@ class Parser {
     }
     RawOperand o;
     if (text.front() == '[') {
-      address(trim(text.substr(1, text.size() - 2)), o);
+      // "[%rd1, {%r1, %r2}]" is an address and the coordinates in its tensor.
+      const std::vector<std::string_view> parts = split(text.substr(1, text.size() - 2));
+      if (parts.empty()) return fail("empty address");
+      address(parts[0], o);
       inst.operands.push_back(o);
+      for (size_t i = 1; i < parts.size(); ++i) operand(parts[i], inst);
       return;
     }
     const size_t bar = text.find('|');

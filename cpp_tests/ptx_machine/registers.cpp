@@ -107,8 +107,8 @@ std::vector<Interval> intervals(const std::vector<Flow>& code,
 }  // namespace
 
 std::vector<int32_t> assign_registers(const std::vector<Flow>& code,
-                                      const std::vector<RegisterClass>& registers,
-                                      uint32_t& layout) {
+                                      const std::vector<RegisterClass>& registers, uint32_t& layout,
+                                      uint32_t& kept_end) {
   const int count = static_cast<int>(registers.size());
   std::vector<BasicBlock> blocks = basic_blocks(code, count);
   solve_liveness(blocks);
@@ -121,9 +121,20 @@ std::vector<int32_t> assign_registers(const std::vector<Flow>& code,
   };
   constexpr uint32_t kBytes[] = {4, 128, 256};
   std::vector<int32_t> places(count, 0);
+  std::vector<char> kept(count, 0);
+  for (const Flow& flow : code) {
+    for (const int r : flow.kept) {
+      if (kept[r]) continue;
+      kept[r] = 1;
+      places[r] = static_cast<int32_t>(layout);
+      layout += 128;
+    }
+  }
+  kept_end = layout;
   std::vector<int32_t> free_places[3];
   std::priority_queue<Active, std::vector<Active>, std::greater<>> active;
   for (const Interval& interval : intervals(code, blocks, count)) {
+    if (kept[interval.reg]) continue;
     while (!active.empty() && active.top().end < interval.begin) {
       free_places[active.top().kind].push_back(active.top().place);
       active.pop();

@@ -1,6 +1,7 @@
 // The CUDA runtime entry points, answered by the machine. Linked in place of libcudart.
 //
 // "Device" memory is host memory with registered bounds; streams are done when a call returns.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
@@ -211,6 +212,30 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorNotSupported: return "operation not supported";
     default: return "CUDA error";
   }
+}
+
+// The driver: one function is asked for by name.
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = ptx::machine().device().driver_version;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
+  const int driver = ptx::machine().device().driver_version;
+  const bool known = std::string(symbol) == "cuTensorMapEncodeTiled";
+  const bool found = known && driver >= 12000 && static_cast<int>(version) <= driver;
+  *function = found ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  if (status != nullptr) {
+    *status = found    ? cudaDriverEntryPointSuccess
+              : !known ? cudaDriverEntryPointSymbolNotFound
+                       : cudaDriverEntryPointVersionNotSufficent;
+  }
+  return cudaSuccess;
 }
 
 // Memory.

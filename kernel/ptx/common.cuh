@@ -34,6 +34,11 @@ FLASHTILE_DEVICE int block_index() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
   return static_cast<int>(x);
 }
+FLASHTILE_DEVICE int grid_size() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
+  return static_cast<int>(x);
+}
 
 FLASHTILE_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -48,6 +48,19 @@ struct OnlineSoftmax {
   // the shifts.
   template <int kKeys, int kCols>
   FLASHTILE_DEVICE void raise_maximum(Accumulator<kRows, kKeys>& s, Accumulator<kRows, kCols>& o) {
+    raise_maximum(s, [&](int m, int half, float factor) {
+      FLASHTILE_UNROLL
+      for (int n = 0; n < o.kColBlocks; ++n) {
+        o.d[m][n][2 * half] *= factor;
+        o.d[m][n][2 * half + 1] *= factor;
+      }
+    });
+  }
+
+  // The same; where rescaling is needed, calls rescale_row(m, half, factor) for each row of the
+  // warp instead. Returns whether it did, the same in all lanes.
+  template <int kKeys, class RescaleRow>
+  FLASHTILE_DEVICE bool raise_maximum(Accumulator<kRows, kKeys>& s, const RescaleRow& rescale_row) {
     float top[kRowBlocks][2];  // of this lane's columns
     bool exceeds = false;
     FLASHTILE_UNROLL
@@ -62,7 +75,9 @@ struct OnlineSoftmax {
         exceeds |= fmaf(top[m][half], scale_log2, offset[m][half]) > slack;
       }
     }
-    if (__any_sync(0xffffffffu, exceeds)) rescale(top, s, o);
+    const bool rescales = __any_sync(0xffffffffu, exceeds);
+    if (rescales) rescale(top, s, rescale_row);
+    return rescales;
   }
 
   // scores -> probabilities, for the two n8 blocks of columns 16 * k.
@@ -98,9 +113,9 @@ struct OnlineSoftmax {
  private:
   FLASHTILE_DEVICE bool is_shifted() const { return slack != kSlack; }
 
-  template <int kKeys, int kCols>
+  template <int kKeys, class RescaleRow>
   FLASHTILE_DEVICE void rescale(const float (&top)[kRowBlocks][2], Accumulator<kRows, kKeys>& s,
-                                Accumulator<kRows, kCols>& o) {
+                                const RescaleRow& rescale_row) {
     if (!is_shifted()) begin_shifting(top);
     FLASHTILE_UNROLL
     for (int m = 0; m < kRowBlocks; ++m) {
@@ -118,11 +133,7 @@ struct OnlineSoftmax {
         }
         const float factor = ptx::ex2(exponent);
         sum[m][half] *= factor;
-        FLASHTILE_UNROLL
-        for (int n = 0; n < o.kColBlocks; ++n) {
-          o.d[m][n][2 * half] *= factor;
-          o.d[m][n][2 * half + 1] *= factor;
-        }
+        rescale_row(m, half, factor);
       }
     }
   }

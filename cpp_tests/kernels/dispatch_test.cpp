@@ -1,0 +1,135 @@
+// Which kernel serves a forward on compute capability 9.0, and what can_run says of it: the kernels
+// for sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
+#include <functional>
+
+#include "kernel_cases.h"
+#include "machine.h"
+
+using namespace flashtile::test;
+
+namespace {
+
+constexpr int64_t kHeads = 4, kRows = 128, kBatch = 2, kDim = 128;
+
+// A forward whose tensors lie in memory that nobody touches.
+struct Call {
+  flashtile_problem problem;
+  flashtile_forward_params params;
+
+  Call() {
+    flashtile_problem_init(&problem);
+    problem.device = FLASHTILE_CUDA;
+    problem.dtype = problem.dtype_kv = problem.dtype_out = FLASHTILE_BFLOAT16;
+    problem.batch = kBatch;
+    problem.num_heads = problem.num_heads_kv = kHeads;
+    problem.head_dim = problem.head_dim_v = kDim;
+    problem.seqlen_q = problem.seqlen_k = kRows;
+    problem.softmax_scale = 1.0f;
+    flashtile_forward_init(&params);
+    params.problem = &problem;
+    uintptr_t address = 1 << 20;
+    for (flashtile_tensor* tensor : {&params.q, &params.k, &params.v, &params.out}) {
+      *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
+      address += 1 << 24;
+    }
+  }
+};
+
+struct Answer {
+  std::string plan, note;
+};
+
+Answer ask(const std::function<void(Call&)>& change, int driver_version = 13000) {
+  Call call;
+  change(call);
+  ptx::Device device = ptx::kSm90;
+  device.driver_version = driver_version;
+  ptx::machine().configure(device);
+  char name[128] = "", note[256] = "";
+  CHECK_EQ(flashtile_plan(&call.params, name, sizeof name), FLASHTILE_OK);
+  CHECK_EQ(flashtile_can_run(&call.params, note, sizeof note), FLASHTILE_OK);
+  return {name, note};
+}
+
+void check_falls_back(const std::function<void(Call&)>& change, const std::string& obstacle) {
+  const Answer answer = ask(change);
+  CHECK_MESSAGE(answer.plan.find("forward_sm80_large_d") == 0, obstacle + ": " + answer.plan);
+  CHECK_EQ(answer.note,
+           obstacle +
+               "; the kernels for sm_90a take multiples of 16 bytes and distinct rows, "
+               "those for sm_80 run instead");
+}
+
+bool has_sm90() {
+  for (const Schedule& schedule : schedules()) {
+    if (schedule.has_sm90) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+TEST("aligned tensors are served by the kernels for sm_90a") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  const Answer plain = ask([](Call&) {});
+  CHECK_EQ(plain.plan, std::string("forward_sm90_d128_bf16_full"));
+  CHECK_EQ(plain.note, std::string());
+  const struct {
+    int64_t head_dim, head_dim_v, slice;
+  } dims[] = {{8, 8, 64},      {64, 64, 64},    {72, 72, 96},    {104, 104, 128},
+              {136, 136, 192}, {200, 200, 256}, {192, 128, 192}, {64, 256, 256}};
+  for (const auto& [head_dim, head_dim_v, slice] : dims) {
+    const Answer answer = ask([&](Call& call) {
+      call.problem.head_dim = head_dim;
+      call.problem.head_dim_v = head_dim_v;
+      for (flashtile_tensor* tensor :
+           {&call.params.q, &call.params.k, &call.params.v, &call.params.out}) {
+        *tensor = {tensor->data, 256 * kHeads * kRows, 256 * kHeads, 256};
+      }
+    });
+    CHECK_EQ(answer.plan, "forward_sm90_d" + std::to_string(slice) + "_bf16_full");
+  }
+}
+
+TEST("strides of single rows, heads and batches do not matter") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  const Answer answer = ask([](Call& call) {
+    call.problem.batch = 1;
+    call.problem.num_heads_kv = 1;
+    call.params.k.stride_batch = call.params.k.stride_head = 0;
+    call.params.v.stride_batch = 7;
+  });
+  CHECK_EQ(answer.plan, std::string("forward_sm90_d128_bf16_full"));
+}
+
+TEST("what TMA does not take is served by the kernels for sm_80, and can_run says why") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  check_falls_back([](Call& call) { call.params.k.stride_seq = 516; }, "k.stride_seq is 516");
+  check_falls_back([](Call& call) { call.params.v.stride_head = 0; }, "v.stride_head is 0");
+  check_falls_back([](Call& call) { call.params.q.stride_batch = 65537; },
+                   "q.stride_batch is 65537");
+  check_falls_back([](Call& call) { call.params.k.stride_seq = int64_t{1} << 39; },
+                   "k.stride_seq is 549755813888");
+  check_falls_back(
+      [](Call& call) { call.params.out.data = static_cast<char*>(call.params.out.data) + 8; },
+      "out.data modulo 16 is 8");
+  check_falls_back([](Call& call) { call.problem.head_dim = 100; }, "q's head dim is 100");
+  check_falls_back([](Call& call) { call.problem.head_dim_v = 100; }, "v's head dim is 100");
+  check_falls_back([](Call& call) { call.problem.seqlen_k = 0; }, "k's number of rows is 0");
+}
+
+TEST("without cuTensorMapEncodeTiled the kernels for sm_80 run, and can_run says why") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  const Answer answer = ask([](Call&) {}, /*driver_version=*/11080);
+  CHECK_EQ(answer.plan, std::string("forward_sm80_large_d128_bf16_full"));
+  CHECK(answer.note.find("the driver has no cuTensorMapEncodeTiled") == 0);
+}
+
+TEST("other devices have no note") {
+  Call call;
+  ptx::machine().configure(ptx::kSm80);
+  char note[256] = "unset";
+  if (flashtile_can_run(&call.params, note, sizeof note) == FLASHTILE_NOT_BUILT) SKIP(note);
+  CHECK_EQ(flashtile_can_run(&call.params, note, sizeof note), FLASHTILE_OK);
+  CHECK_EQ(std::string(note), std::string());
+}

@@ -1,0 +1,276 @@
+"""Mutants of the forward for sm_90a: what only asynchronous copies and products can get wrong."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+FORWARD = "forward_sm90.cuh"
+RING = "tile/ring_sm90.cuh"
+PRODUCT = "tile/product_sm90.cuh"
+EPILOGUE = "tile/epilogue_sm90.cuh"
+ROWS = "tile/tma_rows.cuh"
+WGMMA = "ptx/wgmma.cuh"
+ALL_CASES = ("shapes", "masks", "used rows", "row formats", "values", "many tiles")
+
+FENCE = "ptx::wgmma_fence();"
+FIRST_SCORES = "shared.k_ring().wait(use); ptx::wgmma_fence(); issue_scores(s, q, use);"
+RELEASE_K = "if (is_first_thread()) shared.k_ring().release(use);"
+RELEASE_V = "if (is_first_thread()) shared.v_ring().release(use);"
+ROWS_THERE = (
+    "ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there"
+)
+STORED = "ptx::bulk_wait_read<0>();"
+INIT = "__syncthreads();  // the mbarriers are there"
+
+
+def mutant(name: str, *patch: str, cases: str = "shapes", head_dim: int = 64) -> Mutant:
+    """A mutant of one patch: file, old text, new text."""
+    file, old, new = patch
+    return Mutant(name, "forward", ((file, old, new),), (cases,), head_dim, "sm90")
+
+
+def control(name: str, *patch: str) -> Mutant:
+    """A patch that changes nothing that matters, under all cases."""
+    file, old, new = patch
+    return Mutant(name, "forward", ((file, old, new),), ALL_CASES, memory="sm90", harmless=True)
+
+
+BARRIERS = [
+    mutant("no barrier after the mbarriers' initialisation", FORWARD, INIT, ""),
+    mutant(
+        "consumers wait for the wrong parity",
+        RING,
+        "ptx::mbarrier_wait(full(use), parity(use));",
+        "ptx::mbarrier_wait(full(use), parity(use) ^ 1);",
+    ),
+    mutant(
+        "the loading thread waits for the wrong parity",
+        RING,
+        "ptx::mbarrier_wait(empty(use), parity(use) ^ 1);",
+        "ptx::mbarrier_wait(empty(use), parity(use));",
+    ),
+    mutant(
+        "parity of one stage",
+        RING,
+        "return use / kStages & 1;",
+        "return use & 1;",
+    ),
+    mutant(
+        "the loading thread does not wait",
+        RING,
+        "ptx::mbarrier_wait(empty(use), parity(use) ^ 1);",
+        "",
+    ),
+    mutant(
+        "one consumer empties a buffer",
+        RING,
+        "ptx::mbarrier_init(empty(i), consumers);",
+        "ptx::mbarrier_init(empty(i), 1);",
+    ),
+    mutant(
+        "all threads release K",
+        FORWARD,
+        RELEASE_K,
+        "shared.k_ring().release(use);",
+    ),
+    mutant(
+        "too few bytes of V expected",
+        FORWARD,
+        "shared.v_ring().acquire(use, KvTile::kBytes);",
+        "shared.v_ring().acquire(use, KvTile::kBytes / 2);",
+    ),
+    mutant(
+        "too many bytes of Q expected",
+        FORWARD,
+        "shared.q_ring().acquire(tile, QTile::kBytes);",
+        "shared.q_ring().acquire(tile, QTile::kBytes + 16);",
+    ),
+    mutant(
+        "K released before its product is done",
+        FORWARD,
+        "ptx::wgmma_wait<kPending>(); ptx::keep_in_order(s.d[0]); " + RELEASE_K,
+        RELEASE_K + "ptx::wgmma_wait<kPending>(); ptx::keep_in_order(s.d[0]);",
+        cases="masks",
+    ),
+    mutant(
+        "V released before its product is done",
+        FORWARD,
+        "ptx::wgmma_wait<0>(); ptx::keep_in_order(o.d[0]); " + RELEASE_V,
+        RELEASE_V + "ptx::wgmma_wait<0>(); ptx::keep_in_order(o.d[0]);",
+        cases="masks",
+    ),
+    mutant("K not waited for", FORWARD, FIRST_SCORES, FENCE + "issue_scores(s, q, use);"),
+    mutant(
+        "Q not waited for",
+        FORWARD,
+        "shared.q_ring().wait(tile);",
+        "",
+    ),
+    mutant(
+        "V loaded over K",
+        FORWARD,
+        "return first + kFromQToV + KvRing::stage(use) * KvTile::kBytes;",
+        "return first + kFromQToK + KvRing::stage(use) * KvTile::kBytes;",
+    ),
+    mutant(
+        "the next Q loaded over this one",
+        FORWARD,
+        "return first + QRing::stage(use) * QTile::kBytes;",
+        "return first;",
+        cases="many tiles",
+    ),
+    mutant(
+        "the first warpgroup waits for its first turn",
+        FORWARD,
+        "if (warpgroup == kConsumers - 1) consumer.pass_turn();  // the first one begins",
+        "",
+        cases="masks",
+    ),
+    mutant(
+        "the turn goes back to where it came from",
+        FORWARD,
+        "const int next = warpgroup + 1 < kConsumers ? warpgroup + 1 : 0;",
+        "const int next = warpgroup;",
+        cases="masks",
+    ),
+]
+
+PRODUCTS = [
+    mutant(
+        "no fence before the first product", FORWARD, FIRST_SCORES, FIRST_SCORES.replace(FENCE, "")
+    ),
+    mutant(
+        "scores read while their product runs",
+        FORWARD,
+        "finish_scores<1>(s, use + 1);",
+        "finish_scores<2>(s, use + 1);",
+        cases="masks",
+    ),
+    mutant(
+        "O read while its product runs",
+        FORWARD,
+        "ptx::wgmma_wait<0>(); ptx::keep_in_order(o.d[0]);",
+        "ptx::wgmma_wait<1>(); ptx::keep_in_order(o.d[0]);",
+    ),
+    mutant(
+        "half a step along K",
+        PRODUCT,
+        "step % 4 * 32 / 16;",
+        "step % 4 * 16 / 16;",
+    ),
+    mutant(
+        "half a step along V",
+        PRODUCT,
+        "b + step * (16 * kPanelRowBytes / 16);",
+        "b + step * (8 * kPanelRowBytes / 16);",
+    ),
+    mutant(
+        "the second panel of K forgotten",
+        PRODUCT,
+        "b + step / 4 * (TileB::kPanelBytes / 16) + in_panel;",
+        "b + in_panel;",
+        head_dim=192,
+    ),
+    mutant(
+        "the wrong way to the next panel of V",
+        WGMMA,
+        "leading_bytes / 16 << 16;",
+        "leading_bytes / 32 << 16;",
+        head_dim=192,
+    ),
+    mutant("no swizzle", WGMMA, "1u << 30 | 1024 / 16;", "0u << 30 | 1024 / 16;"),
+    mutant(
+        "scores added to the old ones",
+        PRODUCT,
+        "ptx::descriptor(at_b), step > 0);",
+        "ptx::descriptor(at_b), true);",
+    ),
+    mutant(
+        "every warpgroup has the first one's queries",
+        FORWARD,
+        "tile_descriptor<QTile>(shared.q(tile), warpgroup * kRows);",
+        "tile_descriptor<QTile>(shared.q(tile));",
+    ),
+    mutant("O is not rescaled", FORWARD, "if (rescales) scale_rows(o, factor);", ""),
+    mutant(
+        "no mask on the first block",
+        FORWARD,
+        "hide(s, range, edges, range.end - 1);",
+        "",
+    ),
+    mutant(
+        "no mask on the other blocks",
+        FORWARD,
+        "hide(s, range, edges, j);",
+        "",
+        cases="masks",
+    ),
+]
+
+STORES = [
+    mutant(
+        "no proxy fence before O is stored",
+        FORWARD,
+        "ptx::fence_proxy_async_shared(); " + ROWS_THERE,
+        ROWS_THERE,
+    ),
+    mutant("no barrier before O is stored", FORWARD, ROWS_THERE, ""),
+    mutant("Q released while O is stored", FORWARD, STORED, "", cases="many tiles"),
+    mutant(
+        "no proxy fence behind the signs",
+        EPILOGUE,
+        "ptx::fence_proxy_async_shared();",
+        "",
+        cases="values",
+    ),
+    mutant(
+        "no barrier behind the signs",
+        EPILOGUE,
+        "ptx::named_barrier_sync(barrier, 128);  // the signs are there, also for the products",
+        "",
+        cases="values",
+    ),
+    mutant(
+        "whole boxes: rows of the next sequence",
+        ROWS,
+        "const int count = min(max(rows.count, 0), kBoxRows);",
+        "const int count = kBoxRows;",
+        cases="used rows",
+    ),
+    mutant(
+        "rows one box too early",
+        ROWS,
+        "kBoxRows - count, rows.row + count,",
+        "kBoxRows - count, rows.row,",
+    ),
+    mutant(
+        "O stored as far as rows are in use",
+        FORWARD,
+        "const int count = rows - warpgroup * kRows;",
+        "const int count = sequence.seqlen_q - work.q0 - warpgroup * kRows;",
+        cases="used rows",
+    ),
+    mutant(
+        "one tile a block",
+        FORWARD,
+        "index += ptx::grid_size())",
+        "index += params.tiles)",
+        cases="many tiles",
+    ),
+]
+
+REGISTERS = [
+    mutant(
+        "more registers than the pool has",
+        FORWARD,
+        "ptx::setmaxnreg_inc<kConfig.consumer_registers>();",
+        "ptx::setmaxnreg_inc<kConfig.consumer_registers + 8>();",
+    ),
+]
+
+CONTROLS = [
+    control("control: a fence more", FORWARD, FIRST_SCORES, FENCE + FIRST_SCORES),
+    control("control: stores waited for to their end", FORWARD, STORED, "ptx::bulk_wait<0>();"),
+]
+
+FORWARD_SM90_MUTANTS = BARRIERS + PRODUCTS + STORES + REGISTERS + CONTROLS

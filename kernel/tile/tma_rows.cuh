@@ -1,0 +1,44 @@
+// Rows of a tensor between global memory and the panels of a tile, by the maps of tensor_map.h.
+#pragma once
+
+#include "../ptx/tma.cuh"
+#include "smem_tile.cuh"
+#include "work.cuh"
+
+namespace flashtile {
+
+// Which rows: `count` of them from `row` on, of one head. The box has kBoxRows; rows of it past
+// `count` do not exist.
+struct TmaRows {
+  int row, count, head, batch;
+};
+
+template <int kBoxRows>
+FLASHTILE_DEVICE ptx::Coordinates5 coordinates(const TmaRows& rows, int panel) {
+  const int count = min(max(rows.count, 0), kBoxRows);
+  return {panel * kPanelCols, kBoxRows - count, rows.row + count, rows.head, rows.batch};
+}
+
+// All rows of a tile, on `barrier`: Tile::kBytes, of which rows that do not exist are zeros.
+template <class Tile>
+FLASHTILE_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t barrier,
+                                const TmaRows& rows) {
+  FLASHTILE_UNROLL
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::tma_load(tile + panel * Tile::kPanelBytes, map, barrier,
+                  coordinates<Tile::kRows>(rows, panel));
+  }
+}
+
+// Rows [tile_row, tile_row + kBoxRows) of a tile to global memory.
+template <class Tile, int kBoxRows>
+FLASHTILE_DEVICE void store_rows(const TensorMap& map, uint32_t tile, int tile_row,
+                                 const TmaRows& rows) {
+  FLASHTILE_UNROLL
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::tma_store(map, tile + panel * Tile::kPanelBytes + tile_row * kPanelRowBytes,
+                   coordinates<kBoxRows>(rows, panel));
+  }
+}
+
+}  // namespace flashtile
