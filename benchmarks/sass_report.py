@@ -51,7 +51,7 @@ BUDGETS: dict[tuple[str, int, str], float] = {
     ("backward", 128, "large"): 2.45,
     ("backward", 128, "small"): 2.75,
     ("backward", 192, "large"): 2.5,
-    ("backward", 192, "small"): 3.1,
+    ("backward", 192, "small"): 2.75,
     ("backward", 256, "large"): 2.5,
     ("backward", 256, "small"): 3.1,
 }

@@ -102,7 +102,7 @@ FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory
                    : BackwardConfig{32, 128, 8, 1, 2, false, true, false, 2, 2};
     case 192:
       return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 2, 2}
-                   : BackwardConfig{32, 64, 4, 2, 2, true, true, false, 2, 2};
+                   : BackwardConfig{64, 64, 4, 2, 2, true, true, true, 1, 1};
     default:
       return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 1, 1}
                    : BackwardConfig{32, 64, 4, 2, 2, true, true, true, 1, 1, 2};

@@ -24,7 +24,8 @@ Blocks forward_blocks(const Schedule& on, int slice) {
 }
 Blocks backward_blocks(const Schedule& on, int slice) {
   if (slice <= 96) return {64, 128};
-  return {std::string(memory_class(on)) == "large" ? 64 : 32, slice == 128 ? 128 : 64};
+  const bool large = std::string(memory_class(on)) == "large";
+  return {large || slice == 192 ? 64 : 32, slice == 128 ? 128 : 64};
 }
 
 // What a pass touches of one head, found by looking at every element of the mask.
