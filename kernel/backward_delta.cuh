@@ -6,6 +6,8 @@
 // and a row that is not in use, gets lse = +inf: its probabilities exp2(s - lse) are exactly 0.
 #pragma once
 
+#include <bit>
+
 #include "backward_layout.cuh"
 
 namespace flashtile {
@@ -30,7 +32,7 @@ struct BackwardDelta {
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
   static constexpr int kBlockQ = backward_config(kHeadDim, kMemory).block_q;
-  static constexpr int kLanes = kHeadDim == 192 ? 32 : kHeadDim / 8;  // a power of two
+  static constexpr int kLanes = std::bit_ceil(kHeadDim / 8u);
   static constexpr int kRowsPerPass = kThreads / kLanes;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
 
@@ -84,9 +86,13 @@ struct BackwardDelta {
   }
 
   static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
-    if (!launch.params.problem.deterministic || thread != 0) return;
-    launch.turns[ptx::block_index()] = 0;  // the grid is [num_heads, slots_q], too
-    if (ptx::block_index() == 0) launch.turns[launch.params.problem.num_heads * launch.slots_q] = 0;
+    const Problem& p = launch.params.problem;
+    if (!p.deterministic) return;
+    const int64_t words = TurnWords::count(launch.slots_k * p.num_heads_kv);
+    const int64_t threads = launch.slots_q * p.num_heads * kThreads;
+    for (int64_t i = int64_t{ptx::block_index()} * kThreads + thread; i < words; i += threads) {
+      launch.turns[i] = TurnWords::at_start(i);
+    }
   }
 
   static FLASHTILE_DEVICE void clear_dq(float* dq, int thread) {
@@ -120,7 +126,7 @@ struct BackwardDelta {
     const char* source = static_cast<const char*>(view.data) +
                          2 * (element_offset(view, s.batch, row, head) + 8 * lane);
     const int bytes = format.bytes - lane * kChunkBytes;
-    if (format.aligned && bytes >= kChunkBytes) return *reinterpret_cast<const uint4*>(source);
+    if (format.unit == kChunkBytes && bytes > 0) return *reinterpret_cast<const uint4*>(source);
     return load_elements(source, bytes);
   }
 

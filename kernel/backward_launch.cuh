@@ -12,6 +12,7 @@ namespace flashtile {
 // Parts of the workspace, in bytes from its start.
 struct BackwardWorkspace {
   int64_t slots_q = 0;
+  int64_t slots_k = 0;
   size_t dq = 0;     // after the statistics
   size_t turns = 0;  // after dq
   size_t bytes = 0;
@@ -20,14 +21,17 @@ struct BackwardWorkspace {
 template <int kHeadDim, Memory kMemory>
 BackwardWorkspace backward_workspace(const Problem& p) {
   constexpr int kBlockQ = backward_config(kHeadDim, kMemory).block_q;
+  constexpr int kBlockK = backward_config(kHeadDim, kMemory).block_k;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
   constexpr size_t kAlign = 256;
   BackwardWorkspace w;
   w.slots_q = slot_count(p.is_varlen(), p.batch, p.seqlen_q, p.total_q, kBlockQ);
+  w.slots_k = slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, kBlockK);
   const size_t tiles = static_cast<size_t>(w.slots_q * p.num_heads);
   w.dq = (tiles * Slot::kStatistics * sizeof(float) + kAlign - 1) / kAlign * kAlign;
   w.turns = w.dq + tiles * Slot::kDq * sizeof(float);
-  w.bytes = w.turns + (p.deterministic ? (tiles + 1) * sizeof(int) : 0);
+  w.bytes = w.turns;
+  if (p.deterministic) w.bytes += TurnWords::count(w.slots_k * p.num_heads_kv) * sizeof(int);
   return w;
 }
 
@@ -66,7 +70,7 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   launch_params.dq_accumulator = reinterpret_cast<float*>(base + workspace.dq);
   launch_params.turns = reinterpret_cast<int*>(base + workspace.turns);
   launch_params.slots_q = workspace.slots_q;
-  launch_params.slots_k = slot_count(p.is_varlen(), p.batch, p.seqlen_k, p.total_k, Shape::kBlockK);
+  launch_params.slots_k = workspace.slots_k;
   launch_params.scale_log2 = p.softmax_scale * kLog2e;
   launch_params.q = query_format(params.q, p, p.head_dim);
   launch_params.k = key_format(params.k, p, p.head_dim);

@@ -128,7 +128,7 @@ Status visit_head_dim(std::integer_sequence<int, kDims...>, const Problem& probl
 }
 
 // Calls f(integral_constant<slice>, integral_constant<memory>).
-template <class HeadDims, class F>
+template <class F>
 Status visit_slice(const Problem& problem, Memory memory, F f) {
   return visit_head_dim(HeadDims{}, problem, [&](auto dim) -> Status {
     if constexpr (kHasLargeMemory) {
@@ -241,7 +241,7 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
       return FLASHTILE_OK;
     });
   }
-  return visit_slice<ForwardHeadDims>(problem, device.memory, [&](auto dim, auto) {
+  return visit_slice(problem, device.memory, [&](auto dim, auto) {
     write_name(name, "forward", sm80_family(device.memory), problem, dim.value);
     return FLASHTILE_OK;
   });
@@ -256,7 +256,7 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto memory) {
+  return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
     write_name(name, "backward", sm80_family(device.memory), problem, dim.value);
     workspace_bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
     return FLASHTILE_OK;
@@ -276,7 +276,7 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
       });
     }
   }
-  return visit_slice<ForwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_forward_sm80<dim.value, memory.value>(params, stream);
   });
 }
@@ -286,7 +286,7 @@ Status backward(const BackwardParams& params, int device_index, CUstream_st* str
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  return visit_slice<BackwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_backward_sm80<dim.value, memory.value>(params, stream);
   });
 }
