@@ -21,15 +21,15 @@ inline constexpr int kChunkBytes = 16;  // one cp.async, one row of an ldmatrix 
 // Columns of a panel in a tile of `cols` columns.
 FLASHTILE_HOST_DEVICE int panel_cols(int cols) { return cols % 64 == 0 ? 64 : 32; }
 
-template <int kRowsValue, int kColsValue>
+template <int kRowsValue, int kColsValue, int kPanelColsValue = panel_cols(kColsValue)>
 struct SmemTile {
   static constexpr int kRows = kRowsValue;
   static constexpr int kCols = kColsValue;
-  static constexpr int kPanelCols = panel_cols(kCols);
+  static constexpr int kPanelCols = kPanelColsValue;
   static constexpr int kPanelChunks = kPanelCols / 8;
   static constexpr int kPanelBlocks = kPanelCols / 16;  // of 16 columns
   static constexpr int kPanelRowBytes = 2 * kPanelCols;
-  static constexpr int kPanels = kCols / kPanelCols;
+  static constexpr int kPanels = (kCols + kPanelCols - 1) / kPanelCols;
   static constexpr int kPanelBytes = kRows * kPanelRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
   static_assert(kCols % 32 == 0 && kRows % 8 == 0);
@@ -41,6 +41,13 @@ struct SmemTile {
            ((chunk ^ row / kRowsPerLine) % kPanelChunks * kChunkBytes);
   }
 };
+
+// What TMA fills and wgmma reads: always in panels of 64 columns, of which the last may be half
+// used.
+inline constexpr int kPanelCols = 64;
+inline constexpr int kPanelRowBytes = 128;
+template <int kRows, int kCols>
+using WideTile = SmemTile<kRows, kCols, kPanelCols>;
 
 // Which row and chunk of a 16 x 16 block a lane addresses in ldmatrix_x4.
 //   kRowsFirst: matrices (rows 0-7, cols 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15):
