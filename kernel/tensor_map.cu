@@ -98,7 +98,7 @@ Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& ma
       static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(row),
       static_cast<cuuint64_t>(stride_bytes(view.stride_head, tensor.heads)),
       static_cast<cuuint64_t>(stride_bytes(view.stride_batch, tensor.batch))};
-  const cuuint32_t box[] = {kTmaPanelCols, static_cast<cuuint32_t>(box_rows), 1, 1, 1};
+  const cuuint32_t box[] = {kPanelCols, static_cast<cuuint32_t>(box_rows), 1, 1, 1};
   const cuuint32_t every[] = {1, 1, 1, 1, 1};
   void* const first = static_cast<char*>(view.data) - box_rows * row;
   const CUresult result = encode(

@@ -80,15 +80,17 @@ Counted count(const Setup& setup, const Schedule& schedule, const Backend& backe
   return counted;
 }
 
+enum class Kernels { kSm80, kSm90 };
+
 template <class Check>
-void for_every_setup(const std::vector<Case>& cases, const Check& check) {
+void for_every_setup(const std::vector<Case>& cases, Kernels kernels, const Check& check) {
   const std::string reason = device_unavailable();
   if (!reason.empty()) SKIP(reason);
   const Backend backend = cuda_backend();
   for (const Case& spec : cases) {
     for (const Schedule& schedule : schedules()) {
       if (schedule.seed % 3 != 1) continue;  // counters do not depend on the seed
-      if (schedule.has_sm90) continue;       // counted in sm90_counters_test.cpp
+      if (schedule.has_sm90 != (kernels == Kernels::kSm90)) continue;
       for (const int dim : {32, 64, 96, 128, 192, 256}) {
         if (slice_of(dim) == 0) continue;
         for (const Mask& mask : {kFull, kCausal, Mask{70, 20}}) {
@@ -98,6 +100,31 @@ void for_every_setup(const std::vector<Case>& cases, const Check& check) {
         }
       }
     }
+  }
+}
+
+template <class Check>
+void for_every_setup(const std::vector<Case>& cases, const Check& check) {
+  for_every_setup(cases, Kernels::kSm80, check);
+}
+
+// The same of the forward for sm_90a.
+struct Sm90Blocks {
+  Blocks size;
+  int slice;
+
+  uint64_t consumers() const { return static_cast<uint64_t>(size.q / 64); }
+  uint64_t bytes(int rows) const {  // of whole panels of 64 columns
+    return static_cast<uint64_t>(rows) * 128 * static_cast<uint64_t>((slice + 63) / 64);
+  }
+};
+Sm90Blocks sm90_blocks(const Setup& setup) {
+  const int slice = std::max(64, slice_of("forward", setup.head_dim));
+  switch (slice) {
+    case 64: return {{192, 128}, slice};
+    case 192: return {{128, 112}, slice};
+    case 256: return {{128, 80}, slice};
+    default: return {{128, 128}, slice};
   }
 }
 
@@ -195,6 +222,43 @@ TEST("blocks fit the device's shared memory") {
     CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
     CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
   });
+}
+
+TEST("sm_90a: products are those of the visible blocks") {
+  for_every_setup(kCases, Kernels::kSm90,
+                  [](const Setup& setup, const Schedule&, const Counted& counted) {
+                    const Sm90Blocks blocks = sm90_blocks(setup);
+                    const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
+                    const auto steps = static_cast<uint64_t>((blocks.slice + blocks.size.k) / 16);
+                    CHECK_EQ(counted.forward.wgmma, pairs * blocks.consumers() * steps);
+                    CHECK_EQ(counted.forward.mma, uint64_t{0});
+                  });
+}
+
+TEST("sm_90a: every tile of Q, K and V is loaded once, rows of out are stored once") {
+  for_every_setup(kCases, Kernels::kSm90,
+                  [](const Setup& setup, const Schedule&, const Counted& counted) {
+                    const Sm90Blocks blocks = sm90_blocks(setup);
+                    const auto count = [&](int rows) {
+                      const int64_t all = (setup.extents_q.seq + rows - 1) / rows;
+                      return static_cast<uint64_t>(all) * heads_of(setup);
+                    };
+                    const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
+                    CHECK_EQ(counted.forward.bulk_load_bytes,
+                             count(blocks.size.q) * blocks.bytes(blocks.size.q) +
+                                 pairs * 2 * blocks.bytes(blocks.size.k));
+                    CHECK_EQ(counted.forward.bulk_store_bytes, count(64) * blocks.bytes(64));
+                  });
+}
+
+TEST("sm_90a: four tensor maps a call, no bank conflicts, no local memory") {
+  for_every_setup(
+      kCases, Kernels::kSm90, [](const Setup&, const Schedule& on, const Counted& counted) {
+        CHECK_EQ(counted.forward.tensor_maps, uint64_t{4});
+        CHECK_EQ(counted.forward.wavefronts, counted.forward.wavefronts_ideal);
+        CHECK_EQ(counted.forward.local_accesses, uint64_t{0});
+        CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+      });
 }
 
 TEST("counters do not depend on the schedule") {

@@ -36,9 +36,9 @@ FLASHTILE_DEVICE void store_fragments(uint32_t tile, int row0, int lane,
 template <class Tile>
 FLASHTILE_DEVICE void negate_rows(uint32_t tile, int warpgroup, int barrier) {
   constexpr uint32_t kSigns = 0x80008000;  // of two 16-bit floats
-  constexpr int kPanelChunks = 64 * Tile::kPanelRowBytes / kChunkBytes;
+  constexpr int kPanelChunks = 64 * kPanelRowBytes / kChunkBytes;
   const int thread = ptx::thread_index() % 128;
-  const uint32_t rows = tile + warpgroup * 64 * Tile::kPanelRowBytes;
+  const uint32_t rows = tile + warpgroup * 64 * kPanelRowBytes;
   FLASHTILE_ROLL
   for (int i = thread; i < Tile::kPanels * kPanelChunks; i += 128) {
     const uint32_t address =

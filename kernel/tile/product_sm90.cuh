@@ -12,7 +12,7 @@ namespace flashtile {
 // bytes / 16.
 template <class Tile>
 FLASHTILE_DEVICE uint32_t tile_descriptor(uint32_t tile, int row = 0) {
-  return ptx::descriptor_low(tile + row * Tile::kPanelRowBytes, Tile::kPanelBytes);
+  return ptx::descriptor_low(tile + row * kPanelRowBytes, Tile::kPanelBytes);
 }
 
 // c = A B^T for A [64, d] and B [n, d], both with d contiguous.
@@ -35,7 +35,7 @@ FLASHTILE_DEVICE void issue_AB(Accumulator<16, TileB::kCols>& c,
                                const uint32_t (&a)[TileB::kRows / 16][4], uint32_t b) {
   FLASHTILE_UNROLL
   for (int step = 0; step < TileB::kRows / 16; ++step) {
-    const uint32_t at_b = b + step * (16 * TileB::kPanelRowBytes / 16);
+    const uint32_t at_b = b + step * (16 * kPanelRowBytes / 16);
     ptx::wgmma<T, ptx::Major::kMn>(c.d[0], a[step], ptx::descriptor(at_b), true);
   }
 }

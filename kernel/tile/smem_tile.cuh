@@ -42,10 +42,12 @@ struct SmemTile {
   }
 };
 
-// A tile that TMA fills and wgmma reads: its panels have 64 columns, also where half a panel is zeros.
-inline constexpr int kTmaPanelCols = 64;
+// What TMA fills and wgmma reads: always in panels of 64 columns, of which the last may be half
+// used.
+inline constexpr int kPanelCols = 64;
+inline constexpr int kPanelRowBytes = 128;
 template <int kRows, int kCols>
-using TmaTile = SmemTile<kRows, kCols, kTmaPanelCols>;
+using WideTile = SmemTile<kRows, kCols, kPanelCols>;
 
 // Which row and chunk of a 16 x 16 block a lane addresses in ldmatrix_x4.
 //   kRowsFirst: matrices (rows 0-7, cols 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15):

@@ -16,7 +16,7 @@ struct TmaRows {
 template <int kBoxRows>
 FLASHTILE_DEVICE ptx::Coordinates5 coordinates(const TmaRows& rows, int panel) {
   const int count = min(max(rows.count, 0), kBoxRows);
-  return {panel * kTmaPanelCols, kBoxRows - count, rows.row + count, rows.head, rows.batch};
+  return {panel * kPanelCols, kBoxRows - count, rows.row + count, rows.head, rows.batch};
 }
 
 // All rows of a tile, on `barrier`: Tile::kBytes, of which rows that do not exist are zeros.
@@ -36,7 +36,7 @@ FLASHTILE_DEVICE void store_rows(const TensorMap& map, uint32_t tile, int tile_r
                                  const TmaRows& rows) {
   FLASHTILE_UNROLL
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    ptx::tma_store(map, tile + panel * Tile::kPanelBytes + tile_row * Tile::kPanelRowBytes,
+    ptx::tma_store(map, tile + panel * Tile::kPanelBytes + tile_row * kPanelRowBytes,
                    coordinates<kBoxRows>(rows, panel));
   }
 }
