@@ -265,6 +265,19 @@ TEST("bulk copies and reductions of ranges") {
     CHECK_EQ(ptx::machine().counters().bulk_store_bytes, 3072u);
   }
 }
+TEST("counters of asynchronous kernels do not depend on the schedule") {
+  const Array<float> in(256), out(256), sums(256), packed(128);
+  uint64_t lanes = 0, waits = 0;
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
+    ptx::Machine& machine = ptx_test::fresh_machine(seed, ptx::kSm90);
+    copy<<<1, 64>>>(in.get(), out.get(), sums.get(), packed.get());
+    if (seed == 1) lanes = machine.counters().lane_instructions;
+    if (seed == 1) waits = machine.counters().mbarrier_waits;
+    CHECK_EQ(machine.counters().lane_instructions, lanes);
+    CHECK_EQ(machine.counters().mbarrier_waits, waits);
+  }
+  CHECK_EQ(waits, 2u);
+}
 TEST("stmatrix") {
   std::vector<uint32_t> host(128);
   for (uint32_t i = 0; i < 128; ++i) host[i] = 2 * i | (2 * i + 1) << 16;

@@ -103,6 +103,20 @@ uint32_t element_bytes(const Request& r) {
   return r.type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
 }
 
+void multiply(char* at, uint32_t size, float factor) {
+  float x = 0;
+  _Float16 h;
+  if (size == 4) {
+    std::memcpy(&x, at, 4);
+    x *= factor;
+    std::memcpy(at, &x, 4);
+  } else {
+    std::memcpy(&h, at, 2);
+    h = static_cast<_Float16>(static_cast<float>(h) * factor);
+    std::memcpy(at, &h, 2);
+  }
+}
+
 // The box as it should lie in shared memory, and the tensor after the store, from element
 // arithmetic.
 void check_box(const Box& box, uint64_t seed) {
@@ -152,18 +166,7 @@ void check_box(const Box& box, uint64_t seed) {
     const uint32_t physical = (linear ^ ((linear >> 7 & span) << 4)) - 2048;
     const char zero[4] = {};
     wrong += std::memcmp(copy.get() + physical, inside ? &host[place] : zero, size) != 0;
-    if (!inside || adds == 0) continue;
-    float x = 0;
-    _Float16 h;
-    if (size == 4) {
-      std::memcpy(&x, &host[place], 4);
-      x *= static_cast<float>(adds + 1);
-      std::memcpy(&expected[place], &x, 4);
-    } else {
-      std::memcpy(&h, &host[place], 2);
-      h = static_cast<_Float16>(static_cast<float>(h) * static_cast<float>(adds + 1));
-      std::memcpy(&expected[place], &h, 2);
-    }
+    if (inside) multiply(&expected[place], size, static_cast<float>(adds + 1));
   }
   CHECK_MESSAGE(wrong == 0, std::to_string(wrong) + " elements differ in shared memory");
   CHECK(std::memcmp(out.get(), expected.data(), total) == 0);
