@@ -200,6 +200,23 @@ __global__ void turns(int* turn, int* log) {
     add_release(turn, 1);
 }
 
+// The same by whole blocks: what one thread acquires and releases, barriers pass on.
+template <bool kBarriers>
+__global__ void block_turns(int* turn, int* log) {
+  const int mine = static_cast<int>(blockIdx.x);
+  const int t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    while (load_acquire(turn) != mine) {
+    }
+  }
+  __syncthreads();
+  const int before = log[63 - t];
+  __syncthreads();
+  log[t] = before * 2 + mine;
+  if (kBarriers) __syncthreads();
+  if (t == 0) add_release(turn, 1);
+}
+
 // Each block adds its tile to a sum by bulk reductions, in order.
 template <bool kWaits>
 __global__ void ordered_adds(int* turn, float* sum, const float* values) {
@@ -316,6 +333,22 @@ TEST("blocks take turns") {
       CHECK(log.host() == std::vector<int>({179, 0, 1, 5, 18, 58, 179}));
     }
   }
+}
+TEST("blocks of several threads take turns") {
+  ptx_test::Expected race = {{Error::kRace}, "another block"};
+  race.resident_blocks = 4;
+  for (int round = 0; round < 4; ++round) {
+    const Array<int> turn(1), log(64);
+    ptx_test::fresh_machine(static_cast<uint64_t>(round), ptx::kSm90).set_resident_blocks(4);
+    block_turns<true><<<4, 64>>>(turn.get(), log.get());
+    ptx::machine().set_resident_blocks(1);
+    ptx_test::check_clean();
+    for (size_t i = 0; i < 64; ++i) CHECK_EQ(log[i], 11);  // ((0 * 2 + 1) * 2 + 2) * 2 + 3
+  }
+  expect(race, [] {
+    const Array<int> turn(1), log(64);
+    block_turns<false><<<4, 64>>>(turn.get(), log.get());
+  });
 }
 TEST("turns without release, acquire or end are reported") {
   ptx_test::Expected race = {{Error::kRace}, "another block"};
