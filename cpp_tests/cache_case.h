@@ -24,7 +24,7 @@ namespace flashtile::test {
 
 struct CacheSequence {
   uint64_t seed = 1;
-  int keys = 0;     // rows in use before anything is appended, without the left padding
+  int keys = 0;  // rows in use before anything is appended, without the left padding
   int queries = 1;
   int leftpad = 0;
   int added = 0;  // rows that are appended

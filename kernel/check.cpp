@@ -131,9 +131,10 @@ Status check_cache(const flashtile_problem& p, const Target& target) {
     if (Status s = check_range("total_new", p.total_new, 0, kMost)) return s;
   }
   if (p.seqused_k == nullptr && (p.seqlen_new > 0 || p.cu_seqlens_new != nullptr)) {
-    return fail(FLASHTILE_INVALID_ARGUMENT,
-                "seqused_k is NULL and new rows are announced; allowed: a pointer, which says where "
-                "they belong");
+    return fail(
+        FLASHTILE_INVALID_ARGUMENT,
+        "seqused_k is NULL and new rows are announced; allowed: a pointer, which says where "
+        "they belong");
   }
   if (p.block_table == nullptr) {
     if (p.cache_batch_idx != nullptr || p.num_pages >= p.batch) return FLASHTILE_OK;
@@ -383,7 +384,8 @@ Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem)
                 "q.data is set and rotary_cos is NULL; allowed: NULL, q is only rotated");
   }
   if (p.rotary_dim % 2 != 0 || p.rotary_dim < 2 || p.rotary_dim > problem.head_dim) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "rotary_dim is %lld; allowed: even, 2 to head_dim, %lld",
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "rotary_dim is %lld; allowed: even, 2 to head_dim, %lld",
                 static_cast<I64>(p.rotary_dim), static_cast<I64>(problem.head_dim));
   }
   if (Status s = check_range("rotary_rows", p.rotary_rows, 1, INT32_MAX)) return s;

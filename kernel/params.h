@@ -54,8 +54,9 @@ struct Cache {
   constexpr bool exists() const { return page_size > 0; }
   // Rows that a sequence can have; lengths are int32.
   constexpr int64_t capacity() const {
-    const int64_t rows =
-        num_pages == 0 ? 0 : block_table == nullptr ? page_size : page_size * max_blocks;
+    const int64_t rows = num_pages == 0           ? 0
+                         : block_table == nullptr ? page_size
+                                                  : page_size * max_blocks;
     return rows < INT32_MAX ? rows : INT32_MAX;
   }
 };

@@ -1,5 +1,5 @@
-// flashtile_append_kv on the CPU: every byte of the cache afterwards is the one that this file says,
-// and attention over it is right. Rotary embedding against its formula in fp64.
+// flashtile_append_kv on the CPU: every byte of the cache afterwards is the one that this file
+// says, and attention over it is right. Rotary embedding against its formula in fp64.
 #include "../cache_case.h"
 
 using namespace flashtile::test;
@@ -117,8 +117,7 @@ void check_rotation(const CacheSpec& spec, int rotary_dim, uint32_t flags) {
       const int64_t position = before + ((flags & FLASHTILE_ROTARY_Q_FIXED) != 0 ? 0 : i);
       for (int64_t h = 0; h < spec.heads; ++h) {
         for (int64_t d = 0; d < spec.dims.qk; ++d)
-          compare(q_out.get(batch, from, h, d),
-                  table.rotated(call.q, batch, from, h, d, position));
+          compare(q_out.get(batch, from, h, d), table.rotated(call.q, batch, from, h, d, position));
       }
     }
   }

@@ -47,7 +47,7 @@ flashtile_tensor view(const HostTensor& tensor, const Guarded& memory) {
 
 // Replaces some numbers by ones that are wrong, or that only just are not.
 void spoil(std::vector<int32_t>& values, std::mt19937_64& random, int64_t edge) {
-  const int64_t wrong[] = {-1,        INT32_MIN, INT32_MAX, edge,
+  const int64_t wrong[] = {-1,       INT32_MIN, INT32_MAX, edge,
                            edge - 1, edge + 1,  1 << 24,   static_cast<int32_t>(random())};
   for (int32_t& value : values) {
     if (random() % 3 == 0) value = static_cast<int32_t>(wrong[random() % 8]);
@@ -194,9 +194,8 @@ TEST("appending: 300 calls with wrong numbers write the rows that exist and no o
 }
 
 TEST("a sequence whose numbers are right is not disturbed by the others'") {
-  const CacheSpec spec = {.heads = 2,
-                          .sequences = {{.seed = 1, .keys = 40}, {.seed = 2, .keys = 30}},
-                          .page_size = 8};
+  const CacheSpec spec = {
+      .heads = 2, .sequences = {{.seed = 1, .keys = 40}, {.seed = 2, .keys = 30}}, .page_size = 8};
   CacheCall good(spec), bad(spec);
   bad.lengths[1] = INT32_MAX;
   bad.table[static_cast<size_t>(bad.problem().block_table_stride)] = -7;

@@ -52,12 +52,12 @@ TEST("head dims of every class, on pages of 16 and 7") {
   for (const HeadDims& dims : all) {
     for (const int page_size : {7, 16}) {
       for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat32}) {
-        check_cache({.dtype = dtype,
-                     .dims = dims,
-                     .sequences = {{.seed = 1, .keys = 140},
-                                   {.seed = 2, .keys = 33, .queries = 20}},
-                     .page_size = page_size,
-                     .packed = true});
+        check_cache(
+            {.dtype = dtype,
+             .dims = dims,
+             .sequences = {{.seed = 1, .keys = 140}, {.seed = 2, .keys = 33, .queries = 20}},
+             .page_size = page_size,
+             .packed = true});
       }
     }
   }
@@ -172,8 +172,8 @@ TEST("a sequence's bits depend on itself alone: 200 random neighbourings") {
         CHECK_EQ(result.error, std::string());
         const std::vector<double> now = rows_of(call, result, at);
         if (bits.empty()) bits = now;
-        CHECK_MESSAGE(now == bits, spec.name() + ": other bits at neighbouring " +
-                                       std::to_string(i));
+        CHECK_MESSAGE(now == bits,
+                      spec.name() + ": other bits at neighbouring " + std::to_string(i));
       }
     }
   }

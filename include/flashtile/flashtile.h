@@ -184,11 +184,11 @@ typedef struct {
  * exist, is not written, and neither is any row of a sequence whose seqused_k is negative. Two
  * sequences must not append to the same page.
  *
- * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at position
- * p (a row of the cache, left padding counted) by row p of the tables:
- *   (x, y) -> (x cos - y sin, x sin + y cos)   for rotary_dim / 2 pairs of every head.
- * Query i of a sequence stands at seqused_k[b] + i. Numbers past rotary_dim are copied. Where the
- * tables have no row p, k is not written and q_out is NaN.
+ * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
+ * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
+ * y sin, x sin + y cos)   for rotary_dim / 2 pairs of every head. Query i of a sequence stands at
+ * seqused_k[b] + i. Numbers past rotary_dim are copied. Where the tables have no row p, k is not
+ * written and q_out is NaN.
  *
  * Reads the problem's sizes, dtype, seqused_k, cache and new rows; and cu_seqlens_q, seqlen_q and
  * total_q for q. Masks, scale and seqused_q are not looked at. No workspace. */

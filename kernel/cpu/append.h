@@ -23,14 +23,12 @@ class Append {
 
   void run(int threads) const {
     const int64_t rows = most_rows(cache_.cu_seqlens_new, cache_.seqlen_new);
-    parallel_for(threads, problem_.batch * rows, false, [&](int64_t task, int) {
-      append(task / rows, task % rows);
-    });
+    parallel_for(threads, problem_.batch * rows, false,
+                 [&](int64_t task, int) { append(task / rows, task % rows); });
     if (params_.q.data == nullptr) return;
     const int64_t queries = most_rows(problem_.cu_seqlens_q, problem_.seqlen_q);
-    parallel_for(threads, problem_.batch * queries, false, [&](int64_t task, int) {
-      rotate_query(task / queries, task % queries);
-    });
+    parallel_for(threads, problem_.batch * queries, false,
+                 [&](int64_t task, int) { rotate_query(task / queries, task % queries); });
   }
 
  private:
@@ -97,7 +95,8 @@ class Append {
     const T* const cos = static_cast<const T*>(rotary_.cos) + position * rotary_.stride;
     const T* const sin = static_cast<const T*>(rotary_.sin) + position * rotary_.stride;
     for (int64_t d = 0; d < half; ++d) {
-      const int64_t first = rotary_.halves ? d : 2 * d, second = rotary_.halves ? d + half : first + 1;
+      const int64_t first = rotary_.halves ? d : 2 * d,
+                    second = rotary_.halves ? d + half : first + 1;
       const C x = number(to + first), y = number(to + second);
       const C c = number(cos + d), s = number(sin + d);
       write_some(to + first, splat(x * c - y * s), 1);

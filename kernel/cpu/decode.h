@@ -182,8 +182,8 @@ class Decode {
   char* workspace() const { return static_cast<char*>(params_.workspace); }
   Share share(const Sequence& seq, int64_t head_query, int64_t part) const {
     const bool packed = problem_.is_varlen() && !problem_.cache.exists();
-    const int64_t first = packed ? seq.k_begin / kDecodeKeys + seq.index
-                                 : seq.index * most_parts(problem_, extent_);
+    const int64_t first =
+        packed ? seq.k_begin / kDecodeKeys + seq.index : seq.index * most_parts(problem_, extent_);
     const int64_t row = (first + part) * problem_.num_heads * extent_.max_q + head_query;
     C* const at = reinterpret_cast<C*>(
         workspace() + static_cast<size_t>(threads_) * tile_bytes(problem_, extent_) +
@@ -211,7 +211,8 @@ class Decode {
       tile.states[r] = RowState<C>{};
       for (int64_t d = 0; d < tile.out.stride; d += kLanes<C>) store(tile.out.row(r) + d, Vec<C>{});
     }
-    for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kDecodeKeys) attend_chunk(seq, tile, head, k0);
+    for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kDecodeKeys)
+      attend_chunk(seq, tile, head, k0);
     for (int64_t r = 0; r < rows; ++r) {
       const Share to = share(seq, head_query(head * group_ + r % group_, r / group_), part);
       *to.state = tile.states[r];

@@ -140,8 +140,9 @@ Extent exact_extent(const Problem& problem) {
 
 int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > total ? total : hint; }
 
-// Without reading cu_seqlens and lengths: room for all threads if the longest lengths were told truly, and for
-// one thread if they were not. `most_queries`: with longer sequences the pass does not run.
+// Without reading cu_seqlens and lengths: room for all threads if the longest lengths were told
+// truly, and for one thread if they were not. `most_queries`: with longer sequences the pass does
+// not run.
 template <class Params>
 size_t planned_bytes(const Pass<Params>& pass, const Problem& problem,
                      int64_t most_queries = INT64_MAX) {

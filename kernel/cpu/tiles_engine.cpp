@@ -11,9 +11,8 @@
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
-const Engine kBFloat16Engine = {pass_of<Forward<TileForward>, ForwardParams>(),
-                                pass_of<Decode<BFloat16>, ForwardParams>(),
-                                pass_of<Backward<TileBackward>, BackwardParams>(),
-                                &append_kv<BFloat16>};
+const Engine kBFloat16Engine = {
+    pass_of<Forward<TileForward>, ForwardParams>(), pass_of<Decode<BFloat16>, ForwardParams>(),
+    pass_of<Backward<TileBackward>, BackwardParams>(), &append_kv<BFloat16>};
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

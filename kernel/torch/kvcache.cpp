@@ -17,13 +17,13 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Where the sequences' rows are. k_cache (num_pages, page_size, num_heads_kv, head_dim), v_cache the
-// same with head_dim_v.
+// Where the sequences' rows are. k_cache (num_pages, page_size, num_heads_kv, head_dim), v_cache
+// the same with head_dim_v.
 struct CacheArguments {
   Tensor k_cache, v_cache;
-  OptionalTensor cache_seqlens;              // [batch]
-  OptionalTensor cache_batch_idx;            // [batch]
-  OptionalTensor block_table;                // [batch, max_blocks]
+  OptionalTensor cache_seqlens;                 // [batch]
+  OptionalTensor cache_batch_idx;               // [batch]
+  OptionalTensor block_table;                   // [batch, max_blocks]
   OptionalTensor cache_leftpad = std::nullopt;  // [batch]
   OptionalTensor cu_seqlens_new = std::nullopt;
 };
@@ -44,8 +44,7 @@ std::string cache_refusal(const CacheArguments& cache, const Tensor& like, int64
   if (text.empty()) text = kind_refusal("k_cache", k, like);
   if (text.empty() && k.size(1) == 0) text = "page_size is 0; allowed: 1 and more";
   if (text.empty()) {
-    text = shape_refusal("v_cache", cache.v_cache,
-                         {k.size(0), k.size(1), k.size(2), "head_dim_v"});
+    text = shape_refusal("v_cache", cache.v_cache, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
   }
   if (text.empty()) text = kind_refusal("v_cache", cache.v_cache, like);
   if (text.empty() && cache.v_cache.size(3) == 0) text = "head_dim_v is 0; allowed: 1 to 65536";
@@ -114,10 +113,10 @@ std::string queries_refusal(const Tensor& q, const OptionalTensor& cu_seqlens_q,
 std::tuple<Tensor, Tensor> forward_kvcache(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
     std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    int64_t seqlen_new, int64_t num_splits, int64_t max_seqlen_q, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_new, const OptionalTensor& cache_seqlens,
-    const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
-    const OptionalTensor& block_table) {
+    int64_t seqlen_new, int64_t num_splits, int64_t max_seqlen_q,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_new,
+    const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
+    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table) {
   raise_unless_empty(queries_refusal(q, cu_seqlens_q));
   const int64_t batch = batch_of(q, cu_seqlens_q);
   const CacheArguments cache = {k_cache,     v_cache,       cache_seqlens, cache_batch_idx,
@@ -151,10 +150,11 @@ std::tuple<Tensor, Tensor> forward_kvcache(
   sizes.back() = v_cache.size(3);
   const Tensor out = torch::stable::new_empty(q, sizes);
   const bool packed = cu_seqlens_q.has_value();
-  const Tensor lse = torch::stable::new_empty(
-      q, packed ? std::vector<int64_t>{q.size(1), q.size(0)}
-                : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)},
-      ScalarType::Float);
+  const Tensor lse =
+      torch::stable::new_empty(q,
+                               packed ? std::vector<int64_t>{q.size(1), q.size(0)}
+                                      : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)},
+                               ScalarType::Float);
   const Workspace workspace(q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -182,9 +182,8 @@ std::string new_rows_refusal(const Tensor& k, const Tensor& v, const CacheArgume
   if (text.empty()) text = kind_refusal("v", v, like);
   if (!text.empty()) return text;
   const Footprint k_written(cache.k_cache), v_written(cache.v_cache);
-  for (const auto& [name, written, tensor] :
-       {std::tuple("k_cache", &k_written, &cache.k_cache),
-        std::tuple("v_cache", &v_written, &cache.v_cache)}) {
+  for (const auto& [name, written, tensor] : {std::tuple("k_cache", &k_written, &cache.k_cache),
+                                              std::tuple("v_cache", &v_written, &cache.v_cache)}) {
     if (!written->may_meet_itself()) continue;
     return sentence(name, " has strides ", tuple_text(tensor->strides()), " over shape ",
                     tuple_text(tensor->sizes()), "; allowed: strides that keep its elements apart");
@@ -233,8 +232,8 @@ std::string rotary_refusal(const Tensor& cos, const Tensor& sin, const Tensor& q
   if (text.empty()) text = shape_refusal("rotary_sin", sin, {cos.size(0), cos.size(1)});
   if (text.empty()) text = kind_refusal("rotary_sin", sin, q);
   if (text.empty() && cos.size(0) > 1 && cos.stride(0) != sin.stride(0)) {
-    text = sentence("rotary_sin has stride ", sin.stride(0), " between its rows; allowed: ",
-                    cos.stride(0), ", that of rotary_cos");
+    text = sentence("rotary_sin has stride ", sin.stride(0),
+                    " between its rows; allowed: ", cos.stride(0), ", that of rotary_cos");
   }
   return text;
 }

@@ -1,6 +1,7 @@
 // The torch ops flashtile::{forward, forward_out, backward, can_run, build_info}, and those of
-// kvcache.cpp, on the libtorch stable ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its
-// tensors, allocates outputs and workspace through torch, fills the C structs and calls the C API.
+// kvcache.cpp, on the libtorch stable ABI: one library serves every torch from 2.11 on, with or
+// without CUDA. Each op checks its tensors, allocates outputs and workspace through torch, fills
+// the C structs and calls the C API.
 //
 // Dense and varlen are one op: cu_seqlens make the difference. New outputs are contiguous, and the
 // core writes every row of them, also those that belong to no sequence.

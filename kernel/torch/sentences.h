@@ -95,7 +95,7 @@ inline std::ostream& operator<<(std::ostream& stream, const Extent& extent) {
 }
 
 inline std::string shape_refusal(const char* name, const Tensor& tensor,
-                          std::initializer_list<Extent> allowed) {
+                                 std::initializer_list<Extent> allowed) {
   const IntHeaderOnlyArrayRef sizes = tensor.sizes();
   bool same = sizes.size() == allowed.size();
   size_t dim = 0;
@@ -109,7 +109,7 @@ inline std::string shape_refusal(const char* name, const Tensor& tensor,
 
 // Device, dtype and the stride of the last dimension, against those of q.
 inline std::string kind_refusal(const char* name, const Tensor& tensor, const Tensor& q,
-                         std::optional<ScalarType> dtype = std::nullopt) {
+                                std::optional<ScalarType> dtype = std::nullopt) {
   if (device_name(tensor) != device_name(q)) {
     return sentence(name, " is on ", device_name(tensor), "; allowed: ", device_name(q),
                     ", the device of q");

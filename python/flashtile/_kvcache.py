@@ -24,9 +24,7 @@ def _check_cache(
     numbers: dict[str, Tensor | None],
     block_table: Tensor | None,
 ) -> None:
-    _checks.check_shape(
-        "k_cache", k_cache, ("num_pages", "page_size", "num_heads_kv", q.shape[-1])
-    )
+    _checks.check_shape("k_cache", k_cache, ("num_pages", "page_size", "num_heads_kv", q.shape[-1]))
     _checks.check_kind("k_cache", k_cache, q)
     if k_cache.shape[1] == 0:
         raise ValueError("page_size is 0; allowed: 1 and more")
@@ -333,7 +331,9 @@ def attention_with_kvcache(
     batch = _check_queries("q", q, cu_seqlens_q)
     seqlens = _seqlens(cache_seqlens, q, batch)
     seqlen_new, cu_seqlens_new = 0, None
-    if k is not None:
+    if k is not None and v is not None:
+        for name, tensor in (("k", k), ("v", v)):
+            _checks.check_kind(name, tensor, q)
         seqlen_new = 0 if cu_seqlens_q is not None else k.shape[-3]
         cu_seqlens_new = cu_seqlens_q
         places = (seqlens, cache_batch_idx, block_table, cu_seqlens_q)
