@@ -11,6 +11,8 @@ from torch import Tensor
 import flashtile
 from reference import CPU_DTYPES, assert_close, assert_lse_close, manual_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 PAGE_SIZES = [0, 1, 7, 16, 48, 128, 256]  # 0: contiguous
 
@@ -226,9 +228,8 @@ def test_wrong_numbers_are_clamped() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_invariance(dtype: torch.dtype, one_thread: None) -> None:
+def test_batch_invariance(dtype: torch.dtype) -> None:
     """One sequence among random neighbours: the same bits in 100 calls."""
-    del one_thread
     generator = torch.Generator().manual_seed(1)
     head_dim, length = 64, 300
     k1, v1 = torch.randn(length, 2, head_dim).to(dtype), torch.randn(length, 2, head_dim).to(dtype)
