@@ -56,7 +56,8 @@ TEST("flashtile/torch.h reads pages") {
       {.causal = true, .return_lse = true});
   for (int64_t b = 0; b < 2; ++b) {
     const int64_t keys = b == 0 ? 5 : 12;
-    const at::Tensor expected = manual(q[b], pages.rows(pages.k, b, keys), pages.rows(pages.v, b, keys));
+    const at::Tensor expected =
+        manual(q[b], pages.rows(pages.k, b, keys), pages.rows(pages.v, b, keys));
     CHECK((out[b] - expected).abs().max().item<double>() < 1e-5);
   }
   CHECK(lse.sizes() == at::IntArrayRef({2, 4, 3}));
@@ -85,9 +86,8 @@ TEST("flashtile/torch.h appends, rotates and serves packed queries") {
     const at::Tensor appended = pages.rows(pages.k, b, keys).slice(0, before);
     const at::Tensor turned = rotated(k.slice(0, begin, end), before, cos, sin);
     CHECK((appended - turned).abs().max().item<double>() < 1e-5);
-    const at::Tensor expected =
-        manual(rotated(q.slice(0, begin, end), before, cos, sin), pages.rows(pages.k, b, keys),
-               pages.rows(pages.v, b, keys));
+    const at::Tensor expected = manual(rotated(q.slice(0, begin, end), before, cos, sin),
+                                       pages.rows(pages.k, b, keys), pages.rows(pages.v, b, keys));
     CHECK((out.slice(0, begin, end) - expected).abs().max().item<double>() < 1e-5);
   }
 }

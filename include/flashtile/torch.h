@@ -61,14 +61,15 @@ struct Sequences {
 // A key/value cache, and what a call appends to it. New members are added at the end.
 //
 // k and v are (batch_cache, seqlen_cache, num_heads_kv, head_dim), where sequence b owns entry
-// batch_idx[b] (unset: b), or with block_table pages, (num_pages, page_size, ...): row j of sequence
-// b is row j % page_size of page block_table[b][j / page_size]. All numbers are int32 on the cache's
-// device; none is waited for, and none, however wrong, makes a call touch memory outside the tensors.
+// batch_idx[b] (unset: b), or with block_table pages, (num_pages, page_size, ...): row j of
+// sequence b is row j % page_size of page block_table[b][j / page_size]. All numbers are int32 on
+// the cache's device; none is waited for, and none, however wrong, makes a call touch memory
+// outside the tensors.
 struct KVCache {
   at::Tensor k, v;
-  std::optional<at::Tensor> seqlens = std::nullopt;    // (batch): rows in use; unset: all
-  std::optional<at::Tensor> batch_idx = std::nullopt;  // (batch)
-  std::optional<at::Tensor> leftpad = std::nullopt;    // (batch): first rows that nobody sees
+  std::optional<at::Tensor> seqlens = std::nullopt;      // (batch): rows in use; unset: all
+  std::optional<at::Tensor> batch_idx = std::nullopt;    // (batch)
+  std::optional<at::Tensor> leftpad = std::nullopt;      // (batch): first rows that nobody sees
   std::optional<at::Tensor> block_table = std::nullopt;  // (batch, max_blocks)
 };
 
@@ -327,9 +328,9 @@ inline void append_kv(const KVCache& cache, const NewKeys& added, OptionalRef cu
 // Returns q, rotated.
 inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewKeys& added,
                                    bool q_fixed, OptionalRef cu_seqlens) {
-  using Signature = at::Tensor(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, TensorRef,
-                               TensorRef, bool, bool, TensorRef, OptionalRef, OptionalRef,
-                               OptionalRef);
+  using Signature =
+      at::Tensor(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
+                 bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef);
   static const auto op = find_op<Signature>("flashtile::append_kv_rotary");
   at::Tensor k = cache.k, v = cache.v;
   return op.call(k, v, added.k, added.v, q, *added.rotary_cos, *added.rotary_sin,
@@ -389,9 +390,9 @@ inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k
 }
 
 // Attention of new queries over a cache, into which options.append is written first, in place. q is
-// (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q, which
-// serves prefill and decoding in one call. A row beyond the capacity is not written. The bits of a
-// sequence's result depend on num_splits and on the sequence alone. Served on the CPU in this
+// (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q,
+// which serves prefill and decoding in one call. A row beyond the capacity is not written. The bits
+// of a sequence's result depend on num_splits and on the sequence alone. Served on the CPU in this
 // version; without gradients.
 inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                               const KVCacheOptions& options = {}) {
@@ -409,7 +410,8 @@ inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache
     TORCH_CHECK(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
                 "flashtile: one of rotary_cos and rotary_sin is unset; allowed: both or neither");
     if (added.rotary_cos.has_value()) {
-      const bool limited = options.causal || options.window_size != std::pair<int64_t, int64_t>(-1, -1);
+      const bool limited =
+          options.causal || options.window_size != std::pair<int64_t, int64_t>(-1, -1);
       queries = detail::append_kv_rotary(q, cache, added, !limited, options.cu_seqlens_q);
     } else {
       detail::append_kv(cache, added, options.cu_seqlens_q);

@@ -1,12 +1,16 @@
 """Attention over a key/value cache: checks, fake kernels and the function."""
 
-from typing import Any, Literal, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from flashtile import _checks
 from flashtile._options import UNLIMITED
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _INTS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
 
@@ -143,7 +147,7 @@ def _fake_append_rotary(
     return q.new_empty(q.shape)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "forward_kvcache": _fake_forward,
     "append_kv": _fake_append,
     "append_kv_rotary": _fake_append_rotary,
@@ -165,7 +169,7 @@ def _call(name: str, *args: Any) -> Any:
         return op(*args)
     except RuntimeError as error:
         refusal = error
-    _FAKES[name](*args)  # type: ignore[operator]
+    _FAKES[name](*args)
     raise refusal
 
 
@@ -202,21 +206,56 @@ def _check_together(tensors: dict[str, Tensor | None], cache_seqlens: object) ->
         )
 
 
+class KVCacheOptions(TypedDict, total=False):
+    """Keywords of :func:`attention_with_kvcache`, as type checkers see them, without return_lse."""
+
+    k: Tensor | None
+    v: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    cache_seqlens: Tensor | int | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    block_table: Tensor | None
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    num_splits: int
+
+
 @overload
 def attention_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_lse: Literal[False] = ..., **options: Any
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[KVCacheOptions]",
 ) -> Tensor: ...
 
 
 @overload
 def attention_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_lse: Literal[True], **options: Any
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[KVCacheOptions]",
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def attention_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_lse: bool, **options: Any
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: bool,
+    **options: "Unpack[KVCacheOptions]",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 

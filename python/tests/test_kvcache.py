@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from reference import CPU_DTYPES, assert_close, assert_lse_close, manual_attention
+from reference import CPU_DTYPES, Mask, assert_close, assert_lse_close, manual_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +83,8 @@ def check(q: Tensor, out: Tensor, lse: Tensor, kv: tuple[Tensor, Tensor], **mask
 @pytest.mark.parametrize("leftpad", [None, (3, 0, 17)], ids=["", "leftpad"])
 def test_dense_queries(dtype: torch.dtype, page_size: int, leftpad: tuple[int, ...] | None) -> None:
     cache = Cache((140, 0, 64), page_size, 150, dtype=dtype, leftpad=leftpad)
-    for mask in ({}, {"causal": True}, {"window_size": (20, 2)}):
+    masks: tuple[Mask, ...] = ({}, {"causal": True}, {"window_size": (20, 2)})
+    for mask in masks:
         for seqlen_q in (1, 3, 20):
             q = torch.randn(3, seqlen_q, 6, 64).to(dtype)
             out, lse = flashtile.attention_with_kvcache(
@@ -104,7 +105,7 @@ def test_prefill_and_decode_in_one_call(dtype: torch.dtype, page_size: int) -> N
     for count in new:
         offsets.append(offsets[-1] + count)
     q, k, v = (torch.randn(82, h, d).to(dtype) for h, d in ((4, 64), (2, 64), (2, 48)))
-    options = {"cu_seqlens_q": int32(offsets), "max_seqlen_q": 60, "causal": True}
+    options: dict[str, Any] = {"cu_seqlens_q": int32(offsets), "max_seqlen_q": 60, "causal": True}
     out, lse = flashtile.attention_with_kvcache(
         q, cache.k, cache.v, k=k, v=v, **cache.where(), **options, return_lse=True
     )
