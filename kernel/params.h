@@ -79,7 +79,7 @@ struct Problem {
   Band band;
   Dtype dtype = Dtype::kFloat16;
   bool deterministic = false;
-  Cache cache;
+  Cache cache = {};
 
   // Whether q is packed; so are k and v, unless they are a cache.
   constexpr bool is_varlen() const { return cu_seqlens_q != nullptr; }

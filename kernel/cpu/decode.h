@@ -281,8 +281,10 @@ class Decode {
     for (int64_t j = round_down(wanted.begin, kLanes<C>); j < wanted.end; j += kLanes<C>) {
       const int64_t some = smaller_of(kLanes<C>, wanted.end - j);
       Matrix<const C> block{tile.keys.data, tile.keys.stride};
-      if constexpr (sizeof(T) == sizeof(C) && std::is_same_v<Source, Rows<const T>>) {
-        if (some == kLanes<C> && dim % kLanes<C> == 0) block = {keys.row(j), keys.stride};
+      if constexpr (sizeof(T) == sizeof(C)) {
+        const bool whole = some == kLanes<C> && dim % kLanes<C> == 0;
+        const int64_t stride = whole ? keys.from(j).common_stride(kLanes<C>) : 0;
+        if (stride != 0) block = {keys.row(j), stride};
       }
       if (block.data == tile.keys.data) {
         for (int64_t i = 0; i < kLanes<C>; ++i) {
