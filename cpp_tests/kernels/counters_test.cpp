@@ -119,7 +119,7 @@ struct Sm90Blocks {
   }
 };
 Sm90Blocks sm90_blocks(const Setup& setup) {
-  const int slice = std::max(64, slice_of("forward", setup.head_dim));
+  const int slice = std::max(64, slice_of(setup.head_dim));
   switch (slice) {
     case 64: return {{192, 128}, slice};
     case 192: return {{128, 112}, slice};
