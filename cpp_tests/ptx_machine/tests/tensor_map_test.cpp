@@ -120,6 +120,7 @@ void multiply(char* at, uint32_t size, float factor) {
 // The box as it should lie in shared memory, and the tensor after the store, from element
 // arithmetic.
 void check_box(const Box& box, uint64_t seed) {
+  ptx_test::begin_text(seed);
   const Request& r = box.request;
   const uint32_t size = element_bytes(r);
   size_t total = r.dims[0] * size;
@@ -141,7 +142,6 @@ void check_box(const Box& box, uint64_t seed) {
   char* copy_pointer = copy.get();
   uint32_t adds = box.adds;
   std::array<int32_t, 5> at = box.at;
-  ptx_test::begin_text(seed);
   if (!ptx_test::launch_text("box" + std::to_string(r.rank), 32, 1024 + bytes,
                              {&in_map, &out_map, at.data(), &bytes, &copy_pointer, &adds}))
     return;
