@@ -120,6 +120,7 @@ void multiply(char* at, uint32_t size, float factor) {
 // The box as it should lie in shared memory, and the tensor after the store, from element
 // arithmetic.
 void check_box(const Box& box, uint64_t seed) {
+  ptx_test::begin_text(seed);
   const Request& r = box.request;
   const uint32_t size = element_bytes(r);
   size_t total = r.dims[0] * size;
