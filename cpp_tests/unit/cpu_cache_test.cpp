@@ -9,14 +9,16 @@ namespace {
 const std::vector<int> kPageSizes = {0, 1, 7, 16, 48, 128, 256};
 const Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
 
-// Decode and prefill, an empty sequence, one without queries, keys to the last row of a page.
+// Decode and prefill, an empty sequence, one without queries, keys to the last row of a page, more
+// keys than one block.
 std::vector<CacheSequence> mixed_sequences() {
   return {{.seed = 1, .keys = 300},
           {.seed = 2, .keys = 0},
           {.seed = 3, .keys = 150, .queries = 40},
           {.seed = 4, .keys = 128, .queries = 3},
           {.seed = 5, .keys = 9, .queries = 0},
-          {.seed = 6, .keys = 5, .queries = 12}};
+          {.seed = 6, .keys = 5, .queries = 12},
+          {.seed = 7, .keys = 700, .queries = 20}};
 }
 
 std::vector<double> rows_of(const CacheCall& call, const CacheResult& result, size_t sequence) {
@@ -161,8 +163,10 @@ TEST("a sequence's bits depend on itself alone: 200 random neighbourings") {
         spec.layout_seed = random();
         spec.sequences = {one};
         for (int n = i > 0 ? below(5) : 0; n > 0; --n) {
+          // Now and then one that is cut into other parts.
+          const int keys = below(12) == 0 ? 4200 + below(3000) : below(500);
           spec.sequences.push_back(
-              {.seed = random(), .keys = below(500), .queries = below(4) == 0 ? below(60) : 1});
+              {.seed = random(), .keys = keys, .queries = below(4) == 0 ? below(60) : 1});
         }
         const auto at = static_cast<size_t>(below(static_cast<int>(spec.sequences.size())));
         std::swap(spec.sequences[0], spec.sequences[at]);
