@@ -60,7 +60,7 @@ step() {
 build_here() {
   build=$root/build/lineinfo
   step configure 60 cmake --preset lineinfo "-DPython_EXECUTABLE=$(command -v "$python")" || return
-  step build 240 cmake --build "$build" --parallel "$(nproc)" --target flashtile_torch gpu || return
+  step build 240 cmake --build "$build" --parallel "$(nproc)" --target flashtile_torch gpu gpu_conformance || return
   # The C++ torch test, which is tied to the torch of this machine; ctest's gpu label includes it.
   step build_torch 150 cmake --build "$build" --parallel "$(nproc)" --target attention_test
 }

@@ -40,8 +40,8 @@ void print_backward(std::integer_sequence<int, kDims...>) {
 
 template <Memory kMemory>
 void print_class() {
-  print_forward<kMemory>(ForwardHeadDims{});
-  print_backward<kMemory>(BackwardHeadDims{});
+  print_forward<kMemory>(HeadDims{});
+  print_backward<kMemory>(HeadDims{});
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_by
 Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes);
 Status forward(const ForwardParams& params);
 Status backward(const BackwardParams& params);
+Status append_kv(const AppendParams& params);
 const char* instruction_sets();      // "portable,avx2,avx512,amx": compiled in
 const char* instruction_set_used();  // "avx2": chosen on this machine
 }  // namespace cpu

@@ -6,19 +6,21 @@
 // and a row that is not in use, gets lse = +inf: its probabilities exp2(s - lse) are exactly 0.
 #pragma once
 
+#include <bit>
+
 #include "backward_layout.cuh"
 #include "tile/unpack.cuh"
 
 namespace flashtile {
 
-// kBlockQ: of the main kernel. kCounters: how many counters of turns a slot has.
-template <class T, int kHeadDim, int kBlockQ, int kCounters>
+// kBlockQ: of the main kernel. kTurns: how many of TurnWords a block of keys has.
+template <class T, int kHeadDim, int kBlockQ, int kTurns>
 struct BackwardDelta {
   using Params = BackwardLaunch;
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
-  static constexpr int kLanes = kHeadDim == 192 ? 32 : kHeadDim / 8;  // a power of two
+  static constexpr int kLanes = std::bit_ceil(kHeadDim / 8u);
   static constexpr int kRowsPerPass = kThreads / kLanes;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
 
@@ -72,12 +74,13 @@ struct BackwardDelta {
   }
 
   static FLASHTILE_DEVICE void clear_turns(const Params& launch, int thread) {
-    if (!launch.params.problem.deterministic || thread != 0) return;
-    // The grid is [num_heads, slots_q], too; the tickets' counter comes last.
-    for (int i = 0; i < kCounters; ++i)
-      launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;
-    if (ptx::block_index() == 0)
-      launch.turns[kCounters * launch.params.problem.num_heads * launch.slots_q] = 0;
+    const Problem& p = launch.params.problem;
+    if (!p.deterministic) return;
+    const int64_t words = TurnWords::count(kTurns * launch.slots_k * p.num_heads_kv);
+    const int64_t threads = launch.slots_q * p.num_heads * kThreads;
+    for (int64_t i = int64_t{ptx::block_index()} * kThreads + thread; i < words; i += threads) {
+      launch.turns[i] = TurnWords::at_start(i);
+    }
   }
 
   static FLASHTILE_DEVICE void clear_dq(float* dq, int thread) {
@@ -111,7 +114,7 @@ struct BackwardDelta {
     const char* source = static_cast<const char*>(view.data) +
                          2 * (element_offset(view, s.batch, row, head) + 8 * lane);
     const int bytes = format.bytes - lane * kChunkBytes;
-    if (format.aligned && bytes >= kChunkBytes) return *reinterpret_cast<const uint4*>(source);
+    if (format.unit == kChunkBytes && bytes > 0) return *reinterpret_cast<const uint4*>(source);
     return load_elements(source, bytes);
   }
 

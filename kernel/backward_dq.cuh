@@ -38,7 +38,7 @@ struct BackwardDq {
       char* const target =
           static_cast<char*>(p.dq.data) +
           2 * (element_offset(p.dq, s.batch, s.row_q + block.row0 + row, block.head) + 8 * chunk);
-      store_chunk(target, x, launch.dq.bytes - chunk * kChunkBytes, launch.dq.aligned);
+      store_chunk(target, x, launch.dq.bytes - chunk * kChunkBytes, launch.dq.unit);
     }
   }
 

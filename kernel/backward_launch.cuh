@@ -9,7 +9,8 @@ namespace flashtile {
 
 template <int kHeadDim, Memory kMemory>
 BackwardWorkspace backward_workspace(const Problem& problem) {
-  return backward_workspace<backward_config(kHeadDim, kMemory).block_q, kHeadDim, 1>(problem);
+  constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  return backward_workspace<kConfig.block_q, kConfig.block_k, kHeadDim, 1>(problem);
 }
 
 template <int kHeadDim, Memory kMemory>
@@ -43,7 +44,7 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   using Shape = BackwardShape<kHeadDim, kMemory>;
   const Problem& p = params.problem;
   BackwardLaunch launch_params =
-      backward_launch(params, backward_workspace<kHeadDim, kMemory>(p), Shape::kBlockK);
+      backward_launch(params, backward_workspace<kHeadDim, kMemory>(p));
   launch_params.plain =
       is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
       is_plain(launch_params.v, kHeadDim) && is_plain(launch_params.dout, kHeadDim);

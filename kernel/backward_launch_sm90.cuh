@@ -10,7 +10,7 @@ namespace flashtile {
 template <int kHeadDim>
 BackwardWorkspace backward_workspace_parts_sm90(const Problem& problem) {
   using Shape = BackwardShapeSm90<kHeadDim>;
-  return backward_workspace<Shape::kBlockQ, kHeadDim, Shape::kWarpgroups>(problem);
+  return backward_workspace<Shape::kBlockQ, Shape::kBlockK, kHeadDim, Shape::kWarpgroups>(problem);
 }
 
 template <int kHeadDim>
@@ -42,7 +42,7 @@ Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
   const Problem& p = params.problem;
   BackwardLaunchSm90 launch_params;
   launch_params.base =
-      backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p), Shape::kBlockK);
+      backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p));
   if (launch_params.base.slots_q == 0) return FLASHTILE_OK;  // no batch: no map, nothing to do
   const struct {
     MappedTensor tensor;

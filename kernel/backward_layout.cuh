@@ -12,6 +12,8 @@
 //     of a warp goes to 128 neighbouring bytes.
 #pragma once
 
+#include <cstdint>
+
 #include "config.cuh"
 #include "params.h"
 #include "tile/constants.cuh"
@@ -22,12 +24,24 @@
 
 namespace flashtile {
 
+// The words of the workspace by which key blocks take turns at dQ (backward_turns.cuh): the ticket
+// counter, a predecessor for those that have none, and how far each key block has come.
+struct TurnWords {
+  static constexpr int kTickets = 0;
+  static constexpr int kNobody = 1;
+  static constexpr int kBlocks = 2;  // of block 0; the others follow
+  static constexpr int kPastAll = INT32_MAX;
+
+  static FLASHTILE_HOST_DEVICE int64_t count(int64_t key_blocks) { return kBlocks + key_blocks; }
+  static FLASHTILE_HOST_DEVICE int at_start(int64_t word) { return word == kNobody ? kPastAll : 0; }
+};
+
 // The arguments of the kernels before and after the main one, and most of its own.
 struct BackwardLaunch {
   BackwardParams params;
   float* statistics = nullptr;      // [num_heads, slots_q, 4 block_q]
   float* dq_accumulator = nullptr;  // [num_heads, slots_q, block_q * head_dim]
-  int* turns = nullptr;  // counters per head and slot, then that of tickets; if deterministic
+  int* turns = nullptr;             // TurnWords; only when deterministic
   int64_t slots_q = 0;
   int64_t slots_k = 0;
   float scale_log2 = 0.0f;      // softmax_scale * log2(e)
@@ -54,13 +68,14 @@ struct BackwardSlot {
 };
 
 // How warps share the columns of a tile of kHeadDim columns: each takes an equal part of every
-// panel of 64, so that its 16 x 16 blocks lie at constant distances from the first one.
+// panel, so that its 16 x 16 blocks lie at constant distances from the first one.
 template <int kHeadDim, int kParts>
 struct ColumnSplit {
-  static constexpr int kPart = (kHeadDim < kPanelCols ? kHeadDim : kPanelCols) / kParts;
+  static constexpr int kPanelCols = panel_cols(kHeadDim);
+  static constexpr int kPart = kPanelCols / kParts;
   static constexpr int kCols = kHeadDim / kParts;  // of one warp
   static constexpr int kBlocksPerPanel = kPart / 16;
-  static_assert(kPart % 16 == 0 && (kHeadDim % kPanelCols == 0 || kHeadDim < kPanelCols));
+  static_assert(kPart % 16 == 0 && kPart * kParts == kPanelCols);
 
   // 16-byte chunk of part `part`'s first column.
   static FLASHTILE_HOST_DEVICE int first_chunk(int part) { return part * kPart / 8; }

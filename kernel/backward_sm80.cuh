@@ -44,7 +44,7 @@ struct BackwardSm80 {
   using Loader = QueryLoader<Shape>;
   using V =
       std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
-  using Turns = std::conditional_t<kDeterministic, DqTurns<kBlockQ, kBlockK>, NoTurns>;
+  using Turns = std::conditional_t<kDeterministic, DqTurns, NoTurns>;
 
   // gradient += scores b. Where warps share the columns of the gradient among them, the scores of
   // all their queries: of two, a warp has its own in registers and reads its partner's at
@@ -112,11 +112,6 @@ struct BackwardSm80 {
     }
   }
 
-  static FLASHTILE_DEVICE int work_index(const Params& launch, char* shared) {
-    if constexpr (!kDeterministic) return ptx::block_index();
-    return take_ticket(launch.turns + launch.params.problem.num_heads * launch.slots_q, shared);
-  }
-
   // S^T -> P^T = exp2(S^T scale_log2 - lse)
   static FLASHTILE_DEVICE void probabilities(Scores& s, const Stage<Shape>& stage,
                                              float scale_log2) {
@@ -136,18 +131,19 @@ struct BackwardSm80 {
     }
   }
 
-  // dP^T - delta -> dS^T. A selection where hidden: what stands there may be infinite.
-  template <bool kEdge>
-  static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {
+  // dP^T - delta -> dS^T, for the n8 blocks of queries from `first` on. A selection where hidden:
+  // what stands there may be infinite.
+  template <bool kEdge, int kSome>
+  static FLASHTILE_DEVICE void multiply(Accumulator<kKeys, kSome>& ds, const Scores& p, int first) {
     FLASHTILE_UNROLL
     for (int m = 0; m < kKeys / 16; ++m) {
       FLASHTILE_UNROLL
-      for (int n = 0; n < kQueries / 8; ++n) {
+      for (int n = 0; n < kSome / 8; ++n) {
         FLASHTILE_UNROLL
         for (int i = 0; i < 4; ++i) {
           float& x = ds.d[m][n][i];
-          x *= p.d[m][n][i];
-          if (kEdge && EdgeTest<Shape>::hidden(p.d[m][n][i])) x = 0.0f;
+          x *= p.d[m][first + n][i];
+          if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;
         }
       }
     }
@@ -169,7 +165,7 @@ struct BackwardSm80 {
   static FLASHTILE_DEVICE void step(const Params& launch, State& my, int slot, int first_slot) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the block has landed; nobody reads the one before or its dS any more
-    Turns::pass_previous(launch, slot, my.notes);  // ... nor adds to its dQ
+    Turns::come_to(launch, slot, my.notes);  // nor adds to the dQ of the one before
     my.stage.flip(my.loader.fill);
     my.at.hide();
     const auto next = kEdge ? QueryRows<Shape>::any(launch, slot + 1 - first_slot, my.notes)
@@ -188,20 +184,24 @@ struct BackwardSm80 {
     Packed packed;
     packed.template pack<T>(scores);
     if constexpr (kConfig.split_head_dim) {
-      packed.store(my.at.scores + kExchange);
+      packed.template store<ScoreTile>(my.at.scores + kExchange);
       share_scores();  // P^T of the warp's keys is complete
     }
     accumulate(my.dv, packed, my.stage.of_dout(my.stage.cols), Smem::kDout, my.at.partner,
                kExchange);
 
-    Scores ds;
-    product_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows), Smem::kDout, [&](int n) {
-      return my.stage.minus_delta(n);
-    });  // dP^T - delta = V dO^T - delta
-    multiply<kEdge>(ds, scores);
-    packed.template pack<T>(ds);
+    FLASHTILE_UNROLL
+    for (int q = 0; q < kQueries; q += Shape::kPiece) {
+      Accumulator<kKeys, Shape::kPiece> ds;
+      product_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows),
+                     Smem::kDout + q * Shape::QueryTile::kPanelRowBytes, [&](int n) {
+                       return my.stage.minus_delta(q / 8 + n);
+                     });  // dP^T - delta = V dO^T - delta
+      multiply<kEdge>(ds, scores, q / 8);
+      packed.template pack<T>(ds, q / 16);
+    }
     if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
-    packed.store(my.at.scores);
+    packed.template store<ScoreTile>(my.at.scores);
     Turns::wait(launch, slot, my.notes);
     __syncthreads();  // dS of the block is complete; nobody reads its dO any more
     if constexpr (kConfig.stages_dout == 1)
@@ -216,7 +216,7 @@ struct BackwardSm80 {
 
   // All blocks of queries of one head that see the keys, `range` of them.
   static FLASHTILE_DEVICE void walk(const Params& launch, State& my, const RowBlock& block,
-                                    const BandMask& mask, const BlockRange& range, int head) {
+                                    const BlockRange& range, int head) {
     const Sequence& s = block.sequence;
     const int first_slot = static_cast<int>(head * launch.slots_q + block.first_slot_q);
     int slot = first_slot + range.begin;
@@ -227,11 +227,8 @@ struct BackwardSm80 {
       const int clean_end = huge ? slot : first_slot + min(range.full_end, whole_end - 1);
       write_notes(my.notes, QueryNotes{s.seqlen_q, range.end, clean_end});
     }
-    __syncthreads();  // the notes are there
-    Turns::start({.key_block = block.row0 / kBlockK,
-                  .first_visited = slot,
-                  .to_first_key = mask.lowest - first_slot * unsigned{kBlockQ}},
-                 my.notes);
+    __syncthreads();  // the notes are there; nobody adds to dQ of the head before any more
+    Turns::come_to(launch, slot, my.notes);
     my.loader.start(launch, s, range.begin * kBlockQ, head);
     // Into the stage that nobody reads: see step.
     const auto first = QueryRows<Shape>::any(launch, range.begin, my.notes);
@@ -245,19 +242,18 @@ struct BackwardSm80 {
       }
       if (slot >= end) break;
     }
-    if constexpr (kDeterministic) {
-      __syncthreads();  // dQ of the last block has been added to
-      Turns::pass(launch, end - 1);
-    }
   }
 
   static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {
     const Problem& problem = launch.params.problem;
     const int thread = ptx::thread_index();
     const Warp warp(thread);
-    int index = work_index(launch, shared);
+    int index = Turns::take_work(launch, shared);
     const RowBlock block = row_block<Rows::kKeys, kBlockK, kBlockQ>(problem, launch.slots_k, index);
-    if (block.empty()) return;
+    if (block.empty()) {
+      Turns::finish(launch, index);
+      return;
+    }
     const uint32_t smem = ptx::shared_address(shared), notes = smem + Smem::kNotes;
     const BandMask mask(problem.band, block.sequence.seqlen_q, block.sequence.seqlen_k);
     const BlockRange range =
@@ -277,13 +273,19 @@ struct BackwardSm80 {
                                    .queries = static_cast<unsigned>(mask.highest - mask.lowest),
                                    .keys = block.rows});
     }
+    Turns::start(index, block, notes);
     clear(my.dk);
     clear(my.dv);
     const int group = static_cast<int>(problem.num_heads / problem.num_heads_kv);
     for (int g = 0; g < group && !range.empty(); ++g) {
-      walk(launch, my, block, mask, range, block.head * group + g);
+      walk(launch, my, block, range, block.head * group + g);
     }
-    if constexpr (!kDeterministic) index = ptx::block_index();
+    if constexpr (kDeterministic) {
+      __syncthreads();  // dQ of the last block has been added to
+      Turns::finish(launch, index);
+    } else {
+      index = ptx::block_index();
+    }
     store_gradients<T, kHeadDim, kMemory>(launch, index, smem, my.dk, my.dv);
   }
 };

@@ -126,10 +126,15 @@ struct Places {
         scores(smem + Smem::kScores + warp.lane % 4 * 4 +
                ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
 
-  // Keeps the compiler from computing all the addresses that follow from this one before the loop.
-  // (It does no good where a warp has all of its keys' queries to itself.)
+  // Keeps the compiler from computing all the addresses that follow from these before the loop. (It
+  // does no good where a warp has all of its keys' queries to itself.)
   FLASHTILE_DEVICE void hide() {
-    if constexpr (kConfig.split_head_dim) ptx::hide(k_rows.base);
+    if constexpr (kConfig.split_head_dim || Shape::kCrowded) ptx::hide(k_rows.base);
+    if constexpr (Shape::kCrowded) {
+      ptx::hide(k_cols.base);
+      ptx::hide(dq_rows.base);
+      ptx::hide(scores);
+    }
   }
 };
 

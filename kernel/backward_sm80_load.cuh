@@ -74,9 +74,10 @@ struct QueryLoader {
   // their part. (Rows of four chunks leave half of the bytes out; there, threads go by number.)
   static constexpr bool kSameOffset = QueryCopy::kLanes >= 8;
   static FLASHTILE_DEVICE bool copies_statistics(unsigned thread) {
-    constexpr unsigned kRows = Smem::kStatisticsBytes / kPanelRowBytes;
+    constexpr unsigned kRows = Smem::kStatisticsBytes / Shape::QueryTile::kPanelRowBytes;
     if constexpr (!kSameOffset) return thread < Smem::kStatisticsBytes / kChunkBytes;
-    return thread < kRows * QueryCopy::kLanes && thread % QueryCopy::kLanes < kPanelCols / 8;
+    return thread < kRows * QueryCopy::kLanes &&
+           thread % QueryCopy::kLanes < Shape::QueryTile::kPanelChunks;
   }
   FLASHTILE_DEVICE void copy_statistics(const BackwardLaunch& launch, int slot) const {
     const int thread = ptx::thread_index();

@@ -21,11 +21,14 @@ struct BackwardShape {
   static constexpr int kBlockK = kConfig.block_k;
   static constexpr int kKeys = kBlockK / kConfig.warps_k;     // of one warp
   static constexpr int kQueries = kBlockQ / kConfig.warps_q;  // of one warp's scores
+  // dK, dV and V of 32 keys take 160 of the 255 registers: the rest must do with fewer.
+  static constexpr bool kCrowded = kConfig.v_in_registers && kKeys == 32;
+  static constexpr int kPiece = kCrowded ? 16 : kQueries;  // queries of dS at a time
   using GradColumns = ColumnSplit<kHeadDim, kConfig.split_head_dim ? kConfig.warps_q : 1>;
   using DqColumns = typename Dq::Columns;
   static constexpr bool kPairs = kConfig.warps_q == 2;  // of warps that exchange scores
   static constexpr int kHalfBytes =
-      kQueries * kPanelRowBytes;  // from one warp's queries to the next's
+      kQueries * QueryTile::kPanelRowBytes;  // from one warp's queries to the next's
   static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
   using Scores = Accumulator<kKeys, kQueries>;  // S^T, P^T, dP^T, dS^T: [key, query]
   using Packed = PackedScores<kKeys, kQueries>;

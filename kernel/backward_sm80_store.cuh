@@ -21,9 +21,9 @@ FLASHTILE_DEVICE void stage_gradient(uint32_t tile, const Accumulator<kRows, kCo
     FLASHTILE_UNROLL
     for (int n = 0; n < kCols / 8; ++n) {
       const uint32_t block = (address ^ (n % kPerPanel * kChunkBytes)) +
-                             n / kPerPanel * Tile::kPanelBytes + 16 * m * kPanelRowBytes;
+                             n / kPerPanel * Tile::kPanelBytes + 16 * m * Tile::kPanelRowBytes;
       ptx::sts_u32(block, ptx::pack<T>(x.d[m][n][0] * scale, x.d[m][n][1] * scale));
-      ptx::sts_u32(block + 8 * kPanelRowBytes,
+      ptx::sts_u32(block + 8 * Tile::kPanelRowBytes,
                    ptx::pack<T>(x.d[m][n][2] * scale, x.d[m][n][3] * scale));
     }
   }
@@ -74,10 +74,11 @@ FLASHTILE_DEVICE void store_rows(const View& view, const RowFormat& format, cons
     if (row >= block.owned) break;
     FLASHTILE_UNROLL
     for (int c = 0; c < Copy::kChunks; ++c) {
-      uint4 x =
-          ptx::lds_u32x4(source + i * Copy::kRowsPerPass * kPanelRowBytes + c * Tile::kPanelBytes);
+      uint4 x = ptx::lds_u32x4(source + i * Copy::kRowsPerPass * Tile::kPanelRowBytes +
+                               c * Tile::kPanelBytes);
       if (row >= block.rows) x = make_uint4(0, 0, 0, 0);
-      store_chunk(target + c * kPanelRowBytes, x, bytes - c * kPanelRowBytes, format.aligned);
+      store_chunk(target + c * Tile::kPanelRowBytes, x, bytes - c * Tile::kPanelRowBytes,
+                  format.unit);
     }
     target += 2 * Copy::kRowsPerPass * view.stride_seq;
   }

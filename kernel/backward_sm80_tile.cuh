@@ -27,11 +27,17 @@ struct QueryNotes {
   }
 };
 struct TurnNotes {
-  int key_block;          // index of the block of keys in the sequence
-  int first_visited;      // slot (of the workspace) of the first query block that is visited
-  unsigned to_first_key;  // slot * block_q + this: first key that the query block sees, modulo 2^32
-  int unused = 0;
+  int own;     // which of TurnWords says how far this block of keys has come
+  int before;  // and which how far the one before has
+  int unused[2] = {};
   static constexpr int kOffset = 32;
+  // One word alone: each is read in every step.
+  static FLASHTILE_DEVICE int read_own(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset));
+  }
+  static FLASHTILE_DEVICE int read_before(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset + 4));
+  }
 };
 inline constexpr int kNotesBytes = 48;
 
@@ -96,8 +102,8 @@ struct Cursor {
 
   FLASHTILE_DEVICE uint32_t at(int row, int column_block, int tile_offset = 0) const {
     return (base ^ (column_block % Columns::kBlocksPerPanel * 2 * kChunkBytes)) +
-           column_block / Columns::kBlocksPerPanel * Tile::kPanelBytes + row * kPanelRowBytes +
-           tile_offset;
+           column_block / Columns::kBlocksPerPanel * Tile::kPanelBytes +
+           row * Tile::kPanelRowBytes + tile_offset;
   }
 };
 
@@ -106,18 +112,14 @@ struct Cursor {
 template <class Tile, int kThreads>
 struct RowCopy {
   static constexpr int kRowChunks = Tile::kCols / 8;
-  static constexpr int kLanes = kRowChunks == 24 ? 8 : kRowChunks;
-  static constexpr int kChunks = kRowChunks / kLanes;  // of a row, per thread, 8 apart
+  // Of a row. A panel of 64 columns has eight chunks, one of 32 has four.
+  static constexpr int kLanes = Tile::kPanels % 3 == 0 ? Tile::kPanelChunks : kRowChunks;
+  static constexpr int kChunks = kRowChunks / kLanes;  // of a row, per thread, a panel apart
   static constexpr int kRowsPerPass = kThreads / kLanes;
   static constexpr int kPasses = Tile::kRows / kRowsPerPass;
   static_assert(kRowsPerPass % 8 == 0 && kPasses * kRowsPerPass == Tile::kRows);
 
-  // Rows of four chunks are taken in the order 0 4 1 5 2 6 3 7: eight neighbouring threads then
-  // write to different banks.
-  static FLASHTILE_DEVICE int row(int thread) {
-    const int group = thread / kLanes;
-    return kLanes == 4 ? group / 8 * 8 + group % 2 * 4 + group % 8 / 2 : group;
-  }
+  static FLASHTILE_DEVICE int row(int thread) { return thread / kLanes; }
   static FLASHTILE_DEVICE int chunk(int thread) { return thread % kLanes; }
   static FLASHTILE_DEVICE uint32_t offset(int thread) {
     return Tile::offset(row(thread), chunk(thread));
@@ -134,8 +136,8 @@ struct RowCopy {
     for (int i = 0; i < kPasses; ++i) {
       FLASHTILE_UNROLL
       for (int c = 0; c < kChunks; ++c) {
-        ptx::cp_async_16(shared + i * kRowsPerPass * kPanelRowBytes + c * Tile::kPanelBytes,
-                         source + c * kPanelRowBytes);
+        ptx::cp_async_16(shared + i * kRowsPerPass * Tile::kPanelRowBytes + c * Tile::kPanelBytes,
+                         source + c * Tile::kPanelRowBytes);
       }
       source += pass_bytes;
       ptx::hide(source);
@@ -151,9 +153,10 @@ struct RowCopy {
     for (int i = 0; i < kPasses; ++i) {
 #pragma unroll 1
       for (int c = 0; c < kChunks; ++c) {
-        copy_chunk(shared + i * kRowsPerPass * kPanelRowBytes + c * Tile::kPanelBytes,
-                   source + c * kPanelRowBytes,
-                   i * kRowsPerPass < rows_left ? bytes - c * kPanelRowBytes : 0, format.aligned);
+        copy_chunk(shared + i * kRowsPerPass * Tile::kPanelRowBytes + c * Tile::kPanelBytes,
+                   source + c * Tile::kPanelRowBytes,
+                   i * kRowsPerPass < rows_left ? bytes - c * Tile::kPanelRowBytes : 0,
+                   format.unit);
       }
       source += pass_bytes;
     }
@@ -242,15 +245,17 @@ template <int kRows, int kCols>
 struct PackedScores {
   uint32_t x[kCols / 16][kRows / 16][4];  // pairs of 16-bit elements
 
-  template <class T>
-  FLASHTILE_DEVICE void pack(const Accumulator<kRows, kCols>& s) {
+  // Some columns: k16 steps from `first` on.
+  template <class T, int kSome>
+  FLASHTILE_DEVICE void pack(const Accumulator<kRows, kSome>& s, int first = 0) {
     FLASHTILE_UNROLL
-    for (int k = 0; k < kCols / 16; ++k) {
+    for (int k = 0; k < kSome / 16; ++k) {
       FLASHTILE_UNROLL
-      for (int m = 0; m < kRows / 16; ++m) to_operand<T>(x[k][m], s, m, k);
+      for (int m = 0; m < kRows / 16; ++m) to_operand<T>(x[first + k][m], s, m, k);
     }
   }
   // To a tile [row, col]; `address`: this lane's pair of row block 0, column block 0.
+  template <class Tile>
   FLASHTILE_DEVICE void store(uint32_t address) const {
     FLASHTILE_UNROLL
     for (int k = 0; k < kCols / 16; ++k) {
@@ -259,7 +264,7 @@ struct PackedScores {
         FLASHTILE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = 16 * m + 8 * (i % 2), n = 2 * k + i / 2;
-          ptx::sts_u32((address ^ (n * kChunkBytes)) + row * kPanelRowBytes, x[k][m][i]);
+          ptx::sts_u32((address ^ (n * kChunkBytes)) + row * Tile::kPanelRowBytes, x[k][m][i]);
         }
       }
     }

@@ -88,6 +88,8 @@ struct BackwardSm90 {
         first_slot += static_cast<int>(launch.slots_q);
       } while (first_slot < end_of_heads(launch, notes));
     }
+    if (ptx::thread_index() % Shape::kGroupThreads == 0)
+      Turns::template finish<kGroup>(launch, read_word<HeadNotes>(notes).index);
     store<kGroup>(my);
   }
 
@@ -136,7 +138,6 @@ struct BackwardSm90 {
                                .batch = static_cast<int>(s.batch)});
     write_word(notes, HeadNotes{.head_kv = block.head,
                                 .key_block = block.row0 / kBlockK,
-                                .lowest_key = mask.lowest,
                                 .index = index});
     ptx::mbarrier_init(smem + Shape::kKeysFull, 1);
     Ring{smem + Shape::kQRing}.init(Shape::kConsumers / 32);
@@ -144,18 +145,16 @@ struct BackwardSm90 {
     ptx::fence_mbarrier_init();
   }
 
-  // By all threads.
-  static FLASHTILE_DEVICE int work_index(const BackwardLaunch& launch, char* shared) {
-    if constexpr (!kDeterministic) return ptx::block_index();
-    return take_ticket(GroupTurns<Shape>::tickets(launch), shared + Shape::kNotes);
-  }
-
   static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {
-    const int index = work_index(launch.base, shared);
+    const int index = Turns::take_work(launch.base, shared + Shape::kNotes);
     const uint32_t smem = ptx::shared_address(shared);
     const int thread = ptx::thread_index();
     const RowBlock block = key_block(launch.base, index);
-    if (block.empty()) return;
+    if (block.empty()) {
+      if (thread == 0) Turns::template finish<0>(launch.base, index);
+      if (thread == 0) Turns::template finish<1>(launch.base, index);
+      return;
+    }
     if (thread == 0) prepare(launch.base, smem, block, index);
     __syncthreads();  // the notes and the mbarriers are there
     const int warp = ptx::warp_uniform(thread / 32);

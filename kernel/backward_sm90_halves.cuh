@@ -131,9 +131,9 @@ struct BackwardHalves {
     if (thread() % 32 == 0) dout_ring().release(use);
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(dq.d[0]);  // dQ is there
-    Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot, slot - first_slot);
+    Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot);
     Words::template add_dq<kGroup>(launch, slot, dq, thread());
-    Turns::template pass<kGroup>(launch, slot);
+    Turns::template pass<kGroup>(launch, smem + Shape::kNotes, slot);
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(dk.d[0]);  // Q has been read
     if (thread() % 32 == 0) q_ring().release(use);

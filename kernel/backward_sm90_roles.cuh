@@ -71,9 +71,9 @@ struct BackwardRoles {
   }
   template <int kGroup, int kCols>
   FLASHTILE_DEVICE void add_dq(int slot, int first_slot, const Accumulator<16, kCols>& dq) const {
-    Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot, slot - first_slot);
+    Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot);
     Words::template add_dq<kGroup>(launch, slot, dq, thread);
-    Turns::template pass<kGroup>(launch, slot);
+    Turns::template pass<kGroup>(launch, smem + Shape::kNotes, slot);
   }
 
   template <QueryBlock kBlock>

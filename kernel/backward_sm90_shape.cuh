@@ -35,9 +35,9 @@ struct RowNotes {
 };
 struct HeadNotes {
   int head_kv;
-  int key_block;   // index of the block in its sequence
-  int lowest_key;  // BandMask::lowest
-  int index;       // of the thread block's work
+  int key_block;  // index of the block in its sequence
+  int index;      // of the thread block's work
+  int unused = 0;
   static constexpr int kOffset = 48;
 };
 inline constexpr int kBackwardNotesBytes = 64;
@@ -72,9 +72,9 @@ struct BackwardShapeSm90 {
   static constexpr bool kRoles = kBlockK == kGroupKeys;
   static_assert(kRoles || kBlockK == kWarpgroups * kGroupKeys);
 
-  using KeyTile = SmemTile<kBlockK, kHeadDim>;    // K, V
-  using QueryTile = SmemTile<kBlockQ, kHeadDim>;  // Q, dO
-  using ScoreTile = SmemTile<kBlockQ, kBlockK>;   // dS: [query, key]
+  using KeyTile = WideTile<kBlockK, kHeadDim>;    // K, V
+  using QueryTile = WideTile<kBlockQ, kHeadDim>;  // Q, dO
+  using ScoreTile = WideTile<kBlockQ, kBlockK>;   // dS: [query, key]
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
   using QueryRing = Ring<kStages>;             // every warp that computes is a consumer
   using Scores = Accumulator<16, kBlockQ>;     // S^T, dP^T: a warp's keys, all queries

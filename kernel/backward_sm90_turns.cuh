@@ -1,5 +1,6 @@
 // Turns in which key blocks add to dQ on sm_90a, so that every dQ is a sum in one order. As
-// backward_turns.cuh has it, but each warpgroup takes turns of its own, for its own part of dQ.
+// backward_turns.cuh has it, but each warpgroup takes turns of its own, for its own part of dQ, and
+// has a word of its own that says how far it has come.
 #pragma once
 
 #include "backward_sm90_shape.cuh"
@@ -8,41 +9,51 @@
 namespace flashtile {
 
 struct NoGroupTurns {
+  static FLASHTILE_DEVICE int take_work(const BackwardLaunch&, char*) { return ptx::block_index(); }
   template <int kGroup>
-  static FLASHTILE_DEVICE void wait(const BackwardLaunch&, uint32_t, int, int) {}
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch&, uint32_t, int) {}
   template <int kGroup>
-  static FLASHTILE_DEVICE void pass(const BackwardLaunch&, int) {}
+  static FLASHTILE_DEVICE void pass(const BackwardLaunch&, uint32_t, int) {}
+  template <int kGroup>
+  static FLASHTILE_DEVICE void finish(const BackwardLaunch&, int) {}
 };
 
-// Counters [num_heads, slots_q, 2]: which key block of the sequence comes next.
 template <class Shape>
 struct GroupTurns {
-  static FLASHTILE_DEVICE int* tickets(const BackwardLaunch& launch) {
-    return counter(launch, launch.params.problem.num_heads * launch.slots_q, 0);
+  // By all threads of the block, through a word of shared memory that nobody uses yet.
+  static FLASHTILE_DEVICE int take_work(const BackwardLaunch& launch, char* shared) {
+    return DqTurns::take_work(launch, shared);
   }
-
-  // Until all key blocks from the first that visits query block `block` have passed.
+  // Until the key block before has come past `slot`.
   template <int kGroup>
-  static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, uint32_t notes, int slot,
-                                    int block) {
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, uint32_t notes, int slot) {
     if (is_first_thread()) {
       const HeadNotes my = read_word<HeadNotes>(notes);
-      const int first_key = max(block * Shape::kBlockQ + my.lowest_key, 0);
-      const int turn = my.key_block - first_key / Shape::kBlockK;
-      while (ptx::atomic_add_acquire(counter(launch, slot, kGroup), 0) < turn) {
+      const bool is_first = my.key_block == 0 || my.index == 0;
+      const int before = is_first ? TurnWords::kNobody : word(my.index - 1, kGroup);
+      while (ptx::atomic_add_acquire(launch.turns + before, 0) <= slot) {
       }
     }
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn
   }
+  // The warpgroup adds to `slot` and what lies before it no more.
   template <int kGroup>
-  static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, int slot) {
+  static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, uint32_t notes, int slot) {
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // dQ has been added to
-    if (is_first_thread()) ptx::red_add_release(counter(launch, slot, kGroup), 1);
+    if (is_first_thread()) {
+      const int own = word(read_word<HeadNotes>(notes).index, kGroup);
+      ptx::red_max_release(launch.turns + own, slot + 1);
+    }
+  }
+  // By one thread, when the warpgroup has passed its last block: it adds to nothing any more.
+  template <int kGroup>
+  static FLASHTILE_DEVICE void finish(const BackwardLaunch& launch, int index) {
+    ptx::red_max_release(launch.turns + word(index, kGroup), TurnWords::kPastAll);
   }
 
  private:
-  static FLASHTILE_DEVICE int* counter(const BackwardLaunch& launch, int64_t slot, int group) {
-    return launch.turns + Shape::kWarpgroups * slot + group;
+  static FLASHTILE_DEVICE int word(int index, int group) {
+    return TurnWords::kBlocks + Shape::kWarpgroups * index + group;
   }
   static FLASHTILE_DEVICE bool is_first_thread() {
     return ptx::thread_index() % Shape::kGroupThreads == 0;

@@ -1,8 +1,14 @@
 // Turns in which key blocks add to dQ, so that every dQ is a sum in one order: deterministic.
 //
-// A counter per head and block of queries says which key block of the sequence comes next. A thread
-// block that waits must not keep the one it waits for from running: thread blocks therefore take
-// their work in the order in which they start (a ticket), and only wait for lower tickets.
+// Every key block says how far it has come: below which slot of the workspace it adds to no dQ any
+// more. The next key block of the sequence adds to a slot only when its predecessor has come past
+// it. The blocks of queries that a key block visits begin and end no earlier than its
+// predecessor's, so what holds of the predecessor holds of all key blocks before.
+//
+// A thread block that waits must not keep the one it waits for from running: thread blocks
+// therefore take their work in the order in which they start (a ticket), and only wait for the
+// ticket before theirs. Every thread block says in the end that it has come past everything, also
+// one without work: so none waits for ever, whatever cu_seqlens hold.
 #pragma once
 
 #include "backward_sm80_tile.cuh"
@@ -11,51 +17,47 @@
 namespace flashtile {
 
 struct NoTurns {
-  static FLASHTILE_DEVICE void start(const TurnNotes&, uint32_t) {}
+  static FLASHTILE_DEVICE int take_work(const BackwardLaunch&, char*) { return ptx::block_index(); }
+  static FLASHTILE_DEVICE void start(int, const RowBlock&, uint32_t) {}
   static FLASHTILE_DEVICE void wait(const BackwardLaunch&, int, uint32_t) {}
-  static FLASHTILE_DEVICE void pass_previous(const BackwardLaunch&, int, uint32_t) {}
-  static FLASHTILE_DEVICE void pass(const BackwardLaunch&, int) {}
+  static FLASHTILE_DEVICE void come_to(const BackwardLaunch&, int, uint32_t) {}
+  static FLASHTILE_DEVICE void finish(const BackwardLaunch&, int) {}
 };
 
-// The thread block's ticket, through a word of shared memory that nobody uses yet.
-FLASHTILE_DEVICE int take_ticket(int* tickets, char* shared) {
-  int& ticket = *reinterpret_cast<int*>(shared);
-  if (ptx::thread_index() == 0) ticket = ptx::atomic_add(tickets, 1);
-  __syncthreads();  // the ticket is there
-  const int taken = ticket;
-  __syncthreads();  // everybody has read it
-  return taken;
-}
-
-// Of one key block. All threads call; wait stands before a barrier of the whole block, pass after
-// one, which makes one thread's turn everybody's. Only thread 0 does anything, and it keeps nothing
-// in registers: what it needs are the notes.
-template <int kBlockQ, int kBlockK>
+// Of one key block. All threads call; wait stands before a barrier of the whole block, come_to
+// after one, which makes one thread's turn everybody's. Only thread 0 does anything, and it keeps
+// nothing in registers: what it needs are the notes.
 struct DqTurns {
-  static FLASHTILE_DEVICE void start(const TurnNotes& head, uint32_t notes) {
-    if (ptx::thread_index() == 0) write_notes(notes, head);
+  // The thread block's ticket, through a word of shared memory that nobody uses yet.
+  static FLASHTILE_DEVICE int take_work(const BackwardLaunch& launch, char* shared) {
+    int& ticket = *reinterpret_cast<int*>(shared);
+    if (ptx::thread_index() == 0) ticket = ptx::atomic_add(launch.turns + TurnWords::kTickets, 1);
+    __syncthreads();  // the ticket is there
+    const int taken = ticket;
+    __syncthreads();  // everybody has read it
+    return taken;
   }
-  // Until it is this key block's turn to add to the query block at `slot`: all key blocks from the
-  // first that visits it (BandMask::query_blocks) have passed. Relies on cu_seqlens that ascend:
-  // others can leave an earlier key block without a thread block that passes on.
-  static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, int slot, uint32_t address) {
+  static FLASHTILE_DEVICE void start(int index, const RowBlock& block, uint32_t notes) {
     if (ptx::thread_index() != 0) return;
-    const TurnNotes notes = read_notes<TurnNotes>(address);
-    const int first_key = static_cast<int>(slot * unsigned{kBlockQ} + notes.to_first_key);
-    const int first_block = static_cast<int>(static_cast<unsigned>(max(first_key, 0)) / kBlockK);
-    const int turn = notes.key_block - first_block;
-    while (ptx::atomic_add_acquire(launch.turns + slot, 0) < turn) {
+    const int own = TurnWords::kBlocks + index;
+    const bool is_first = block.row0 == 0 || index == 0;
+    write_notes(notes, TurnNotes{.own = own, .before = is_first ? TurnWords::kNobody : own - 1});
+  }
+  // Until the key block before has come past `slot`.
+  static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, int slot, uint32_t notes) {
+    if (ptx::thread_index() != 0) return;
+    int* const before = launch.turns + TurnNotes::read_before(notes);
+    while (ptx::atomic_add_acquire(before, 0) <= slot) {
     }
   }
-  // The query block before the one at `slot`, if it was visited, has been added to.
-  static FLASHTILE_DEVICE void pass_previous(const BackwardLaunch& launch, int slot,
-                                             uint32_t address) {
+  // This block adds to nothing before `slot` any more.
+  static FLASHTILE_DEVICE void come_to(const BackwardLaunch& launch, int slot, uint32_t notes) {
     if (ptx::thread_index() != 0) return;
-    if (slot > read_notes<TurnNotes>(address).first_visited)
-      ptx::red_add_release(launch.turns + slot - 1, 1);
+    ptx::red_max_release(launch.turns + TurnNotes::read_own(notes), slot);
   }
-  static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, int slot) {
-    if (ptx::thread_index() == 0) ptx::red_add_release(launch.turns + slot, 1);
+  static FLASHTILE_DEVICE void finish(const BackwardLaunch& launch, int index) {
+    if (ptx::thread_index() != 0) return;
+    ptx::red_max_release(launch.turns + TurnWords::kBlocks + index, TurnWords::kPastAll);
   }
 };
 

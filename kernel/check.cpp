@@ -17,8 +17,9 @@ constexpr uint32_t kLargestStruct = 4096;
 struct TensorArgument {
   const char* name;
   const flashtile_tensor& tensor;
-  int64_t rows_per_batch;  // seqlen; varlen: total
+  int64_t rows_per_batch;  // seqlen; varlen: total; cache: page_size
   int64_t heads;
+  int64_t batch;  // entries that stride_batch runs over: 1 when varlen; cache: num_pages
   bool written;
 };
 
@@ -94,7 +95,13 @@ Status check_lengths(const flashtile_problem& p) {
   if (Status s = check_range("batch", p.batch, 0, kMost - 1)) return s;
   if (Status s = check_range("seqlen_q", p.seqlen_q, 0, kMost)) return s;
   if (Status s = check_range("seqlen_k", p.seqlen_k, 0, kMost)) return s;
-  if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr)) {
+  const bool cache = p.page_size != 0;
+  if (cache && p.cu_seqlens_k != nullptr) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "cu_seqlens_k is set and page_size is %lld; allowed: NULL with a cache",
+                static_cast<I64>(p.page_size));
+  }
+  if (!cache && (p.cu_seqlens_q == nullptr) != (p.cu_seqlens_k == nullptr)) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "%s is NULL and %s is not; allowed: both NULL (dense) or both set (varlen)",
                 p.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
@@ -103,7 +110,61 @@ Status check_lengths(const flashtile_problem& p) {
   if (p.cu_seqlens_q == nullptr) return FLASHTILE_OK;
   const int64_t most_rows = p.batch == 0 ? 0 : kMost;  // without a sequence nobody defines them
   if (Status s = check_range("total_q", p.total_q, 0, most_rows)) return s;
-  return check_range("total_k", p.total_k, 0, most_rows);
+  return cache ? FLASHTILE_OK : check_range("total_k", p.total_k, 0, most_rows);
+}
+
+// The cache's part of the problem; the values that its pointers point to are not looked at.
+Status check_cache(const flashtile_problem& p, const Target& target) {
+  constexpr int64_t kMost = INT32_MAX;
+  if (Status s = check_range("page_size", p.page_size, 0, kMost)) return s;
+  if (p.page_size == 0) return FLASHTILE_OK;
+  if (target.device != FLASHTILE_CPU) {
+    return fail(FLASHTILE_UNSUPPORTED,
+                "page_size is %lld and device is FLASHTILE_CUDA; allowed: 0, or FLASHTILE_CPU: "
+                "this version serves a key/value cache on the CPU",
+                static_cast<I64>(p.page_size));
+  }
+  if (Status s = check_range("num_pages", p.num_pages, 0, kMost)) return s;
+  if (Status s = check_range("num_splits", p.num_splits, 0, kMost)) return s;
+  if (Status s = check_range("seqlen_new", p.seqlen_new, 0, kMost)) return s;
+  if (p.cu_seqlens_new != nullptr) {
+    if (Status s = check_range("total_new", p.total_new, 0, kMost)) return s;
+  }
+  if (p.seqused_k == nullptr && (p.seqlen_new > 0 || p.cu_seqlens_new != nullptr)) {
+    return fail(
+        FLASHTILE_INVALID_ARGUMENT,
+        "seqused_k is NULL and new rows are announced; allowed: a pointer, which says where "
+        "they belong");
+  }
+  if (p.block_table == nullptr) {
+    if (p.cache_batch_idx != nullptr || p.num_pages >= p.batch) return FLASHTILE_OK;
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "num_pages is %lld; allowed: at least batch, %lld, without block_table and "
+                "cache_batch_idx",
+                static_cast<I64>(p.num_pages), static_cast<I64>(p.batch));
+  }
+  if (p.cache_batch_idx != nullptr) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "cache_batch_idx and block_table are set; allowed: one of the two");
+  }
+  return check_range("max_blocks", p.max_blocks, 0, kMost);
+}
+
+Cache convert_cache(const flashtile_problem& p) {
+  Cache cache;
+  if (p.page_size == 0) return cache;
+  cache.page_size = p.page_size;
+  cache.num_pages = p.num_pages;
+  cache.block_table = p.block_table;
+  cache.block_table_stride = p.block_table_stride;
+  cache.max_blocks = p.max_blocks;
+  cache.batch_idx = p.cache_batch_idx;
+  cache.leftpad = p.cache_leftpad;
+  cache.cu_seqlens_new = p.cu_seqlens_new;
+  cache.seqlen_new = p.seqlen_new;
+  cache.total_new = p.cu_seqlens_new == nullptr ? p.batch * p.seqlen_new : p.total_new;
+  cache.num_splits = p.num_splits;
+  return cache;
 }
 
 Status check_options(const flashtile_problem& p) {
@@ -170,7 +231,9 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   if (Status s = check_dtypes(p)) return s;
   if (Status s = check_lengths(p)) return s;
   if (Status s = check_heads(p)) return s;
+  if (Status s = check_cache(p, target)) return s;
   if (Status s = check_options(p)) return s;
+  out.cache = convert_cache(p);
   out.batch = p.batch;
   out.num_heads = p.num_heads;
   out.num_heads_kv = p.num_heads_kv;
@@ -192,6 +255,7 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
     out.total_q = p.total_q;
     out.total_k = p.total_k;
   }
+  if (out.cache.exists()) out.total_k = p.num_pages * p.page_size;
   if (Status s = check_size(p, out)) return s;
   out.softmax_scale = p.softmax_scale;
   out.band = {p.window_left, p.window_right, p.alignment == FLASHTILE_TOP_LEFT};
@@ -234,8 +298,8 @@ Status check_seqused(const char* name, const int32_t* used, const int32_t* cu, i
 }
 
 Status check_tensor(const TensorArgument& argument, const Problem& problem) {
-  const auto& [name, tensor, rows, heads, written] = argument;
-  const bool empty = rows == 0 || problem.batch == 0;
+  const auto& [name, tensor, rows, heads, batch, written] = argument;
+  const bool empty = rows == 0 || batch == 0 || problem.batch == 0;
   if (!empty && tensor.data == nullptr) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "%s.data is NULL; allowed: a pointer to %lld rows",
                 name, static_cast<I64>(rows));
@@ -243,7 +307,7 @@ Status check_tensor(const TensorArgument& argument, const Problem& problem) {
   const struct {
     const char* name;
     int64_t stride, extent;
-  } dims[] = {{"stride_batch", tensor.stride_batch, problem.is_varlen() ? 1 : problem.batch},
+  } dims[] = {{"stride_batch", tensor.stride_batch, batch},
               {"stride_seq", tensor.stride_seq, rows},
               {"stride_head", tensor.stride_head, heads}};
   for (const auto& dim : dims) {
@@ -282,10 +346,13 @@ Status check_offsets(const Target& target, const Problem& p) {
   if (target.device != FLASHTILE_CPU) return FLASHTILE_OK;
   if (p.is_varlen()) {
     if (Status s = check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q)) return s;
-    if (Status s = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k)) return s;
+    if (!p.cache.exists()) {
+      if (Status s = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k)) return s;
+    }
   }
   if (Status s = check_seqused("seqused_q", p.seqused_q, p.cu_seqlens_q, p.seqlen_q, p.batch))
     return s;
+  if (p.cache.exists()) return FLASHTILE_OK;  // cache.h makes its values safe, as on CUDA
   return check_seqused("seqused_k", p.seqused_k, p.cu_seqlens_k, p.seqlen_k, p.batch);
 }
 
@@ -295,6 +362,37 @@ Status check_tensors(const TensorArgument (&arguments)[kCount], const Problem& p
     if (Status s = check_tensor(argument, problem)) return s;
   }
   return FLASHTILE_OK;
+}
+
+// The tables, and q, which is read and written only with them.
+Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem) {
+  if ((p.rotary_cos == nullptr) != (p.rotary_sin == nullptr)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "%s is NULL and %s is not; allowed: both NULL (no rotation) or both set",
+                p.rotary_cos ? "rotary_sin" : "rotary_cos",
+                p.rotary_cos ? "rotary_cos" : "rotary_sin");
+  }
+  constexpr uint32_t kFlags = FLASHTILE_ROTARY_HALVES | FLASHTILE_ROTARY_Q_FIXED;
+  if ((p.rotary_flags & ~kFlags) != 0) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "rotary_flags is 0x%x; allowed: FLASHTILE_ROTARY_HALVES, FLASHTILE_ROTARY_Q_FIXED",
+                p.rotary_flags);
+  }
+  if (p.rotary_cos == nullptr) {
+    if (p.q.data == nullptr) return FLASHTILE_OK;
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "q.data is set and rotary_cos is NULL; allowed: NULL, q is only rotated");
+  }
+  if (p.rotary_dim % 2 != 0 || p.rotary_dim < 2 || p.rotary_dim > problem.head_dim) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "rotary_dim is %lld; allowed: even, 2 to head_dim, %lld",
+                static_cast<I64>(p.rotary_dim), static_cast<I64>(problem.head_dim));
+  }
+  if (Status s = check_range("rotary_rows", p.rotary_rows, 1, INT32_MAX)) return s;
+  if (p.q.data == nullptr) return FLASHTILE_OK;
+  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+  return check_tensor({"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch, true},
+                      problem);
 }
 
 }  // namespace
@@ -314,7 +412,11 @@ Status check_problem(const flashtile_backward_params* user, Target& target,
                      BackwardParams& params) {
   flashtile_backward_params p = {};
   if (Status s = read_struct(user, p, "params")) return s;
-  return convert_problem(p.problem, target, params.problem);
+  if (Status s = convert_problem(p.problem, target, params.problem)) return s;
+  if (!params.problem.cache.exists()) return FLASHTILE_OK;
+  return fail(FLASHTILE_UNSUPPORTED,
+              "page_size is %lld in a backward; allowed: 0, a key/value cache has no gradient",
+              static_cast<I64>(params.problem.cache.page_size));
 }
 
 Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
@@ -322,10 +424,12 @@ Status check_forward(const flashtile_forward_params* user, Target& target, Forwa
   const flashtile_forward_params& p = *user;
   const Problem& problem = params.problem;
   const int64_t q = problem.rows_q(), k = problem.rows_k();
-  const TensorArgument arguments[] = {{"q", p.q, q, problem.num_heads, false},
-                                      {"k", p.k, k, problem.num_heads_kv, false},
-                                      {"v", p.v, k, problem.num_heads_kv, false},
-                                      {"out", p.out, q, problem.num_heads, true}};
+  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+  const int64_t batch_k = problem.cache.exists() ? problem.cache.num_pages : batch;
+  const TensorArgument arguments[] = {{"q", p.q, q, problem.num_heads, batch, false},
+                                      {"k", p.k, k, problem.num_heads_kv, batch_k, false},
+                                      {"v", p.v, k, problem.num_heads_kv, batch_k, false},
+                                      {"out", p.out, q, problem.num_heads, batch, true}};
   if (Status s = check_tensors(arguments, problem)) return s;
   if (Status s = check_lse(p, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
@@ -346,11 +450,12 @@ Status check_backward(const flashtile_backward_params* user, Target& target,
   const Problem& problem = params.problem;
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
+  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const TensorArgument arguments[] = {
-      {"q", p.q, q, heads, false},       {"k", p.k, k, heads_kv, false},
-      {"v", p.v, k, heads_kv, false},    {"out", p.out, q, heads, false},
-      {"dout", p.dout, q, heads, false}, {"dq", p.dq, q, heads, true},
-      {"dk", p.dk, k, heads_kv, true},   {"dv", p.dv, k, heads_kv, true}};
+      {"q", p.q, q, heads, batch, false},       {"k", p.k, k, heads_kv, batch, false},
+      {"v", p.v, k, heads_kv, batch, false},    {"out", p.out, q, heads, batch, false},
+      {"dout", p.dout, q, heads, batch, false}, {"dq", p.dq, q, heads, batch, true},
+      {"dk", p.dk, k, heads_kv, batch, true},   {"dv", p.dv, k, heads_kv, batch, true}};
   if (Status s = check_tensors(arguments, problem)) return s;
   if (p.softmax_lse == nullptr && q > 0 && problem.batch > 0) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
@@ -369,6 +474,51 @@ Status check_backward(const flashtile_backward_params* user, Target& target,
   params.dlse = {const_cast<float*>(p.dsoftmax_lse), p.dlse_stride_batch, p.dlse_stride_head};
   params.workspace = p.workspace;
   params.workspace_bytes = p.workspace_bytes;
+  return FLASHTILE_OK;
+}
+
+Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
+                       AppendParams& params) {
+  flashtile_append_kv_params p = {};
+  if (Status s = read_struct(user, p, "params")) return s;
+  Problem& problem = params.problem;
+  if (Status s = convert_problem(p.problem, target, problem)) return s;
+  if (!problem.cache.exists()) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "page_size is 0; allowed: 1 and more, the rows of a page of the cache");
+  }
+  const Cache& cache = problem.cache;
+  const bool packed = cache.cu_seqlens_new != nullptr;
+  const int64_t rows = packed ? cache.total_new : cache.seqlen_new;
+  const int64_t batch = packed ? 1 : problem.batch;
+  const int64_t heads = problem.num_heads_kv;
+  const TensorArgument arguments[] = {
+      {"k_new", p.k_new, rows, heads, batch, false},
+      {"v_new", p.v_new, rows, heads, batch, false},
+      {"k_cache", p.k_cache, cache.page_size, heads, cache.num_pages, true},
+      {"v_cache", p.v_cache, cache.page_size, heads, cache.num_pages, true}};
+  if (Status s = check_tensors(arguments, problem)) return s;
+  if (Status s = check_rotary(p, problem)) return s;
+  if (Status s = check_offsets(target, problem)) return s;
+  if (target.device == FLASHTILE_CPU && packed) {
+    if (Status s = check_cu_seqlens("cu_seqlens_new", cache.cu_seqlens_new, problem.batch, rows))
+      return s;
+  }
+  params.k_new = view(p.k_new);
+  params.v_new = view(p.v_new);
+  params.k_cache = view(p.k_cache);
+  params.v_cache = view(p.v_cache);
+  if (p.rotary_cos != nullptr) {
+    params.q = view(p.q);
+    params.q_out = view(p.q_out);
+    params.rotary = {p.rotary_cos,
+                     p.rotary_sin,
+                     p.rotary_stride,
+                     p.rotary_rows,
+                     p.rotary_dim,
+                     (p.rotary_flags & FLASHTILE_ROTARY_HALVES) != 0,
+                     (p.rotary_flags & FLASHTILE_ROTARY_Q_FIXED) != 0};
+  }
   return FLASHTILE_OK;
 }
 

@@ -17,6 +17,8 @@ struct Target {
 Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params);
 Status check_backward(const flashtile_backward_params* user, Target& target,
                       BackwardParams& params);
+Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
+                       AppendParams& params);
 
 // The problem alone, for queries before anything is allocated: pointers stay null.
 Status check_problem(const flashtile_forward_params* user, Target& target, ForwardParams& params);

@@ -41,7 +41,7 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
   switch (head_dim) {
     case 32: return {128, 128, 4, 2, true};
     case 64: return {128, 64, 4, 2, true};
-    case 96:
+    case 96: return {128, 64, 4, 2, false};
     case 128: return {64, 64, 4, 2, true};
     case 192: return {128, 64, 8, 1, true};
     default: return {64, 64, 4, 1, false};
@@ -92,14 +92,17 @@ struct BackwardConfig {
 FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory) {
   const bool large = memory == Memory::kLarge;
   switch (head_dim) {
-    case 32:
-    case 64: return {64, 128, 4, 2, 4, false, false, false, 2, 2};
+    case 32: return {64, 128, 4, 2, 4, false, false, false, 2, 2};
+    case 64: return {64, 128, 4, 2, 4, false, large, false, 2, 2};
+    case 96:
+      return large ? BackwardConfig{64, 128, 4, 2, 4, true, false, false, 2, 2}
+                   : BackwardConfig{64, 128, 8, 1, 4, false, true, false, 2, 2};
     case 128:
       return large ? BackwardConfig{64, 128, 4, 2, 2, true, false, false, 2, 2}
                    : BackwardConfig{32, 128, 8, 1, 2, false, true, false, 2, 2};
     case 192:
       return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 2, 2}
-                   : BackwardConfig{32, 64, 4, 2, 2, true, true, false, 2, 2};
+                   : BackwardConfig{64, 64, 4, 2, 2, true, true, true, 1, 1};
     default:
       return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 1, 1}
                    : BackwardConfig{32, 64, 4, 2, 2, true, true, true, 1, 1, 2};

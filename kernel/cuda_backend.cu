@@ -129,7 +129,7 @@ Status visit_head_dim(std::integer_sequence<int, kDims...>, const Problem& probl
 }
 
 // Calls f(integral_constant<slice>, integral_constant<memory>).
-template <class HeadDims, class F>
+template <class F>
 Status visit_slice(const Problem& problem, Memory memory, F f) {
   return visit_head_dim(HeadDims{}, problem, [&](auto dim) -> Status {
     if constexpr (kHasLargeMemory) {
@@ -243,7 +243,7 @@ Family backward_family(const BackwardParams& params, const Device& device, PlanN
 
 // Enough for either family: which one serves is not known before the tensors are.
 Status backward_workspace(const Problem& problem, const Device& device, size_t& bytes) {
-  if (Status s = visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto memory) {
+  if (Status s = visit_slice(problem, device.memory, [&](auto dim, auto memory) {
         bytes = backward_workspace_sm80<dim.value, memory.value>(problem);
         return FLASHTILE_OK;
       })) {
@@ -277,7 +277,7 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
       return FLASHTILE_OK;
     });
   }
-  return visit_slice<ForwardHeadDims>(problem, device.memory, [&](auto dim, auto) {
+  return visit_slice(problem, device.memory, [&](auto dim, auto) {
     write_name(name, "forward", sm80_family(device.memory), problem, dim.value);
     return FLASHTILE_OK;
   });
@@ -299,7 +299,7 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
       return FLASHTILE_OK;
     });
   }
-  return visit_slice<BackwardHeadDims>(problem, device.memory, [&](auto dim, auto) {
+  return visit_slice(problem, device.memory, [&](auto dim, auto) {
     write_name(name, "backward", sm80_family(device.memory), problem, dim.value);
     return FLASHTILE_OK;
   });
@@ -318,7 +318,7 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
       });
     }
   }
-  return visit_slice<ForwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_forward_sm80<dim.value, memory.value>(params, stream);
   });
 }
@@ -336,7 +336,7 @@ Status backward(const BackwardParams& params, int device_index, CUstream_st* str
       });
     }
   }
-  return visit_slice<BackwardHeadDims>(params.problem, device.memory, [&](auto dim, auto memory) {
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
     return launch_backward_sm80<dim.value, memory.value>(params, stream);
   });
 }

@@ -3,6 +3,7 @@
 //   include/flashtile/flashtile.h  the C API that this file implements
 //   check.cpp          the caller's structs -> params.h, every refusal has its sentence
 //   backend.h          what a backend answers: plan (name, workspace) and run
+//   cache.h            what lengths, tables and indices of a key/value cache mean, clamped
 //   cpu/               the CPU backend: same semantics, one object per instruction set
 //   cuda_backend.cu    the CUDA backend: device -> memory class, head_dim -> slice
 //   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
@@ -62,6 +63,18 @@ template <class Params, class UserParams>
 Status checked_plan(const UserParams* user, Target& target, Params& params, Plan& out) {
   if (Status s = check(user, target, params)) return s;
   return plan(target, params, out);
+}
+
+// Served on the CPU alone: the check refuses a cache elsewhere.
+Status append_kv(const flashtile_append_kv_params* user, CUstream_st* stream) {
+  Target target;
+  AppendParams params;
+  if (Status s = check_append_kv(user, target, params)) return s;
+  if (stream != nullptr) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
+                static_cast<void*>(stream));
+  }
+  return cpu::append_kv(params);
 }
 
 void copy_text(const char* text, char* out, size_t size) {
@@ -134,6 +147,25 @@ void flashtile_forward_init(flashtile_forward_params* params) {
 void flashtile_backward_init(flashtile_backward_params* params) {
   *params = flashtile_backward_params{};
   params->struct_size = sizeof *params;
+}
+
+void flashtile_append_kv_init(flashtile_append_kv_params* params) {
+  *params = flashtile_append_kv_params{};
+  params->struct_size = sizeof *params;
+}
+
+flashtile_status flashtile_can_run_append_kv(const flashtile_append_kv_params* params, char* why,
+                                             size_t why_size) {
+  flashtile::Target target;
+  flashtile::AppendParams checked;
+  const flashtile_status status = flashtile::check_append_kv(params, target, checked);
+  flashtile::copy_text(status == FLASHTILE_OK ? "" : flashtile_last_error(), why, why_size);
+  return status;
+}
+
+flashtile_status flashtile_append_kv(const flashtile_append_kv_params* params,
+                                     CUstream_st* stream) {
+  return flashtile::append_kv(params, stream);
 }
 
 flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why,

@@ -47,8 +47,8 @@ struct ForwardSm90 {
   static constexpr int kRows = 64;  // of a warpgroup
   static constexpr int kKeys = kConfig.block_k;
 
-  using QTile = SmemTile<kQueries, kHeadDim>;
-  using KvTile = SmemTile<kKeys, kHeadDim>;
+  using QTile = WideTile<kQueries, kHeadDim>;
+  using KvTile = WideTile<kKeys, kHeadDim>;
   using QRing = Ring<kConfig.q_stages>;
   using KvRing = Ring<kConfig.stages>;
   using Scores = Accumulator<16, kKeys>;

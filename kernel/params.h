@@ -36,6 +36,31 @@ struct Band {
   bool top_left = false;
 };
 
+// k and v as pages that every sequence finds its rows on: flashtile.h. cache.h reads the values
+// behind these pointers, none of which can be trusted.
+struct Cache {
+  int64_t page_size = 0;  // rows of a page; 0: k and v are no cache
+  int64_t num_pages = 0;
+  const int32_t* block_table = nullptr;  // [batch, max_blocks] or null
+  int64_t block_table_stride = 0;
+  int64_t max_blocks = 0;
+  const int32_t* batch_idx = nullptr;       // [batch] or null
+  const int32_t* leftpad = nullptr;         // [batch] or null
+  const int32_t* cu_seqlens_new = nullptr;  // [batch + 1] or null
+  int64_t seqlen_new = 0;                   // rows of every sequence, without cu_seqlens_new
+  int64_t total_new = 0;                    // rows of k_new
+  int64_t num_splits = 0;                   // 0: the backend chooses
+
+  constexpr bool exists() const { return page_size > 0; }
+  // Rows that a sequence can have; lengths are int32.
+  constexpr int64_t capacity() const {
+    const int64_t rows = num_pages == 0           ? 0
+                         : block_table == nullptr ? page_size
+                                                  : page_size * max_blocks;
+    return rows < INT32_MAX ? rows : INT32_MAX;
+  }
+};
+
 struct Problem {
   int64_t batch = 0;
   int64_t num_heads = 0;
@@ -54,11 +79,15 @@ struct Problem {
   Band band;
   Dtype dtype = Dtype::kFloat16;
   bool deterministic = false;
+  Cache cache = {};
 
+  // Whether q is packed; so are k and v, unless they are a cache.
   constexpr bool is_varlen() const { return cu_seqlens_q != nullptr; }
   // Rows that stride_seq runs over: of one batch when dense, of the whole tensor in varlen.
   constexpr int64_t rows_q() const { return is_varlen() ? total_q : seqlen_q; }
-  constexpr int64_t rows_k() const { return is_varlen() ? total_k : seqlen_k; }
+  constexpr int64_t rows_k() const {
+    return cache.exists() ? cache.page_size : is_varlen() ? total_k : seqlen_k;
+  }
   constexpr int64_t largest_head_dim() const {
     return head_dim > head_dim_v ? head_dim : head_dim_v;
   }
@@ -74,6 +103,24 @@ struct ForwardParams {
   RowView lse;  // data may be null
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
+};
+
+// Rotary embedding; cos is null: none.
+struct Rotary {
+  const void* cos = nullptr;  // [rows, dim / 2], in the problem's dtype
+  const void* sin = nullptr;
+  int64_t stride = 0;
+  int64_t rows = 0;
+  int64_t dim = 0;
+  bool halves = false;   // pairs (d, d + dim / 2), not (2 d, 2 d + 1)
+  bool q_fixed = false;  // all queries at the first new position
+};
+
+struct AppendParams {
+  Problem problem;
+  View k_new, v_new, k_cache, v_cache;
+  View q, q_out;  // data null: no q
+  Rotary rotary;
 };
 
 struct BackwardParams {

@@ -47,7 +47,7 @@ TmaObstacle tma_obstacle(const MappedTensor& tensor);
 bool driver_encodes_tensor_maps();
 
 // Fills `map` for boxes of 64 columns and `box_rows` rows, in the 128-byte swizzle of
-// tile/smem_tile.cuh. tma_obstacle() has found none.
+// tile/smem_tile.cuh (WideTile). tma_obstacle() has found none.
 [[nodiscard]] Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& map);
 
 }  // namespace flashtile

@@ -1,5 +1,6 @@
 // What the kernels do, counted by the machine and compared with formulas: products of visible
 // blocks only, every byte of global memory moved once, no bank conflict, nothing in local memory.
+#include <bit>
 #include <cstdint>
 
 #include "kernel_cases.h"
@@ -19,11 +20,12 @@ struct Blocks {
 Blocks forward_blocks(const Schedule& on, int slice) {
   if (std::string(memory_class(on)) == "large") return {128, 64};
   if (slice == 32) return {128, 128};
-  return {slice == 96 || slice == 128 || slice == 256 ? 64 : 128, 64};
+  return {slice == 128 || slice == 256 ? 64 : 128, 64};
 }
 Blocks backward_blocks(const Schedule& on, int slice) {
-  if (slice <= 64) return {64, 128};
-  return {std::string(memory_class(on)) == "large" ? 64 : 32, slice == 128 ? 128 : 64};
+  if (slice <= 96) return {64, 128};
+  const bool large = std::string(memory_class(on)) == "large";
+  return {large || slice == 192 ? 64 : 32, slice == 128 ? 128 : 64};
 }
 
 // What a pass touches of one head, found by looking at every element of the mask.
@@ -78,17 +80,19 @@ Counted count(const Setup& setup, const Schedule& schedule, const Backend& backe
   return counted;
 }
 
+enum class Kernels { kSm80, kSm90 };
+
 template <class Check>
-void for_every_setup(const std::vector<Case>& cases, const Check& check) {
+void for_every_setup(const std::vector<Case>& cases, Kernels kernels, const Check& check) {
   const std::string reason = device_unavailable();
   if (!reason.empty()) SKIP(reason);
   const Backend backend = cuda_backend();
   for (const Case& spec : cases) {
     for (const Schedule& schedule : schedules()) {
       if (schedule.seed % 3 != 1) continue;  // counters do not depend on the seed
-      if (schedule.has_sm90) continue;       // counted in sm90_counters_test.cpp
+      if (schedule.has_sm90 != (kernels == Kernels::kSm90)) continue;
       for (const int dim : {32, 64, 96, 128, 192, 256}) {
-        if (slice_of("forward", dim) == 0) continue;
+        if (slice_of(dim) == 0) continue;
         for (const Mask& mask : {kFull, kCausal, Mask{70, 20}}) {
           const Setup setup =
               make_setup(spec, dim == 64 ? Dtype::kFloat16 : Dtype::kBFloat16, dim, mask);
@@ -96,6 +100,31 @@ void for_every_setup(const std::vector<Case>& cases, const Check& check) {
         }
       }
     }
+  }
+}
+
+template <class Check>
+void for_every_setup(const std::vector<Case>& cases, const Check& check) {
+  for_every_setup(cases, Kernels::kSm80, check);
+}
+
+// The same of the forward for sm_90a.
+struct Sm90Blocks {
+  Blocks size;
+  int slice;
+
+  uint64_t consumers() const { return static_cast<uint64_t>(size.q / 64); }
+  uint64_t bytes(int rows) const {  // of whole panels of 64 columns
+    return static_cast<uint64_t>(rows) * 128 * static_cast<uint64_t>((slice + 63) / 64);
+  }
+};
+Sm90Blocks sm90_blocks(const Setup& setup) {
+  const int slice = std::max(64, slice_of(setup.head_dim));
+  switch (slice) {
+    case 64: return {{192, 128}, slice};
+    case 192: return {{128, 112}, slice};
+    case 256: return {{128, 80}, slice};
+    default: return {{128, 128}, slice};
   }
 }
 
@@ -109,15 +138,13 @@ const std::vector<Case> kCases = {
 
 TEST("mma counts are those of the visible blocks") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-    const auto mma = [&](const char* pass, const Blocks& b, uint64_t products) {
-      const auto slice = static_cast<uint64_t>(slice_of(pass, setup.head_dim));
+    const int slice = slice_of(setup.head_dim);
+    const auto mma = [&](const Blocks& b, uint64_t products) {
       return visits(setup, b).pairs * heads_of(setup) * products *
-             static_cast<uint64_t>(b.q * b.k) * slice / kMmaProducts;
+             static_cast<uint64_t>(b.q * b.k * slice) / kMmaProducts;
     };
-    const Blocks forward = forward_blocks(on, slice_of("forward", setup.head_dim));
-    const Blocks backward = backward_blocks(on, slice_of("backward", setup.head_dim));
-    CHECK_EQ(counted.forward.mma, mma("forward", forward, 2));     // S, O
-    CHECK_EQ(counted.backward.mma, mma("backward", backward, 5));  // S, dP, dV, dK, dQ
+    CHECK_EQ(counted.forward.mma, mma(forward_blocks(on, slice), 2));    // S, O
+    CHECK_EQ(counted.backward.mma, mma(backward_blocks(on, slice), 5));  // S, dP, dV, dK, dQ
   });
 }
 
@@ -142,7 +169,7 @@ TEST("forward moves every byte once") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
     const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
     const uint64_t rows = heads_of(setup) * static_cast<uint64_t>(setup.extents_q.seq);
-    const Visits seen = visits(setup, forward_blocks(on, slice_of("forward", setup.head_dim)));
+    const Visits seen = visits(setup, forward_blocks(on, slice_of(setup.head_dim)));
     CHECK_EQ(counted.forward.global_read_bytes,
              heads_of(setup) * (seen.seeing_rows + 2 * seen.key_rows) * row_bytes);
     CHECK_EQ(counted.forward.global_written_bytes, rows * (row_bytes + sizeof(float)));
@@ -156,7 +183,7 @@ TEST("forward moves every byte once") {
 TEST("backward reads what its schedule says") {
   const std::vector<Case> cases = {kCases[0], kCases[1]};  // every query sees a key
   for_every_setup(cases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-    const int slice = slice_of("backward", setup.head_dim);
+    const int slice = slice_of(setup.head_dim);
     const Blocks blocks = backward_blocks(on, slice);
     const Visits seen = visits(setup, blocks);
     const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
@@ -164,7 +191,7 @@ TEST("backward reads what its schedule says") {
     const auto rows = static_cast<uint64_t>(setup.extents_q.seq);
     const auto keys =
         static_cast<uint64_t>(setup.batch * setup.extents_k.heads * setup.extents_k.seq);
-    const uint64_t lanes = slice == 192 ? 32 : columns / 8;
+    const uint64_t lanes = std::bit_ceil(columns / 8);
     const uint64_t delta = rows * (2 * row_bytes + lanes * 2 * sizeof(float));
     const uint64_t pair = block_q * (3 + columns) * sizeof(float) + sizeof(float);
     const uint64_t main = 2 * seen.query_rows * row_bytes + seen.pairs * pair;
@@ -195,6 +222,43 @@ TEST("blocks fit the device's shared memory") {
     CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
     CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
   });
+}
+
+TEST("sm_90a: products are those of the visible blocks") {
+  for_every_setup(kCases, Kernels::kSm90,
+                  [](const Setup& setup, const Schedule&, const Counted& counted) {
+                    const Sm90Blocks blocks = sm90_blocks(setup);
+                    const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
+                    const auto steps = static_cast<uint64_t>((blocks.slice + blocks.size.k) / 16);
+                    CHECK_EQ(counted.forward.wgmma, pairs * blocks.consumers() * steps);
+                    CHECK_EQ(counted.forward.mma, uint64_t{0});
+                  });
+}
+
+TEST("sm_90a: every tile of Q, K and V is loaded once, rows of out are stored once") {
+  for_every_setup(kCases, Kernels::kSm90,
+                  [](const Setup& setup, const Schedule&, const Counted& counted) {
+                    const Sm90Blocks blocks = sm90_blocks(setup);
+                    const auto count = [&](int rows) {
+                      const int64_t all = (setup.extents_q.seq + rows - 1) / rows;
+                      return static_cast<uint64_t>(all) * heads_of(setup);
+                    };
+                    const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
+                    CHECK_EQ(counted.forward.bulk_load_bytes,
+                             count(blocks.size.q) * blocks.bytes(blocks.size.q) +
+                                 pairs * 2 * blocks.bytes(blocks.size.k));
+                    CHECK_EQ(counted.forward.bulk_store_bytes, count(64) * blocks.bytes(64));
+                  });
+}
+
+TEST("sm_90a: four tensor maps a call, no bank conflicts, no local memory") {
+  for_every_setup(
+      kCases, Kernels::kSm90, [](const Setup&, const Schedule& on, const Counted& counted) {
+        CHECK_EQ(counted.forward.tensor_maps, uint64_t{4});
+        CHECK_EQ(counted.forward.wavefronts, counted.forward.wavefronts_ideal);
+        CHECK_EQ(counted.forward.local_accesses, uint64_t{0});
+        CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+      });
 }
 
 TEST("counters do not depend on the schedule") {

@@ -16,17 +16,15 @@
 
 namespace flashtile::test {
 
-// The slice of this build that serves a pass: the smallest that holds q, k and v; 0 where none
-// does. The backward has no slice 96; 128 takes its place.
-inline int slice_of(const std::string& pass, const HeadDims& head_dims) {
+// The slice of this build that runs: the smallest that holds q, k and v; 0 where none does.
+inline int slice_of(const HeadDims& head_dims) {
   flashtile_build_info info = {};
   info.struct_size = sizeof info;
   CHECK_EQ(flashtile_get_build_info(&info), FLASHTILE_OK);
   std::stringstream built(info.cuda_head_dims);  // "64,128"
   int smallest = 0;
   for (std::string entry; std::getline(built, entry, ',');) {
-    int slice = std::stoi(entry);
-    if (pass == "backward" && slice == 96) slice = 128;
+    const int slice = std::stoi(entry);
     const bool holds = slice >= std::max(head_dims.qk, head_dims.v);
     if (holds && (smallest == 0 || slice < smallest)) smallest = slice;
   }
@@ -54,7 +52,7 @@ inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Sche
 
 inline std::string expected_plan(const std::string& pass, const Setup& setup,
                                  const Schedule& schedule) {
-  const int slice = slice_of(pass, {setup.head_dim, setup.head_dim_v});
+  const int slice = slice_of({setup.head_dim, setup.head_dim_v});
   const std::string end = std::string("_") + name_of(setup.dtype) + "_" + kind_of(setup.mask);
   if (runs_on_sm90(pass, setup, schedule))
     return pass + "_sm90_d" + std::to_string(std::max(slice, 64)) + end;
@@ -125,7 +123,7 @@ void run_case(uint64_t seed, const Draw& draw, const Backend& backend, ErrorTabl
 inline void run_cases(const std::vector<Case>& cases, Dtype dtype, const HeadDims& head_dims) {
   const std::string reason = device_unavailable();
   if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
-  if (slice_of("forward", head_dims) == 0) SKIP("this build has no kernels of this head dim");
+  if (slice_of(head_dims) == 0) SKIP("this build has no kernels of this head dim");
   const Backend backend = cuda_backend();
   ErrorTable table;
   uint64_t seed = 1;

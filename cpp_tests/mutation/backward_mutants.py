@@ -24,7 +24,10 @@ LOAD_DOUT = (
     "if constexpr (kConfig.stages_dout == 1) my.loader.template load<Loader::kDout>"
     "(launch, next, slot + 1);"
 )
-PASS_LAST = "Turns::pass(launch, end - 1);"
+PASS_LAST = (
+    "__syncthreads();  // dQ of the last block has been added to\nTurns::finish(launch, index);"
+)
+PASS_LAST_NOT = "__syncthreads();"
 
 
 def mutant(
@@ -60,7 +63,12 @@ ORDER = [
         "ptx::cp_async_wait<0>(); " + BLOCK_LANDED,
         "__syncthreads();",
     ),
-    mutant("no barrier after the notes", MAIN, "__syncthreads();  // the notes are there", ""),
+    mutant(
+        "no barrier after the notes",
+        MAIN,
+        "__syncthreads();  // the notes are there; nobody adds to dQ of the head before any more",
+        "",
+    ),
     mutant(
         "stages not swapped",
         MAIN,
@@ -110,8 +118,8 @@ STATISTICS = [
     mutant(
         "delta from past the row's end",
         DELTA,
-        "if (format.aligned && bytes >= kChunkBytes)",
-        "if (format.aligned && bytes > 0)",
+        "if (format.unit == kChunkBytes && bytes > 0)",
+        "if (format.unit >= 4 && bytes > 0)",
         cases="row formats",
     ),
     mutant(
@@ -147,7 +155,7 @@ MASKS = [
     mutant(
         "dS not hidden",
         MAIN,
-        "if (kEdge && EdgeTest<Shape>::hidden(p.d[m][n][i])) x = 0.0f;",
+        "if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;",
         "",
         cases="values",
     ),
@@ -251,7 +259,7 @@ ROWS = [
     mutant(
         "rows copied past their end",
         TILE,
-        "i * kRowsPerPass < rows_left ? bytes - c * kPanelRowBytes : 0",
+        "i * kRowsPerPass < rows_left ? bytes - c * Tile::kPanelRowBytes : 0",
         "i * kRowsPerPass < rows_left ? bytes : 0",
         cases="row formats",
         head_dim=192,
@@ -362,29 +370,28 @@ PRODUCTS = [
 
 # The machine runs thread blocks one after another, so tickets alone put them in order there: a turn
 # that is not waited for, or passed on too early, shows only without them.
-TAKE_TICKET = (
-    "return take_ticket(launch.turns + launch.params.problem.num_heads * launch.slots_q, shared);"
-)
+TICKET = "const int taken = ticket;"
+NO_TICKET = "const int taken = ptx::block_index();"
 DETERMINISTIC = [
     Mutant(
         "neither turns nor tickets",
         "backward",
-        ((MAIN, WAIT, ""), (MAIN, TAKE_TICKET, "return ptx::block_index();")),
+        ((MAIN, WAIT, ""), (TURNS, TICKET, NO_TICKET)),
         ("turns",),
     ),
-    mutant("turns without tickets", MAIN, TAKE_TICKET, "return ptx::block_index();", cases="turns"),
+    mutant("turns without tickets", TURNS, TICKET, NO_TICKET, cases="turns"),
     mutant(
-        "turns counted from the sequence's first key",
-        TURNS,
-        "const int turn = notes.key_block - first_block;",
-        "const int turn = notes.key_block;",
+        "first key blocks wait, too",
+        LAYOUT,
+        "word == kNobody ? kPastAll : 0",
+        "0",
         cases="turns",
     ),
-    mutant("last turn not passed on", MAIN, PASS_LAST, "", cases="turns"),
+    mutant("last turn not passed on", MAIN, PASS_LAST, PASS_LAST_NOT, cases="turns"),
     mutant(
         "turns not cleared",
         DELTA,
-        "launch.turns[int64_t{kCounters} * ptx::block_index() + i] = 0;",
+        "launch.turns[i] = TurnWords::at_start(i);",
         "",
         cases="turns",
     ),

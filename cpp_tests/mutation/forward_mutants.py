@@ -320,15 +320,15 @@ LAYOUT = [
     mutant(
         "panels of a tile read twice",
         TILE,
-        "(column_block / 4) * Tile::kPanelBytes",
-        "(column_block / 8) * Tile::kPanelBytes",
+        "column_block / kBlocks * Tile::kPanelBytes",
+        "column_block / kBlocks / 2 * Tile::kPanelBytes",
         head_dim=256,
     ),
     mutant(
         "third panel of a tile not filled",
         LOAD,
-        "base[chunk % 2] + chunk / 2 * Tile::kPanelBytes",
-        "base[chunk % 2] + chunk / 2 % 2 * Tile::kPanelBytes",
+        "base[chunk % kPerPanel] + chunk / kPerPanel * Tile::kPanelBytes",
+        "base[chunk % kPerPanel] + chunk / kPerPanel % 2 * Tile::kPanelBytes",
         head_dim=192,
     ),
 ]

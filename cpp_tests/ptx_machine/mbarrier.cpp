@@ -87,6 +87,9 @@ void Block::mbarrier_arrive(Warp& warp, uint32_t pc, uint32_t lanes, Mbarrier& b
 
 void Block::mbarrier_bytes(Mbarrier& b, int64_t bytes) {
   b.bytes += bytes;
+  if (b.bytes > int64_t{kMaxArrivals} || b.bytes < -int64_t{kMaxArrivals})
+    fail_thread(Error::kBarrier, b.init_thread, b.init_pc,
+                named(b) + " counts " + std::to_string(b.bytes) + " bytes; at most 1048575 fit");
   ++progress;
 }
 

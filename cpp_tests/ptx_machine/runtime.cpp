@@ -3,6 +3,7 @@
 // "Device" memory is host memory with registered bounds; streams are done when a call returns.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -214,6 +215,29 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
+// Kernels from PTX text. A kernel's handle is where its name is kept.
+cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**,
+                                unsigned, cudaLibraryOption*, void**, unsigned) {
+  char path[] = "/tmp/ptx_library_XXXXXX";
+  const int file = mkstemp(path);
+  if (file < 0) return result(cudaErrorInvalidValue);
+  const std::string text = static_cast<const char*>(code);
+  const bool written = write(file, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  close(file);
+  const bool loaded = written && ptx::machine().load_ptx(path);
+  unlink(path);
+  if (!loaded) return result(cudaErrorInvalidValue);
+  *library = reinterpret_cast<cudaLibrary_t>(1);  // all modules stay until the end
+  return cudaSuccess;
+}
+cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t, const char* name) {
+  static std::map<std::string, char> handles;
+  const void* handle = &handles[name];
+  functions()[handle].name = name;
+  *kernel = static_cast<cudaKernel_t>(const_cast<void*>(handle));
+  return cudaSuccess;
+}
+
 // The driver: one function is asked for by name.
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = ptx::machine().device().driver_version;
@@ -242,6 +266,9 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   *pointer = ptx::global_memory().allocate(bytes);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
+  return cudaMalloc(pointer, bytes);
 }
 cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) {
   return cudaMalloc(pointer, bytes);

@@ -188,8 +188,9 @@ void Wgmmas::execute(Warpgroup& wg, int first_warp, uint32_t pc) {
   }
   a_.resize(64 * kDepth);
   b_.resize(static_cast<size_t>(op.n) * kDepth);
-  load_a(wg, first_warp, pc, completion, a_.data());
-  load_shared(op.b, static_cast<uint32_t>(op.n), op.bf16, pc, first_warp, completion, b_.data());
+  const Issue issue = {&op, first_warp, pc, completion};
+  load_a(wg, issue, a_.data());
+  load_shared(op.b, static_cast<uint32_t>(op.n), issue, b_.data());
   const float sign = op.scale_a * op.scale_b;
   if (sign < 0) {
     for (float& x : a_) x = -x;
@@ -200,25 +201,25 @@ void Wgmmas::execute(Warpgroup& wg, int first_warp, uint32_t pc) {
 }
 
 // a[64][16]
-void Wgmmas::load_a(Warpgroup& wg, int first_warp, uint32_t pc, uint32_t completion, float* a) {
-  const WgmmaOp& op = wg.lanes[0].op;
+void Wgmmas::load_a(Warpgroup& wg, const Issue& issue, float* a) {
+  const WgmmaOp& op = *issue.op;
   if (!op.a_in_registers) {
     std::vector<float> transposed(64 * kDepth);  // [16][64]
-    load_shared(op.a, 64, op.bf16, pc, first_warp, completion, transposed.data());
+    load_shared(op.a, 64, issue, transposed.data());
     for (uint32_t k = 0; k < kDepth; ++k)
       for (uint32_t m = 0; m < 64; ++m) a[m * kDepth + k] = transposed[k * 64 + m];
     return;
   }
   for (int w = 0; w < kGroupWarps; ++w) {
-    Warp& warp = block_.warps[first_warp + w];
+    Warp& warp = block_.warps[issue.first_warp + w];
     Lane& lane = wg.lanes[w];
     HeldA held;
     held.group = lane.committed;
-    held.pc = pc;
+    held.pc = issue.pc;
     for (int i = 0; i < 4; ++i) {
       const int32_t place = op.a_registers[i];
       held.places[i] = place;
-      check_fenced(lane, warp, pc, place, "A");
+      check_fenced(lane, warp, issue.pc, place, "A");
       const uint32_t* from = warp.at<const uint32_t>(place);
       std::memcpy(held.values[i].data(), from, sizeof held.values[i]);
       const int row = 16 * w + 8 * (i % 2);
@@ -234,8 +235,8 @@ void Wgmmas::load_a(Warpgroup& wg, int first_warp, uint32_t pc, uint32_t complet
 }
 
 // to[16][rows]
-void Wgmmas::load_shared(const Descriptor& d, uint32_t rows, bool bf16, uint32_t pc, int first_warp,
-                         uint32_t completion, float* to) {
+void Wgmmas::load_shared(const Descriptor& d, uint32_t rows, const Issue& issue, float* to) {
+  const int first_warp = issue.first_warp;
   const uint32_t lines = d.mn_major ? kDepth : rows;
   const uint32_t chunks = d.mn_major ? rows / 8 : kDepth / 8;
   SharedShadow::Passed passed;
@@ -245,21 +246,21 @@ void Wgmmas::load_shared(const Descriptor& d, uint32_t rows, bool bf16, uint32_t
       const uint32_t offset = d.chunk(line, c) - static_cast<uint32_t>(kSharedBase);
       Warp& warp = block_.warps[first_warp];
       if (offset + 16 > block_.shared_bytes || offset + 16 < 16)
-        block_.fail(Error::kOutOfBounds, warp, pc, 0,
+        block_.fail(Error::kOutOfBounds, warp, issue.pc, 0,
                     "wgmma reads shared offset " + std::to_string(static_cast<int32_t>(offset)) +
                         "; the block has " + std::to_string(block_.shared_bytes) + " bytes");
       if (block_.checks) {
         if (!block_.shadow->async_read_by(block_.clocks, first_warp * kLanes, offset, passed,
                                           failed))
-          fail_shadow(block_.warps[first_warp + failed], pc, 0, "read by wgmma");
-        block_.shadow->mark_async_read(offset, 16, first_warp / kGroupWarps, completion);
+          fail_shadow(block_.warps[first_warp + failed], issue.pc, 0, "read by wgmma");
+        block_.shadow->mark_async_read(offset, 16, first_warp / kGroupWarps, issue.completion);
       }
       uint16_t halves[8];
       std::memcpy(halves, block_.shared.data() + offset, 16);
       for (uint32_t i = 0; i < 8; ++i) {
         const uint32_t row = d.mn_major ? 8 * c + i : line;
         const uint32_t k = d.mn_major ? line : 8 * c + i;
-        to[k * rows + row] = widen(halves[i], bf16);
+        to[k * rows + row] = widen(halves[i], issue.op->bf16);
       }
     }
   }

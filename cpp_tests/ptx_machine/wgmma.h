@@ -99,9 +99,15 @@ class Wgmmas {
   Chain& chain_of(Warpgroup& wg, Warp& warp, uint32_t pc, const WgmmaOp& op);
   void begin_chain(Warpgroup& wg, Chain& chain, int w, Warp& warp, uint32_t pc);
   void check_fenced(Lane& lane, Warp& warp, uint32_t pc, int32_t place, const char* what);
-  void load_a(Warpgroup& wg, int first_warp, uint32_t pc, uint32_t completion, float* a);
-  void load_shared(const Descriptor& d, uint32_t rows, bool bf16, uint32_t pc, int first_warp,
-                   uint32_t completion, float* to);
+  // One product as its four warps issue it.
+  struct Issue {
+    const WgmmaOp* op;
+    int first_warp;
+    uint32_t pc;
+    uint32_t completion;
+  };
+  void load_a(Warpgroup& wg, const Issue& issue, float* a);
+  void load_shared(const Descriptor& d, uint32_t rows, const Issue& issue, float* to);
   void deliver(Warp& warp, Lane& lane, Chain& chain, int w);
 
   Block& block_;

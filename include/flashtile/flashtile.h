@@ -13,6 +13,11 @@
  * shift is seqlen_k - seqlen_q (FLASHTILE_BOTTOM_RIGHT) or 0 (FLASHTILE_TOP_LEFT), with the lengths
  * of the sequence that they belong to. A side that is FLASHTILE_UNLIMITED has no bound.
  *
+ * Key/value cache (problem.page_size > 0): k and v are pages, and every sequence's rows are found
+ * through block_table or cache_batch_idx. Lengths, tables, indices and paddings of a cache are read
+ * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
+ * outside the tensors, and none is waited for. Served on the CPU in this version.
+ *
  * Every error is a status plus one sentence (flashtile_last_error) that names the argument, its
  * value and what is allowed. When a call fails before launching, nothing was written.
  */
@@ -62,6 +67,12 @@ typedef enum {
 /* The corner of the score matrix that the mask's diagonal meets, when seqlen_q != seqlen_k. */
 typedef enum { FLASHTILE_BOTTOM_RIGHT = 0, FLASHTILE_TOP_LEFT = 1 } flashtile_alignment;
 
+/* flashtile_append_kv_params.rotary_flags */
+enum {
+  FLASHTILE_ROTARY_HALVES = 1, /* pairs are (d, d + rotary_dim / 2); 0: (2 d, 2 d + 1) */
+  FLASHTILE_ROTARY_Q_FIXED = 2 /* all queries of a sequence at its first new position */
+};
+
 /* flashtile_problem.flags */
 enum { FLASHTILE_DETERMINISTIC = 1 }; /* backward: bitwise equal gradients from run to run */
 
@@ -107,6 +118,32 @@ typedef struct {
    * their out, dq, dk, dv are written as 0 and their softmax_lse as -inf. */
   const int32_t* seqused_q;
   const int32_t* seqused_k;
+  /* A key/value cache. Forward and flashtile_append_kv alone; a backward refuses it.
+   *
+   * page_size > 0: k and v are (num_pages, page_size, num_heads_kv, dim), their stride_batch being
+   * the stride of a page. Row j of sequence b is row j % page_size of page
+   * block_table[b][j / page_size] or, without a table, row j of page cache_batch_idx[b] (NULL: b).
+   * capacity = page_size * max_blocks, without a table page_size. cu_seqlens_k is NULL, total_k
+   * unused, and seqlen_k a hint: the longest sequence (0: the capacity).
+   *
+   * seqused_k[b], at most the capacity, are the rows in use, left padding included; NULL: the whole
+   * capacity. Rows past them are not read. When new rows are announced (seqlen_new or
+   * cu_seqlens_new) they are the rows before those: flashtile_append_kv writes the new ones behind
+   * them, and flashtile_forward with the same problem counts them in. seqlen_k of the mask is what
+   * is in use without the left padding. */
+  int64_t page_size;          /* rows of a page, any number; 0: no cache, nothing below is read */
+  int64_t num_pages;          /* entries of the first dimension of k and v */
+  const int32_t* block_table; /* [batch, max_blocks], int32, page numbers; or NULL */
+  int64_t block_table_stride; /* from row to row, in elements; a column has stride 1 */
+  int64_t max_blocks;         /* columns */
+  const int32_t* cache_batch_idx; /* [batch], int32; NULL with a block_table */
+  const int32_t* cache_leftpad;   /* [batch], int32; rows at the beginning that nobody sees */
+  int64_t seqlen_new;             /* new rows of every sequence */
+  const int32_t* cu_seqlens_new;  /* [batch + 1], int32; instead: packed, like cu_seqlens_q */
+  int64_t total_new;              /* rows of the packed tensor */
+  /* Parts that the keys of a sequence are cut into at most; 0: flashtile chooses. A row's bits
+   * depend on this and on its own sequence alone: not on page sizes, neighbours or threads. */
+  int64_t num_splits;
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
@@ -142,17 +179,51 @@ typedef struct {
   size_t workspace_bytes;
 } flashtile_backward_params;
 
+/* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
+ * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, or on a page that does not
+ * exist, is not written, and neither is any row of a sequence whose seqused_k is negative. Two
+ * sequences must not append to the same page.
+ *
+ * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
+ * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
+ * y sin, x sin + y cos)   for rotary_dim / 2 pairs of every head. Query i of a sequence stands at
+ * seqused_k[b] + i. Numbers past rotary_dim are copied. Where the tables have no row p, k is not
+ * written and q_out is NaN.
+ *
+ * Reads the problem's sizes, dtype, seqused_k, cache and new rows; and cu_seqlens_q, seqlen_q and
+ * total_q for q. Masks, scale and seqused_q are not looked at. No workspace. */
+typedef struct {
+  uint32_t struct_size; /* sizeof(flashtile_append_kv_params) */
+  const flashtile_problem* problem;
+  flashtile_tensor k_new;   /* (batch, seqlen_new, num_heads_kv, head_dim) or (total_new, ...) */
+  flashtile_tensor v_new;   /* the same with head_dim_v */
+  flashtile_tensor k_cache; /* (num_pages, page_size, num_heads_kv, head_dim) */
+  flashtile_tensor v_cache; /* the same with head_dim_v */
+  const void* rotary_cos;   /* [rotary_rows, rotary_dim / 2] in the problem's dtype; NULL: none */
+  const void* rotary_sin;
+  int64_t rotary_stride; /* of both, from row to row, in elements */
+  int64_t rotary_rows;   /* >= 1 */
+  int64_t rotary_dim;    /* even, 2 to head_dim */
+  uint32_t rotary_flags; /* FLASHTILE_ROTARY_HALVES, FLASHTILE_ROTARY_Q_FIXED or 0 */
+  /* (batch, seqlen_q, num_heads, head_dim), packed with cu_seqlens_q; data NULL: no q. q_out may be
+   * q itself. */
+  flashtile_tensor q;
+  flashtile_tensor q_out;
+} flashtile_append_kv_params;
+
 /* clang-format off */
 #define FLASHTILE_PROBLEM_INIT                                                                   \
   { (uint32_t)sizeof(flashtile_problem), FLASHTILE_CPU, -1,                                      \
     FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL,    \
-    0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0, NULL, NULL }
+    0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0, NULL, NULL,    \
+    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0 }
 /* clang-format on */
 
 /* The same defaults as functions: sizes zero, pointers NULL, full attention. */
 FLASHTILE_API void flashtile_problem_init(flashtile_problem* problem);
 FLASHTILE_API void flashtile_forward_init(flashtile_forward_params* params);
 FLASHTILE_API void flashtile_backward_init(flashtile_backward_params* params);
+FLASHTILE_API void flashtile_append_kv_init(flashtile_append_kv_params* params);
 
 /* Exactly the checks and the dispatch of the call, on the host, without touching data; only the
  * workspace is not looked at. On refusal the sentence is copied to `why` (NUL-terminated, cut at
@@ -162,6 +233,8 @@ FLASHTILE_API flashtile_status flashtile_can_run(const flashtile_forward_params*
                                                  size_t why_size);
 FLASHTILE_API flashtile_status flashtile_can_run_backward(const flashtile_backward_params* params,
                                                           char* why, size_t why_size);
+FLASHTILE_API flashtile_status flashtile_can_run_append_kv(const flashtile_append_kv_params* params,
+                                                           char* why, size_t why_size);
 
 /* The name of the kernel that the call would run, e.g. "forward_sm80_d64_bf16_causal". */
 FLASHTILE_API flashtile_status flashtile_plan(const flashtile_forward_params* params, char* name,
@@ -181,6 +254,8 @@ FLASHTILE_API flashtile_status flashtile_forward(const flashtile_forward_params*
                                                  struct CUstream_st* stream);
 FLASHTILE_API flashtile_status flashtile_backward(const flashtile_backward_params* params,
                                                   struct CUstream_st* stream);
+FLASHTILE_API flashtile_status flashtile_append_kv(const flashtile_append_kv_params* params,
+                                                   struct CUstream_st* stream);
 
 /* The sentence of this thread's last failing call; "" before the first. Valid until the next one.
  */

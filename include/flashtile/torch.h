@@ -58,6 +58,41 @@ struct Sequences {
   bool check = false;
 };
 
+// A key/value cache, and what a call appends to it. New members are added at the end.
+//
+// k and v are (batch_cache, seqlen_cache, num_heads_kv, head_dim), where sequence b owns entry
+// batch_idx[b] (unset: b), or with block_table pages, (num_pages, page_size, ...): row j of
+// sequence b is row j % page_size of page block_table[b][j / page_size]. All numbers are int32 on
+// the cache's device; none is waited for, and none, however wrong, makes a call touch memory
+// outside the tensors.
+struct KVCache {
+  at::Tensor k, v;
+  std::optional<at::Tensor> seqlens = std::nullopt;      // (batch): rows in use; unset: all
+  std::optional<at::Tensor> batch_idx = std::nullopt;    // (batch)
+  std::optional<at::Tensor> leftpad = std::nullopt;      // (batch): first rows that nobody sees
+  std::optional<at::Tensor> block_table = std::nullopt;  // (batch, max_blocks)
+};
+
+// Rows that attention_with_kvcache writes into the cache, behind those in use, before it reads.
+struct NewKeys {
+  at::Tensor k, v;  // (batch, seqlen_new, num_heads_kv, head_dim); (total_q, ...) with packed q
+  // Both or neither: (seqlen_rotary, rotary_dim / 2); q and k are rotated by their position.
+  std::optional<at::Tensor> rotary_cos = std::nullopt;
+  std::optional<at::Tensor> rotary_sin = std::nullopt;
+  bool rotary_interleaved = true;  // pairs (2 d, 2 d + 1); else (d, d + rotary_dim / 2)
+};
+
+struct KVCacheOptions {
+  std::optional<NewKeys> append = std::nullopt;
+  std::optional<at::Tensor> cu_seqlens_q = std::nullopt;  // (batch + 1): q is packed
+  int64_t max_seqlen_q = 0;                               // then a hint
+  bool causal = false;                                    // aligned at the bottom right
+  std::pair<int64_t, int64_t> window_size = {-1, -1};
+  std::optional<double> softmax_scale = std::nullopt;
+  int64_t num_splits = 0;  // parts of a sequence's keys at most; 0: from its length
+  bool return_lse = false;
+};
+
 struct AttentionResult {
   at::Tensor out;          // shaped like q, with head_dim_v; contiguous if new; in the dtype of q
   at::Tensor softmax_lse;  // fp32 (batch, num_heads, seqlen_q), varlen (num_heads, total_q);
@@ -276,6 +311,47 @@ inline void assert_sequence(int64_t rows, TensorRef cu_seqlens, OptionalRef sequ
                     "allowed: 0 to the rows of the sequence");
 }
 
+// An op of the cache by its name and signature.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline void append_kv(const KVCache& cache, const NewKeys& added, OptionalRef cu_seqlens) {
+  using Signature = void(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, OptionalRef,
+                         OptionalRef, OptionalRef);
+  static const auto op = find_op<Signature>("flashtile::append_kv");
+  at::Tensor k = cache.k, v = cache.v;
+  op.call(k, v, added.k, added.v, *cache.seqlens, cache.batch_idx, cache.block_table, cu_seqlens);
+}
+
+// Returns q, rotated.
+inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewKeys& added,
+                                   bool q_fixed, OptionalRef cu_seqlens) {
+  using Signature =
+      at::Tensor(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
+                 bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef);
+  static const auto op = find_op<Signature>("flashtile::append_kv_rotary");
+  at::Tensor k = cache.k, v = cache.v;
+  return op.call(k, v, added.k, added.v, q, *added.rotary_cos, *added.rotary_sin,
+                 added.rotary_interleaved, q_fixed, *cache.seqlens, cache.batch_idx,
+                 cache.block_table, cu_seqlens);
+}
+
+inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
+  using Signature = Forward(TensorRef, TensorRef, TensorRef, std::optional<double>, c10::SymInt,
+                            c10::SymInt, c10::SymInt, c10::SymInt, c10::SymInt, OptionalRef,
+                            OptionalRef, OptionalRef, OptionalRef, OptionalRef, OptionalRef);
+  static const auto op = find_op<Signature>("flashtile::forward_kvcache");
+  const bool appended = options.append.has_value(), packed = options.cu_seqlens_q.has_value();
+  const int64_t seqlen_new = appended && !packed ? options.append->k.size(1) : 0;
+  return op.call(q, cache.k, cache.v, options.softmax_scale, options.window_size.first,
+                 options.causal ? 0 : options.window_size.second, seqlen_new, options.num_splits,
+                 options.max_seqlen_q, options.cu_seqlens_q,
+                 appended ? options.cu_seqlens_q : std::nullopt, cache.seqlens, cache.batch_idx,
+                 cache.leftpad, cache.block_table);
+}
+
 }  // namespace detail
 
 // out = softmax(softmax_scale * q k^T + mask) v, per batch and head, in memory linear in the
@@ -311,6 +387,38 @@ inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k
                              .seqused_q = sequences.seqused_q,
                              .seqused_k = sequences.seqused_k};
   return detail::attend(q, k, v, call, options);
+}
+
+// Attention of new queries over a cache, into which options.append is written first, in place. q is
+// (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q,
+// which serves prefill and decoding in one call. A row beyond the capacity is not written. The bits
+// of a sequence's result depend on num_splits and on the sequence alone. Served on the CPU in this
+// version; without gradients.
+inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
+                                              const KVCacheOptions& options = {}) {
+  for (const at::Tensor* tensor : {&q, &cache.k, &cache.v}) {
+    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor->requires_grad(),
+                "flashtile: q, cache.k or cache.v requires grad; allowed: none, or "
+                "at::NoGradGuard, as attention over a cache has no gradient");
+  }
+  at::Tensor queries = q;
+  if (options.append.has_value()) {
+    const NewKeys& added = *options.append;
+    TORCH_CHECK(cache.seqlens.has_value(),
+                "flashtile: cache.seqlens is unset; allowed: a tensor, which says where "
+                "append.k belongs");
+    TORCH_CHECK(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
+                "flashtile: one of rotary_cos and rotary_sin is unset; allowed: both or neither");
+    if (added.rotary_cos.has_value()) {
+      const bool limited =
+          options.causal || options.window_size != std::pair<int64_t, int64_t>(-1, -1);
+      queries = detail::append_kv_rotary(q, cache, added, !limited, options.cu_seqlens_q);
+    } else {
+      detail::append_kv(cache, added, options.cu_seqlens_q);
+    }
+  }
+  const auto [out, lse] = detail::read_kvcache(queries, cache, options);
+  return {out, options.return_lse ? lse : at::Tensor()};
 }
 
 }  // namespace flashtile

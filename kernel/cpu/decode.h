@@ -1,11 +1,14 @@
 // Forward for few query rows per key/value head (decoding): reading the keys and values once is the
 // whole cost, so nothing is packed.
 //
-// Keys are cut into chunks of fixed length; a task is (sequence, chunk, key/value head), the head
+// Keys are cut into parts of whole chunks; a task is (sequence, part, key/value head), the head
 // innermost because rows of one token lie together, and covers all query rows of the head's group.
-// Each leaves an unnormalised output and its softmax state; a second phase merges the chunks of a
+// Each leaves an unnormalised output and its softmax state; a second phase merges the parts of a
 // row in order, so the result does not depend on the number of threads. Chunks that no query sees
 // are not read.
+//
+// A part is one chunk, or in a cache as many as the sequence's own length asks for: there the
+// scratch memory must not grow with the capacity, which may be far beyond any sequence.
 #pragma once
 
 #include "arena.h"
@@ -17,6 +20,7 @@
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
 constexpr int64_t kDecodeKeys = 128;  // per chunk
+constexpr int64_t kCacheParts = 32;   // at most, of a sequence in a cache
 
 // Lane i of the result is the sum of the lanes of v[i].
 template <class C, int kHalf = kLanes<C> / 2>
@@ -50,10 +54,9 @@ FLASHTILE_INLINE Vec<C> score_keys(const C* query, const Matrix<const C>& keys, 
 
 // out.row(r) += sum over i < kLanes of weights.row(r)[i] * values.row(i), for all rows: each vector
 // of the values is read and widened once.
-template <class T>
-FLASHTILE_INLINE void add_values(const Matrix<Compute<T>>& weights, const Rows<const T>& values,
-                                 int64_t rows, int64_t dim, const Matrix<Compute<T>>& out) {
-  using C = Compute<T>;
+template <class Source, class C>
+FLASHTILE_INLINE void add_values(const Matrix<C>& weights, const Source& values, int64_t rows,
+                                 int64_t dim, const Matrix<C>& out) {
   constexpr int kWidth = kLanes<C>;
   for (int64_t d = 0; d < dim; d += kWidth) {
     Vec<C> value[kWidth];
@@ -70,10 +73,9 @@ FLASHTILE_INLINE void add_values(const Matrix<Compute<T>>& weights, const Rows<c
 }
 
 // The same for one row and exactly the values `seen`: an inf or NaN elsewhere must not meet a zero.
-template <class T>
-FLASHTILE_INLINE void add_some_values(const Compute<T>* weight, const Rows<const T>& values,
-                                      const Range& seen, int64_t dim, Compute<T>* out) {
-  using C = Compute<T>;
+template <class Source, class C>
+FLASHTILE_INLINE void add_some_values(const C* weight, const Source& values, const Range& seen,
+                                      int64_t dim, C* out) {
   for (int64_t d = 0; d < dim; d += kLanes<C>) {
     Vec<C> sum = load(out + d);
     for (int64_t i = seen.begin; i < seen.end; ++i)
@@ -119,7 +121,7 @@ class Decode {
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
     const size_t shares =
-        static_cast<size_t>(all_chunks(problem) * problem.num_heads * extent.max_q);
+        static_cast<size_t>(all_parts(problem, extent) * problem.num_heads * extent.max_q);
     const size_t bytes =
         static_cast<size_t>(threads) * tile_bytes(problem, extent) + shares * share_bytes(problem);
     return {bytes, bytes};
@@ -128,9 +130,9 @@ class Decode {
   void run() {
     const bool flush = sizeof(C) == sizeof(float);
     const int64_t heads = problem_.num_heads_kv;
-    const int64_t chunks = chunks_of(extent_.max_k);
-    parallel_for(threads_, problem_.batch * chunks * heads, flush, [&](int64_t task, int thread) {
-      attend(task / heads / chunks, task / heads % chunks, task % heads, thread);
+    const int64_t parts = most_parts(problem_, extent_);
+    parallel_for(threads_, problem_.batch * parts * heads, flush, [&](int64_t task, int thread) {
+      attend(task / heads / parts, task / heads % parts, task % heads, thread);
     });
     parallel_for(threads_, problem_.batch * problem_.num_heads, flush, [&](int64_t task, int) {
       merge(task / problem_.num_heads, task % problem_.num_heads);
@@ -138,15 +140,30 @@ class Decode {
   }
 
  private:
-  // The output of one query row over one chunk: [head_dim_v], unnormalised, and its state.
+  // The output of one query row over one part: [head_dim_v], unnormalised, and its state.
   struct Share {
     C* out;
     RowState<C>* state;
   };
 
   static int64_t chunks_of(int64_t keys) { return (keys + kDecodeKeys - 1) / kDecodeKeys; }
-  // Chunks of all sequences: each begins a chunk of its own.
-  static int64_t all_chunks(const Problem& problem) {
+  static int64_t allowed_parts(const Problem& problem) {
+    return problem.cache.num_splits > 0 ? problem.cache.num_splits : kCacheParts;
+  }
+  // Keys of a part, from the length of the sequence alone.
+  static int64_t part_keys(const Problem& problem, int64_t keys) {
+    if (!problem.cache.exists()) return kDecodeKeys;
+    const int64_t allowed = allowed_parts(problem);
+    return larger_of(round_up((keys + allowed - 1) / allowed, kDecodeKeys), kDecodeKeys);
+  }
+  // Of a sequence.
+  static int64_t most_parts(const Problem& problem, const Extent& extent) {
+    const int64_t chunks = chunks_of(extent.max_k);
+    return problem.cache.exists() ? smaller_of(allowed_parts(problem), chunks) : chunks;
+  }
+  // Of all sequences: each begins a part of its own.
+  static int64_t all_parts(const Problem& problem, const Extent& extent) {
+    if (problem.cache.exists()) return problem.batch * most_parts(problem, extent);
     return problem.is_varlen() ? problem.total_k / kDecodeKeys + problem.batch
                                : problem.batch * chunks_of(problem.seqlen_k);
   }
@@ -163,10 +180,11 @@ class Decode {
     return static_cast<size_t>(dim + 2 * kLanes<C>) * sizeof(C);
   }
   char* workspace() const { return static_cast<char*>(params_.workspace); }
-  Share share(const Sequence& seq, int64_t batch, int64_t head_query, int64_t chunk) const {
-    const int64_t first = problem_.is_varlen() ? seq.k_begin / kDecodeKeys + batch
-                                               : batch * chunks_of(problem_.seqlen_k);
-    const int64_t row = (first + chunk) * problem_.num_heads * extent_.max_q + head_query;
+  Share share(const Sequence& seq, int64_t head_query, int64_t part) const {
+    const bool packed = problem_.is_varlen() && !problem_.cache.exists();
+    const int64_t first =
+        packed ? seq.k_begin / kDecodeKeys + seq.index : seq.index * most_parts(problem_, extent_);
+    const int64_t row = (first + part) * problem_.num_heads * extent_.max_q + head_query;
     C* const at = reinterpret_cast<C*>(
         workspace() + static_cast<size_t>(threads_) * tile_bytes(problem_, extent_) +
         static_cast<size_t>(row) * share_bytes(problem_));
@@ -174,26 +192,29 @@ class Decode {
   }
   int64_t head_query(int64_t head, int64_t query) const { return head * extent_.max_q + query; }
 
-  // All query rows of the group of `head` against one chunk of its keys. Row r of the tile is query
+  // All query rows of the group of `head` against one part of its keys. Row r of the tile is query
   // r / group of head head * group + r % group.
-  void attend(int64_t batch, int64_t chunk, int64_t head, int thread) const {
+  void attend(int64_t batch, int64_t part, int64_t head, int thread) const {
     const Sequence seq = sequence_of(problem_, batch);
-    const int64_t k0 = chunk * kDecodeKeys;
-    const Visible visible =
-        seq.visible.block(0, seq.q_len, k0, smaller_of(kDecodeKeys, seq.k_len - k0));
-    if (visible.keys <= 0 || visible.queries_of_group(0, visible.keys).empty()) return;
+    if (extent_.leaves_out(seq.q_len)) return;
+    const int64_t count = part_keys(problem_, seq.k_len);
+    const Range seen = seq.visible.keys_of_group(0, seq.q_len);
+    const Range keys = {larger_of(part * count, round_down(seen.begin, kDecodeKeys)),
+                        smaller_of((part + 1) * count, seen.end)};
+    if (keys.empty()) return;
     Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes(problem_, extent_));
     const DecodeTile<C> tile = DecodeTile<C>::take(arena, rows_of(problem_, extent_), problem_);
     const int64_t rows = group_ * seq.q_len;
     for (int64_t r = 0; r < rows; ++r) {
       const Rows<const T> q = query_rows<const T>(params_.q, seq, head * group_ + r % group_);
       widen(q.row(r / group_), problem_.head_dim, scale_.sign, tile.q.row(r), tile.q.stride);
+      tile.states[r] = RowState<C>{};
+      for (int64_t d = 0; d < tile.out.stride; d += kLanes<C>) store(tile.out.row(r) + d, Vec<C>{});
     }
-    score(tile, key_rows<const T>(params_.k, seq, head).from(k0), rows,
-          visible.keys_of_group(0, seq.q_len));
-    weigh(tile, key_rows<const T>(params_.v, seq, head).from(k0), rows, visible);
+    for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kDecodeKeys)
+      attend_chunk(seq, tile, head, k0);
     for (int64_t r = 0; r < rows; ++r) {
-      const Share to = share(seq, batch, head_query(head * group_ + r % group_, r / group_), chunk);
+      const Share to = share(seq, head_query(head * group_ + r % group_, r / group_), part);
       *to.state = tile.states[r];
       for (int64_t d = 0; d < tile.out.stride; d += kLanes<C>) {
         store(to.out + d, load(tile.out.row(r) + d));
@@ -201,43 +222,69 @@ class Decode {
     }
   }
 
-  // Scores to weights, and tile.out = weights * values.
-  void weigh(const DecodeTile<C>& tile, const Rows<const T>& values, int64_t rows,
+  // Adds the chunk of keys that starts at k0.
+  void attend_chunk(const Sequence& seq, const DecodeTile<C>& tile, int64_t head,
+                    int64_t k0) const {
+    const int64_t count = smaller_of(kDecodeKeys, seq.k_len - k0);
+    const Visible visible = seq.visible.block(0, seq.q_len, k0, count);
+    if (!problem_.cache.exists()) {
+      return attend_keys(tile, visible, key_rows<const T>(params_.k, seq, head).from(k0),
+                         key_rows<const T>(params_.v, seq, head).from(k0));
+    }
+    const T *k[kDecodeKeys], *v[kDecodeKeys];
+    list_keys(problem_, params_.k, seq, head, {k0, k0 + count}, k);
+    list_keys(problem_, params_.v, seq, head, {k0, k0 + count}, v);
+    attend_keys(tile, visible, RowList<const T>{k}, RowList<const T>{v});
+  }
+
+  template <class Source>
+  void attend_keys(const DecodeTile<C>& tile, const Visible& visible, const Source& keys,
+                   const Source& values) const {
+    const int64_t rows = group_ * visible.queries;
+    score(tile, keys, rows, visible.keys_of_group(0, visible.queries));
+    weigh(tile, values, rows, visible);
+  }
+
+  // Scores to weights, and tile.out += weights * values.
+  template <class Source>
+  void weigh(const DecodeTile<C>& tile, const Source& values, int64_t rows,
              const Visible& visible) const {
     const int64_t dim = problem_.head_dim_v;
     const Range any = visible.keys_of_group(0, visible.queries);  // that some query sees
     const Range every = {visible.keys_of(visible.queries - 1).begin, visible.keys_of(0).end};
     for (int64_t r = 0; r < rows; ++r) {
-      tile.states[r] = RowState<C>{};
-      for (int64_t d = 0; d < tile.out.stride; d += kLanes<C>) store(tile.out.row(r) + d, Vec<C>{});
       C* const row = tile.scores.row(r);
-      weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r / group_), any, scale_.log2, row,
-                                   tile.states[r]);
+      const C factor = weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r / group_), any,
+                                                    scale_.log2, row, tile.states[r]);
+      if (factor != 1) scale_row(tile.out.row(r), tile.out.stride, factor);
     }
     for (int64_t j = round_down(any.begin, kLanes<C>); j < any.end; j += kLanes<C>) {
       const Matrix<C> weights{tile.scores.data + j, tile.scores.stride};
       if (every.begin <= j && every.end >= j + kLanes<C>) {
-        add_values<T>(weights, values.from(j), rows, dim, tile.out);
+        add_values(weights, values.from(j), rows, dim, tile.out);
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
         const Range seen = visible.keys_of(r / group_);
-        add_some_values<T>(weights.row(r), values.from(j),
-                           {clamp(seen.begin - j, kLanes<C>), clamp(seen.end - j, kLanes<C>)}, dim,
-                           tile.out.row(r));
+        add_some_values(weights.row(r), values.from(j),
+                        {clamp(seen.begin - j, kLanes<C>), clamp(seen.end - j, kLanes<C>)}, dim,
+                        tile.out.row(r));
       }
     }
   }
 
   // scores[r][j] for the keys `wanted`, and for others in the same vectors.
-  void score(const DecodeTile<C>& tile, const Rows<const T>& keys, int64_t rows,
+  template <class Source>
+  void score(const DecodeTile<C>& tile, const Source& keys, int64_t rows,
              const Range& wanted) const {
     const int64_t dim = problem_.head_dim;
     for (int64_t j = round_down(wanted.begin, kLanes<C>); j < wanted.end; j += kLanes<C>) {
       const int64_t some = smaller_of(kLanes<C>, wanted.end - j);
       Matrix<const C> block{tile.keys.data, tile.keys.stride};
       if constexpr (sizeof(T) == sizeof(C)) {
-        if (some == kLanes<C> && dim % kLanes<C> == 0) block = {keys.row(j), keys.stride};
+        const bool whole = some == kLanes<C> && dim % kLanes<C> == 0;
+        const int64_t stride = whole ? keys.from(j).common_stride(kLanes<C>) : 0;
+        if (stride != 0) block = {keys.row(j), stride};
       }
       if (block.data == tile.keys.data) {
         for (int64_t i = 0; i < kLanes<C>; ++i) {
@@ -254,7 +301,9 @@ class Decode {
   void merge(int64_t batch, int64_t head) const {
     const Sequence seq = sequence_of(problem_, batch);
     const Range keys = seq.visible.keys_of_group(0, seq.q_len);
-    const Range chunks = {keys.begin / kDecodeKeys, chunks_of(keys.end)};
+    if (extent_.leaves_out(seq.q_len)) return;
+    const int64_t count = part_keys(problem_, seq.k_len);
+    const Range parts = {keys.begin / count, (keys.end + count - 1) / count};
     const Rows<T> out = query_rows<T>(params_.out, seq, head);
     float* lse = row_values(params_.lse, seq, head);
     for (int64_t i = 0; i < seq.q_len; ++i) {
@@ -262,31 +311,30 @@ class Decode {
       RowState<C> state;
       const C* sum = nullptr;
       if (!keys.empty()) {
-        state = merge_row(seq, batch, head_query(head, i), chunks);
-        sum = share(seq, batch, head_query(head, i), chunks.begin).out;
+        state = merge_row(seq, head_query(head, i), parts);
+        sum = share(seq, head_query(head, i), parts.begin).out;
       }
       finish_row<T>({sum, state, sees_keys, scale_.magnitude}, problem_.head_dim_v, out.row(i),
                     lse == nullptr ? nullptr : lse + i);
     }
   }
 
-  // The state of a row over all chunks; its output is summed up in the share of the first.
-  RowState<C> merge_row(const Sequence& seq, int64_t batch, int64_t row,
-                        const Range& chunks) const {
+  // The state of a row over all parts; its output is summed up in the share of the first.
+  RowState<C> merge_row(const Sequence& seq, int64_t row, const Range& parts) const {
     RowState<C> all;
-    for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-      const C largest = share(seq, batch, row, c).state->largest;
+    for (int64_t p = parts.begin; p < parts.end; ++p) {
+      const C largest = share(seq, row, p).state->largest;
       if (largest > all.largest) all.largest = largest;
     }
     const C base = all.largest == -kInfinity<C> ? C{0} : all.largest;
-    C* const sum = share(seq, batch, row, chunks.begin).out;
-    for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-      const Share from = share(seq, batch, row, c);
+    C* const sum = share(seq, row, parts.begin).out;
+    for (int64_t p = parts.begin; p < parts.end; ++p) {
+      const Share from = share(seq, row, p);
       const C factor = exp2<C, kExp2Degree<T>>(splat(from.state->largest - base), scale_.log2)[0];
       all.sum += from.state->sum * factor;
       for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes<C>) {
         const Vec<C> term = load(from.out + d) * factor;
-        store(sum + d, c == chunks.begin ? term : load(sum + d) + term);
+        store(sum + d, p == parts.begin ? term : load(sum + d) + term);
       }
     }
     return all;

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "backend.h"
+#include "cache.h"
 #include "engine.h"
 #include "unused_rows.h"
 #if defined(FLASHTILE_CPU_HAVE_AMX)
@@ -139,20 +140,24 @@ Extent exact_extent(const Problem& problem) {
 
 int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > total ? total : hint; }
 
-// Without reading cu_seqlens: room for all threads if the longest lengths were told truly, and for
-// one thread if they were not. `most_queries`: with longer sequences the pass does not run.
+// Without reading cu_seqlens and lengths: room for all threads if the longest lengths were told
+// truly, and for one thread if they were not. `most_queries`: with longer sequences the pass does
+// not run.
 template <class Params>
 size_t planned_bytes(const Pass<Params>& pass, const Problem& problem,
                      int64_t most_queries = INT64_MAX) {
   const auto at_most = [&](int64_t max_q, int64_t max_k) {
     return Extent{max_q < most_queries ? max_q : most_queries, max_k};
   };
-  if (!problem.is_varlen()) {
+  const bool cache = problem.cache.exists(), varlen = problem.is_varlen();
+  if (!varlen && !cache) {
     return pass.scratch(problem, at_most(problem.seqlen_q, problem.seqlen_k), max_threads()).wanted;
   }
-  const Extent hint = at_most(clamp_hint(problem.seqlen_q, problem.total_q),
-                              clamp_hint(problem.seqlen_k, problem.total_k));
-  const Extent most = at_most(problem.total_q, problem.total_k);
+  const int64_t most_q = varlen ? problem.total_q : problem.seqlen_q;
+  const int64_t most_k = cache ? problem.cache.capacity() : problem.total_k;
+  const Extent hint =
+      at_most(clamp_hint(problem.seqlen_q, most_q), clamp_hint(problem.seqlen_k, most_k));
+  const Extent most = at_most(most_q, most_k);
   const size_t wanted = pass.scratch(problem, hint, max_threads()).wanted;
   const size_t needed = pass.scratch(problem, most, 1).minimum;
   return wanted > needed ? wanted : needed;
@@ -177,8 +182,37 @@ Status run(const Pass<Params>& pass, const Params& params, const Extent& extent)
                 params.workspace == nullptr ? size_t{0} : params.workspace_bytes, needed);
   }
   pass.run(params, extent, threads);
-  clear_unused(params);
   return FLASHTILE_OK;
+}
+
+int64_t queries_in_use(const Problem& problem, int64_t sequence) {
+  if (problem.seqused_q != nullptr) return problem.seqused_q[sequence];
+  if (!problem.is_varlen()) return problem.seqlen_q;
+  return int64_t{problem.cu_seqlens_q[sequence + 1]} - problem.cu_seqlens_q[sequence];
+}
+
+// Sequences in a cache each take the pass that suits their own number of queries: which one it is
+// must not depend on the neighbours, because the two do not agree in every bit.
+Status run_cached(const Engine& engine, const ForwardParams& params) {
+  const Problem& problem = params.problem;
+  Extent few, many;
+  many.min_q = decode_queries(problem) + 1;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const int64_t q = queries_in_use(problem, b), k = cache_rows(problem, b).count;
+    Extent& extent = q < many.min_q ? few : many;
+    if (q > extent.max_q) extent.max_q = q;
+    if (k > extent.max_k) extent.max_k = k;
+  }
+  if (few.max_q > 0) {
+    if (Status s = run(engine.decode, params, few)) return s;
+  }
+  return many.max_q > 0 ? run(engine.forward, params, many) : FLASHTILE_OK;
+}
+
+Status run_forward(const Engine& engine, const ForwardParams& params) {
+  if (params.problem.cache.exists()) return run_cached(engine, params);
+  const Extent extent = exact_extent(params.problem);
+  return run(is_decode(params.problem, extent) ? engine.decode : engine.forward, params, extent);
 }
 
 }  // namespace
@@ -192,7 +226,8 @@ Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_by
                 set->name, dtype_name(problem.dtype));
   workspace_bytes =
       decode ? planned_decode_bytes(engine, problem) : planned_bytes(engine.forward, problem);
-  if (problem.is_varlen()) {  // the lengths may turn out to need the other pass
+  // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
+  if (problem.is_varlen() || (problem.cache.exists() && problem.seqused_q != nullptr)) {
     const size_t other =
         decode ? planned_bytes(engine.forward, problem) : planned_decode_bytes(engine, problem);
     if (other > workspace_bytes) workspace_bytes = other;
@@ -213,16 +248,25 @@ Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_b
 Status forward(const ForwardParams& params) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engine(params.problem.dtype);
-  const Extent extent = exact_extent(params.problem);
-  return run(is_decode(params.problem, extent) ? engine.decode : engine.forward, params, extent);
+  if (Status s = run_forward(set->engine(params.problem.dtype), params)) return s;
+  clear_unused(params);
+  return FLASHTILE_OK;
 }
 
 Status backward(const BackwardParams& params) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
   const Engine& engine = set->engine(params.problem.dtype);
-  return run(engine.backward, params, exact_extent(params.problem));
+  if (Status s = run(engine.backward, params, exact_extent(params.problem))) return s;
+  clear_unused(params);
+  return FLASHTILE_OK;
+}
+
+Status append_kv(const AppendParams& params) {
+  const InstructionSet* set = choose();
+  if (set == nullptr) return no_instruction_set();
+  set->engine(params.problem.dtype).append_kv(params, max_threads());
+  return FLASHTILE_OK;
 }
 
 const char* instruction_sets() {

@@ -1,6 +1,7 @@
 // One instruction set's engines. CMake compiles this file once per instruction set.
 #include "engine.h"
 
+#include "append.h"
 #include "backward.h"
 #include "backward_vector.h"
 #include "decode.h"
@@ -14,7 +15,7 @@ namespace {
 template <class T>
 constexpr Engine engine_of() {
   return {pass_of<Forward<VectorForward<T>>, ForwardParams>(), pass_of<Decode<T>, ForwardParams>(),
-          pass_of<Backward<VectorBackward<T>>, BackwardParams>()};
+          pass_of<Backward<VectorBackward<T>>, BackwardParams>(), &append_kv<T>};
 }
 
 }  // namespace

@@ -9,6 +9,9 @@ namespace flashtile::cpu {
 struct Extent {
   int64_t max_q = 0;
   int64_t max_k = 0;
+  int64_t min_q = 0;  // shorter sequences, and ones that are longer than max_q, are another pass's
+
+  constexpr bool leaves_out(int64_t q_len) const { return q_len < min_q || q_len > max_q; }
 };
 
 // Scratch memory of a pass: with `minimum` it runs on the given number of threads, anything up to
@@ -29,6 +32,7 @@ struct Engine {
   Pass<ForwardParams> forward;
   Pass<ForwardParams> decode;
   Pass<BackwardParams> backward;
+  void (*append_kv)(const AppendParams& params, int threads);
 };
 
 // One instruction set; engines are indexed by Dtype.

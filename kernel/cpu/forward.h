@@ -3,7 +3,8 @@
 // Heads are taken in waves that fit the workspace. Phase 1 packs the keys and values of the wave's
 // key/value heads once; phase 2 runs one task per (key/value head, query head of its group, block
 // of queries) over the key blocks that it sees, so packing hides every layout and storage format,
-// and the heads of a group share it. Keys that no query sees are not read.
+// and the heads of a group share it. Keys that no query sees are not read. Blocks are counted from
+// a sequence's own first row, so its results do not depend on its neighbours or on pages.
 //
 // What is packed and how a block of keys meets a block of queries is the matter of `Products`:
 // VectorForward (forward_vector.h) or TileForward (forward_tiles.h).
@@ -81,7 +82,15 @@ class Forward {
     const int64_t head = pair % problem_.num_heads_kv;
     const int64_t k0 = block * Products::kBlockK;
     const int64_t keys = smaller_of(Products::kBlockK, seq.k_len - k0);
+    if (extent_.leaves_out(seq.q_len)) return;
     if (keys <= 0 || seq.visible.queries_of_group(k0, keys).empty()) return;
+    if (problem_.cache.exists()) {
+      const T *k[Products::kBlockK], *v[Products::kBlockK];
+      list_keys(problem_, params_.k, seq, head, {k0, k0 + keys}, k);
+      list_keys(problem_, params_.v, seq, head, {k0, k0 + keys}, v);
+      packed(slot).pack(problem_, k0, keys, RowList<const T>{k}, RowList<const T>{v});
+      return;
+    }
     packed(slot).pack(problem_, k0, keys, key_rows<const T>(params_.k, seq, head).from(k0),
                       key_rows<const T>(params_.v, seq, head).from(k0));
   }
@@ -92,7 +101,7 @@ class Forward {
     const int64_t head = pair % problem_.num_heads_kv * group + in_group;
     const int64_t q0 = block * Products::kBlockQ;
     const int64_t queries = smaller_of(Products::kBlockQ, seq.q_len - q0);
-    if (queries <= 0) return;
+    if (queries <= 0 || extent_.leaves_out(seq.q_len)) return;
     Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes(problem_));
     Products products(problem_, Products::Tile::take(arena, problem_));
     products.begin(query_rows<const T>(params_.q, seq, head).from(q0), queries);

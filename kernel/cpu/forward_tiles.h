@@ -28,8 +28,8 @@ class TileForward {
       head.finite = arena.take<uint8_t>(max_k / kBlockK + 1);
       return head;
     }
-    void pack(const Problem& problem, int64_t k0, int64_t count, Rows<const BFloat16> k,
-              Rows<const BFloat16> v) const {
+    template <class Source>
+    void pack(const Problem& problem, int64_t k0, int64_t count, Source k, Source v) const {
       pack_right_transposed(k, count, problem.head_dim, keys_of(k0, problem.head_dim));
       pack_right(v, count, problem.head_dim_v, values_of(k0, count, problem.head_dim_v));
       finite[k0 / kBlockK] = all_finite(v, count, problem.head_dim_v);

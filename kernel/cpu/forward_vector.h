@@ -32,8 +32,8 @@ class VectorForward {
       head.finite = arena.take<uint8_t>(max_k / kBlockK + 1);
       return head;
     }
-    void pack(const Problem& problem, int64_t k0, int64_t count, Rows<const T> k,
-              Rows<const T> v) const {
+    template <class Source>
+    void pack(const Problem& problem, int64_t k0, int64_t count, Source k, Source v) const {
       const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
       pack_transposed(k, count, dim, C{1}, keys + k0 * dim);
       finite[k0 / kBlockK] = pack_rows(v, count, dim_v, values + k0 * round_up(dim_v, kPanel<C>));

@@ -45,10 +45,8 @@ FLASHTILE_INLINE void transpose(Vec<C> (&rows)[kLanes<C>]) {
 
 // Rows become columns: to is panels [count / kPanel][dim][kPanel] of factor * row, zeros for the
 // columns behind `count` in the last panel.
-template <class T>
-void pack_transposed(Rows<const T> rows, int64_t count, int64_t dim, Compute<T> factor,
-                     Compute<T>* to) {
-  using C = Compute<T>;
+template <class Source, class C = Compute<typename Source::Number>>
+void pack_transposed(Source rows, int64_t count, int64_t dim, C factor, C* to) {
   constexpr int kWidth = kLanes<C>;
   for (int64_t column = 0; column < round_up(count, kPanel<C>); column += kWidth) {
     C* panel = to + round_down(column, kPanel<C>) * dim + column % kPanel<C>;
@@ -68,13 +66,12 @@ void pack_transposed(Rows<const T> rows, int64_t count, int64_t dim, Compute<T> 
 
 // Rows stay rows: to is panels [round_up(dim, kPanel) / kPanel][count][kPanel], zeros for the
 // columns behind `dim`. Returns whether every number was finite.
-template <class T>
-bool pack_rows(Rows<const T> rows, int64_t count, int64_t dim, Compute<T>* to) {
-  using C = Compute<T>;
+template <class Source, class C = Compute<typename Source::Number>>
+bool pack_rows(Source rows, int64_t count, int64_t dim, C* to) {
   constexpr int kWidth = kLanes<C>;
   Vec<C> zero{};  // stays zero unless something was inf or NaN
   for (int64_t i = 0; i < count; ++i) {
-    const T* row = rows.row(i);
+    const auto* row = rows.row(i);
     for (int64_t d = 0; d < round_up(dim, kPanel<C>); d += kWidth) {
       const Vec<C> v = read_some(row + d, dim - d);
       zero += v * C{0};

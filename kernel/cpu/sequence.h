@@ -1,6 +1,9 @@
-// Where the rows in use of one (sequence, head) lie, dense or varlen.
+// Where the rows in use of one (sequence, head) lie: dense, varlen or in a cache.
 #pragma once
 
+#include <type_traits>
+
+#include "cache.h"
 #include "params.h"
 #include "visible.h"
 
@@ -9,29 +12,58 @@ namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 struct Sequence {
   int64_t batch;           // what stride_batch is multiplied with: 0 when varlen
   int64_t q_begin, q_len;  // rows of the packed tensor when varlen, else 0 and up
-  int64_t k_begin, k_len;
+  int64_t k_begin, k_len;  // in a cache: rows of the sequence, behind its left padding
   Visible visible;
+  int64_t index;  // of the sequence
 };
 
 inline Sequence sequence_of(const Problem& problem, int64_t index) {
-  Sequence seq = {index, 0, problem.seqlen_q, 0, problem.seqlen_k, {}};
+  Sequence seq = {index, 0, problem.seqlen_q, 0, problem.seqlen_k, {}, index};
   if (problem.is_varlen()) {
     const int32_t* const q = problem.cu_seqlens_q + index;
-    const int32_t* const k = problem.cu_seqlens_k + index;
-    seq = {0, q[0], q[1] - q[0], k[0], k[1] - k[0], {}};
+    seq = {0, q[0], q[1] - q[0], 0, 0, {}, index};
   }
   if (problem.seqused_q != nullptr) seq.q_len = problem.seqused_q[index];
-  if (problem.seqused_k != nullptr) seq.k_len = problem.seqused_k[index];
+  if (problem.cache.exists()) {
+    const CacheRows rows = cache_rows(problem, index);
+    seq.k_begin = rows.begin;
+    seq.k_len = rows.count;
+  } else {
+    if (problem.is_varlen()) {
+      const int32_t* const k = problem.cu_seqlens_k + index;
+      seq.k_begin = k[0];
+      seq.k_len = k[1] - k[0];
+    }
+    if (problem.seqused_k != nullptr) seq.k_len = problem.seqused_k[index];
+  }
   seq.visible = visible_of(problem, seq.q_len, seq.k_len);
   return seq;
 }
 
 template <class T>
 struct Rows {
+  using Number = std::remove_const_t<T>;
   T* data;
   int64_t stride;
   FLASHTILE_INLINE T* row(int64_t i) const { return data + i * stride; }
   FLASHTILE_INLINE Rows from(int64_t i) const { return {row(i), stride}; }
+  // From row to row of the first `count`; 0: it varies.
+  FLASHTILE_INLINE int64_t common_stride(int64_t) const { return stride; }
+};
+
+// Rows that lie anywhere, as those of a cache do.
+template <class T>
+struct RowList {
+  using Number = std::remove_const_t<T>;
+  T* const* list;
+  FLASHTILE_INLINE T* row(int64_t i) const { return list[i]; }
+  FLASHTILE_INLINE RowList from(int64_t i) const { return {list + i}; }
+  FLASHTILE_INLINE int64_t common_stride(int64_t count) const {
+    const int64_t step = list[1] - list[0];
+    bool common = true;
+    for (int64_t i = 1; i + 1 < count; ++i) common = common && list[i + 1] - list[i] == step;
+    return common ? step : 0;
+  }
 };
 
 // Row 0 of a head, `begin` rows into the tensor. A tensor without elements may have no memory.
@@ -51,6 +83,21 @@ inline Rows<T> query_rows(const View& view, const Sequence& seq, int64_t head) {
 template <class T>
 inline Rows<T> key_rows(const View& view, const Sequence& seq, int64_t head) {
   return rows_of<T>(view, seq.batch, seq.k_begin, head);
+}
+
+// The keys (values) `keys` of a sequence in a cache. Each page is looked up once.
+template <class T>
+inline void list_keys(const Problem& problem, const View& view, const Sequence& seq, int64_t head,
+                      const Range& keys, T** list) {
+  const Cache& cache = problem.cache;
+  for (int64_t i = keys.begin; i < keys.end;) {
+    const int64_t row = seq.k_begin + i, block = row / cache.page_size;
+    const int64_t end = smaller_of(keys.end, (block + 1) * cache.page_size - seq.k_begin);
+    const int64_t page = readable_page(cache, seq.index, block);
+    T* from = static_cast<T*>(view.data) + page * view.stride_batch + head * view.stride_head +
+              (row - block * cache.page_size) * view.stride_seq;
+    for (; i < end; ++i, from += view.stride_seq) *list++ = from;
+  }
 }
 
 // One fp32 per query row of a sequence and head; null when the view is absent.

@@ -42,8 +42,8 @@ inline void pack_left(Rows<const BFloat16> rows, int64_t count, int64_t dim, con
 
 // A right operand whose columns are the rows: `to` is to.depth (head_dim padded) x round_up(count,
 // 32).
-inline void pack_right_transposed(Rows<const BFloat16> rows, int64_t count, int64_t dim,
-                                  const TilePanels& to) {
+template <class Source = Rows<const BFloat16>>
+inline void pack_right_transposed(Source rows, int64_t count, int64_t dim, const TilePanels& to) {
   constexpr int kWidth = kLanes<float>;
   for (int64_t c = 0; c < round_up(count, kTilePair); c += kWidth) {
     for (int64_t d = 0; d < to.depth; d += 2 * kWidth) {
@@ -70,8 +70,8 @@ FLASHTILE_INLINE WordVec read_words(const BFloat16* from, int64_t count) {
 }
 
 // A right operand whose rows are the rows: `to` is to.depth (>= count) x round_up(dim, 32).
-inline void pack_right(Rows<const BFloat16> rows, int64_t count, int64_t dim,
-                       const TilePanels& to) {
+template <class Source = Rows<const BFloat16>>
+inline void pack_right(Source rows, int64_t count, int64_t dim, const TilePanels& to) {
   constexpr int kWidth = kLanes<float>;
   for (int64_t r = 0; r < to.depth; r += 2) {
     for (int64_t d = 0; d < round_up(dim, kTilePair); d += kWidth) {
@@ -95,7 +95,8 @@ inline void pack_left_transposed(Rows<const BFloat16> rows, int64_t count, int64
 }
 
 // Whether no number of the rows is inf or NaN.
-inline bool all_finite(Rows<const BFloat16> rows, int64_t count, int64_t dim) {
+template <class Source = Rows<const BFloat16>>
+inline bool all_finite(Source rows, int64_t count, int64_t dim) {
   WordVec found{};
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t d = 0; d < dim; d += kLanes<float>) {

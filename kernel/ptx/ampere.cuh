@@ -6,13 +6,7 @@
 
 namespace flashtile::ptx {
 
-// 16 bytes global -> shared, past L1. Only the first `bytes` (0 to 16) are read, the rest are
-// zeros.
-FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(bytes)
-               : "memory");
-}
+// 16 bytes global -> shared, past L1.
 FLASHTILE_DEVICE void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }

@@ -15,8 +15,8 @@ FLASHTILE_DEVICE int atomic_add_acquire(int* address, int x) {
                : "memory");
   return old;
 }
-FLASHTILE_DEVICE void red_add_release(int* address, int x) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+FLASHTILE_DEVICE void red_max_release(int* address, int x) {
+  asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
 // Returns the old value.
 FLASHTILE_DEVICE int atomic_add(int* address, int x) {

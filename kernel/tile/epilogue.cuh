@@ -43,10 +43,10 @@ template <class Tile, int kRows>
 FLASHTILE_DEVICE void store_global(const GlobalRows& rows, uint32_t tile, int row0, int lane) {
   constexpr int kRowsPerPass = 32 / kThreadsPerRow;
   const int column = lane % kThreadsPerRow;  // chunks
-  const bool plain = rows.format.aligned && rows.format.bytes == 2 * Tile::kCols;
+  const bool plain = is_plain(rows.format, Tile::kCols);
   FLASHTILE_ROLL
   for (int i = 0; i < kRows; i += kRowsPerPass) {
-    const int row = row0 + i + load_row(lane);
+    const int row = row0 + i + load_row<Tile>(lane);
     if (row >= rows.count) continue;
     char* const target = rows.first + row * rows.stride * 2;
     FLASHTILE_UNROLL
@@ -57,7 +57,7 @@ FLASHTILE_DEVICE void store_global(const GlobalRows& rows, uint32_t tile, int ro
       if (plain) {
         *reinterpret_cast<uint4*>(place) = x;
       } else {
-        store_chunk(place, x, rows.format.bytes - chunk * kChunkBytes, rows.format.aligned);
+        store_chunk(place, x, rows.format.bytes - chunk * kChunkBytes, rows.format.unit);
       }
     }
   }

@@ -5,8 +5,8 @@
 //
 // Four threads share a row: each moves every fourth 16-byte chunk, so that a thread needs one
 // pointer and few sums, and the chunks of a row are immediates of the instruction. Eight
-// neighbouring threads, whose 16 bytes go to shared memory at once, take rows r and r + 4: the
-// swizzle puts their chunks into different banks.
+// neighbouring threads, whose 16 bytes go to shared memory at once, take two rows whose chunks the
+// swizzle puts into different banks: r and r + 4, or r and r + 1 in panels of 32 columns.
 #pragma once
 
 #include "../ptx/ampere.cuh"
@@ -19,10 +19,11 @@ inline constexpr int kThreadsPerRow = 4;
 inline constexpr int kChunkStep = kThreadsPerRow * kChunkBytes;  // between a thread's chunks
 
 // Row of a thread in a pass over the tile. Of every eight rows, in the order of threads: 0 4 1 5 2
-// 6 3 7.
+// 6 3 7 in panels of 64 columns.
+template <class Tile>
 FLASHTILE_HOST_DEVICE int load_row(int thread) {
   const int group = thread / kThreadsPerRow;
-  return group / 8 * 8 + group % 2 * 4 + group % 8 / 2;
+  return Tile::kPanelCols == 64 ? group / 8 * 8 + group % 2 * 4 + group % 8 / 2 : group;
 }
 
 // A thread's 16-byte chunks of a tile in shared memory. Tiles of one shape share it: `tile_bytes`
@@ -34,17 +35,22 @@ struct LoadTarget {
   static constexpr int kChunks = Tile::kCols / 8 / kThreadsPerRow;  // of a row, per thread
   static_assert(Tile::kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
 
-  uint32_t base[2];  // chunks t and t + 4 of a panel, which differ by an XOR of 64 bytes
+  // Chunks t and t + 4 of a panel, which differ by an XOR of 64 bytes; only t in narrow panels.
+  static constexpr int kPerPanel = Tile::kPanelChunks / kThreadsPerRow;
+  uint32_t base[kPerPanel];
 
   FLASHTILE_DEVICE LoadTarget(uint32_t tile, int thread) {
-    base[0] = tile + Tile::offset(load_row(thread), thread % kThreadsPerRow);
-    base[1] = base[0] ^ kChunkStep;
-    ptx::hide(base[0]);
-    ptx::hide(base[1]);
+    const uint32_t first = tile + Tile::offset(load_row<Tile>(thread), thread % kThreadsPerRow);
+    FLASHTILE_UNROLL
+    for (int i = 0; i < kPerPanel; ++i) {
+      base[i] = first ^ i * kChunkStep;
+      ptx::hide(base[i]);
+    }
   }
 
   FLASHTILE_DEVICE uint32_t at(int pass, int chunk) const {
-    return base[chunk % 2] + chunk / 2 * Tile::kPanelBytes + pass * kRowsPerPass * kPanelRowBytes;
+    return base[chunk % kPerPanel] + chunk / kPerPanel * Tile::kPanelBytes +
+           pass * kRowsPerPass * Tile::kPanelRowBytes;
   }
 };
 
@@ -59,7 +65,7 @@ struct TileLoader {
   // The first load brings the tile that ends where `end_row` (its column 0) begins. `stride` in
   // elements.
   FLASHTILE_DEVICE TileLoader(const void* end_row, int64_t stride, int thread) {
-    source = static_cast<const char*>(end_row) + load_row(thread) * stride * 2 +
+    source = static_cast<const char*>(end_row) + load_row<Tile>(thread) * stride * 2 +
              thread % kThreadsPerRow * kChunkBytes;
     pass_bytes = stride * 2 * Target::kRowsPerPass;
   }
@@ -89,7 +95,7 @@ struct TileLoader {
     for (int pass = Target::kPasses - 1; pass >= 0; --pass) {
       step_back();
       const uint32_t shared = target.at(pass, 0) + kTileBytes;
-      const int row = load_row(ptx::thread_index()) + pass * Target::kRowsPerPass;
+      const int row = load_row<Tile>(ptx::thread_index()) + pass * Target::kRowsPerPass;
       const int bytes = row < rows ? format.bytes - first_column() : 0;
       if (format.unit == kChunkBytes) {
         copy_row_16(shared, source, bytes);
@@ -140,7 +146,8 @@ struct TileLoader {
     }
   }
   FLASHTILE_DEVICE static uint32_t chunk_address(uint32_t shared, int chunk) {
-    return (shared ^ (chunk % 2 * kChunkStep)) + chunk / 2 * Tile::kPanelBytes;
+    return (shared ^ chunk % Target::kPerPanel * kChunkStep) +
+           chunk / Target::kPerPanel * Tile::kPanelBytes;
   }
 };
 

@@ -9,9 +9,8 @@
 namespace flashtile {
 
 struct RowFormat {
-  int bytes;     // of a row: 2 * head_dim
-  bool aligned;  // every row starts at a multiple of 16 bytes
-  int unit;  // 16, 4 or 2 bytes: every row starts at a multiple of it and is a whole number of it
+  int bytes;  // of a row: 2 * head_dim
+  int unit;   // 16, 4 or 2 bytes: every row starts at a multiple of it and is a whole number of it
 };
 
 // `rows` and `heads` are what the strides run over.
@@ -19,13 +18,11 @@ inline RowFormat row_format(const View& view, const Problem& problem, int64_t he
                             int64_t rows, int64_t heads) {
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const auto used = [](int64_t stride, int64_t extent) { return extent <= 1 ? 0 : 2 * stride; };
-  const uint64_t starts =
+  const uint64_t all =
       reinterpret_cast<uintptr_t>(view.data) |
       static_cast<uint64_t>(used(view.stride_batch, batch) | used(view.stride_seq, rows) |
-                            used(view.stride_head, heads));
-  const uint64_t all = starts | static_cast<uint64_t>(2 * head_dim);
+                            used(view.stride_head, heads) | 2 * head_dim);
   return {.bytes = static_cast<int>(2 * head_dim),
-          .aligned = starts % 16 == 0,
           .unit = all % 16 == 0  ? 16
                   : all % 4 == 0 ? 4
                                  : 2};
@@ -38,8 +35,8 @@ inline RowFormat key_format(const View& view, const Problem& p, int64_t head_dim
 }
 
 // Whether rows fill a tile of `cols` columns and can be moved 16 bytes at a time.
-inline bool is_plain(const RowFormat& format, int cols) {
-  return format.aligned && format.bytes == 2 * cols;
+FLASHTILE_HOST_DEVICE bool is_plain(const RowFormat& format, int cols) {
+  return format.unit == 16 && format.bytes == 2 * cols;
 }
 
 // The first `bytes` (any number; at most 16 count) of a chunk, element by element; zeros follow.
@@ -55,15 +52,6 @@ FLASHTILE_DEVICE uint4 load_elements(const char* global, int bytes) {
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// One chunk of a row to shared memory: `bytes` of it exist. Asynchronous when rows are aligned.
-FLASHTILE_DEVICE void copy_chunk(uint32_t shared, const char* global, int bytes, bool aligned) {
-  if (aligned) {
-    ptx::cp_async_16(shared, global, min(max(bytes, 0), 16));
-  } else {
-    ptx::sts_u32x4(shared, load_elements(global, bytes));
-  }
-}
-
 // One chunk to shared memory, in units of 4 bytes, asynchronously, or of 2; of it `bytes` exist, a
 // whole number of units, at most 16 count.
 FLASHTILE_DEVICE void copy_narrow(uint32_t shared, const char* global, int bytes, int unit) {
@@ -75,10 +63,19 @@ FLASHTILE_DEVICE void copy_narrow(uint32_t shared, const char* global, int bytes
   for (int i = 0; i < 16; i += 4) ptx::cp_async_4_or_zero(shared + i, global + i, i < bytes);
 }
 
+// One chunk to shared memory in units of 16 bytes, too.
+FLASHTILE_DEVICE void copy_chunk(uint32_t shared, const char* global, int bytes, int unit) {
+  if (unit == 16) {
+    ptx::cp_async_16_or_zero(shared, global, bytes > 0);
+  } else {
+    copy_narrow(shared, global, bytes, unit);
+  }
+}
+
 // The first `bytes` of a chunk to global memory.
-FLASHTILE_DEVICE void store_chunk(char* global, const uint4& x, int bytes, bool aligned) {
-  if (aligned && bytes >= 16) {
-    *reinterpret_cast<uint4*>(global) = x;
+FLASHTILE_DEVICE void store_chunk(char* global, const uint4& x, int bytes, int unit) {
+  if (unit == 16) {
+    if (bytes > 0) *reinterpret_cast<uint4*>(global) = x;
     return;
   }
   const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};

@@ -1,70 +1,24 @@
-// The torch ops flashtile::{forward, forward_out, backward, can_run, build_info}, on the libtorch
-// stable ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its
-// tensors, allocates outputs and workspace through torch, fills the C structs and calls the C API.
+// The torch ops flashtile::{forward, forward_out, backward, can_run, build_info}, and those of
+// kvcache.cpp, on the libtorch stable ABI: one library serves every torch from 2.11 on, with or
+// without CUDA. Each op checks its tensors, allocates outputs and workspace through torch, fills
+// the C structs and calls the C API.
 //
 // Dense and varlen are one op: cu_seqlens make the difference. New outputs are contiguous, and the
 // core writes every row of them, also those that belong to no sequence.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
-
-// Lives in libtorch_cuda.so, which a CPU-only torch does not have: hence weak, and asked for below.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "call.h"
+#include "kvcache.h"
 
 namespace flashtile::ops {
 namespace {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::accelerator::DeviceGuard;
-
-void raise_unless_empty(const std::string& sentence) {
-  STD_TORCH_CHECK(sentence.empty(), "flashtile: ", sentence);
-}
-
-void raise_unless_ok(flashtile_status status) {
-  STD_TORCH_CHECK(status == FLASHTILE_OK, "flashtile: ", flashtile_last_error());
-}
-
-// Makes the tensor's device current for its lifetime and names torch's current stream on it.
-class DeviceScope {
- public:
-  explicit DeviceScope(const Tensor& tensor) {
-    if (!tensor.is_cuda()) return;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "flashtile: this torch was built without CUDA");
-    guard_.emplace(tensor.get_device_index());
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<CUstream_st*>(stream);
-  }
-  CUstream_st* stream() const { return stream_; }
-
- private:
-  std::optional<DeviceGuard> guard_;
-  CUstream_st* stream_ = nullptr;  // null on CPU
-};
-
-// Scratch memory from torch's allocator, aligned to 64 bytes and more. Freed when the call returns;
-// on CUDA the caching allocator keeps it for work enqueued later on the same stream.
-struct Workspace {
-  Workspace(const Tensor& like, size_t bytes) : size(bytes) {
-    if (bytes == 0) return;
-    memory = torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-    data = memory->mutable_data_ptr();
-  }
-  size_t size;
-  void* data = nullptr;
-  std::optional<Tensor> memory;
-};
 
 std::vector<int64_t> out_sizes(const Arguments& args) {
   std::vector<int64_t> sizes(args.q.sizes().begin(), args.q.sizes().end());
@@ -278,6 +232,7 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(flashtile, m) {
+  define_kvcache_ops(m);
   // How to attend, the same at the end of every op. Tensors among them are positional because torch
   // registers neither gradients nor vmap rules for ops with keyword-only tensors.
   const std::string options =
@@ -298,12 +253,14 @@ STABLE_TORCH_LIBRARY(flashtile, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CPU, m) {
+  implement_kvcache_ops(m);
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_out", TORCH_BOX(&forward_out));
   m.impl("backward", TORCH_BOX(&backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
+  implement_kvcache_ops(m);
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_out", TORCH_BOX(&forward_out));
   m.impl("backward", TORCH_BOX(&backward));

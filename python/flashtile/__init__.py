@@ -10,9 +10,18 @@ from flashtile import _loader, _registration
 _loader.load(__path__)
 _registration.register()
 
+from flashtile._kvcache import attention_with_kvcache  # noqa: E402
 from flashtile._merging import merge  # noqa: E402
 from flashtile.ops import attention, attention_varlen, build_info, can_run  # noqa: E402
 
 __version__: str = str(build_info()["version"])
 
-__all__ = ["__version__", "attention", "attention_varlen", "build_info", "can_run", "merge"]
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
+    "build_info",
+    "can_run",
+    "merge",
+]

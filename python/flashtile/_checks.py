@@ -43,7 +43,7 @@ def check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
         )
 
 
-def _check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> None:
+def check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> None:
     """Device, dtype and the stride of the last dimension, against those of q."""
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {q.device}, the device of q")
@@ -54,36 +54,36 @@ def _check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None 
         raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1")
 
 
-def _check_q(q: Tensor, k: Tensor, v: Tensor, *, is_varlen: bool) -> None:
+def check_q(q: Tensor, *, is_varlen: bool, name: str = "q") -> None:
+    """ValueError unless q, or what stands in its place, is a tensor of heads."""
     if q.device.type not in _DEVICES:
-        raise ValueError(f"q is on {q.device}; allowed: cpu, cuda")
+        raise ValueError(f"{name} is on {q.device}; allowed: cpu, cuda")
     if q.dtype not in _DTYPES:
         allowed = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
-        raise ValueError(f"q has dtype {dtype_name(q.dtype)}; allowed: {allowed}")
+        raise ValueError(f"{name} has dtype {dtype_name(q.dtype)}; allowed: {allowed}")
     tail = ("num_heads", "head_dim")
-    check_shape("q", q, ("total_q", *tail) if is_varlen else ("batch", "seqlen_q", *tail))
-    _check_kind("q", q, q)
-    if not q.dtype == k.dtype == v.dtype:
-        dtypes = ", ".join(dtype_name(t.dtype) for t in (q, k, v))
-        raise ValueError(f"q, k, v have dtypes {dtypes}; allowed: one dtype for all three")
+    check_shape(name, q, ("total_q", *tail) if is_varlen else ("batch", "seqlen_q", *tail))
+    check_kind(name, q, q)
 
 
 def _check_kv(q: Tensor, k: Tensor, v: Tensor, *, is_varlen: bool) -> None:
     tail = ("num_heads_kv", q.shape[-1])
     check_shape("k", k, ("total_k", *tail) if is_varlen else (q.shape[0], "seqlen_k", *tail))
-    _check_kind("k", k, q)
+    check_kind("k", k, q)
     check_shape("v", v, (*k.shape[:-1], "head_dim_v"))
-    _check_kind("v", v, q)
+    check_kind("v", v, q)
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    """ValueError unless it has the form of offsets; the values are not looked at."""
     check_shape(name, cu_seqlens, ("batch + 1",))
-    _check_kind(name, cu_seqlens, q, torch.int32)
+    check_kind(name, cu_seqlens, q, torch.int32)
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name} has 0 elements; allowed: batch + 1, at least 1")
 
 
-def _check_heads(num_heads: int, num_heads_kv: int, head_dim: int, head_dim_v: int) -> None:
+def check_heads(num_heads: int, num_heads_kv: int, head_dim: int, head_dim_v: int) -> None:
+    """ValueError unless the numbers of heads and their sizes are possible."""
     if num_heads < 1:
         raise ValueError(f"num_heads is {num_heads}; allowed: 1 to 2147483647")
     if num_heads_kv < 1:
@@ -109,22 +109,25 @@ def check_tensors(
 ) -> None:
     """ValueError unless the tensors fit together; varlen when cu_seqlens are given."""
     is_varlen = cu_seqlens_q is not None
-    _check_q(q, k, v, is_varlen=is_varlen)
+    check_q(q, is_varlen=is_varlen)
+    if not q.dtype == k.dtype == v.dtype:
+        dtypes = ", ".join(dtype_name(t.dtype) for t in (q, k, v))
+        raise ValueError(f"q, k, v have dtypes {dtypes}; allowed: one dtype for all three")
     _check_kv(q, k, v, is_varlen=is_varlen)
     batch = q.shape[0]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
         check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],))
         batch = cu_seqlens_q.shape[0] - 1
     for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
         if used is not None:
             check_shape(name, used, (batch,))
-            _check_kind(name, used, q, torch.int32)
+            check_kind(name, used, q, torch.int32)
     if out is not None:
         check_shape("out", out, (*q.shape[:-1], v.shape[-1]))
-        _check_kind("out", out, q)
-    _check_heads(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
+        check_kind("out", out, q)
+    check_heads(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
 
 
 def check_max_seqlen(name: str, value: object) -> None:

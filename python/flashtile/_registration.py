@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from flashtile import _checks, _vmap
+from flashtile import _checks, _kvcache, _vmap
 from flashtile._options import Options
 
 _REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
@@ -122,6 +122,7 @@ def register() -> None:
     library.register_autograd("flashtile::forward", _backward, setup_context=setup_context)
     # Without this a second derivative would only warn and be missing.
     library.register_autograd("flashtile::backward", refuse_second_derivative)
+    _kvcache.register()
     library.register_vmap("flashtile::forward", _vmap.forward)
     library.register_vmap("flashtile::backward", _vmap.backward)
     setattr(torch.ops.flashtile, _REGISTERED, True)

@@ -401,8 +401,8 @@ def test_errors_name_no_build_path() -> None:
     call["k"] = call["k"][:1]
     with pytest.raises(RuntimeError) as raised:
         torch.ops.flashtile.forward(*call.values(), None, -1, -1)
-    assert "kernel/torch/ops.cpp" in str(raised.value)
-    assert "/kernel/torch/ops.cpp" not in str(raised.value)
+    assert "kernel/torch/call.h" in str(raised.value)
+    assert "/kernel/torch/call.h" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

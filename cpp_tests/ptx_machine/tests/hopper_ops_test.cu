@@ -200,6 +200,23 @@ __global__ void turns(int* turn, int* log) {
     add_release(turn, 1);
 }
 
+// The same by whole blocks: what one thread acquires and releases, barriers pass on.
+template <bool kBarriers>
+__global__ void block_turns(int* turn, int* log) {
+  const int mine = static_cast<int>(blockIdx.x);
+  const int t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    while (load_acquire(turn) != mine) {
+    }
+  }
+  __syncthreads();
+  const int before = log[63 - t];
+  __syncthreads();
+  log[t] = before * 2 + mine;
+  if (kBarriers) __syncthreads();
+  if (t == 0) add_release(turn, 1);
+}
+
 // Each block adds its tile to a sum by bulk reductions, in order.
 template <bool kWaits>
 __global__ void ordered_adds(int* turn, float* sum, const float* values) {
@@ -265,6 +282,19 @@ TEST("bulk copies and reductions of ranges") {
     CHECK_EQ(ptx::machine().counters().bulk_store_bytes, 3072u);
   }
 }
+TEST("counters of asynchronous kernels do not depend on the schedule") {
+  const Array<float> in(256), out(256), sums(256), packed(128);
+  uint64_t lanes = 0, waits = 0;
+  for (uint64_t seed = 1; seed <= 8; ++seed) {
+    ptx::Machine& machine = ptx_test::fresh_machine(seed, ptx::kSm90);
+    copy<<<1, 64>>>(in.get(), out.get(), sums.get(), packed.get());
+    if (seed == 1) lanes = machine.counters().lane_instructions;
+    if (seed == 1) waits = machine.counters().mbarrier_waits;
+    CHECK_EQ(machine.counters().lane_instructions, lanes);
+    CHECK_EQ(machine.counters().mbarrier_waits, waits);
+  }
+  CHECK_EQ(waits, 2u);
+}
 TEST("stmatrix") {
   std::vector<uint32_t> host(128);
   for (uint32_t i = 0; i < 128; ++i) host[i] = 2 * i | (2 * i + 1) << 16;
@@ -303,6 +333,22 @@ TEST("blocks take turns") {
       CHECK(log.host() == std::vector<int>({179, 0, 1, 5, 18, 58, 179}));
     }
   }
+}
+TEST("blocks of several threads take turns") {
+  ptx_test::Expected race = {{Error::kRace}, "another block"};
+  race.resident_blocks = 4;
+  for (int round = 0; round < 4; ++round) {
+    const Array<int> turn(1), log(64);
+    ptx_test::fresh_machine(static_cast<uint64_t>(round), ptx::kSm90).set_resident_blocks(4);
+    block_turns<true><<<4, 64>>>(turn.get(), log.get());
+    ptx::machine().set_resident_blocks(1);
+    ptx_test::check_clean();
+    for (size_t i = 0; i < 64; ++i) CHECK_EQ(log[i], 11);  // ((0 * 2 + 1) * 2 + 2) * 2 + 3
+  }
+  expect(race, [] {
+    const Array<int> turn(1), log(64);
+    block_turns<false><<<4, 64>>>(turn.get(), log.get());
+  });
 }
 TEST("turns without release, acquire or end are reported") {
   ptx_test::Expected race = {{Error::kRace}, "another block"};

@@ -1,4 +1,6 @@
-// Which of several modules with one kernel a device runs.
+// What the machine's devices have: which of several modules with one kernel they run, and their
+// driver.
+#include "machine.h"
 #include "text_kernel.h"
 
 namespace {
@@ -11,25 +13,52 @@ std::string stores(int value) {
          std::to_string(value) + ";\nret;\n}\n";
 }
 
+void load_for(const std::string& target, int value) {
+  cudaLibrary_t library = nullptr;
+  const std::string text = ptx_test::module_text(stores(value), target);
+  CHECK(cudaLibraryLoadData(&library, text.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0) ==
+        cudaSuccess);
+}
+
 uint32_t run_on(const ptx::Device& device) {
   Buffer<uint32_t> out(1);
   uint32_t* pointer = out.get();
-  ptx_test::hopper_machine();
+  ptx_test::begin_text(1);
   ptx::machine().configure(device);
-  return ptx_test::launch_text("which", 1, 0, {&pointer}) ? out[0] : 0;
+  void* args[] = {&pointer};
+  cudaKernel_t kernel = nullptr;
+  CHECK(cudaLibraryGetKernel(&kernel, nullptr, "which") == cudaSuccess);
+  CHECK(cudaLaunchKernel(kernel, dim3(1), dim3(1), args, 0, nullptr) == cudaSuccess);
+  return out[0];
 }
 
 }  // namespace
 
 TEST("sm_90a code runs on 9.0 alone, and before that of sm_90") {
-  ptx_test::load_text(stores(801), "sm_80");
+  load_for("sm_80", 801);
   CHECK_EQ(run_on(ptx::kSm90), 801u);
-  ptx_test::load_text(stores(911), "sm_90a");
+  load_for("sm_90a", 911);
   CHECK_EQ(run_on(ptx::kSm90), 911u);
-  ptx_test::load_text(stores(901), "sm_90");
+  load_for("sm_90", 901);
   CHECK_EQ(run_on(ptx::kSm90), 911u);
   ptx::Device later = ptx::kSm90;
   later.cc_major = 10;
   CHECK_EQ(run_on(later), 901u);
   CHECK_EQ(run_on(ptx::kSm89), 801u);
+}
+TEST("a driver that is too old has no encoder") {
+  ptx_test::begin_text(1);
+  ptx::Machine& machine = ptx::machine();
+  void* function = &machine;
+  cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSuccess;
+  ptx::Device old = ptx::kSm90;
+  old.driver_version = 11080;
+  machine.configure(old);
+  CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                         cudaEnableDefault, &status) == cudaSuccess);
+  CHECK(function == nullptr && status == cudaDriverEntryPointVersionNotSufficent);
+  machine.configure(ptx::kSm90);
+  CHECK(cudaGetDriverEntryPointByVersion("cuNoSuchThing", &function, 12000, cudaEnableDefault,
+                                         &status) == cudaSuccess);
+  CHECK(function == nullptr && status == cudaDriverEntryPointSymbolNotFound);
 }

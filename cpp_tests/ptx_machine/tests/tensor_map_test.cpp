@@ -51,28 +51,30 @@ void refuses(const char* what, const Request& r) {
 
 std::string coordinates(int rank) { return "{" + ptx_test::names("%c", rank) + "}"; }
 
-// Loads a box, waits, copies it to global memory as it lies; then stores the same shared memory
-// with the map, or adds it, `times` times.
+// Dynamic shared memory begins at address 1024 on compute capability 9.0: the mbarrier there, the
+// tile at 2048. Loads a box, waits, copies it to global memory as it lies; then stores the same
+// shared memory with the map, or adds it, `times` times.
 std::string box_kernel(int rank) {
   const std::string r = std::to_string(rank);
   const std::string at = "[%d0, " + coordinates(rank) + "]";
-  std::string t = ".visible .entry box" + r +
-                  "(.param .align 64 .b8 map[128], .param .align 64 .b8 out[128], "
-                  ".param .align 4 .b8 at[20], .param .u32 bytes, .param .u64 copy, "
-                  ".param .u32 adds)\n{\n"
-                  ".reg .pred %p<4>; .reg .b32 %r<9>; .reg .b32 %c<5>; .reg .b64 %d<9>;\n"
-                  "mov.b64 %d0, map; cvta.param.u64 %d0, %d0;\n"
-                  "ld.param.u32 %r0, [bytes]; ld.param.u64 %d1, [copy]; mov.u32 %r1, %tid.x;\n";
+  std::string t =
+      ".visible .entry box" + r +
+      "(.param .align 64 .b8 map[128], .param .align 64 .b8 out[128], "
+      ".param .align 4 .b8 at[20], .param .u32 bytes, .param .u64 copy, "
+      ".param .u32 adds)\n{\n"
+      ".reg .pred %p<4>; .reg .b32 %r<9>; .reg .b32 %b<2>; .reg .b32 %c<5>; .reg .b64 %d<9>;\n"
+      "mov.u32 %b0, 1024; mov.u32 %b1, 2048; mov.b64 %d0, map; cvta.param.u64 %d0, %d0;\n"
+      "ld.param.u32 %r0, [bytes]; ld.param.u64 %d1, [copy]; mov.u32 %r1, %tid.x;\n";
   for (int d = 0; d < rank; ++d)
     t += "ld.param.u32 %c" + std::to_string(d) + ", [at+" + std::to_string(4 * d) + "];\n";
   t += "setp.ne.u32 %p0, %r1, 0;\n@%p0 bra WAIT;\n"
-       "mbarrier.init.shared::cta.b64 [1024], 1;\nfence.mbarrier_init.release.cluster;\n"
-       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [1024], %r0;\n"
+       "mbarrier.init.shared::cta.b64 [%b0], 1;\nfence.mbarrier_init.release.cluster;\n"
+       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b0], %r0;\n"
        "cp.async.bulk.tensor." +
-       r + "d.shared::cluster.global.mbarrier::complete_tx::bytes [2048], " + at +
-       ", [1024];\n"
+       r + "d.shared::cluster.global.mbarrier::complete_tx::bytes [%b1], " + at +
+       ", [%b0];\n"
        "WAIT:\nbar.sync 0;\n"
-       "TRY:\nmbarrier.try_wait.parity.shared::cta.b64 %p1, [1024], 0;\n@!%p1 bra TRY;\n"
+       "TRY:\nmbarrier.try_wait.parity.shared::cta.b64 %p1, [%b0], 0;\n@!%p1 bra TRY;\n"
        "LOOP:\nshl.b32 %r2, %r1, 2; setp.ge.u32 %p2, %r2, %r0;\n@%p2 bra DONE;\n"
        "add.s32 %r3, %r2, 2048; ld.shared.u32 %r4, [%r3];\n"
        "cvt.u64.u32 %d2, %r2; add.s64 %d2, %d2, %d1; st.global.u32 [%d2], %r4;\n"
@@ -82,11 +84,11 @@ std::string box_kernel(int rank) {
        "setp.ne.u32 %p3, %r5, 0;\n@%p3 bra ADD;\n"
        "cp.async.bulk.tensor." +
        r + "d.global.shared::cta.bulk_group " + at +
-       ", [2048];\n"
+       ", [%b1];\n"
        "bra COMMIT;\nADD:\n"
        "cp.reduce.async.bulk.tensor." +
        r + "d.global.shared::cta.add.bulk_group " + at +
-       ", [2048];\nsub.u32 %r5, %r5, 1; setp.ne.u32 %p3, %r5, 0;\n@%p3 bra ADD;\nCOMMIT:\n"
+       ", [%b1];\nsub.u32 %r5, %r5, 1; setp.ne.u32 %p3, %r5, 0;\n@%p3 bra ADD;\nCOMMIT:\n"
        "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nEND:\nret;\n}\n";
   return t;
 }
@@ -101,9 +103,24 @@ uint32_t element_bytes(const Request& r) {
   return r.type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
 }
 
+void multiply(char* at, uint32_t size, float factor) {
+  float x = 0;
+  _Float16 h;
+  if (size == 4) {
+    std::memcpy(&x, at, 4);
+    x *= factor;
+    std::memcpy(at, &x, 4);
+  } else {
+    std::memcpy(&h, at, 2);
+    h = static_cast<_Float16>(static_cast<float>(h) * factor);
+    std::memcpy(at, &h, 2);
+  }
+}
+
 // The box as it should lie in shared memory, and the tensor after the store, from element
 // arithmetic.
 void check_box(const Box& box, uint64_t seed) {
+  ptx_test::begin_text(seed);
   const Request& r = box.request;
   const uint32_t size = element_bytes(r);
   size_t total = r.dims[0] * size;
@@ -115,6 +132,7 @@ void check_box(const Box& box, uint64_t seed) {
     const _Float16 h = static_cast<_Float16>(x);
     size == 4 ? std::memcpy(&host[i], &x, 4) : std::memcpy(&host[i], &h, 2);
   }
+  ptx_test::begin_text(seed);  // chooses the device, whose driver encodes
   const Buffer<char> in(host), out(host);
   CUtensorMap in_map, out_map;
   CHECK(encode(&in_map, r, in.get()) == CUDA_SUCCESS);
@@ -125,11 +143,10 @@ void check_box(const Box& box, uint64_t seed) {
   char* copy_pointer = copy.get();
   uint32_t adds = box.adds;
   std::array<int32_t, 5> at = box.at;
-  ptx::Machine& machine = ptx_test::hopper_machine(seed);
   if (!ptx_test::launch_text("box" + std::to_string(r.rank), 32, 1024 + bytes,
                              {&in_map, &out_map, at.data(), &bytes, &copy_pointer, &adds}))
     return;
-  CHECK_EQ(machine.counters().bulk_load_bytes, uint64_t{bytes});
+  ptx_test::check_bulk_loads(bytes);
   std::vector<char> expected(host);
   const int span = r.swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 7
                    : r.swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 3
@@ -150,18 +167,7 @@ void check_box(const Box& box, uint64_t seed) {
     const uint32_t physical = (linear ^ ((linear >> 7 & span) << 4)) - 2048;
     const char zero[4] = {};
     wrong += std::memcmp(copy.get() + physical, inside ? &host[place] : zero, size) != 0;
-    if (!inside || adds == 0) continue;
-    float x = 0;
-    _Float16 h;
-    if (size == 4) {
-      std::memcpy(&x, &host[place], 4);
-      x *= static_cast<float>(adds + 1);
-      std::memcpy(&expected[place], &x, 4);
-    } else {
-      std::memcpy(&h, &host[place], 2);
-      h = static_cast<_Float16>(static_cast<float>(h) * static_cast<float>(adds + 1));
-      std::memcpy(&expected[place], &h, 2);
-    }
+    if (inside) multiply(&expected[place], size, static_cast<float>(adds + 1));
   }
   CHECK_MESSAGE(wrong == 0, std::to_string(wrong) + " elements differ in shared memory");
   CHECK(std::memcmp(out.get(), expected.data(), total) == 0);
@@ -180,7 +186,8 @@ void load_box_kernels() {
 }  // namespace
 
 TEST("the encoder refuses what the driver refuses") {
-  ptx_test::hopper_machine();
+  SKIP_WITHOUT_HOPPER();
+  ptx_test::begin_text(1);
   Buffer<char> memory(1024);
   CUtensorMap map;
   CHECK(encode(&map, Request{}, memory.get()) == CUDA_SUCCESS);
@@ -208,28 +215,13 @@ TEST("the encoder refuses what the driver refuses") {
             r.type = CU_TENSOR_MAP_DATA_TYPE_UINT16;
             r.fill = CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA;
           }));
-  refuses("interleave", with([](Request& r) { r.interleave = CU_TENSOR_MAP_INTERLEAVE_16B; }));
   // The last stride of a rank is not looked at, nor is the step of the innermost dimension.
   CHECK(encode(&map, with([](Request& r) { r.rank = 1, r.strides[0] = 3; }), memory.get()) ==
         CUDA_SUCCESS);
   CHECK(encode(&map, with([](Request& r) { r.box[1] = 256; }), memory.get()) == CUDA_SUCCESS);
 }
-TEST("a driver that is too old has no encoder") {
-  ptx::Machine& machine = ptx_test::hopper_machine();
-  void* function = &machine;
-  cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSuccess;
-  ptx::Device old = ptx::kSm90;
-  old.driver_version = 11080;
-  machine.configure(old);
-  CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                         cudaEnableDefault, &status) == cudaSuccess);
-  CHECK(function == nullptr && status == cudaDriverEntryPointVersionNotSufficent);
-  machine.configure(ptx::kSm90);
-  CHECK(cudaGetDriverEntryPointByVersion("cuNoSuchThing", &function, 12000, cudaEnableDefault,
-                                         &status) == cudaSuccess);
-  CHECK(function == nullptr && status == cudaDriverEntryPointSymbolNotFound);
-}
 TEST("boxes of every rank and swizzle, inside and clipped") {
+  SKIP_WITHOUT_HOPPER();
   load_box_kernels();
   const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                          CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};

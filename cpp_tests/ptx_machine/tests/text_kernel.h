@@ -1,60 +1,44 @@
-// Kernels written as PTX text by a test: one for every shape, without a compiler run each.
+// Kernels written as PTX text by a test: one for every shape, without a compiler run each. The same
+// test runs on the machine (text_machine.cpp) and on a GPU (text_gpu.cpp), where it compares the
+// machine's idea of an instruction, in plain C++, with the real one.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include <cstdio>
-#include <cstdlib>
-#include <fstream>
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "../../check.h"
-#include "machine.h"
 
 namespace ptx_test {
 
-// Loads a module whose body is `kernels`.
-inline void load_text(const std::string& kernels, const std::string& target = "sm_90a") {
-  char path[] = "/tmp/ptx_text_XXXXXX";
-  const int file = mkstemp(path);
-  CHECK(file >= 0);
-  std::ofstream(path) << ".version 8.4\n.target " << target << "\n.address_size 64\n" << kernels;
-  CHECK_MESSAGE(ptx::machine().load_ptx(path), ptx::machine().reports_text());
-  std::remove(path);
-}
+// Loads a module whose body is `kernels`, for sm_90a.
+void load_text(const std::string& kernels);
 
-inline ptx::Machine& hopper_machine(uint64_t seed = 1) {
-  ptx::Machine& machine = ptx::machine();
-  machine.configure(ptx::kSm90);
-  machine.set_seed(seed);
-  machine.set_resident_blocks(1);
-  machine.clear_reports();
-  machine.reset_counters();
-  return machine;
-}
+// Before each launch: a schedule, and nothing counted.
+void begin_text(uint64_t seed);
+// False, and a failed check, when it could not run.
+bool launch_text(const std::string& name, unsigned threads, size_t shared, std::vector<void*> args);
 
-inline bool launch_text(const std::string& name, unsigned threads, size_t shared,
-                        std::vector<void*> args) {
-  ptx::Machine::Launch launch;
-  launch.kernel = name;
-  launch.block[0] = threads;
-  launch.dynamic_shared = shared;
-  launch.max_dynamic_shared = 227 * 1024;
-  launch.args = args.data();
-  const bool good = ptx::machine().launch(launch);
-  CHECK_MESSAGE(good, ptx::machine().reports_text());
-  return good;
-}
+// Checks what was done since begin_text, where it can be counted.
+void check_wgmma(uint64_t count, uint64_t flops);
+void check_bulk_loads(uint64_t bytes);
 
-// Memory of the machine.
+// Sums may depend on the order of additions: on the machine it is known.
+bool order_is_known();
+
+// Why kernels cannot run here, or "".
+std::string text_unavailable();
+
+// Memory that host and kernels see.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(size_t size) : size_(size) {
     void* p = nullptr;
-    cudaMalloc(&p, size * sizeof(T));
+    CHECK(cudaMallocManaged(&p, size * sizeof(T), cudaMemAttachGlobal) == cudaSuccess);
     data_ = static_cast<T*>(p);
   }
   explicit Buffer(const std::vector<T>& host) : Buffer(host.size()) {
@@ -78,5 +62,15 @@ inline std::string names(const std::string& prefix, int count) {
   for (int i = 0; i < count; ++i) text += (i ? "," : "") + prefix + std::to_string(i);
   return text;
 }
+
+inline std::string module_text(const std::string& kernels, const std::string& target) {
+  return ".version 8.4\n.target " + target + "\n.address_size 64\n" + kernels;
+}
+
+#define SKIP_WITHOUT_HOPPER()                                \
+  do {                                                       \
+    const std::string reason = ptx_test::text_unavailable(); \
+    if (!reason.empty()) SKIP_WITHOUT_GPU(reason);           \
+  } while (false)
 
 }  // namespace ptx_test

@@ -1,0 +1,113 @@
+// flashtile/torch.h over a key/value cache, against manual attention written with torch operators.
+#include <flashtile/torch.h>
+#include <torch/torch.h>
+
+#include "check.h"
+
+namespace {
+
+// One sequence in fp64: q (rows, heads, dim), k and v (keys, heads_kv, dim), causal at the bottom
+// right.
+at::Tensor manual(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const int64_t group = q.size(1) / k.size(1);
+  const auto heads_first = [](const at::Tensor& t, int64_t repeat) {
+    return t.to(at::kDouble).transpose(0, 1).repeat_interleave(repeat, 0);
+  };
+  at::Tensor scores = heads_first(q, 1).matmul(heads_first(k, group).transpose(1, 2)) /
+                      std::sqrt(static_cast<double>(q.size(2)));
+  const at::Tensor hidden =
+      at::ones({q.size(0), k.size(0)}, at::kBool).triu(k.size(0) - q.size(0) + 1);
+  scores.masked_fill_(hidden, -INFINITY);
+  return at::softmax(scores, -1).matmul(heads_first(v, group)).transpose(0, 1);
+}
+
+at::Tensor ints(const std::vector<int32_t>& values) { return at::tensor(values, at::kInt); }
+
+// x (rows, heads, dim) at positions `first` and on; pairs in halves.
+at::Tensor rotated(const at::Tensor& x, int64_t first, const at::Tensor& cos,
+                   const at::Tensor& sin) {
+  const int64_t half = cos.size(1);
+  const auto at_rows = [&](const at::Tensor& table) {
+    return table.slice(0, first, first + x.size(0)).unsqueeze(1);
+  };
+  const at::Tensor a = x.slice(2, 0, half), b = x.slice(2, half, 2 * half);
+  return at::cat({a * at_rows(cos) - b * at_rows(sin), a * at_rows(sin) + b * at_rows(cos),
+                  x.slice(2, 2 * half)},
+                 2);
+}
+
+// Pages of 8 rows; two sequences of 5 and 12 rows.
+struct Pages {
+  at::Tensor k = at::randn({6, 8, 2, 32}), v = at::randn({6, 8, 2, 48});
+  at::Tensor table = ints({4, 0, 5, 1, 3, 2}).view({2, 3}), lengths = ints({5, 12});
+  at::Tensor rows(const at::Tensor& cache, int64_t sequence, int64_t count) const {
+    return cache.index_select(0, table[sequence].to(at::kLong)).flatten(0, 1).slice(0, 0, count);
+  }
+};
+
+}  // namespace
+
+TEST("flashtile/torch.h reads pages") {
+  const at::NoGradGuard guard;
+  const Pages pages;
+  const at::Tensor q = at::randn({2, 3, 4, 32});
+  const auto [out, lse] = flashtile::attention_with_kvcache(
+      q, {.k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table},
+      {.causal = true, .return_lse = true});
+  for (int64_t b = 0; b < 2; ++b) {
+    const int64_t keys = b == 0 ? 5 : 12;
+    const at::Tensor expected =
+        manual(q[b], pages.rows(pages.k, b, keys), pages.rows(pages.v, b, keys));
+    CHECK((out[b] - expected).abs().max().item<double>() < 1e-5);
+  }
+  CHECK(lse.sizes() == at::IntArrayRef({2, 4, 3}));
+}
+
+TEST("flashtile/torch.h appends, rotates and serves packed queries") {
+  const at::NoGradGuard guard;
+  const Pages pages;
+  const at::Tensor q = at::randn({4, 4, 32}), k = at::randn({4, 2, 32}), v = at::randn({4, 2, 48});
+  const at::Tensor angles = at::randn({40, 8}), cos = angles.cos(), sin = angles.sin();
+  const at::Tensor out =
+      flashtile::attention_with_kvcache(
+          q, {.k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table},
+          {.append = flashtile::NewKeys{.k = k,
+                                        .v = v,
+                                        .rotary_cos = cos,
+                                        .rotary_sin = sin,
+                                        .rotary_interleaved = false},
+           .cu_seqlens_q = ints({0, 1, 4}),
+           .max_seqlen_q = 3,
+           .causal = true})
+          .out;
+  for (int64_t b = 0; b < 2; ++b) {
+    const int64_t begin = b == 0 ? 0 : 1, end = b == 0 ? 1 : 4, before = b == 0 ? 5 : 12;
+    const int64_t keys = before + end - begin;
+    const at::Tensor appended = pages.rows(pages.k, b, keys).slice(0, before);
+    const at::Tensor turned = rotated(k.slice(0, begin, end), before, cos, sin);
+    CHECK((appended - turned).abs().max().item<double>() < 1e-5);
+    const at::Tensor expected = manual(rotated(q.slice(0, begin, end), before, cos, sin),
+                                       pages.rows(pages.k, b, keys), pages.rows(pages.v, b, keys));
+    CHECK((out.slice(0, begin, end) - expected).abs().max().item<double>() < 1e-5);
+  }
+}
+
+TEST("flashtile/torch.h refuses a cache call that makes no sense") {
+  const Pages pages;
+  const auto said = [&](const flashtile::KVCache& cache, const flashtile::KVCacheOptions& options) {
+    try {
+      flashtile::attention_with_kvcache(at::randn({2, 1, 4, 32}), cache, options);
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const flashtile::NewKeys added = {.k = at::randn({2, 1, 2, 32}), .v = at::randn({2, 1, 2, 48})};
+  const auto contains = [](const std::string& text, const char* part) {
+    CHECK_MESSAGE(text.find(part) != std::string::npos, text);
+  };
+  contains(said({.k = pages.k, .v = pages.v}, {.append = added}), "cache.seqlens is unset");
+  contains(said({.k = pages.k.clone().requires_grad_(), .v = pages.v}, {}), "requires grad");
+  contains(said({.k = pages.k, .v = pages.v, .seqlens = ints({1})}, {}),
+           "cache_seqlens has shape (1,); allowed: (2,)");
+}

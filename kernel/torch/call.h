@@ -1,0 +1,65 @@
+// What every torch op does around a call of the C API: raise its refusals, name torch's stream, get
+// scratch memory from torch.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "flashtile/flashtile.h"
+
+// Lives in libtorch_cuda.so, which a CPU-only torch does not have: hence weak, and asked for below.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace flashtile::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+inline void raise_unless_empty(const std::string& sentence) {
+  STD_TORCH_CHECK(sentence.empty(), "flashtile: ", sentence);
+}
+
+inline void raise_unless_ok(flashtile_status status) {
+  STD_TORCH_CHECK(status == FLASHTILE_OK, "flashtile: ", flashtile_last_error());
+}
+
+// Makes the tensor's device current for its lifetime and names torch's current stream on it.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) {
+    if (!tensor.is_cuda()) return;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "flashtile: this torch was built without CUDA");
+    guard_.emplace(tensor.get_device_index());
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<CUstream_st*>(stream);
+  }
+  CUstream_st* stream() const { return stream_; }
+
+ private:
+  std::optional<DeviceGuard> guard_;
+  CUstream_st* stream_ = nullptr;  // null on CPU
+};
+
+// Scratch memory from torch's allocator, aligned to 64 bytes and more. Freed when the call returns;
+// on CUDA the caching allocator keeps it for work enqueued later on the same stream.
+struct Workspace {
+  Workspace(const Tensor& like, size_t bytes) : size(bytes) {
+    if (bytes == 0) return;
+    memory = torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    data = memory->mutable_data_ptr();
+  }
+  size_t size;
+  void* data = nullptr;
+  std::optional<Tensor> memory;
+};
+
+}  // namespace flashtile::ops

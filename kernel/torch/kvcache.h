@@ -1,0 +1,11 @@
+// The torch ops of a key/value cache: flashtile::{forward_kvcache, append_kv, append_kv_rotary}.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace flashtile::ops {
+
+void define_kvcache_ops(torch::stable::detail::StableLibrary& library);
+void implement_kvcache_ops(torch::stable::detail::StableLibrary& library);  // CPU or CUDA
+
+}  // namespace flashtile::ops

@@ -1,0 +1,158 @@
+// What the refusals of all torch ops are written with: names of dtypes and devices, shapes, and the
+// checks of one tensor against q.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include "flashtile/flashtile.h"
+
+namespace flashtile::ops {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+std::string sentence(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// The name torch prints in Python, without "torch.".
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string device_name(const Tensor& tensor) {
+  const torch::stable::Device device = tensor.device();
+  switch (device.type()) {
+    case DeviceType::CPU: return "cpu";
+    case DeviceType::CUDA: return sentence("cuda:", device.index());
+    case DeviceType::Meta: return "meta";
+    default: return sentence("device type ", static_cast<int>(device.type()));
+  }
+}
+
+inline std::optional<flashtile_dtype> to_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return FLASHTILE_FLOAT16;
+    case ScalarType::BFloat16: return FLASHTILE_BFLOAT16;
+    case ScalarType::Float: return FLASHTILE_FLOAT32;
+    case ScalarType::Double: return FLASHTILE_FLOAT64;
+    default: return std::nullopt;
+  }
+}
+
+// One dimension of an allowed shape: a size, or a name where any size will do.
+struct Extent {
+  // NOLINTNEXTLINE(google-explicit-constructor): shapes are written as lists of both kinds
+  Extent(int64_t fixed) : size(fixed) {}
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  Extent(const char* any) : name(any) {}
+  int64_t size = 0;
+  const char* name = nullptr;
+};
+
+// "(2, 7, heads)", and "(5,)" for one dimension, as Python writes a tuple.
+template <typename List>
+std::string tuple_text(const List& list) {
+  std::ostringstream text;
+  text << '(';
+  size_t written = 0;
+  for (const auto& item : list) {
+    if (written++ > 0) text << ", ";
+    text << item;
+  }
+  text << (written == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline std::ostream& operator<<(std::ostream& stream, const Extent& extent) {
+  if (extent.name != nullptr) return stream << extent.name;
+  return stream << extent.size;
+}
+
+inline std::string shape_refusal(const char* name, const Tensor& tensor,
+                                 std::initializer_list<Extent> allowed) {
+  const IntHeaderOnlyArrayRef sizes = tensor.sizes();
+  bool same = sizes.size() == allowed.size();
+  size_t dim = 0;
+  for (const Extent& extent : allowed) {
+    same = same && (extent.name != nullptr || extent.size == sizes[dim]);
+    ++dim;
+  }
+  if (same) return {};
+  return sentence(name, " has shape ", tuple_text(sizes), "; allowed: ", tuple_text(allowed));
+}
+
+// Device, dtype and the stride of the last dimension, against those of q.
+inline std::string kind_refusal(const char* name, const Tensor& tensor, const Tensor& q,
+                                std::optional<ScalarType> dtype = std::nullopt) {
+  if (device_name(tensor) != device_name(q)) {
+    return sentence(name, " is on ", device_name(tensor), "; allowed: ", device_name(q),
+                    ", the device of q");
+  }
+  const ScalarType wanted = dtype.value_or(q.scalar_type());
+  if (tensor.scalar_type() != wanted) {
+    return sentence(name, " has dtype ", dtype_name(tensor.scalar_type()),
+                    "; allowed: ", dtype_name(wanted), dtype.has_value() ? "" : ", the dtype of q");
+  }
+  const int64_t dims = tensor.dim();
+  if (tensor.numel() > 1 && tensor.size(dims - 1) > 1 && tensor.stride(dims - 1) != 1) {
+    return sentence(name, " has stride ", tensor.stride(dims - 1),
+                    " in its last dimension; allowed: 1");
+  }
+  return {};
+}
+
+// q, or what stands in its place where there is none.
+inline std::string q_refusal(const Tensor& q, bool is_varlen, const char* name = "q") {
+  if (!q.is_cpu() && !q.is_cuda()) {
+    return sentence(name, " is on ", device_name(q), "; allowed: cpu, cuda");
+  }
+  if (!to_dtype(q.scalar_type()).has_value()) {
+    return sentence(name, " has dtype ", dtype_name(q.scalar_type()),
+                    "; allowed: float16, bfloat16, float32, float64");
+  }
+  std::string text = is_varlen
+                         ? shape_refusal(name, q, {"total_q", "num_heads", "head_dim"})
+                         : shape_refusal(name, q, {"batch", "seqlen_q", "num_heads", "head_dim"});
+  return text.empty() ? kind_refusal(name, q, q) : text;
+}
+
+inline std::string cu_seqlens_refusal(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
+  std::string text = shape_refusal(name, cu_seqlens, {"batch + 1"});
+  if (text.empty()) text = kind_refusal(name, cu_seqlens, q, ScalarType::Int);
+  if (text.empty() && cu_seqlens.size(0) == 0) {
+    text = sentence(name, " has 0 elements; allowed: batch + 1, at least 1");
+  }
+  return text;
+}
+
+inline const int32_t* int_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const int32_t*>(tensor->const_data_ptr()) : nullptr;
+}
+
+}  // namespace flashtile::ops

@@ -1,0 +1,227 @@
+"""What torch asks of the cache's ops: opcheck, compile with an append; and every refusal."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flashtile
+from test_kvcache import Cache, int32
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def tables(rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(rows, dim // 2)
+    return angles.cos(), angles.sin()
+
+
+def arguments(packed: bool = False) -> tuple[Cache, dict[str, Any]]:
+    """A call with everything but rotation."""
+    cache = Cache((20, 9), 8, 32)
+    rows = (5,) if packed else (2, 2)
+    call = {
+        "q": torch.randn(*rows, 4, 64),
+        "k_cache": cache.k,
+        "v_cache": cache.v,
+        "k": torch.randn(*rows, 2, 64),
+        "v": torch.randn(*rows, 2, 48),
+        **cache.where(),
+    }
+    if packed:
+        call["cu_seqlens_q"] = int32([0, 3, 5])
+    return cache, call
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_opcheck(packed: bool) -> None:
+    cache, call = arguments(packed)
+    cache.k.nan_to_num_(0.0)  # opcheck takes no NaN for equal
+    cache.v.nan_to_num_(0.0)
+    cu = call.get("cu_seqlens_q")
+    lengths, table = call["cache_seqlens"], call["block_table"]
+    ops = torch.ops.flashtile
+    torch.library.opcheck(
+        ops.forward_kvcache.default,
+        (
+            *(call["q"], call["k_cache"], call["v_cache"], None, -1, 0, 0 if packed else 2, 0, 3),
+            *(cu, cu, lengths, None, int32([1, 0]), table),
+        ),
+    )
+    new = (call["k_cache"], call["v_cache"], call["k"], call["v"])
+    torch.library.opcheck(ops.append_kv.default, (*new, lengths, None, table, cu))
+    rotation = (call["q"], *tables(40, 32), True, False)
+    torch.library.opcheck(ops.append_kv_rotary.default, (*new, *rotation, lengths, None, table, cu))
+
+
+@pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_keeps_the_append(backend: str, packed: bool, rotary: bool) -> None:
+    """A graph that appends, reads, and uses the cache itself afterwards."""
+    cache, call = arguments(packed)
+    if rotary:
+        call["rotary_cos"], call["rotary_sin"] = tables(40, 32)
+    eager = {**call, "k_cache": cache.k.clone(), "v_cache": cache.v.clone()}
+
+    def step(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        out = flashtile.attention_with_kvcache(**call, causal=True)
+        return out * 2, call["k_cache"].nan_to_num(0).sum() + call["v_cache"].nan_to_num(0).sum()
+
+    out, total = step(eager)
+    before = cache.k.clone()
+    compiled, compiled_total = torch.compile(step, backend=backend, fullgraph=True)(call)
+    assert torch.equal(compiled, out)
+    torch.testing.assert_close(compiled_total, total)
+    assert not torch.equal(before.nan_to_num(0), cache.k.nan_to_num(0))
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(call[name].nan_to_num(9), eager[name].nan_to_num(9)), name
+
+
+def test_compile_once_for_all_lengths() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(
+        flashtile.attention_with_kvcache, backend=counter, fullgraph=True, dynamic=True
+    )
+    cache, call = arguments()
+    for length in (20, 3, 7, 24):
+        call["cache_seqlens"] = int32([length, 9])
+        cache.k.nan_to_num_(0.0)
+        cache.v.nan_to_num_(0.0)
+        assert torch.equal(step(**call), flashtile.attention_with_kvcache(**call))
+    assert counter.frame_count == 1
+
+
+def test_gradients_are_refused() -> None:
+    _, call = arguments()
+    for name in ("q", "k_cache", "k"):
+        grad = {**call, name: call[name].detach().requires_grad_()}
+        with pytest.raises(RuntimeError, match=f"^{name} requires grad; allowed: none"):
+            flashtile.attention_with_kvcache(**grad)
+    with torch.no_grad():
+        flashtile.attention_with_kvcache(**grad)
+
+
+REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": 3}, TypeError, "q is a int; allowed: torch.Tensor"),
+    ({"k_cache": None}, TypeError, "k_cache is a NoneType; allowed: torch.Tensor"),
+    ({"v": None}, ValueError, "v is None; allowed: a tensor, as k is one"),
+    ({"k": None}, ValueError, "k is None; allowed: a tensor, as v is one"),
+    (
+        {"cache_seqlens": None},
+        ValueError,
+        "cache_seqlens is None; allowed: a tensor or an int, which says where k and v belong",
+    ),
+    (
+        {"cache_seqlens": "3"},
+        TypeError,
+        "cache_seqlens is a str; allowed: Tensor, int or None",
+    ),
+    (
+        {"cache_seqlens": torch.zeros(3, dtype=torch.int32)},
+        ValueError,
+        "cache_seqlens has shape (3,); allowed: (2,)",
+    ),
+    (
+        {"cache_seqlens": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        "cache_seqlens has dtype int64; allowed: int32",
+    ),
+    (
+        {"block_table": torch.zeros(2, dtype=torch.int32)},
+        ValueError,
+        "block_table has shape (2,); allowed: (2, max_blocks)",
+    ),
+    (
+        {"block_table": torch.zeros(4, 2, dtype=torch.int32).t()},
+        ValueError,
+        "block_table has stride 2 in its last dimension; allowed: 1",
+    ),
+    (
+        {"cache_batch_idx": torch.zeros(2, dtype=torch.int32)},
+        ValueError,
+        "cache_batch_idx and block_table are set; allowed: one of the two",
+    ),
+    (
+        {"block_table": None, "k_cache": torch.zeros(1, 8, 2, 64)}
+        | {"v_cache": torch.zeros(1, 8, 2, 48)},
+        ValueError,
+        "num_pages is 1; allowed: at least batch, 2, without block_table and cache_batch_idx",
+    ),
+    (
+        {"k_cache": torch.zeros(9, 8, 2, 32)},
+        ValueError,
+        "k_cache has shape (9, 8, 2, 32); allowed: (num_pages, page_size, num_heads_kv, 64)",
+    ),
+    (
+        {"k_cache": torch.zeros(9, 0, 2, 64), "v_cache": torch.zeros(9, 0, 2, 48)},
+        ValueError,
+        "page_size is 0; allowed: 1 and more",
+    ),
+    (
+        {"v_cache": torch.zeros(9, 8, 1, 48)},
+        ValueError,
+        "v_cache has shape (9, 8, 1, 48); allowed: (10, 8, 2, head_dim_v)",
+    ),
+    (
+        {"k": torch.zeros(2, 2, 2, 64, dtype=torch.float16)},
+        ValueError,
+        "k has dtype float16; allowed: float32, the dtype of q",
+    ),
+    (
+        {"v": torch.zeros(2, 1, 2, 48)},
+        ValueError,
+        "v has shape (2, 1, 2, 48); allowed: (2, 2, 2, 48)",
+    ),
+    (
+        {"rotary_cos": torch.zeros(9, 16)},
+        ValueError,
+        "rotary_sin is None; allowed: a tensor, as rotary_cos is one",
+    ),
+    (
+        {"rotary_cos": torch.zeros(9, 33), "rotary_sin": torch.zeros(9, 33)},
+        ValueError,
+        "rotary_dim is 66; allowed: even, 2 to head_dim, 64",
+    ),
+    (
+        {"rotary_cos": torch.zeros(9, 16), "rotary_sin": torch.zeros(8, 16)},
+        ValueError,
+        "rotary_sin has shape (8, 16); allowed: (9, 16)",
+    ),
+    ({"causal": 1}, TypeError, "causal is a int; allowed: bool"),
+    ({"num_splits": -1}, ValueError, "num_splits is -1; allowed: 0 to 2147483647"),
+    (
+        {"softmax_scale": float("nan")},
+        ValueError,
+        "softmax_scale is nan; allowed: a finite number",
+    ),
+    (
+        {"window_size": (-2, 0)},
+        ValueError,
+        "window_left is -2; allowed: 0 and more keys, or -1 (unlimited)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "sentence"), REFUSALS)
+def test_refusals(change: dict[str, Any], kind: type[Exception], sentence: str) -> None:
+    cache, call = arguments()
+    before = cache.k.clone()
+    with pytest.raises(kind) as caught:
+        flashtile.attention_with_kvcache(**{**call, **change})
+    assert str(caught.value) == sentence
+    assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9)), "written although refused"
+
+
+def test_a_cache_that_meets_itself_is_refused() -> None:
+    _, call = arguments()
+    call["k_cache"] = torch.zeros(1, 8, 2, 64).expand(10, 8, 2, 64)
+    with pytest.raises(RuntimeError, match="allowed: strides that keep its elements apart"):
+        flashtile.attention_with_kvcache(**call)
+    both = torch.zeros(10, 8, 2, 64)
+    call["k_cache"], call["v_cache"] = both, both[..., :48]
+    with pytest.raises(RuntimeError, match="k_cache shares memory with v_cache"):
+        flashtile.attention_with_kvcache(**call)
