@@ -14,8 +14,7 @@ FLASHTILE_DEVICE float2 unpack<__nv_bfloat16>(uint32_t x) {
 }
 template <>
 FLASHTILE_DEVICE float2 unpack<__half>(uint32_t x) {
-  const __half2_raw raw = {static_cast<unsigned short>(x), static_cast<unsigned short>(x >> 16)};
-  return __half22float2(__half2(raw));
+  return __half22float2(__half2(__builtin_bit_cast(__half2_raw, x)));
 }
 
 }  // namespace flashtile
