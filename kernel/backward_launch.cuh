@@ -43,8 +43,7 @@ template <int kHeadDim, Memory kMemory>
 Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
   using Shape = BackwardShape<kHeadDim, kMemory>;
   const Problem& p = params.problem;
-  BackwardLaunch launch_params =
-      backward_launch(params, backward_workspace<kHeadDim, kMemory>(p));
+  BackwardLaunch launch_params = backward_launch(params, backward_workspace<kHeadDim, kMemory>(p));
   launch_params.plain =
       is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
       is_plain(launch_params.v, kHeadDim) && is_plain(launch_params.dout, kHeadDim);

@@ -41,8 +41,7 @@ Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
   using Shape = BackwardShapeSm90<kHeadDim>;
   const Problem& p = params.problem;
   BackwardLaunchSm90 launch_params;
-  launch_params.base =
-      backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p));
+  launch_params.base = backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p));
   if (launch_params.base.slots_q == 0) return FLASHTILE_OK;  // no batch: no map, nothing to do
   const struct {
     MappedTensor tensor;

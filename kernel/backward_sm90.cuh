@@ -136,9 +136,8 @@ struct BackwardSm90 {
                                .query_row = static_cast<int>(s.row_q),
                                .seqlen_q = s.seqlen_q,
                                .batch = static_cast<int>(s.batch)});
-    write_word(notes, HeadNotes{.head_kv = block.head,
-                                .key_block = block.row0 / kBlockK,
-                                .index = index});
+    write_word(notes,
+               HeadNotes{.head_kv = block.head, .key_block = block.row0 / kBlockK, .index = index});
     ptx::mbarrier_init(smem + Shape::kKeysFull, 1);
     Ring{smem + Shape::kQRing}.init(Shape::kConsumers / 32);
     Ring{smem + Shape::kDoutRing}.init(Shape::kConsumers / 32);

@@ -1,7 +1,7 @@
 // START HERE. flashtile's entry points: check, choose the backend, run.
 //
 //   include/flashtile/flashtile.h  the C API that this file implements
-//   check.cpp          the caller's structs -> params.h, every refusal has its sentence
+//   check*.cpp         the caller's structs -> params.h, every refusal has its sentence
 //   backend.h          what a backend answers: plan (name, workspace) and run
 //   cache.h            what lengths, tables and indices of a key/value cache mean, clamped
 //   cpu/               the CPU backend: same semantics, one object per instruction set

@@ -1,4 +1,4 @@
-// What the kernels and the CPU op are given: plain structs, already checked by check.cpp.
+// What the kernels and the CPU op are given: plain structs, already checked by check*.cpp.
 //
 // The same structs go to the device as one __grid_constant__ parameter, so they hold no type that
 // only a host compiler knows. All strides are in elements; head_dim has stride 1.

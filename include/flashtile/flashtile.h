@@ -227,8 +227,8 @@ FLASHTILE_API void flashtile_append_kv_init(flashtile_append_kv_params* params);
 
 /* Exactly the checks and the dispatch of the call, on the host, without touching data; only the
  * workspace is not looked at. On refusal the sentence is copied to `why` (NUL-terminated, cut at
- * why_size; why may be NULL). Otherwise `why` becomes empty, or says why the kernel that runs is not
- * the one that the device has for such problems: "k.stride_seq is 68; ...". */
+ * why_size; why may be NULL). Otherwise `why` becomes empty, or says why the kernel that runs is
+ * not the one that the device has for such problems: "k.stride_seq is 68; ...". */
 FLASHTILE_API flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why,
                                                  size_t why_size);
 FLASHTILE_API flashtile_status flashtile_can_run_backward(const flashtile_backward_params* params,

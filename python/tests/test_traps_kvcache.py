@@ -3,6 +3,8 @@
 Each test bears the trap's letter and number.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 CAUSAL: Mask = {"causal": True}
 
 
-def ones(batch: int, rows: int) -> dict[str, torch.Tensor]:
+def ones(batch: int, rows: int) -> dict[str, Any]:
     return {"k": torch.ones(batch, rows, 2, 64), "v": torch.ones(batch, rows, 2, 48)}
 
 
