@@ -30,8 +30,9 @@ $(VENV)/.stamp: cmake/requirements-dev.txt
 	@if $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
 	    && command -v cmake >/dev/null && command -v ninja >/dev/null; then
 	  echo "using the torch of $(PYTHON)"
+	  packages=$$($(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
 	  $(PYTHON) -m venv --without-pip $(VENV)
-	  $(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	  echo "$$packages" \
 	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	else
 	  $(PYTHON) -m venv $(VENV)
