@@ -1,4 +1,6 @@
 // What broke other libraries' key/value caches: appending (K), stray memory (P), neighbours (D).
+#include <utility>
+
 #include "../cache_case.h"
 
 using namespace flashtile::test;
@@ -106,8 +108,8 @@ TEST("K4 40960 of 262144 rows: as if the cache ended there") {
       v.set(call.batch_idx[0], row, 0, d, call.v.get(call.batch_idx[0], row, 0, d));
     }
   }
-  call.k = k;
-  call.v = v;
+  call.k = std::move(k);
+  call.v = std::move(v);
   flashtile_problem full = call.problem();
   full.page_size = 262144;
   CHECK(call.run(full).out == expected);

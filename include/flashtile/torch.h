@@ -317,15 +317,17 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// cache.seqlens is set.
 inline void append_kv(const KVCache& cache, const NewKeys& added, OptionalRef cu_seqlens) {
   using Signature = void(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, OptionalRef,
                          OptionalRef, OptionalRef);
   static const auto op = find_op<Signature>("flashtile::append_kv");
   at::Tensor k = cache.k, v = cache.v;
+  // NOLINTNEXTLINE(bugprone-unchecked-optional-access)
   op.call(k, v, added.k, added.v, *cache.seqlens, cache.batch_idx, cache.block_table, cu_seqlens);
 }
 
-// Returns q, rotated.
+// Returns q, rotated. cache.seqlens and both tables are set.
 inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewKeys& added,
                                    bool q_fixed, OptionalRef cu_seqlens) {
   using Signature =
@@ -333,9 +335,11 @@ inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewK
                  bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef);
   static const auto op = find_op<Signature>("flashtile::append_kv_rotary");
   at::Tensor k = cache.k, v = cache.v;
+  // NOLINTBEGIN(bugprone-unchecked-optional-access)
   return op.call(k, v, added.k, added.v, q, *added.rotary_cos, *added.rotary_sin,
                  added.rotary_interleaved, q_fixed, *cache.seqlens, cache.batch_idx,
                  cache.block_table, cu_seqlens);
+  // NOLINTEND(bugprone-unchecked-optional-access)
 }
 
 inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {

@@ -39,9 +39,10 @@ std::string warp_kernel(const std::string& name, const std::string& body) {
 
 Lanes run(const std::string& name, const Lanes& in) {
   const Buffer<uint32_t> from(in), to(in.size());
-  uint32_t* pointers[] = {from.get(), to.get()};
+  uint32_t* source = from.get();
+  uint32_t* target = to.get();
   ptx_test::begin_text(1);
-  ptx_test::launch_text(name, 32, 1024, {&pointers[0], &pointers[1]});
+  ptx_test::launch_text(name, 32, 1024, {static_cast<void*>(&source), static_cast<void*>(&target)});
   return Lanes(to.get(), to.get() + to.size());
 }
 

@@ -25,7 +25,7 @@ uint32_t run_on(const ptx::Device& device) {
   uint32_t* pointer = out.get();
   ptx_test::begin_text(1);
   ptx::machine().configure(device);
-  void* args[] = {&pointer};
+  void* args[] = {static_cast<void*>(&pointer)};
   cudaKernel_t kernel = nullptr;
   CHECK(cudaLibraryGetKernel(&kernel, nullptr, "which") == cudaSuccess);
   CHECK(cudaLaunchKernel(kernel, dim3(1), dim3(1), args, 0, nullptr) == cudaSuccess);

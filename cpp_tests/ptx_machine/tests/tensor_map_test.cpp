@@ -143,8 +143,9 @@ void check_box(const Box& box, uint64_t seed) {
   char* copy_pointer = copy.get();
   uint32_t adds = box.adds;
   std::array<int32_t, 5> at = box.at;
-  if (!ptx_test::launch_text("box" + std::to_string(r.rank), 32, 1024 + bytes,
-                             {&in_map, &out_map, at.data(), &bytes, &copy_pointer, &adds}))
+  if (!ptx_test::launch_text(
+          "box" + std::to_string(r.rank), 32, 1024 + bytes,
+          {&in_map, &out_map, at.data(), &bytes, static_cast<void*>(&copy_pointer), &adds}))
     return;
   ptx_test::check_bulk_loads(bytes);
   std::vector<char> expected(host);

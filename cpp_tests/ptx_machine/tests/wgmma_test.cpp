@@ -155,9 +155,9 @@ int count_wrong(const Shape& s, uint64_t seed, uint64_t spoiled = 0) {
   uint32_t words = static_cast<uint32_t>(bytes / 4);
   uint64_t da = la.descriptor(1024), db = lb.descriptor(1024 + b_at) ^ spoiled;
   uint64_t sa = static_cast<uint64_t>(la.step() / 16), sb = static_cast<uint64_t>(lb.step() / 16);
-  if (!ptx_test::launch_text(
-          kernel_name(s), 128, bytes,
-          {&pointers[0], &words, &da, &db, &sa, &sb, &pointers[1], &pointers[2]}))
+  if (!ptx_test::launch_text(kernel_name(s), 128, bytes,
+                             {static_cast<void*>(&pointers[0]), &words, &da, &db, &sa, &sb,
+                              static_cast<void*>(&pointers[1]), static_cast<void*>(&pointers[2])}))
     return -1;
   ptx_test::check_wgmma(2, 2ull * 64 * s.n * kDepth);
   int wrong = 0;
