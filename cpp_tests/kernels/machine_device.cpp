@@ -42,7 +42,7 @@ const std::vector<Model>& models() {
   static const std::vector<Model> all = {{"machine sm_80", ptx::kSm80, {1, 2, 3}},
                                          {"machine sm_89", ptx::kSm89, {4, 5, 6}},
                                          {"machine sm_90", sm90_old_driver, {7, 8, 9}},
-                                         {"machine sm_90a", sm90a, {10, 11, 12}, true}};
+                                         {"machine sm_90a", sm90a, {10, 11, 12, 14, 15}, true}};
   return all;
 }
 
@@ -70,9 +70,10 @@ bool is_built(const Model& model) {
 std::vector<Schedule> schedules() {
   const char* only = std::getenv("FLASHTILE_TEST_DEVICE");
   std::vector<Schedule> all;
-  for (size_t round = 0; round < 3; ++round) {
+  constexpr size_t kMostSeeds = 5;
+  for (size_t round = 0; round < kMostSeeds; ++round) {
     for (const Model& model : models()) {
-      if (!is_built(model)) continue;
+      if (!is_built(model) || round >= model.seeds.size()) continue;
       if (only != nullptr && model.name != std::string("machine ") + only) continue;
       all.push_back({model.name, model.device.smem_optin, model.seeds[round], model.has_sm90});
     }
@@ -80,11 +81,13 @@ std::vector<Schedule> schedules() {
   return all;
 }
 
+// Most seeds have several blocks side by side, as blocks that take turns at dQ need.
 void begin(const Schedule& schedule) {
   for (const Model& model : models()) {
     if (schedule.device == model.name) ptx::machine().configure(model.device);
   }
   ptx::machine().set_seed(schedule.seed);
+  ptx::machine().set_resident_blocks(schedule.seed % 5 == 0 ? 1 : 4);
   ptx::machine().clear_reports();
   ptx::machine().reset_counters();
 }

@@ -251,6 +251,14 @@ std::vector<Sample> turns() {
         .masks = {kCausal},
         .deterministic = true},
        d},
+      {{.name = "many turns",
+        .heads = 2,
+        .heads_kv = 2,
+        .seqlen_q = 400,
+        .seqlen_k = 600,
+        .masks = {kFull},
+        .deterministic = true},
+       d},
   };
 }
 
