@@ -14,7 +14,16 @@ import torch
 import flashtile
 
 PACKAGE = Path(flashtile.__path__[0])
-MODULES = ("checks", "functional", "loader", "merging", "options", "registration", "vmap")
+MODULES = [
+    "checks",
+    "functional",
+    "kvcache",
+    "loader",
+    "merging",
+    "options",
+    "registration",
+    "vmap",
+]
 SOURCES = {"__init__.py", "ops.py", "py.typed", *(f"_{name}.py" for name in MODULES)}
 ROOT = Path(__file__).resolve().parents[2]
 
