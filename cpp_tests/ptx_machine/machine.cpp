@@ -109,6 +109,16 @@ void Machine::set_seed(uint64_t seed) {
 bool Machine::load_ptx(const std::string& path) {
   std::string error;
   std::unique_ptr<Module> module = load_module(path, error);
+  return add_module(std::move(module), error);
+}
+
+bool Machine::load_text(const std::string& text) {
+  std::string error;
+  std::unique_ptr<Module> module = parse_module("PTX text", text, error);
+  return add_module(std::move(module), error);
+}
+
+bool Machine::add_module(std::unique_ptr<Module> module, const std::string& error) {
   if (!module) {
     Report report;
     report.kind = Error::kUnsupported;

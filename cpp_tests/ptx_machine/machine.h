@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -91,6 +92,8 @@ struct Counters {
   uint64_t shared_bytes_max = 0;  // largest static + dynamic shared memory of a block
 };
 
+struct Module;
+
 class Machine {
  public:
   // Selects the GPU that the runtime entry points report. Allocations stay.
@@ -100,6 +103,7 @@ class Machine {
   // Adds the kernels of a PTX file; its .target says which architecture it serves. Returns false
   // and reports when the file cannot be read. A launch takes the highest target <= the device's.
   bool load_ptx(const std::string& path);
+  bool load_text(const std::string& text);
   // A text file with one PTX file a line, each "compute-capability path".
   bool load_manifest(const std::string& path);
 
@@ -152,6 +156,7 @@ class Machine {
   Counters& mutable_counters() { return counters_; }
 
  private:
+  bool add_module(std::unique_ptr<Module> module, const std::string& error);
   bool refuse(const Launch& launch, Error kind, const std::string& text, int ptx_line = 0);
   std::string launch_error(const Launch& launch, const Kernel& kernel) const;
   bool run_grid(const Launch& launch, const Kernel& kernel);

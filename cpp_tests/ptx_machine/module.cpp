@@ -288,22 +288,27 @@ class Scanner {
 
 }  // namespace
 
+std::unique_ptr<Module> parse_module(const std::string& name, std::string text,
+                                     std::string& error) {
+  auto module = std::make_unique<Module>();
+  module->path = name;
+  module->text = std::move(text);
+  blank_comments(module->text);
+  if (!Scanner(*module, error).run()) return nullptr;
+  if (module->target == 0) {
+    error = name + " has no .target line: not PTX";
+    return nullptr;
+  }
+  return module;
+}
+
 std::unique_ptr<Module> load_module(const std::string& path, std::string& error) {
   std::ifstream in(path, std::ios::binary);
   if (!in) {
     error = "cannot open the PTX file " + path;
     return nullptr;
   }
-  auto module = std::make_unique<Module>();
-  module->path = path;
-  module->text.assign(std::istreambuf_iterator<char>(in), {});
-  blank_comments(module->text);
-  if (!Scanner(*module, error).run()) return nullptr;
-  if (module->target == 0) {
-    error = path + " has no .target line: not PTX";
-    return nullptr;
-  }
-  return module;
+  return parse_module(path, std::string(std::istreambuf_iterator<char>(in), {}), error);
 }
 
 }  // namespace ptx

@@ -107,6 +107,8 @@ struct Module {
 
 // Null and a sentence in `error` when the text cannot be understood.
 std::unique_ptr<Module> load_module(const std::string& path, std::string& error);
+// The same from PTX text; reports call it `name`.
+std::unique_ptr<Module> parse_module(const std::string& name, std::string text, std::string& error);
 
 // Fills code and the rest; false leaves the reason in kernel.decode_error.
 bool decode_kernel(Kernel& kernel);

@@ -3,7 +3,6 @@
 // "Device" memory is host memory with registered bounds; streams are done when a call returns.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -218,15 +217,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 // Kernels from PTX text. A kernel's handle is where its name is kept.
 cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**,
                                 unsigned, cudaLibraryOption*, void**, unsigned) {
-  char path[] = "/tmp/ptx_library_XXXXXX";
-  const int file = mkstemp(path);
-  if (file < 0) return result(cudaErrorInvalidValue);
-  const std::string text = static_cast<const char*>(code);
-  const bool written = write(file, text.data(), text.size()) == static_cast<ssize_t>(text.size());
-  close(file);
-  const bool loaded = written && ptx::machine().load_ptx(path);
-  unlink(path);
-  if (!loaded) return result(cudaErrorInvalidValue);
+  if (!ptx::machine().load_text(static_cast<const char*>(code)))
+    return result(cudaErrorInvalidValue);
   *library = reinterpret_cast<cudaLibrary_t>(1);  // all modules stay until the end
   return cudaSuccess;
 }
