@@ -41,6 +41,7 @@ struct CacheSpec {
   Mask mask = kCausal;
   int num_splits = 0;
   uint64_t layout_seed = 1;
+  Layout layout_k = Layout::kOdd;  // of k and the new keys; kPadded: rows at multiples of 16 bytes
 
   int rows_of(const CacheSequence& s) const { return s.leftpad + s.keys + s.added; }
   std::string name() const {
@@ -256,11 +257,11 @@ class CacheCall {
       fresh.seq = added;
     }
     q = HostTensor(spec_.dtype, rows, Layout::kPadded);
-    k_new = HostTensor(spec_.dtype, fresh, Layout::kOdd);
+    k_new = HostTensor(spec_.dtype, fresh, spec_.layout_k);
     fresh.dim = spec_.dims.v;
     v_new = HostTensor(spec_.dtype, fresh, Layout::kPadded);
     k = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.qk},
-                   Layout::kOdd);
+                   spec_.layout_k);
     v = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.v},
                    Layout::kPadded);
   }

@@ -1,4 +1,4 @@
-// The two backends behind the C API. Both answer the same five questions; flash.cu asks the one
+// The two backends behind the C API. Both answer the same questions; flash.cu asks the one
 // that holds the memory. cuda_backend.cu is replaced by cuda_none.cpp in a build without nvcc.
 #pragma once
 
@@ -34,6 +34,8 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
                      size_t& workspace_bytes);
 Status forward(const ForwardParams& params, int device_index, CUstream_st* stream);
 Status backward(const BackwardParams& params, int device_index, CUstream_st* stream);
+Status can_append_kv(const AppendParams& params, int device_index);
+Status append_kv(const AppendParams& params, int device_index, CUstream_st* stream);
 const char* architectures();  // "80,89,90"; "" without CUDA
 const char* head_dims();      // "64,128"; "" without CUDA
 }  // namespace cuda

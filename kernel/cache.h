@@ -2,6 +2,8 @@
 // be trusted: every length and page that comes out is one that the tensors have.
 //
 // Always inlined: cpu/ compiles this once per instruction set (vec.h says why that matters).
+// Kernels use it as it is: nvcc takes constexpr functions for both sides
+// (--expt-relaxed-constexpr).
 #pragma once
 
 #include "params.h"
@@ -57,6 +59,31 @@ FLASHTILE_CACHE_INLINE bool is_page(const Cache& cache, int64_t page) {
 // One that can be read; the nearest, where the caller's does not exist.
 FLASHTILE_CACHE_INLINE int64_t readable_page(const Cache& cache, int64_t sequence, int64_t block) {
   return clamped(named_page(cache, sequence, block), 0, cache.num_pages - 1);
+}
+
+// Where new row i of a sequence goes: row `row` of page `page`, which is row `position` of the
+// sequence. page is -1 where there is no place for it, or no row of the rotary tables.
+struct NewPlace {
+  int64_t page, row, position;
+};
+FLASHTILE_CACHE_INLINE NewPlace new_place(const AppendParams& params, int64_t sequence, int64_t i) {
+  const Problem& problem = params.problem;
+  const Cache& cache = problem.cache;
+  constexpr NewPlace kNowhere = {-1, 0, 0};
+  const int64_t before = rows_before(problem, sequence), position = before + i;
+  const bool in_cache = i >= 0 && before >= 0 && position < cache.capacity();
+  if (!in_cache || i >= new_rows(cache, sequence).count) return kNowhere;
+  if (params.rotary.cos != nullptr && position >= params.rotary.rows) return kNowhere;
+  const int64_t block = position / cache.page_size, page = named_page(cache, sequence, block);
+  return is_page(cache, page) ? NewPlace{page, position - block * cache.page_size, position}
+                              : kNowhere;
+}
+
+// Row of the rotary tables for query i of a sequence; it may not exist.
+FLASHTILE_CACHE_INLINE int64_t query_position(const AppendParams& params, int64_t sequence,
+                                              int64_t i) {
+  const int64_t before = rows_before(params.problem, sequence);
+  return (before < 0 ? 0 : before) + (params.rotary.q_fixed ? 0 : i);
 }
 
 }  // namespace flashtile

@@ -72,16 +72,10 @@ Status check_lengths(const flashtile_problem& p) {
 }
 
 // The cache's part of the problem; the values that its pointers point to are not looked at.
-Status check_cache(const flashtile_problem& p, const Target& target) {
+Status check_cache(const flashtile_problem& p) {
   constexpr int64_t kMost = INT32_MAX;
   if (Status s = check_range("page_size", p.page_size, 0, kMost)) return s;
   if (p.page_size == 0) return FLASHTILE_OK;
-  if (target.device != FLASHTILE_CPU) {
-    return fail(FLASHTILE_UNSUPPORTED,
-                "page_size is %lld and device is FLASHTILE_CUDA; allowed: 0, or FLASHTILE_CPU: "
-                "this version serves a key/value cache on the CPU",
-                static_cast<I64>(p.page_size));
-  }
   if (Status s = check_range("num_pages", p.num_pages, 0, kMost)) return s;
   if (Status s = check_range("num_splits", p.num_splits, 0, kMost)) return s;
   if (Status s = check_range("seqlen_new", p.seqlen_new, 0, kMost)) return s;
@@ -191,7 +185,7 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   if (Status s = check_dtypes(p)) return s;
   if (Status s = check_lengths(p)) return s;
   if (Status s = check_heads(p)) return s;
-  if (Status s = check_cache(p, target)) return s;
+  if (Status s = check_cache(p)) return s;
   if (Status s = check_options(p)) return s;
   out.cache = convert_cache(p);
   out.batch = p.batch;

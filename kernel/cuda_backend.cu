@@ -92,6 +92,13 @@ Status check_lengths(const Problem& p) {
 }
 
 Status check_forward_sizes(const Problem& problem) {
+  if (problem.cache.exists()) {
+    return fail(
+        FLASHTILE_UNSUPPORTED,
+        "page_size is %lld in a forward on CUDA; allowed: 0, or FLASHTILE_CPU: this version "
+        "reads a key/value cache on the CPU",
+        static_cast<I64>(problem.cache.page_size));
+  }
   if (Status s = check_dtype(problem)) return s;
   if (Status s = check_lengths(problem)) return s;
   return check_query_blocks(problem);

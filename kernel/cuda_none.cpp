@@ -17,6 +17,8 @@ Status forward_plan(const ForwardParams&, int, PlanName&, size_t&) { return not_
 Status backward_plan(const BackwardParams&, int, PlanName&, size_t&) { return not_built(); }
 Status forward(const ForwardParams&, int, CUstream_st*) { return not_built(); }
 Status backward(const BackwardParams&, int, CUstream_st*) { return not_built(); }
+Status can_append_kv(const AppendParams&, int) { return not_built(); }
+Status append_kv(const AppendParams&, int, CUstream_st*) { return not_built(); }
 const char* architectures() { return ""; }
 const char* head_dims() { return ""; }
 

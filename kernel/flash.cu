@@ -6,6 +6,7 @@
 //   cache.h            what lengths, tables and indices of a key/value cache mean, clamped
 //   cpu/               the CPU backend: same semantics, one object per instruction set
 //   cuda_backend.cu    the CUDA backend: device -> memory class, head_dim -> slice
+//   append_backend.cu  writing to a cache on CUDA; append.cuh: its kernel
 //   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
 //   forward_sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
 //   forward_sm90.cuh   forward main loop: TMA + wgmma (sm_90a); tensor_map.h: what TMA takes
@@ -65,16 +66,25 @@ Status checked_plan(const UserParams* user, Target& target, Params& params, Plan
   return plan(target, params, out);
 }
 
-// Served on the CPU alone: the check refuses a cache elsewhere.
+Status can_append_kv(const flashtile_append_kv_params* user, Target& target, AppendParams& params) {
+  if (Status s = check_append_kv(user, target, params)) return s;
+  if (target.device == FLASHTILE_CPU) return FLASHTILE_OK;
+  return cuda::can_append_kv(params, target.device_index);
+}
+
+Status check_stream(const Target& target, CUstream_st* stream) {
+  if (target.device != FLASHTILE_CPU || stream == nullptr) return FLASHTILE_OK;
+  return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
+              static_cast<void*>(stream));
+}
+
 Status append_kv(const flashtile_append_kv_params* user, CUstream_st* stream) {
   Target target;
   AppendParams params;
   if (Status s = check_append_kv(user, target, params)) return s;
-  if (stream != nullptr) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
-                static_cast<void*>(stream));
-  }
-  return cpu::append_kv(params);
+  if (Status s = check_stream(target, stream)) return s;
+  return target.device == FLASHTILE_CPU ? cpu::append_kv(params)
+                                        : cuda::append_kv(params, target.device_index, stream);
 }
 
 void copy_text(const char* text, char* out, size_t size) {
@@ -122,10 +132,7 @@ Status execute(const UserParams* user, CUstream_st* stream) {
   if (Status s = checked_plan(user, target, params, chosen)) return s;
   if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace_bytes))
     return s;
-  if (target.device == FLASHTILE_CPU && stream != nullptr) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
-                static_cast<void*>(stream));
-  }
+  if (Status s = check_stream(target, stream)) return s;
   return run(target, params, stream);
 }
 
@@ -158,7 +165,7 @@ flashtile_status flashtile_can_run_append_kv(const flashtile_append_kv_params* p
                                              size_t why_size) {
   flashtile::Target target;
   flashtile::AppendParams checked;
-  const flashtile_status status = flashtile::check_append_kv(params, target, checked);
+  const flashtile_status status = flashtile::can_append_kv(params, target, checked);
   flashtile::copy_text(status == FLASHTILE_OK ? "" : flashtile_last_error(), why, why_size);
   return status;
 }

@@ -60,15 +60,11 @@ struct Refusal {
 };
 
 constexpr flashtile_status kInvalid = FLASHTILE_INVALID_ARGUMENT;
-constexpr flashtile_status kUnsupported = FLASHTILE_UNSUPPORTED;
 
 // Of forward and append alike.
 const Refusal kProblemRefusals[] = {
     {[](CacheCall& c) { c.problem.page_size = -1; }, kInvalid,
      "page_size is -1; allowed: 0 to 2147483647"},
-    {[](CacheCall& c) { c.problem.device = FLASHTILE_CUDA; }, kUnsupported,
-     "page_size is 2 and device is FLASHTILE_CUDA; allowed: 0, or FLASHTILE_CPU: this version "
-     "serves a key/value cache on the CPU"},
     {[](CacheCall& c) { c.problem.cu_seqlens_k = c.cu_k; }, kInvalid,
      "cu_seqlens_k is set and page_size is 2; allowed: NULL with a cache"},
     {[](CacheCall& c) { c.problem.num_pages = -3; }, kInvalid,

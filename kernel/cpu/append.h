@@ -46,23 +46,17 @@ class Append {
            head * view.stride_head;
   }
 
-  bool has_angle(int64_t position) const { return position >= 0 && position < rotary_.rows; }
-
   // New row i of a sequence, if the cache has a place for it.
   void append(int64_t sequence, int64_t i) const {
-    const NewRows rows = new_rows(cache_, sequence);
-    const int64_t before = rows_before(problem_, sequence), at = before + i;
-    if (i >= rows.count || before < 0 || at >= cache_.capacity()) return;
-    const int64_t block = at / cache_.page_size, page = named_page(cache_, sequence, block);
-    if (!is_page(cache_, page)) return;
-    if (rotary_.cos != nullptr && !has_angle(at)) return;
+    const NewPlace place = new_place(params_, sequence, i);
+    if (place.page < 0) return;
     const int64_t batch = cache_.cu_seqlens_new == nullptr ? sequence : 0;
+    const int64_t from = new_rows(cache_, sequence).begin + i;
     for (int64_t head = 0; head < problem_.num_heads_kv; ++head) {
-      const int64_t row = at - block * cache_.page_size;
-      rotate(row_of(params_.k_new, batch, rows.begin + i, head), at,
-             row_of(params_.k_cache, page, row, head));
-      __builtin_memcpy(row_of(params_.v_cache, page, row, head),
-                       row_of(params_.v_new, batch, rows.begin + i, head),
+      rotate(row_of(params_.k_new, batch, from, head), place.position,
+             row_of(params_.k_cache, place.page, place.row, head));
+      __builtin_memcpy(row_of(params_.v_cache, place.page, place.row, head),
+                       row_of(params_.v_new, batch, from, head),
                        static_cast<size_t>(problem_.head_dim_v) * sizeof(T));
     }
   }
@@ -72,12 +66,11 @@ class Append {
     const int64_t begin = packed ? problem_.cu_seqlens_q[sequence] : 0;
     const int64_t end = packed ? problem_.cu_seqlens_q[sequence + 1] : problem_.seqlen_q;
     if (begin + i >= end) return;
-    const int64_t before = larger_of(rows_before(problem_, sequence), 0);
-    const int64_t position = before + (rotary_.q_fixed ? 0 : i);
+    const int64_t position = query_position(params_, sequence, i);
     const int64_t batch = packed ? 0 : sequence;
     for (int64_t head = 0; head < problem_.num_heads; ++head) {
       T* const to = row_of(params_.q_out, batch, begin + i, head);
-      if (has_angle(position)) {
+      if (position < rotary_.rows) {
         rotate(row_of(params_.q, batch, begin + i, head), position, to);
       } else {
         const Vec<C> nan = splat(static_cast<C>(__builtin_nan("")));

@@ -13,19 +13,24 @@ struct RowFormat {
   int unit;   // 16, 4 or 2 bytes: every row starts at a multiple of it and is a whole number of it
 };
 
-// `rows` and `heads` are what the strides run over.
-inline RowFormat row_format(const View& view, const Problem& problem, int64_t head_dim,
-                            int64_t rows, int64_t heads) {
-  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+// What the strides of a tensor run over.
+struct RowExtents {
+  int64_t batch, rows, heads;
+};
+inline RowFormat row_format(const View& view, int64_t head_dim, const RowExtents& extents) {
   const auto used = [](int64_t stride, int64_t extent) { return extent <= 1 ? 0 : 2 * stride; };
-  const uint64_t all =
-      reinterpret_cast<uintptr_t>(view.data) |
-      static_cast<uint64_t>(used(view.stride_batch, batch) | used(view.stride_seq, rows) |
-                            used(view.stride_head, heads) | 2 * head_dim);
+  const uint64_t all = reinterpret_cast<uintptr_t>(view.data) |
+                       static_cast<uint64_t>(used(view.stride_batch, extents.batch) |
+                                             used(view.stride_seq, extents.rows) |
+                                             used(view.stride_head, extents.heads) | 2 * head_dim);
   return {.bytes = static_cast<int>(2 * head_dim),
           .unit = all % 16 == 0  ? 16
                   : all % 4 == 0 ? 4
                                  : 2};
+}
+inline RowFormat row_format(const View& view, const Problem& problem, int64_t head_dim,
+                            int64_t rows, int64_t heads) {
+  return row_format(view, head_dim, {problem.is_varlen() ? 1 : problem.batch, rows, heads});
 }
 inline RowFormat query_format(const View& view, const Problem& p, int64_t head_dim) {
   return row_format(view, p, head_dim, p.rows_q(), p.num_heads);
@@ -50,6 +55,12 @@ FLASHTILE_DEVICE uint4 load_elements(const char* global, int bytes) {
     pairs[i] = low | high << 16;
   }
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// The first `bytes` of a chunk, a whole number of units; zeros follow.
+FLASHTILE_DEVICE uint4 load_chunk(const char* global, int bytes, int unit) {
+  if (unit != 16) return load_elements(global, bytes);
+  return bytes > 0 ? *reinterpret_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 }
 
 // One chunk to shared memory, in units of 4 bytes, asynchronously, or of 2; of it `bytes` exist, a

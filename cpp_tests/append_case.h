@@ -1,0 +1,244 @@
+// An append to a cache of cache_case.h, with rotation or without, and what it has to leave behind:
+// every byte of the caches, and rotated numbers by their formula in fp64. Runs on the CPU or on a
+// backend.
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <list>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cache_case.h"
+#include "runner.h"
+
+namespace flashtile::test {
+
+struct RotaryTable {
+  HostTensor cos, sin;  // [1, rows, 1, dim / 2]
+  int dim;
+  uint32_t flags;
+
+  // padding: numbers between two rows.
+  RotaryTable(Dtype dtype, int64_t rows, int dim, uint32_t flags, int padding = 3)
+      : cos(dtype, {1, rows, 1, dim / 2}, Strides{0, dim / 2 + padding, 0}, 0),
+        sin(dtype, {1, rows, 1, dim / 2}, Strides{0, dim / 2 + padding, 0}, 0),
+        dim(dim),
+        flags(flags) {
+    cos.for_each([&](int64_t b, int64_t p, int64_t h, int64_t d) {
+      const double angle =
+          static_cast<double>(p) * std::pow(10000.0, -2.0 * static_cast<double>(d) / dim);
+      cos.set(b, p, h, d, std::cos(angle));
+      sin.set(b, p, h, d, std::sin(angle));
+    });
+  }
+  // Number d of a head at a position, and the largest number that it is made of.
+  std::pair<double, double> rotated(const HostTensor& x, int64_t b, int64_t s, int64_t h, int64_t d,
+                                    int64_t position) const {
+    const double itself = x.get(b, s, h, d);
+    if (d >= dim) return {itself, 0.0};
+    const bool halves = (flags & FLASHTILE_ROTARY_HALVES) != 0;
+    const int64_t pair = halves ? d % (dim / 2) : d / 2;
+    const bool second = halves ? d >= dim / 2 : d % 2 == 1;
+    const int64_t partner = halves ? (second ? d - dim / 2 : d + dim / 2) : d ^ 1;
+    const double other = x.get(b, s, h, partner);
+    const double c = cos.get(0, position, 0, pair), sn = sin.get(0, position, 0, pair);
+    return {itself * c + (second ? other : -other) * sn,
+            std::max(std::fabs(itself), std::fabs(other))};
+  }
+};
+
+// Everything that a call reads and writes, in host memory.
+struct Appending {
+  CacheCall call;
+  std::optional<RotaryTable> table = std::nullopt;
+  HostTensor q_out = {};
+  bool in_place = false;  // q_out is q
+
+  HostTensor& rotated_q() { return in_place ? call.q : q_out; }
+};
+
+// A host tensor's or vector's bytes in a backend's memory, and back.
+class Mirror {
+ public:
+  explicit Mirror(const Backend& backend) : backend_(backend) {}
+
+  const int32_t* ints(const std::vector<int32_t>& values) {
+    memory_.emplace_back(backend_, values.data(), values.size() * sizeof(int32_t));
+    return reinterpret_cast<const int32_t*>(memory_.back().data());
+  }
+  flashtile_tensor tensor(HostTensor& host) {
+    memory_.emplace_back(backend_, host.bytes().data(), host.bytes().size());
+    if (host.bytes().empty()) return {};
+    tensors_.emplace_back(&host, &memory_.back());
+    return {memory_.back().data() + host.start_byte(), host.strides().batch, host.strides().seq,
+            host.strides().head};
+  }
+  void copy_out() const {
+    for (const auto& [host, device] : tensors_) device->copy_out(host->bytes().data());
+  }
+
+ private:
+  const Backend& backend_;
+  std::list<DeviceBytes> memory_;
+  std::vector<std::pair<HostTensor*, const DeviceBytes*>> tensors_;
+};
+
+// The problem with its numbers in a backend's memory; `problem` is of `call`.
+inline flashtile_problem mirrored(Mirror& mirror, const Backend& backend, const CacheCall& call,
+                                  flashtile_problem problem) {
+  const auto move = [&](const int32_t*& pointer, const std::vector<int32_t>& values) {
+    if (pointer != nullptr) pointer = mirror.ints(values);
+  };
+  problem.device = backend.device;
+  move(problem.seqused_k, call.lengths);
+  move(problem.cache_leftpad, call.leftpads);
+  move(problem.block_table, call.table);
+  move(problem.cache_batch_idx, call.batch_idx);
+  move(problem.cu_seqlens_q, call.cu_q);
+  move(problem.cu_seqlens_new, call.cu_new);
+  return problem;
+}
+
+// Appends on a backend. Returns the error.
+inline std::string append_on(const Backend& backend, Appending& what,
+                             const flashtile_problem& problem) {
+  Mirror mirror(backend);
+  const flashtile_problem moved = mirrored(mirror, backend, what.call, problem);
+  flashtile_append_kv_params params;
+  flashtile_append_kv_init(&params);
+  params.problem = &moved;
+  params.k_new = mirror.tensor(what.call.k_new);
+  params.v_new = mirror.tensor(what.call.v_new);
+  params.k_cache = mirror.tensor(what.call.k);
+  params.v_cache = mirror.tensor(what.call.v);
+  if (what.table.has_value()) {
+    RotaryTable& table = *what.table;
+    params.rotary_cos = mirror.tensor(table.cos).data;
+    params.rotary_sin = mirror.tensor(table.sin).data;
+    params.rotary_stride = table.cos.strides().seq;
+    params.rotary_rows = table.cos.extents().seq;
+    params.rotary_dim = table.dim;
+    params.rotary_flags = table.flags;
+    params.q = mirror.tensor(what.call.q);
+    params.q_out = what.in_place ? params.q : mirror.tensor(what.q_out);
+  }
+  const flashtile_status status = flashtile_append_kv(&params, nullptr);
+  mirror.copy_out();
+  return status == FLASHTILE_OK ? "" : flashtile_last_error();
+}
+
+using AppendRun = std::function<std::string(Appending&, const flashtile_problem&)>;
+
+inline std::string append_on_cpu(Appending& what, const flashtile_problem& problem) {
+  return append_on(cpu_backend(), what, problem);
+}
+
+// What the cache should hold: `call`'s own, before it appends, plus the new rows that belong there.
+inline void expect_rows(const CacheCall& call, HostTensor& k, HostTensor& v) {
+  for (size_t b = 0; b < call.spec().sequences.size(); ++b) {
+    const CacheSequence& s = call.spec().sequences[b];
+    for (int64_t i = 0; i < s.added; ++i) {
+      const auto [page, row] = call.place_of(b, s.leftpad + s.keys + i);
+      const int64_t batch = call.spec().packed ? 0 : static_cast<int64_t>(b);
+      const int64_t from = call.spec().packed ? call.cu_new[b] + i : i;
+      for (int64_t h = 0; h < k.extents().heads; ++h) {
+        for (int64_t d = 0; d < k.extents().dim; ++d)
+          k.set(page, row, h, d, call.k_new.get(batch, from, h, d));
+        for (int64_t d = 0; d < v.extents().dim; ++d)
+          v.set(page, row, h, d, call.v_new.get(batch, from, h, d));
+      }
+    }
+  }
+}
+
+// Without a rotation: every byte of the caches.
+inline void check_append(const CacheSpec& spec, const AppendRun& run) {
+  Appending what = {CacheCall(spec)};
+  HostTensor k = what.call.k, v = what.call.v;
+  expect_rows(what.call, k, v);
+  CHECK_EQ(run(what, what.call.problem()), std::string());
+  CHECK_MESSAGE(what.call.k.bytes() == k.bytes(), spec.name() + ": k");
+  CHECK_MESSAGE(what.call.v.bytes() == v.bytes(), spec.name() + ": v");
+}
+
+// Two products and a sum in fp32 or fp64, one rounding to 16 bits; times the largest number.
+inline double rotation_unit(Dtype dtype) {
+  return dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64 ? 3 * epsilon_of(dtype)
+                                                              : epsilon_of(dtype);
+}
+
+// The largest error of k in the cache and of the rotated q, in units of what is allowed. `before`:
+// the tensors that `what` had before it ran.
+inline double rotation_error(const CacheCall& before, Appending& what) {
+  const CacheSpec& spec = before.spec();
+  const RotaryTable& table = *what.table;
+  double worst = 0.0;
+  const auto compare = [&](double got, const std::pair<double, double>& expected) {
+    const double error = std::fabs(got - expected.first);
+    const double allowed = rotation_unit(spec.dtype) * expected.second;
+    worst = std::max(worst, error == 0.0 ? 0.0 : !(error <= allowed) ? kInfinity : error / allowed);
+  };
+  for (size_t b = 0; b < spec.sequences.size(); ++b) {
+    const CacheSequence& s = spec.sequences[b];
+    const int64_t first = s.leftpad + s.keys, batch = spec.packed ? 0 : static_cast<int64_t>(b);
+    for (int64_t i = 0; i < s.added; ++i) {
+      const auto [page, row] = before.place_of(b, first + i);
+      const int64_t from = spec.packed ? before.cu_new[b] + i : i;
+      for (int64_t h = 0; h < spec.heads_kv; ++h) {
+        for (int64_t d = 0; d < spec.dims.qk; ++d)
+          compare(what.call.k.get(page, row, h, d),
+                  table.rotated(before.k_new, batch, from, h, d, first + i));
+      }
+    }
+    for (int64_t i = 0; i < s.queries; ++i) {
+      const int64_t from = spec.packed ? before.cu_q[b] + i : i;
+      const int64_t position = first + ((table.flags & FLASHTILE_ROTARY_Q_FIXED) != 0 ? 0 : i);
+      for (int64_t h = 0; h < spec.heads; ++h) {
+        for (int64_t d = 0; d < spec.dims.qk; ++d)
+          compare(what.rotated_q().get(batch, from, h, d),
+                  table.rotated(before.q, batch, from, h, d, position));
+      }
+    }
+  }
+  return worst;
+}
+
+// k in the cache and q_out, at the positions that the header promises.
+inline void check_rotation(const CacheSpec& spec, const RotaryTable& table, const AppendRun& run) {
+  const CacheCall before(spec);
+  HostTensor v = before.v, unused = before.k;
+  expect_rows(before, unused, v);
+  for (const bool in_place : {false, true}) {
+    Appending what = {before, table, HostTensor(spec.dtype, before.q.extents(), spec.layout_k),
+                      in_place};
+    CHECK_EQ(run(what, what.call.problem()), std::string());
+    CHECK(what.q_out.gaps_are_untouched() && what.call.q.gaps_are_untouched());
+    CHECK(what.call.k.gaps_are_untouched());
+    CHECK(what.call.v.bytes() == v.bytes());
+    const double worst = rotation_error(before, what);
+    CHECK_MESSAGE(worst <= 1.0, spec.name() + " rotary_dim " + std::to_string(table.dim) +
+                                    " flags " + std::to_string(table.flags) + ": " +
+                                    std::to_string(worst));
+  }
+}
+
+// A position without a row in the tables: k stays unwritten, q is NaN.
+inline void check_missing_angles(Dtype dtype, const AppendRun& run) {
+  const CacheSpec spec = {.dtype = dtype,
+                          .sequences = {{.seed = 1, .keys = 9, .queries = 3, .added = 3}}};
+  Appending what = {CacheCall(spec), RotaryTable(dtype, 10, 64, 0)};
+  what.q_out = HostTensor(dtype, what.call.q.extents(), Layout::kPadded);
+  CHECK_EQ(run(what, what.call.problem()), std::string());
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto [page, row] = what.call.place_of(0, 9 + i);
+    CHECK_EQ(std::isnan(what.call.k.get(page, row, 0, 0)), i > 0);
+    CHECK_EQ(std::isnan(what.call.v.get(page, row, 0, 0)), i > 0);
+    for (int64_t d = 0; d < 64; ++d) CHECK_EQ(std::isnan(what.q_out.get(0, i, 1, d)), i > 0);
+  }
+  CHECK(what.q_out.gaps_are_untouched());
+}
+
+}  // namespace flashtile::test
