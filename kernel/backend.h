@@ -36,6 +36,8 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
 Status backward(const BackwardParams& params, int device_index, CUstream_st* stream);
 Status can_append_kv(const AppendParams& params, int device_index);
 Status append_kv(const AppendParams& params, int device_index, CUstream_st* stream);
+Status check_cache(const Problem& problem, flashtile_cache_report* report, int device_index,
+                   CUstream_st* stream);
 const char* architectures();  // "80,89,90"; "" without CUDA
 const char* head_dims();      // "64,128"; "" without CUDA
 }  // namespace cuda

@@ -174,6 +174,12 @@ Status check_backward(const flashtile_backward_params* user, Target& target,
   return FLASHTILE_OK;
 }
 
+Status check_stream(const Target& target, CUstream_st* stream) {
+  if (target.device != FLASHTILE_CPU || stream == nullptr) return FLASHTILE_OK;
+  return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
+              static_cast<void*>(stream));
+}
+
 Status check_workspace(const void* workspace, size_t bytes, size_t needed) {
   if (bytes < needed) {
     return fail(FLASHTILE_WORKSPACE_TOO_SMALL,

@@ -24,6 +24,12 @@ Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
 Status check_problem(const flashtile_forward_params* user, Target& target, ForwardParams& params);
 Status check_problem(const flashtile_backward_params* user, Target& target, BackwardParams& params);
 
+// The whole of flashtile_check_cache; and the sentence of a report that is not empty.
+Status check_cache(const flashtile_problem* user, flashtile_cache_report* report,
+                   CUstream_st* stream);
+Status describe(const flashtile_cache_report& report);
+
+Status check_stream(const Target& target, CUstream_st* stream);
 Status check_workspace(const void* workspace, size_t bytes, size_t needed);
 
 // "float16", "bfloat16", ...

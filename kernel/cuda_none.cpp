@@ -19,6 +19,9 @@ Status forward(const ForwardParams&, int, CUstream_st*) { return not_built(); }
 Status backward(const BackwardParams&, int, CUstream_st*) { return not_built(); }
 Status can_append_kv(const AppendParams&, int) { return not_built(); }
 Status append_kv(const AppendParams&, int, CUstream_st*) { return not_built(); }
+Status check_cache(const Problem&, flashtile_cache_report*, int, CUstream_st*) {
+  return not_built();
+}
 const char* architectures() { return ""; }
 const char* head_dims() { return ""; }
 

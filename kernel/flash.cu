@@ -7,6 +7,7 @@
 //   cpu/               the CPU backend: same semantics, one object per instruction set
 //   cuda_backend.cu    the CUDA backend: device -> memory class, head_dim -> slice
 //   append_backend.cu  writing to a cache on CUDA; append.cuh: its kernel
+//   check_cache*       which of a cache's numbers are wrong, on either device; cache_report.h
 //   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
 //   forward_sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
 //   forward_sm90.cuh   forward main loop: TMA + wgmma (sm_90a); tensor_map.h: what TMA takes
@@ -70,12 +71,6 @@ Status can_append_kv(const flashtile_append_kv_params* user, Target& target, App
   if (Status s = check_append_kv(user, target, params)) return s;
   if (target.device == FLASHTILE_CPU) return FLASHTILE_OK;
   return cuda::can_append_kv(params, target.device_index);
-}
-
-Status check_stream(const Target& target, CUstream_st* stream) {
-  if (target.device != FLASHTILE_CPU || stream == nullptr) return FLASHTILE_OK;
-  return fail(FLASHTILE_INVALID_ARGUMENT, "stream is %p; allowed: NULL on the CPU",
-              static_cast<void*>(stream));
 }
 
 Status append_kv(const flashtile_append_kv_params* user, CUstream_st* stream) {
@@ -173,6 +168,19 @@ flashtile_status flashtile_can_run_append_kv(const flashtile_append_kv_params* p
 flashtile_status flashtile_append_kv(const flashtile_append_kv_params* params,
                                      CUstream_st* stream) {
   return flashtile::append_kv(params, stream);
+}
+
+flashtile_status flashtile_check_cache(const flashtile_problem* problem,
+                                       flashtile_cache_report* report, CUstream_st* stream) {
+  return flashtile::check_cache(problem, report, stream);
+}
+
+flashtile_status flashtile_describe_report(const flashtile_cache_report* report, char* why,
+                                           size_t why_size) {
+  const bool empty = report == nullptr || report->what <= 0;
+  const flashtile_status status = empty ? FLASHTILE_OK : flashtile::describe(*report);
+  flashtile::copy_text(empty ? "" : flashtile_last_error(), why, why_size);
+  return status;
 }
 
 flashtile_status flashtile_can_run(const flashtile_forward_params* params, char* why,

@@ -16,7 +16,8 @@
  * Key/value cache (problem.page_size > 0): k and v are pages, and every sequence's rows are found
  * through block_table or cache_batch_idx. Lengths, tables, indices and paddings of a cache are read
  * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
- * outside the tensors, and none is waited for. Served on the CPU in this version.
+ * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones. In this
+ * version flashtile_forward reads a cache on the CPU only; it is written and checked on both.
  *
  * Every error is a status plus one sentence (flashtile_last_error) that names the argument, its
  * value and what is allowed. When a call fails before launching, nothing was written.
@@ -187,8 +188,8 @@ typedef struct {
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
  * y sin, x sin + y cos)   for rotary_dim / 2 pairs of every head. Query i of a sequence stands at
- * seqused_k[b] + i. Numbers past rotary_dim are copied. Where the tables have no row p, k is not
- * written and q_out is NaN.
+ * seqused_k[b] + i. Numbers past rotary_dim are copied. Where the tables have no row p, k and v are
+ * not written and q_out is NaN.
  *
  * Reads the problem's sizes, dtype, seqused_k, cache and new rows; and cu_seqlens_q, seqlen_q and
  * total_q for q. Masks, scale and seqused_q are not looked at. No workspace. */
@@ -210,6 +211,17 @@ typedef struct {
   flashtile_tensor q;
   flashtile_tensor q_out;
 } flashtile_append_kv_params;
+
+/* The first wrong number that flashtile_check_cache found; all zeros: none. */
+typedef struct {
+  int32_t what;     /* 0: none; positive: which, for flashtile_describe_report */
+  int32_t reserved; /* 0 */
+  int64_t sequence; /* whose number it is, 0 to batch - 1 */
+  int64_t index;    /* of the number among those of its kind; new rows, where there are too many */
+  int64_t value;    /* the number */
+  int64_t least;    /* what would have been allowed: least to most */
+  int64_t most;
+} flashtile_cache_report;
 
 /* clang-format off */
 #define FLASHTILE_PROBLEM_INIT                                                                   \
@@ -256,6 +268,26 @@ FLASHTILE_API flashtile_status flashtile_backward(const flashtile_backward_param
                                                   struct CUstream_st* stream);
 FLASHTILE_API flashtile_status flashtile_append_kv(const flashtile_append_kv_params* params,
                                                    struct CUstream_st* stream);
+
+/* Looks for wrong numbers of a problem with a cache, where they lie, and writes the first of the
+ * first sequence that has one into *report, unless something is reported there already: zero it
+ * before, and after it was read. Wrong is what the other calls clamp: seqused_k outside 0 to the
+ * capacity; new rows beyond the capacity; cache_leftpad outside 0 to the rows in use;
+ * cache_batch_idx, and block_table where rows are in use, outside 0 to num_pages - 1; cu_seqlens_q
+ * and cu_seqlens_new that do not rise from 0 to at most total_q and total_new.
+ *
+ * On CUDA it enqueues on `stream`, and the device writes the report: into device memory, or into
+ * pinned host memory, where `what` becomes positive last, so that the host may look at any time
+ * without waiting. Launches on one device may share a report. */
+FLASHTILE_API flashtile_status flashtile_check_cache(const flashtile_problem* problem,
+                                                     flashtile_cache_report* report,
+                                                     struct CUstream_st* stream);
+
+/* Of a report in host memory: FLASHTILE_OK where nothing is reported, else
+ * FLASHTILE_INVALID_ARGUMENT with a sentence, "seqused_k[3] is 99; allowed: 0 to 64", in `why` (as
+ * in flashtile_can_run) and in flashtile_last_error. */
+FLASHTILE_API flashtile_status flashtile_describe_report(const flashtile_cache_report* report,
+                                                         char* why, size_t why_size);
 
 /* The sentence of this thread's last failing call; "" before the first. Valid until the next one.
  */

@@ -1,4 +1,5 @@
-// PTX that orders thread blocks among each other through global memory, at the scope of the device.
+// PTX that orders thread blocks among each other through global memory, at the scope of the device,
+// and what they write for the host.
 #pragma once
 
 #include "common.cuh"
@@ -23,6 +24,20 @@ FLASHTILE_DEVICE int atomic_add(int* address, int x) {
   int old;
   asm volatile("atom.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(x) : "memory");
   return old;
+}
+
+// Stores `desired` where `expected` is. Returns the old value.
+FLASHTILE_DEVICE int compare_and_swap(int* address, int expected, int desired) {
+  int old;
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(old)
+               : "l"(address), "r"(expected), "r"(desired)
+               : "memory");
+  return old;
+}
+// Who reads the value, on the host, too, sees what this thread wrote before.
+FLASHTILE_DEVICE void store_release_system(int* address, int x) {
+  asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
 
 }  // namespace flashtile::ptx
