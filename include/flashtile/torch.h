@@ -91,6 +91,10 @@ struct KVCacheOptions {
   std::optional<double> softmax_scale = std::nullopt;
   int64_t num_splits = 0;  // parts of a sequence's keys at most; 0: from its length
   bool return_lse = false;
+  // Report wrong numbers of the cache: on the CPU by throwing at once, on CUDA, for which the host
+  // does not wait, by throwing from a later call that checks or from raise_pending_checks().
+  // FLASHTILE_CHECK=1 in the environment: every call over a cache checks.
+  bool check = false;
 };
 
 struct AttentionResult {
@@ -318,34 +322,37 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 }
 
 // cache.seqlens is set.
-inline void append_kv(const KVCache& cache, const NewKeys& added, OptionalRef cu_seqlens) {
+inline void append_kv(const KVCache& cache, const NewKeys& added, const KVCacheOptions& options) {
   using Signature = void(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, OptionalRef,
-                         OptionalRef, OptionalRef);
+                         OptionalRef, OptionalRef, bool);
   static const auto op = find_op<Signature>("flashtile::append_kv");
   at::Tensor k = cache.k, v = cache.v;
   // NOLINTNEXTLINE(bugprone-unchecked-optional-access)
-  op.call(k, v, added.k, added.v, *cache.seqlens, cache.batch_idx, cache.block_table, cu_seqlens);
+  op.call(k, v, added.k, added.v, *cache.seqlens, cache.batch_idx, cache.block_table,
+          options.cu_seqlens_q, options.check);
 }
 
 // Returns q, rotated. cache.seqlens and both tables are set.
 inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewKeys& added,
-                                   bool q_fixed, OptionalRef cu_seqlens) {
+                                   const KVCacheOptions& options) {
   using Signature =
       at::Tensor(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
-                 bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef);
+                 bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef, bool);
   static const auto op = find_op<Signature>("flashtile::append_kv_rotary");
+  const bool q_fixed =
+      !options.causal && options.window_size == std::pair<int64_t, int64_t>(-1, -1);
   at::Tensor k = cache.k, v = cache.v;
   // NOLINTBEGIN(bugprone-unchecked-optional-access)
   return op.call(k, v, added.k, added.v, q, *added.rotary_cos, *added.rotary_sin,
                  added.rotary_interleaved, q_fixed, *cache.seqlens, cache.batch_idx,
-                 cache.block_table, cu_seqlens);
+                 cache.block_table, options.cu_seqlens_q, options.check);
   // NOLINTEND(bugprone-unchecked-optional-access)
 }
 
 inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
   using Signature = Forward(TensorRef, TensorRef, TensorRef, std::optional<double>, c10::SymInt,
                             c10::SymInt, c10::SymInt, c10::SymInt, c10::SymInt, OptionalRef,
-                            OptionalRef, OptionalRef, OptionalRef, OptionalRef, OptionalRef);
+                            OptionalRef, OptionalRef, OptionalRef, OptionalRef, OptionalRef, bool);
   static const auto op = find_op<Signature>("flashtile::forward_kvcache");
   const bool appended = options.append.has_value(), packed = options.cu_seqlens_q.has_value();
   const int64_t seqlen_new = appended && !packed ? options.append->k.size(1) : 0;
@@ -353,7 +360,7 @@ inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOpti
                  options.causal ? 0 : options.window_size.second, seqlen_new, options.num_splits,
                  options.max_seqlen_q, options.cu_seqlens_q,
                  appended ? options.cu_seqlens_q : std::nullopt, cache.seqlens, cache.batch_idx,
-                 cache.leftpad, cache.block_table);
+                 cache.leftpad, cache.block_table, options.check);
 }
 
 }  // namespace detail
@@ -396,8 +403,8 @@ inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k
 // Attention of new queries over a cache, into which options.append is written first, in place. q is
 // (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q,
 // which serves prefill and decoding in one call. A row beyond the capacity is not written. The bits
-// of a sequence's result depend on num_splits and on the sequence alone. Served on the CPU in this
-// version; without gradients.
+// of a sequence's result depend on num_splits and on the sequence alone. In this version a cache is
+// written on CUDA, but read on the CPU only; without gradients.
 inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                               const KVCacheOptions& options = {}) {
   for (const at::Tensor* tensor : {&q, &cache.k, &cache.v}) {
@@ -414,15 +421,20 @@ inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache
     TORCH_CHECK(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
                 "flashtile: one of rotary_cos and rotary_sin is unset; allowed: both or neither");
     if (added.rotary_cos.has_value()) {
-      const bool limited =
-          options.causal || options.window_size != std::pair<int64_t, int64_t>(-1, -1);
-      queries = detail::append_kv_rotary(q, cache, added, !limited, options.cu_seqlens_q);
+      queries = detail::append_kv_rotary(q, cache, added, options);
     } else {
-      detail::append_kv(cache, added, options.cu_seqlens_q);
+      detail::append_kv(cache, added, options);
     }
   }
   const auto [out, lse] = detail::read_kvcache(queries, cache, options);
   return {out, options.return_lse ? lse : at::Tensor()};
+}
+
+// Throws what a call with `check` has found on a CUDA device since the last look. Does not wait:
+// synchronise the stream before, to hear of everything that was enqueued.
+inline void raise_pending_checks() {
+  static const auto op = detail::find_op<void()>("flashtile::raise_pending_checks");
+  op.call();
 }
 
 }  // namespace flashtile

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cache_checks.h"
 #include "call.h"
 #include "overlap.h"
 #include "sentences.h"
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor> forward_kvcache(
     int64_t seqlen_new, int64_t num_splits, int64_t max_seqlen_q,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_new,
     const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table) {
+    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table, bool check) {
   raise_unless_empty(queries_refusal(q, cu_seqlens_q));
   const int64_t batch = batch_of(q, cu_seqlens_q);
   const CacheArguments cache = {k_cache,     v_cache,       cache_seqlens, cache_batch_idx,
@@ -138,6 +139,7 @@ std::tuple<Tensor, Tensor> forward_kvcache(
   problem.window_right = window_right;
 
   const DeviceScope device(q);
+  if (is_checked(check)) check_numbers(problem, device.stream());
   flashtile_forward_params params;
   flashtile_forward_init(&params);
   params.problem = &problem;
@@ -213,7 +215,7 @@ flashtile_append_kv_params append_params(const Tensor& k, const Tensor& v,
 
 void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                const Tensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-               const OptionalTensor& block_table, const OptionalTensor& cu_seqlens) {
+               const OptionalTensor& block_table, const OptionalTensor& cu_seqlens, bool check) {
   raise_unless_empty(queries_refusal(k, cu_seqlens, "k"));
   const CacheArguments cache = {k_cache,     v_cache,      cache_seqlens, cache_batch_idx,
                                 block_table, std::nullopt, cu_seqlens};
@@ -223,6 +225,7 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   const DeviceScope device(k);
   flashtile_problem problem = cache_problem(cache, k, batch);
   const flashtile_append_kv_params params = append_params(k, v, cache, problem);
+  if (is_checked(check)) check_numbers(problem, device.stream());
   raise_unless_ok(flashtile_append_kv(&params, device.stream()));
 }
 
@@ -242,7 +245,8 @@ Tensor append_kv_rotary(const Tensor& k_cache, const Tensor& v_cache, const Tens
                         const Tensor& v, const Tensor& q, const Tensor& rotary_cos,
                         const Tensor& rotary_sin, bool interleaved, bool q_fixed,
                         const Tensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-                        const OptionalTensor& block_table, const OptionalTensor& cu_seqlens) {
+                        const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
+                        bool check) {
   raise_unless_empty(queries_refusal(q, cu_seqlens));
   const CacheArguments cache = {k_cache,     v_cache,      cache_seqlens, cache_batch_idx,
                                 block_table, std::nullopt, cu_seqlens};
@@ -254,6 +258,7 @@ Tensor append_kv_rotary(const Tensor& k_cache, const Tensor& v_cache, const Tens
   flashtile_problem problem = cache_problem(cache, q, batch);
   add_queries(q, cu_seqlens, problem);
   flashtile_append_kv_params params = append_params(k, v, cache, problem);
+  if (is_checked(check)) check_numbers(problem, device.stream());
   const Tensor q_out = torch::stable::new_empty(q, q.sizes());
   params.rotary_cos = rotary_cos.const_data_ptr();
   params.rotary_sin = rotary_sin.const_data_ptr();
@@ -275,15 +280,17 @@ void define_kvcache_ops(torch::stable::detail::StableLibrary& library) {
       "forward_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, float? softmax_scale, "
       "SymInt window_left, SymInt window_right, SymInt seqlen_new, SymInt num_splits, "
       "SymInt max_seqlen_q, Tensor? cu_seqlens_q, Tensor? cu_seqlens_new, Tensor? cache_seqlens, "
-      "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table) "
+      "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, bool check=False) "
       "-> (Tensor out, Tensor softmax_lse)");
   library.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
-      "Tensor? cache_batch_idx, Tensor? block_table, Tensor? cu_seqlens) -> ()");
+      "Tensor? cache_batch_idx, Tensor? block_table, Tensor? cu_seqlens, bool check=False) -> ()");
+  library.def("raise_pending_checks() -> ()");
   library.def(
       "append_kv_rotary(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor q, "
       "Tensor rotary_cos, Tensor rotary_sin, bool interleaved, bool q_fixed, Tensor cache_seqlens, "
-      "Tensor? cache_batch_idx, Tensor? block_table, Tensor? cu_seqlens) -> Tensor");
+      "Tensor? cache_batch_idx, Tensor? block_table, Tensor? cu_seqlens, bool check=False) -> "
+      "Tensor");
 }
 
 void implement_kvcache_ops(torch::stable::detail::StableLibrary& library) {

@@ -1,4 +1,5 @@
-// The torch ops of a key/value cache: flashtile::{forward_kvcache, append_kv, append_kv_rotary}.
+// The torch ops of a key/value cache: flashtile::{forward_kvcache, append_kv, append_kv_rotary}
+// and raise_pending_checks, which needs no tensor (cache_checks.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cache_checks.h"
 #include "call.h"
 #include "kvcache.h"
 
@@ -269,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CompositeExplicitAutograd, m) {
   m.impl("can_run", TORCH_BOX(&can_run));
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("raise_pending_checks", TORCH_BOX(&raise_pending_checks));
 }
 
 }  // namespace flashtile::ops

@@ -10,7 +10,7 @@ from flashtile import _loader, _registration
 _loader.load(__path__)
 _registration.register()
 
-from flashtile._kvcache import attention_with_kvcache  # noqa: E402
+from flashtile._kvcache import attention_with_kvcache, raise_pending_checks  # noqa: E402
 from flashtile._merging import merge  # noqa: E402
 from flashtile.ops import attention, attention_varlen, build_info, can_run  # noqa: E402
 
@@ -24,4 +24,5 @@ __all__ = [
     "build_info",
     "can_run",
     "merge",
+    "raise_pending_checks",
 ]

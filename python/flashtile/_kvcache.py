@@ -98,6 +98,7 @@ def _fake_forward(
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
+    _check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch = _check_queries("q", q, cu_seqlens_q)
     numbers = dict(zip(_INTS, (cache_seqlens, cache_batch_idx, cache_leftpad), strict=True))
@@ -117,6 +118,7 @@ def _fake_append(
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     cu_seqlens: Tensor | None,
+    _check: bool = False,
 ) -> None:
     batch = _check_queries("k", k, cu_seqlens)
     numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
@@ -138,6 +140,7 @@ def _fake_append_rotary(
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     cu_seqlens: Tensor | None,
+    _check: bool = False,
 ) -> Tensor:
     batch = _check_queries("q", q, cu_seqlens)
     numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
@@ -224,6 +227,7 @@ class KVCacheOptions(TypedDict, total=False):
     causal: bool
     window_size: tuple[int, int]
     num_splits: int
+    check: bool
 
 
 @overload
@@ -280,6 +284,7 @@ def attention_with_kvcache(
     window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
     num_splits: int = 0,
     return_lse: bool = False,
+    check: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a cache of keys and values, appending to it first if asked.
 
@@ -290,12 +295,13 @@ def attention_with_kvcache(
 
     No value of cache_seqlens, cache_batch_idx, cache_leftpad and block_table is waited for or can
     make the call touch memory outside the tensors: lengths are clamped to 0 and the capacity,
-    pages to those that exist. Rows that are not in use are never read.
+    pages to those that exist; check reports such values. Rows that are not in use are never read.
 
     Args:
         q: ``(batch, seqlen_q, num_heads, head_dim)``, or with cu_seqlens_q
             ``(total_q, num_heads, head_dim)``. On the CPU: float16, bfloat16, float32, float64.
-            Caches on CUDA are refused in this version.
+            On CUDA, for k alone: float16, bfloat16; reading a cache is refused there in this
+            version.
         k_cache: ``(batch_cache, seqlen_cache, num_heads_kv, head_dim)`` or ``(num_pages,
             page_size, num_heads_kv, head_dim)``, any page size, any strides, the last one 1.
         v_cache: The same with head_dim_v.
@@ -327,6 +333,12 @@ def attention_with_kvcache(
             sequence's length. The bits of a sequence's result depend on this and on the sequence
             alone: not on the batch, page size, padding or number of threads.
         return_lse: Also return lse.
+        check: Report wrong numbers: lengths outside the cache, new rows beyond its capacity, pages
+            and entries that do not exist, left padding outside the rows in use, cu_seqlens_q that
+            does not rise from 0 to the rows of q. On the CPU this call raises. On CUDA nothing is
+            waited for: the device looks, and a later call that checks, or
+            :func:`raise_pending_checks`, raises. ``FLASHTILE_CHECK=1`` in the environment: every
+            call checks.
 
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
@@ -357,6 +369,7 @@ def attention_with_kvcache(
         ("causal", causal),
         ("rotary_interleaved", rotary_interleaved),
         ("return_lse", return_lse),
+        ("check", check),
     ):
         _checks.check_flag(name, flag)
     if torch.is_grad_enabled():
@@ -377,12 +390,22 @@ def attention_with_kvcache(
         cu_seqlens_new = cu_seqlens_q
         places = (seqlens, cache_batch_idx, block_table, cu_seqlens_q)
         if rotary_cos is None:
-            _call("append_kv", k_cache, v_cache, k, v, *places)
+            _call("append_kv", k_cache, v_cache, k, v, *places, check)
         else:
             q_fixed = left == UNLIMITED and right == UNLIMITED
             rotation = (rotary_cos, rotary_sin, rotary_interleaved, q_fixed)
-            q = _call("append_kv_rotary", k_cache, v_cache, k, v, q, *rotation, *places)
+            q = _call("append_kv_rotary", k_cache, v_cache, k, v, q, *rotation, *places, check)
     options = (softmax_scale, left, right, seqlen_new, num_splits, longest)
     where = (cu_seqlens_q, cu_seqlens_new, seqlens, cache_batch_idx, cache_leftpad, block_table)
-    out, lse = _call("forward_kvcache", q, k_cache, v_cache, *options, *where)
+    out, lse = _call("forward_kvcache", q, k_cache, v_cache, *options, *where, check)
     return (out, lse) if return_lse else out
+
+
+def raise_pending_checks() -> None:
+    """RuntimeError if a call with check has found a wrong number on a CUDA device.
+
+    Does not wait: after ``torch.cuda.synchronize()`` it speaks of everything that was enqueued,
+    replayed CUDA graphs included. The sentence names the first wrong number since the last error,
+    its value and what is allowed. On the CPU nothing is ever pending: the calls themselves raise.
+    """
+    torch.ops.flashtile.raise_pending_checks()

@@ -1,0 +1,20 @@
+// `check` of the cache's ops: wrong lengths, tables and indices are reported instead of clamped in
+// silence. On the CPU by the call that brings them. On CUDA nobody waits: the device writes a
+// report into pinned host memory, one for each device, and the next call that checks, or the op
+// raise_pending_checks, finds it there and raises.
+#pragma once
+
+#include "call.h"
+
+namespace flashtile::ops {
+
+// Whether a call checks: because it says so, or because the environment has FLASHTILE_CHECK=1.
+bool is_checked(bool check);
+
+// Raises what an earlier call found on this device, then looks at the numbers of this one.
+void check_numbers(const flashtile_problem& problem, CUstream_st* stream);
+
+// Raises what an earlier call found on any device.
+void raise_pending_checks();
+
+}  // namespace flashtile::ops
