@@ -60,30 +60,47 @@ struct Appending {
   HostTensor& rotated_q() { return in_place ? call.q : q_out; }
 };
 
-// A host tensor's or vector's bytes in a backend's memory, and back.
+// Host tensors and vectors with a copy in a backend's memory; they must outlive this.
 class Mirror {
  public:
   explicit Mirror(const Backend& backend) : backend_(backend) {}
 
   const int32_t* ints(const std::vector<int32_t>& values) {
-    memory_.emplace_back(backend_, values.data(), values.size() * sizeof(int32_t));
-    return reinterpret_cast<const int32_t*>(memory_.back().data());
+    return reinterpret_cast<const int32_t*>(
+        copy(values.data(), values.size() * sizeof(int32_t), nullptr));
   }
   flashtile_tensor tensor(HostTensor& host) {
-    memory_.emplace_back(backend_, host.bytes().data(), host.bytes().size());
-    if (host.bytes().empty()) return {};
-    tensors_.emplace_back(&host, &memory_.back());
-    return {memory_.back().data() + host.start_byte(), host.strides().batch, host.strides().seq,
-            host.strides().head};
+    uint8_t* const data = copy(host.bytes().data(), host.bytes().size(), host.bytes().data());
+    return {data == nullptr ? nullptr : data + host.start_byte(), host.strides().batch,
+            host.strides().seq, host.strides().head};
+  }
+  // Everything once more, after the host's values have changed; and the tensors back.
+  void copy_in() const {
+    for (const Copy& c : copies_) backend_.copy_in(c.memory.data(), c.from, c.bytes);
   }
   void copy_out() const {
-    for (const auto& [host, device] : tensors_) device->copy_out(host->bytes().data());
+    for (const Copy& c : copies_) {
+      if (c.to != nullptr) c.memory.copy_out(c.to);
+    }
   }
 
  private:
+  struct Copy {
+    DeviceBytes memory;
+    const void* from;
+    size_t bytes;
+    void* to;  // null: never copied back
+
+    Copy(const Backend& backend, const void* from, size_t bytes, void* to)
+        : memory(backend, from, bytes), from(from), bytes(bytes), to(to) {}
+  };
+  uint8_t* copy(const void* from, size_t bytes, void* to) {
+    if (bytes == 0) return nullptr;
+    return copies_.emplace_back(backend_, from, bytes, to).memory.data();
+  }
+
   const Backend& backend_;
-  std::list<DeviceBytes> memory_;
-  std::vector<std::pair<HostTensor*, const DeviceBytes*>> tensors_;
+  std::list<Copy> copies_;
 };
 
 // The problem with its numbers in a backend's memory; `problem` is of `call`.
@@ -102,29 +119,36 @@ inline flashtile_problem mirrored(Mirror& mirror, const Backend& backend, const 
   return problem;
 }
 
+// What flashtile_append_kv is given, with everything in a backend's memory. `problem` must outlive
+// it.
+inline flashtile_append_kv_params append_params(Mirror& mirror, Appending& what,
+                                                const flashtile_problem& problem) {
+  flashtile_append_kv_params params;
+  flashtile_append_kv_init(&params);
+  params.problem = &problem;
+  params.k_new = mirror.tensor(what.call.k_new);
+  params.v_new = mirror.tensor(what.call.v_new);
+  params.k_cache = mirror.tensor(what.call.k);
+  params.v_cache = mirror.tensor(what.call.v);
+  if (!what.table.has_value()) return params;
+  RotaryTable& table = *what.table;
+  params.rotary_cos = mirror.tensor(table.cos).data;
+  params.rotary_sin = mirror.tensor(table.sin).data;
+  params.rotary_stride = table.cos.strides().seq;
+  params.rotary_rows = table.cos.extents().seq;
+  params.rotary_dim = table.dim;
+  params.rotary_flags = table.flags;
+  params.q = mirror.tensor(what.call.q);
+  params.q_out = what.in_place ? params.q : mirror.tensor(what.q_out);
+  return params;
+}
+
 // Appends on a backend. Returns the error.
 inline std::string append_on(const Backend& backend, Appending& what,
                              const flashtile_problem& problem) {
   Mirror mirror(backend);
   const flashtile_problem moved = mirrored(mirror, backend, what.call, problem);
-  flashtile_append_kv_params params;
-  flashtile_append_kv_init(&params);
-  params.problem = &moved;
-  params.k_new = mirror.tensor(what.call.k_new);
-  params.v_new = mirror.tensor(what.call.v_new);
-  params.k_cache = mirror.tensor(what.call.k);
-  params.v_cache = mirror.tensor(what.call.v);
-  if (what.table.has_value()) {
-    RotaryTable& table = *what.table;
-    params.rotary_cos = mirror.tensor(table.cos).data;
-    params.rotary_sin = mirror.tensor(table.sin).data;
-    params.rotary_stride = table.cos.strides().seq;
-    params.rotary_rows = table.cos.extents().seq;
-    params.rotary_dim = table.dim;
-    params.rotary_flags = table.flags;
-    params.q = mirror.tensor(what.call.q);
-    params.q_out = what.in_place ? params.q : mirror.tensor(what.q_out);
-  }
+  const flashtile_append_kv_params params = append_params(mirror, what, moved);
   const flashtile_status status = flashtile_append_kv(&params, nullptr);
   mirror.copy_out();
   return status == FLASHTILE_OK ? "" : flashtile_last_error();

@@ -91,7 +91,8 @@ Status can_append_kv(const AppendParams& params, int device_index) {
 Status append_kv(const AppendParams& params, int device_index, CUstream_st* stream) {
   const DeviceScope scope(device_index);
   if (scope.status() != FLASHTILE_OK) return scope.status();
-  AppendLaunch launch = {.params = params};
+  AppendLaunch launch = {};
+  launch.params = params;
   if (Status s = plan(params, launch)) return s;
   choose_units(params, launch);
   const int64_t blocks = int64_t{2} * launch.slots_new + launch.slots_q;

@@ -4,7 +4,6 @@
 
 #include "../append_case.h"
 #include "device.h"
-#include "machine.h"
 
 using namespace flashtile::test;
 
@@ -19,27 +18,15 @@ class OnDevice {
 
   std::string operator()(Appending& what, const flashtile_problem& problem) {
     begin(schedules_[next_++ % schedules_.size()]);
-    ptx::machine().set_checks(checks_);
     const std::string error = append_on(backend_, what, problem);
-    ptx::machine().set_checks(true);
     return error + finish();
   }
-  // Races: rows that come twice have them.
-  void ignore_races() { checks_ = false; }
 
  private:
   Backend backend_;
   std::vector<Schedule> schedules_;
   size_t next_ = 0;
-  bool checks_ = true;
 };
-
-// Throws where nothing can run.
-OnDevice device() {
-  const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP(reason);
-  return {};
-}
 
 std::vector<CacheSequence> three_sequences() {
   return {{.seed = 1, .keys = 29, .queries = 2, .leftpad = 3, .added = 2},
@@ -50,7 +37,9 @@ std::vector<CacheSequence> three_sequences() {
 }  // namespace
 
 TEST("every head dim, page size and layout: copied bit for bit") {
-  OnDevice run = device();
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  OnDevice run;
   const HeadDims dims[] = {1,   2,   7,   8,   40,        64,       72,        96,
                            100, 128, 192, 256, {64, 257}, {320, 8}, {192, 128}};
   const int page_sizes[] = {0, 1, 7, 16, 128};
@@ -74,7 +63,9 @@ TEST("every head dim, page size and layout: copied bit for bit") {
 }
 
 TEST("packed: every sequence brings its own number of new rows") {
-  OnDevice run = device();
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  OnDevice run;
   for (const int page_size : {0, 1, 7, 16, 128}) {
     for (const bool first_is_empty : {false, true}) {
       check_append({.dtype = Dtype::kBFloat16,
@@ -94,7 +85,9 @@ TEST("packed: every sequence brings its own number of new rows") {
 }
 
 TEST("rotary embedding: pairs side by side and in halves, the whole head and a part of it") {
-  OnDevice run = device();
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  OnDevice run;
   for (const uint32_t flags : {0, 1, 2, 3}) {
     for (const int head_dim : {64, 80, 36}) {
       for (const int rotary_dim : {64, 32, 16, 8, 10, 2}) {
@@ -119,13 +112,17 @@ TEST("rotary embedding: pairs side by side and in halves, the whole head and a p
 }
 
 TEST("a position without a row in the tables: k and v stay unwritten, q is NaN") {
-  OnDevice run = device();
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  OnDevice run;
   for (const Dtype dtype : kDtypes) check_missing_angles(dtype, run);
 }
 
 // Every number is right or nonsense, so no two sequences meet on a page and the result is defined.
 TEST("wrong lengths, tables and indices: the CPU op's bytes, and nothing outside") {
-  OnDevice run = device();
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  OnDevice run;
   std::mt19937 random(11);
   constexpr int32_t kNonsense[] = {-1, INT32_MIN, INT32_MAX, 1000};
   for (int round = 0; round < 60; ++round) {
@@ -159,30 +156,10 @@ TEST("wrong lengths, tables and indices: the CPU op's bytes, and nothing outside
   }
 }
 
-TEST("cu_seqlens that do not ascend or leave the tensors: nothing outside is touched") {
-  OnDevice run = device();
-  run.ignore_races();
-  std::mt19937 random(5);
-  for (int round = 0; round < 40; ++round) {
-    const CacheSpec spec = {
-        .dtype = Dtype::kBFloat16, .sequences = three_sequences(), .page_size = 7, .packed = true};
-    Appending what = {CacheCall(spec), RotaryTable(Dtype::kBFloat16, 60, 32, 0)};
-    what.q_out = HostTensor(spec.dtype, what.call.q.extents(), Layout::kOdd);
-    const flashtile_problem problem = what.call.problem();
-    const int32_t special[] = {0, 6, -1, 7, INT32_MIN, INT32_MAX};
-    for (std::vector<int32_t>* offsets : {&what.call.cu_q, &what.call.cu_new}) {
-      for (int32_t& offset : *offsets) {
-        if (random() % 2 == 0) offset = special[random() % 6];
-      }
-    }
-    CHECK_EQ(run(what, problem), std::string());
-    CHECK(what.call.k.gaps_are_untouched() && what.call.v.gaps_are_untouched());
-    CHECK(what.q_out.gaps_are_untouched());
-  }
-}
-
 TEST("no sequence, no new row, no page: nothing is launched, nothing is wrong") {
-  OnDevice run = device();
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  OnDevice run;
   const CacheSpec spec = {.dtype = Dtype::kFloat16, .sequences = three_sequences()};
   Appending what = {CacheCall(spec)};
   const std::vector<uint8_t> before = what.call.k.bytes();
@@ -203,7 +180,7 @@ TEST("no sequence, no new row, no page: nothing is launched, nothing is wrong") 
 
 TEST("what CUDA does not append is refused with a sentence, by can_run too") {
   const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP(reason);
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   begin(schedules().front());
   CacheCall call({.dtype = Dtype::kFloat16, .sequences = three_sequences()});
   const auto refusal = [&](const std::function<void(flashtile_problem&)>& change) {

@@ -24,9 +24,10 @@ CacheSpec many_sequences(bool paged) {
 }
 
 flashtile_cache_report check_on(const Backend& backend, const CacheCall& call,
-                                flashtile_cache_report report) {
+                                const flashtile_problem& host_problem,
+                                flashtile_cache_report report = {}) {
   Mirror mirror(backend);
-  const flashtile_problem problem = mirrored(mirror, backend, call, call.problem());
+  const flashtile_problem problem = mirrored(mirror, backend, call, host_problem);
   const DeviceBytes memory(backend, &report, sizeof report);
   auto* const written = reinterpret_cast<flashtile_cache_report*>(memory.data());
   CHECK_EQ(flashtile_check_cache(&problem, written, nullptr), FLASHTILE_OK);
@@ -45,13 +46,14 @@ std::string sentence_of(const flashtile_cache_report& report) {
 
 TEST("the first wrong number of the first sequence that has one, as on the CPU") {
   const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP(reason);
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   const Backend backend = cuda_backend();
   const std::vector<Schedule> all = schedules();
   std::mt19937 random(3);
   size_t silent = 0;
   for (size_t round = 0; round < 80; ++round) {
     CacheCall call(many_sequences(round % 4 != 0));
+    const flashtile_problem problem = call.problem();
     const auto spoil = [&](std::vector<int32_t>& numbers) {
       constexpr int32_t kWrong[] = {-1, INT32_MAX, INT32_MIN, 100000};
       numbers[random() % numbers.size()] = kWrong[random() % 4];
@@ -60,8 +62,8 @@ TEST("the first wrong number of the first sequence that has one, as on the CPU")
                                             &call.cu_q,    &call.batch_idx, &call.cu_new};
     for (size_t i = 0; i < round % 4; ++i) spoil(*arrays[random() % 6]);
     begin(all[round % all.size()]);
-    const flashtile_cache_report expected = check_on(cpu_backend(), call, {});
-    const flashtile_cache_report report = check_on(backend, call, {});
+    const flashtile_cache_report expected = check_on(cpu_backend(), call, problem);
+    const flashtile_cache_report report = check_on(backend, call, problem);
     CHECK_EQ(finish(), std::string());
     CHECK_EQ(sentence_of(report), sentence_of(expected));
     CHECK(std::memcmp(&report, &expected, sizeof report) == 0);
@@ -72,14 +74,14 @@ TEST("the first wrong number of the first sequence that has one, as on the CPU")
 
 TEST("what is reported already stays, and so does a report in work") {
   const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP(reason);
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   const Backend backend = cuda_backend();
   begin(schedules().front());
   CacheCall call(many_sequences(true));
   call.lengths[5] = -1;
   for (const int32_t what : {3, -1}) {
     const flashtile_cache_report before = {what, 0, 9, 9, 77, 0, 64};
-    const flashtile_cache_report after = check_on(backend, call, before);
+    const flashtile_cache_report after = check_on(backend, call, call.problem(), before);
     CHECK(std::memcmp(&before, &after, sizeof before) == 0);
   }
   CHECK_EQ(finish(), std::string());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,10 @@ std::string finish();
 
 // cudaMalloc, cudaMemcpy, cudaFree.
 Backend cuda_backend();
+
+// Records what `enqueue` puts on a stream; calling the result does it again, and waits. On a GPU a
+// CUDA graph, captured once; the machine, which has none, calls enqueue again.
+std::function<void()> captured(const std::function<void(CUstream_st*)>& enqueue);
 
 // "large" or "small": the kernels' memory class on this device, as plan names spell it.
 inline const char* memory_class(const Schedule& schedule) {

@@ -1,6 +1,10 @@
 // A real GPU as the device of the kernel tests.
 #include <cuda_runtime_api.h>
 
+#include <memory>
+#include <stdexcept>
+#include <type_traits>
+
 #include "device.h"
 
 namespace flashtile::test {
@@ -35,6 +39,38 @@ void begin(const Schedule&) {}
 std::string finish() {
   const cudaError_t error = cudaDeviceSynchronize();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+namespace {
+
+void require(cudaError_t error, const char* call) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+template <class T>
+using Shared = std::shared_ptr<std::remove_pointer_t<T>>;
+
+}  // namespace
+
+// The mode in which whatever synchronises or allocates, on any thread, makes the capture fail.
+std::function<void()> captured(const std::function<void(CUstream_st*)>& enqueue) {
+  cudaStream_t raw_stream = nullptr;
+  require(cudaStreamCreate(&raw_stream), "cudaStreamCreate");
+  const Shared<cudaStream_t> stream(raw_stream, cudaStreamDestroy);
+  require(cudaStreamBeginCapture(raw_stream, cudaStreamCaptureModeGlobal),
+          "cudaStreamBeginCapture");
+  enqueue(raw_stream);
+  cudaGraph_t raw_graph = nullptr;
+  require(cudaStreamEndCapture(raw_stream, &raw_graph), "cudaStreamEndCapture");
+  const Shared<cudaGraph_t> graph(raw_graph, cudaGraphDestroy);
+  cudaGraphExec_t raw_exec = nullptr;
+  require(cudaGraphInstantiate(&raw_exec, raw_graph, 0), "cudaGraphInstantiate");
+  const Shared<cudaGraphExec_t> exec(raw_exec, cudaGraphExecDestroy);
+  return [stream, exec] {
+    require(cudaGraphLaunch(exec.get(), stream.get()), "cudaGraphLaunch");
+    require(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+  };
 }
 
 }  // namespace flashtile::test

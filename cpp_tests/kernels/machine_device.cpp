@@ -96,4 +96,8 @@ std::string finish() {
   return ptx::machine().reports().empty() ? "" : ptx::machine().reports_text();
 }
 
+std::function<void()> captured(const std::function<void(CUstream_st*)>& enqueue) {
+  return [enqueue] { enqueue(nullptr); };
+}
+
 }  // namespace flashtile::test

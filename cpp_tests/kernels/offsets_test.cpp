@@ -2,6 +2,7 @@
 // unspecified; but every launch ends, and nothing outside of the tensors is touched.
 #include <random>
 
+#include "../append_case.h"
 #include "kernel_cases.h"
 #include "machine.h"
 
@@ -75,3 +76,30 @@ TEST("a key block whose predecessors do not exist waits for nobody") {
 }
 TEST("a deterministic call ends whatever cu_seqlens hold") { check_any_offsets(true); }
 TEST("a call ends whatever cu_seqlens hold") { check_any_offsets(false); }
+
+TEST("an append touches nothing outside, whatever cu_seqlens hold") {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP(reason);
+  const Backend backend = cuda_backend();
+  const std::vector<Schedule> all = schedules();
+  std::mt19937 draw(5);
+  for (size_t i = 0; i < 40; ++i) {
+    const CacheSpec spec = {.dtype = Dtype::kBFloat16,
+                            .sequences = {{.seed = 1, .keys = 29, .queries = 2, .added = 2},
+                                          {.seed = 2, .keys = 0, .queries = 2, .added = 2},
+                                          {.seed = 3, .keys = 15, .queries = 2, .added = 2}},
+                            .page_size = 7,
+                            .packed = true};
+    Appending what = {CacheCall(spec), RotaryTable(spec.dtype, 60, 32, 0)};
+    what.q_out = HostTensor(spec.dtype, what.call.q.extents(), Layout::kOdd);
+    const flashtile_problem problem = what.call.problem();
+    what.call.cu_q = any_offsets(draw, 3, 6);
+    what.call.cu_new = any_offsets(draw, 3, 6);
+    begin(all[i % all.size()]);
+    ptx::machine().set_checks(false);  // a row that comes twice is a race
+    CHECK_EQ(append_on(backend, what, problem), std::string());
+    CHECK_EQ(finish(), std::string());
+    CHECK(what.call.k.gaps_are_untouched() && what.call.v.gaps_are_untouched());
+    CHECK(what.q_out.gaps_are_untouched());
+  }
+}
