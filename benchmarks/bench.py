@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import bench_cases
 import bench_report
 import torch
 from bench_cases import OURS, Case
-from bench_timing import peak_memory, time_case
+from bench_timing import Result, peak_memory, time_case, untimed
 
 MEMORY_LENGTHS = {False: (2048, 8192), True: (2048, 4096, 8192, 16384)}
 HERE = Path(__file__).resolve().parent
@@ -48,9 +49,9 @@ def main() -> int:
     if device.type == "cuda":
         seconds = options.seconds or 0.5
     facts = bench_report.machine_facts(device)
-    results = [time_case(case, device, seconds) for case in _progress(cases, "timing")]
+    results = list(_results(cases, device, options, seconds))
     memory = []
-    if device.type == "cpu" and not options.no_memory:
+    if device.type == "cpu" and not (options.no_memory or options.dry_run):
         memory = _memory_rows(options.full, options.threads)
 
     folder = options.output or HERE / "results" / bench_report.machine_kind(facts)
@@ -72,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="only this one, for example bfloat16")
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"))
     parser.add_argument("--kind", choices=("dense", "decode", "features"))
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="leave out the cases that are not begun by then",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="time nothing, name every case")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--output", type=Path, help="folder of the two result files")
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
@@ -84,6 +93,19 @@ def _selected(case: Case, options: argparse.Namespace) -> bool:
         and options.direction in (None, case.direction)
         and options.kind in (None, case.kind)
     )
+
+
+def _results(
+    cases: list[Case], device: torch.device, options: argparse.Namespace, seconds: float
+) -> Iterable[Result]:
+    end = time.monotonic() + options.time_limit
+    for case in _progress(cases, "timing"):
+        if options.dry_run:
+            yield untimed(case, device, "dry run")
+        elif time.monotonic() > end:
+            yield untimed(case, device, "no time left")
+        else:
+            yield time_case(case, device, seconds)
 
 
 def _memory_rows(full: bool, threads: int) -> list[bench_report.Memory]:

@@ -129,9 +129,11 @@ def cpu_cases(full: bool) -> list[Case]:
 
 
 def cuda_cases(full: bool) -> list[Case]:
-    """The same for CUDA: 16384 tokens in all, hidden size 2048, as in the papers."""
-    lengths = (1024, 2048, 4096, 8192, 16384) if full else (2048, 8192)
-    shapes = [(16384 // n, 2048 // d, 2048 // d, n, d) for n in lengths for d in (64, 128)]
-    shapes += [(1, 64, 8, n, 128) for n in (lengths if full else (8192,))]
+    """For CUDA: 16384 tokens in all, hidden size 2048, as in the papers; and grouped heads."""
+    lengths = [2**i for i in range(9, 16)]
+    shapes = [
+        (max(1, 16384 // n), 2048 // d, 2048 // d, n, d) for d in (64, 128, 256) for n in lengths
+    ]
+    shapes += [(1, 64, 8, n, 128) for n in lengths]
     dtypes = ["bfloat16", "float16"] if full else ["bfloat16"]
     return dense_cases(dtypes, shapes) + decode_cases(dtypes, [4096, 32768])

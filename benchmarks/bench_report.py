@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from bench_cases import OURS
-from bench_timing import Result
+from bench_timing import Result, Timing
 
 import flashtile
 
@@ -51,15 +51,20 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "flashtile": flashtile.build_info(),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "gpu": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-            "cudnn": _cudnn_version(),
-        }
-    return facts
+    return facts | (_gpu_facts() if device.type == "cuda" else {})
+
+
+def _gpu_facts() -> dict[str, Any]:
+    """None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(("gpu", "compute_capability", "cuda", "cudnn"))
+    properties = torch.cuda.get_device_properties("cuda")
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version(),
+    }
 
 
 def machine_kind(facts: dict[str, Any]) -> str:
@@ -73,15 +78,16 @@ def to_json(facts: dict[str, Any], results: list[Result], memory: list[Memory]) 
     """Facts, every timing in seconds (medians and all rounds) and the memory rows."""
     rows = []
     for result in results:
+        timings = result.timings | {name: Timing() for name in result.refused}
         contenders = {
             name: {
-                "wall_median": statistics.median(timing.wall),
+                "wall_median": statistics.median(timing.wall) if timing.wall else None,
                 "cpu_median": statistics.median(timing.cpu) if timing.cpu else None,
                 "ratio": result.ratio(name),
                 "rounds": len(timing.wall),
                 "compared": timing.compared,
             }
-            for name, timing in result.timings.items()
+            for name, timing in timings.items()
         }
         row = dataclasses.asdict(result.case) | {"flops": result.case.flops}
         rows.append(row | {"contenders": contenders, "refused": result.refused})
@@ -91,10 +97,10 @@ def to_json(facts: dict[str, Any], results: list[Result], memory: list[Memory]) 
 
 def to_markdown(facts: dict[str, Any], results: list[Result], memory: list[Memory]) -> str:
     """The same for people."""
-    where = facts.get("gpu") or (
-        f"{facts['cpu']} ({facts['flashtile']['cpu_instruction_set_used']}),"
-        f" {facts['threads']} thread(s)"
-    )
+    where = facts.get("gpu", "") or "no GPU"
+    if "gpu" not in facts:
+        used = facts["flashtile"]["cpu_instruction_set_used"]
+        where = f"{facts['cpu']} ({used}), {facts['threads']} thread(s)"
     parts = [
         f"# flashtile on {where}",
         (

@@ -17,6 +17,16 @@ CUDA_BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+FA3 = "fa3"  # FlashAttention-3, where its flash_attn_interface can be imported
+
+
+def contenders(case: Case, device: torch.device) -> tuple[str, ...]:
+    """The names that make_runs gives, without making anything."""
+    if case.is_decode:
+        return (OURS, "sdpa", "sdpa folded")
+    if case.lengths:
+        return (OURS, "sdpa", "sdpa loop")
+    return (OURS, "sdpa") if device.type == "cpu" else (OURS, *CUDA_BACKENDS, FA3)
 
 
 def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
@@ -30,13 +40,14 @@ def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
     lengths = (case.seqlen_q, case.seqlen_k, case.seqlen_k, case.seqlen_q)
     heads = (case.heads, case.heads_kv, case.heads_kv, case.heads)
     q, k, v, dout = (
-        torch.randn(case.batch, h, n, case.head_dim).to(device, dtype)
+        torch.randn(case.batch, h, n, case.head_dim, device=device).to(dtype)
         for h, n in zip(heads, lengths, strict=True)
     )
     if case.is_decode:
         return _decode_runs(case, q, k, v)
     if case.head_dim_v:
-        v, dout = (torch.randn(*t.shape[:3], case.head_dim_v).to(device, dtype) for t in (v, dout))
+        shapes = [(*t.shape[:3], case.head_dim_v) for t in (v, dout)]
+        v, dout = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     if case.lengths:
         return _varlen_runs(case, [q, k, v, dout])
     ours = [t.transpose(1, 2).contiguous() for t in (q, k, v, dout)]
@@ -47,7 +58,7 @@ def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
     for name, backend in CUDA_BACKENDS.items():
         pinned = _pinned(sdpa, backend)
         runs[name] = _direction(case, pinned, [q, k, v, dout])
-    return runs
+    return runs | {FA3: _direction(case, _fa3(case), ours)}
 
 
 Attention = Callable[..., Tensor | list[Tensor]]
@@ -72,6 +83,18 @@ def _masked_sdpa(case: Case, like: Tensor) -> Attention:
     seen = seen.tril() & seen.triu(1 - case.window)
     mask = torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -torch.inf)
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _fa3(case: Case) -> Attention:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        try:
+            from flash_attn_interface import flash_attn_func  # noqa: PLC0415, seldom there
+        except ImportError as error:
+            raise RuntimeError(str(error)) from error
+        out = flash_attn_func(q, k, v, causal=case.causal)
+        return out[0] if isinstance(out, tuple) else out  # older ones also return the LSE
+
+    return run
 
 
 def _pinned(attention: Attention, backend: SDPBackend) -> Attention:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bench_cases import OURS, Case
-from bench_runs import Run, make_runs
+from bench_runs import Run, contenders, make_runs
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 L2_FLUSH_BYTES = 512 * 2**20  # beyond every L2; also hides the launch cost of what follows
@@ -62,6 +62,11 @@ def time_case(case: Case, device: torch.device, seconds: float) -> Result:
             refused[name] = str(error).splitlines()[0]
     time_rounds = _cuda_rounds if device.type == "cuda" else _cpu_rounds
     return Result(case, time_rounds(runs, seconds), refused)
+
+
+def untimed(case: Case, device: torch.device, reason: str) -> Result:
+    """A case that is not run: every contender refused it."""
+    return Result(case, {}, dict.fromkeys(contenders(case, device), reason))
 
 
 def _cpu_rounds(runs: dict[str, Run], seconds: float) -> dict[str, Timing]:
