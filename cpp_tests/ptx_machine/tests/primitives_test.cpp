@@ -6,6 +6,7 @@
 #include <limits>
 #include <random>
 
+#include "conformance.h"
 #include "half.h"
 #include "text_kernel.h"
 
@@ -44,6 +45,19 @@ Lanes run(const std::string& name, const Lanes& in) {
   ptx_test::begin_text(1);
   ptx_test::launch_text(name, 32, 1024, {static_cast<void*>(&source), static_cast<void*>(&target)});
   return Lanes(to.get(), to.get() + to.size());
+}
+
+// Words [0, count) of every lane.
+Lanes first_words(const Lanes& lanes, int count) {
+  Lanes words;
+  for (size_t at = 0; at < lanes.size(); at += kWords)
+    words.insert(words.end(), &lanes[at], &lanes[at] + count);
+  return words;
+}
+
+// Bit for bit as the machine's own.
+void check_words(const std::string& name, unsigned seed, const Lanes& out, int count) {
+  ptx_test::check_stored(name, seed, first_words(out, count));
 }
 
 Lanes random_words(unsigned seed) {
@@ -122,6 +136,7 @@ void check_product(const std::string& type, unsigned seed) {
     for (int i = 0; i < 4; ++i) x[6 + i] = std::bit_cast<uint32_t>(c[g + i / 2 * 8][k + i % 2]);
   }
   const Lanes out = run("mma_" + type, in);
+  check_words("mma_" + type, seed, out, 4);
   for (int l = 0; l < 32; ++l) {
     for (int i = 0; i < 4; ++i) {
       const int row = l / 4 + i / 2 * 8, column = 2 * (l % 4) + i % 2;
@@ -164,12 +179,14 @@ TEST("ldmatrix and stmatrix of every form") {
       }
     }
     CHECK_MESSAGE(wrong == 0, matrix_name(load, count, transposed));
+    check_words(matrix_name(load, count, transposed), 1, out, load ? count : 4);
   });
 }
 TEST("movmatrix") {
   SKIP_WITHOUT_HOPPER();
   ptx_test::load_text(warp_kernel("mov_matrix", "movmatrix.sync.aligned.m8n8.trans.b16 %y0, %x0;"));
   const Lanes in = random_words(2), out = run("mov_matrix", in);
+  check_words("mov_matrix", 2, out, 1);
   for (int l = 0; l < 32; ++l) {
     for (int i = 0; i < 2;
          ++i) {  // element (row l / 4, column 2 (l % 4) + i) comes from its mirror
@@ -197,6 +214,7 @@ TEST("conversions to pairs of halves") {
                                   "cvt.rn.relu.f16x2.f32 %y3, %x0, %x1;"));
   for (unsigned seed = 1; seed <= 8; ++seed) {
     const Lanes in = floats(seed), out = run("pairs", in);
+    check_words("pairs", seed, out, 4);
     for (size_t at = 0; at < in.size(); at += kWords) {
       const float high = as_float(in[at]), low = as_float(in[at + 1]);
       const auto pair = [&](auto narrow) { return narrow(low) | uint32_t{narrow(high)} << 16; };
@@ -212,13 +230,16 @@ TEST("ex2.approx is within two units of the last place") {
   SKIP_WITHOUT_HOPPER();
   ptx_test::load_text(warp_kernel("exponentials", "ex2.approx.ftz.f32 %y0, %x0;"));
   std::mt19937 random(5);
-  std::uniform_real_distribution<float> uniform(-126.0f, 127.0f);
+  const auto uniform = [&] {  // in [-126, 127), the same everywhere
+    return std::ldexp(static_cast<float>(random() >> 8), -24) * 253.0f - 126.0f;
+  };
+  Lanes all;
   for (int round = 0; round < 32; ++round) {
     Lanes in(32 * kWords);
-    for (size_t at = 0; at < in.size(); at += kWords)
-      in[at] = std::bit_cast<uint32_t>(uniform(random));
+    for (size_t at = 0; at < in.size(); at += kWords) in[at] = std::bit_cast<uint32_t>(uniform());
     in[0] = std::bit_cast<uint32_t>(-INFINITY);
-    const Lanes out = run("exponentials", in);
+    const Lanes out = run("exponentials", in), results = first_words(out, 1);
+    all.insert(all.end(), results.begin(), results.end());
     CHECK_EQ(out[0], 0u);
     for (size_t at = kWords; at < in.size(); at += kWords) {
       const double exact = std::exp2(static_cast<double>(as_float(in[at])));
@@ -226,6 +247,7 @@ TEST("ex2.approx is within two units of the last place") {
       CHECK(std::fabs(as_float(out[at]) - exact) <= 2 * unit);
     }
   }
+  ptx_test::check_stored_near("exponentials", 5, all, 2);
 }
 TEST("phases of an mbarrier, one thread") {
   SKIP_WITHOUT_HOPPER();
@@ -252,4 +274,5 @@ TEST("phases of an mbarrier, one thread") {
   const std::vector<uint32_t> expected = {0, 1, 0, 1, 1, 0, 0, 0, 1, 1};
   for (size_t i = 0; i < expected.size(); ++i)
     CHECK_MESSAGE(out[i] == expected[i], "answer " + std::to_string(i));
+  ptx_test::check_stored("phases", 0, {&out[0], &out[expected.size()]});
 }

@@ -4,12 +4,14 @@
 #include <cstring>
 #include <random>
 
+#include "conformance.h"
 #include "half.h"
 #include "text_kernel.h"
 
 namespace {
 
 using ptx_test::Buffer;
+using ptx_test::Words;
 
 enum Mode { kNone, k128, k64, k32 };  // as a descriptor encodes it
 
@@ -76,6 +78,11 @@ std::string kernel_name(const Shape& s) {
          (s.sign_b < 0 ? "m" : "p");
 }
 
+// With the swizzles, which are the descriptors'.
+std::string full_name(const Shape& s) {
+  return kernel_name(s) + "_" + std::to_string(s.a_mode) + std::to_string(s.b_mode);
+}
+
 // Copies an image into shared memory, multiplies twice (the second time adding), stores d[n / 2] of
 // each thread. Parameters: image, words, descriptors of A and B, their steps, A fragments, result.
 std::string kernel_text(const Shape& s) {
@@ -121,15 +128,18 @@ std::string kernel_text(const Shape& s) {
 uint16_t narrow(float x, bool bf16) { return bf16 ? ptx::float_to_bf16(x) : ptx::float_to_fp16(x); }
 float widen(uint16_t x, bool bf16) { return bf16 ? ptx::bf16_to_float(x) : ptx::fp16_to_float(x); }
 
+// What is multiplied: small integers, whose sums are exact in any order and which are the same
+// everywhere, or numbers whose sums are rounded.
+enum class Values { kIntegers, kRounded };
+
 // The number of wrong elements, -1 if the launch failed. `spoiled` bits of B's descriptor are
-// flipped.
-int count_wrong(const Shape& s, uint64_t seed, uint64_t spoiled = 0) {
+// flipped; a run with integers and without them belongs to the conformance set.
+int count_wrong(const Shape& s, uint64_t seed, Values values, uint64_t spoiled = 0) {
   std::mt19937 random(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
-  // Small integers where the order of additions is not known: their sums are exact.
   const auto draw = [&] {
-    const float x = normal(random);
-    return narrow(ptx_test::order_is_known() ? x : std::round(4 * x), s.bf16);
+    if (values == Values::kRounded) return narrow(normal(random), s.bf16);
+    return narrow(static_cast<float>(static_cast<int>(random() % 17) - 8), s.bf16);
   };
   std::vector<uint16_t> a(64 * kDepth), b(static_cast<size_t>(s.n) * kDepth);
   for (uint16_t& x : a) x = draw();
@@ -160,7 +170,7 @@ int count_wrong(const Shape& s, uint64_t seed, uint64_t spoiled = 0) {
                               static_cast<void*>(&pointers[1]), static_cast<void*>(&pointers[2])}))
     return -1;
   ptx_test::check_wgmma(2, 2ull * 64 * s.n * kDepth);
-  int wrong = 0;
+  std::vector<float> expected(result.size());
   for (int m = 0; m < 64; ++m) {
     for (int n = 0; n < s.n; ++n) {
       float sum = 0;
@@ -169,17 +179,24 @@ int count_wrong(const Shape& s, uint64_t seed, uint64_t spoiled = 0) {
                        s.sign_b * widen(b[n * kDepth + k], s.bf16), sum);
       const int thread = m / 16 * 32 + m % 8 * 4 + n % 8 / 2;
       const int i = n / 8 * 4 + m % 16 / 8 * 2 + n % 2;
-      wrong += std::memcmp(&result[static_cast<size_t>(thread) * (s.n / 2) + i], &sum, 4) != 0;
+      expected[static_cast<size_t>(thread) * (s.n / 2) + i] = sum;
     }
   }
+  const Words got = ptx_test::as_words(result.get(), result.size() * sizeof(float));
+  const Words plain = ptx_test::as_words(expected.data(), expected.size() * sizeof(float));
+  if (values == Values::kIntegers && spoiled == 0)
+    ptx_test::check_stored("wgmma_" + full_name(s), seed, got, plain);
+  int wrong = 0;
+  for (size_t i = 0; i < got.size(); ++i) wrong += got[i] != plain[i];
   return wrong;
 }
 
 void check_shape(const Shape& s, uint64_t seed) {
-  const int wrong = count_wrong(s, seed);
-  CHECK_MESSAGE(wrong == 0, kernel_name(s) + " swizzles " + std::to_string(s.a_mode) + " " +
-                                std::to_string(s.b_mode) + ": " + std::to_string(wrong) +
-                                " elements differ");
+  for (const Values values : {Values::kIntegers, Values::kRounded}) {
+    if (values == Values::kRounded && !ptx_test::order_is_known()) continue;
+    const int wrong = count_wrong(s, seed, values);
+    CHECK_MESSAGE(wrong == 0, full_name(s) + ": " + std::to_string(wrong) + " elements differ");
+  }
 }
 
 }  // namespace
@@ -238,11 +255,11 @@ TEST("wgmma with a wrong descriptor gives other results") {
   const uint64_t stride = uint64_t{64 ^ 32} << 32;     // half of it
   const uint64_t leading = uint64_t{256 ^ 128} << 16;  // half a panel
   for (const Shape& s : {k_major, mn_major}) {
-    CHECK_EQ(count_wrong(s, 5), 0);
-    CHECK(count_wrong(s, 5, stride) > 64);
+    CHECK_EQ(count_wrong(s, 5, Values::kIntegers), 0);
+    CHECK(count_wrong(s, 5, Values::kIntegers, stride) > 64);
   }
-  CHECK(count_wrong(k_major, 5, swizzle) > 64);
-  CHECK(count_wrong(mn_major, 5, leading) > 64);
+  CHECK(count_wrong(k_major, 5, Values::kIntegers, swizzle) > 64);
+  CHECK(count_wrong(mn_major, 5, Values::kIntegers, leading) > 64);
   // K-major rows of 128 bytes have no leading offset.
-  CHECK_EQ(count_wrong(k_major, 5, leading), 0);
+  CHECK_EQ(count_wrong(k_major, 5, Values::kIntegers, leading), 0);
 }
