@@ -23,9 +23,10 @@ constexpr int kMostBoxRows = 256;
 
 constexpr int kFirstDriver = 12000;  // that has the function
 
+std::atomic<Encode> known = nullptr;  // of this process, once found
+
 // Null where the driver does not have it.
 Encode find_encode() {
-  static std::atomic<Encode> known = nullptr;  // of this process, once found
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver < kFirstDriver) {
     cudaGetLastError();  // the caller's next check must not find it
@@ -82,7 +83,9 @@ TmaObstacle tma_obstacle(const MappedTensor& tensor) {
 }
 
 Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& map) {
-  const Encode encode = find_encode();
+  // A call asks driver_encodes_tensor_maps() before, so it is known as a rule.
+  Encode encode = known.load(std::memory_order_relaxed);
+  if (encode == nullptr) encode = find_encode();
   if (encode == nullptr) {
     return fail(
         FLASHTILE_DEVICE_ERROR,

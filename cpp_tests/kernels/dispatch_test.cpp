@@ -4,36 +4,11 @@
 
 #include "kernel_cases.h"
 #include "machine.h"
+#include "untouched_call.h"
 
 using namespace flashtile::test;
 
 namespace {
-
-constexpr int64_t kHeads = 4, kRows = 128, kBatch = 2, kDim = 128;
-
-// A forward whose tensors lie in memory that nobody touches.
-struct Call {
-  flashtile_problem problem;
-  flashtile_forward_params params;
-
-  Call() {
-    flashtile_problem_init(&problem);
-    problem.device = FLASHTILE_CUDA;
-    problem.dtype = problem.dtype_kv = problem.dtype_out = FLASHTILE_BFLOAT16;
-    problem.batch = kBatch;
-    problem.num_heads = problem.num_heads_kv = kHeads;
-    problem.head_dim = problem.head_dim_v = kDim;
-    problem.seqlen_q = problem.seqlen_k = kRows;
-    problem.softmax_scale = 1.0f;
-    flashtile_forward_init(&params);
-    params.problem = &problem;
-    uintptr_t address = 1 << 20;
-    for (flashtile_tensor* tensor : {&params.q, &params.k, &params.v, &params.out}) {
-      *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
-      address += 1 << 24;
-    }
-  }
-};
 
 struct Answer {
   std::string plan, note;
@@ -135,26 +110,6 @@ TEST("other devices have no note") {
 }
 
 namespace {
-
-// A backward whose tensors lie in memory that nobody touches.
-struct BackwardCall {
-  flashtile_problem problem = Call().problem;
-  flashtile_backward_params params;
-
-  BackwardCall() {
-    flashtile_backward_init(&params);
-    params.problem = &problem;
-    uintptr_t address = 1 << 20;
-    for (flashtile_tensor* tensor : {&params.q, &params.k, &params.v, &params.out, &params.dout,
-                                     &params.dq, &params.dk, &params.dv}) {
-      *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
-      address += 1 << 24;
-    }
-    params.softmax_lse = reinterpret_cast<float*>(address);
-    params.lse_stride_batch = kHeads * kRows;
-    params.lse_stride_head = kRows;
-  }
-};
 
 Answer ask_backward(const std::function<void(BackwardCall&)>& change) {
   BackwardCall call;

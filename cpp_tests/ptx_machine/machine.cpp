@@ -228,6 +228,8 @@ std::string Machine::launch_error(const Launch& launch, const Kernel& kernel) co
 }
 
 bool Machine::launch(const Launch& launch) {
+  ++host_calls_.launches;
+  if (!executes_) return true;
   std::string targets;
   Kernel* kernel = find_kernel(launch.kernel, device_.compute_capability(), targets);
   if (kernel == nullptr) {

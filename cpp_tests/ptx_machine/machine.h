@@ -92,6 +92,17 @@ struct Counters {
   uint64_t shared_bytes_max = 0;  // largest static + dynamic shared memory of a block
 };
 
+// Calls of runtime and driver, failed ones included: what a launch costs the host.
+struct HostCalls {
+  uint64_t launches = 0;
+  uint64_t function_attributes = 0;  // cudaFuncSetAttribute
+  uint64_t device_attributes = 0;    // cudaDeviceGetAttribute
+  uint64_t current_devices = 0;      // cudaGetDevice, cudaSetDevice
+  uint64_t driver_versions = 0;      // cudaDriverGetVersion
+  uint64_t entry_points = 0;         // cudaGetDriverEntryPointByVersion
+  uint64_t others = 0;               // of memory, streams, properties, occupancy
+};
+
 struct Module;
 
 class Machine {
@@ -128,6 +139,9 @@ class Machine {
   void set_checks(bool on) { checks_ = on; }
   bool checks() const { return checks_; }
 
+  // Off: a launch succeeds and nothing runs; for the cost of calls alone.
+  void set_execution(bool on) { executes_ = on; }
+
   // Names host memory that kernels may access, with exact bounds. cudaMalloc does it by itself.
   void register_memory(const void* pointer, size_t bytes, const std::string& label,
                        bool read_only = false);
@@ -140,7 +154,8 @@ class Machine {
   std::string reports_text() const;
 
   const Counters& counters() const { return counters_; }
-  void reset_counters() { counters_ = {}; }
+  void reset_counters() { counters_ = {}, host_calls_ = {}; }
+  const HostCalls& host_calls() const { return host_calls_; }
 
   // Used by runtime.cpp and the interpreter.
   struct Launch {
@@ -154,6 +169,7 @@ class Machine {
   bool launch(const Launch& launch);
   void add_report(Report report);
   Counters& mutable_counters() { return counters_; }
+  HostCalls& mutable_host_calls() { return host_calls_; }
 
  private:
   bool add_module(std::unique_ptr<Module> module, const std::string& error);
@@ -166,9 +182,11 @@ class Machine {
   uint64_t launches_ = 0;  // since set_seed
   uint64_t budget_ = 20'000'000;
   bool checks_ = true;
+  bool executes_ = true;
   int resident_blocks_ = 1;
   std::vector<Report> reports_;
   Counters counters_;
+  HostCalls host_calls_;
 };
 
 // The one machine of this process, behind the CUDA runtime entry points.

@@ -24,6 +24,8 @@ std::map<const void*, Function>& functions() {
   return all;
 }
 
+ptx::HostCalls& calls() { return ptx::machine().mutable_host_calls(); }
+
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t result(cudaError_t error) {
@@ -132,6 +134,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   return launch(function, config->gridDim, config->blockDim, args, config->dynamicSmemBytes);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attr, int value) {
+  ++calls().function_attributes;
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   if (attr != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -140,6 +143,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attr, i
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
+  ++calls().others;
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   std::memset(out, 0, sizeof(*out));
@@ -152,6 +156,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function)
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*,
                                                                    int threads, size_t shared,
                                                                    unsigned) {
+  ++calls().others;
   const ptx::Device& d = ptx::machine().device();
   const int by_threads = threads > 0 ? (d.cc_minor == 9 ? 1536 : 2048) / threads : 0;
   const int by_shared = d.smem_per_sm / static_cast<int>(shared + 1024);
@@ -166,20 +171,25 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 // Device and errors.
 cudaError_t cudaGetDeviceCount(int* count) {
+  ++calls().others;
   *count = 1;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
+  ++calls().current_devices;
   *device = 0;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
+  ++calls().current_devices;
   return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int device) {
+  ++calls().device_attributes;
   return device == 0 ? attribute(value, attr) : result(cudaErrorInvalidDevice);
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int device) {
+  ++calls().others;
   if (device != 0) return result(cudaErrorInvalidDevice);
   const ptx::Device& d = ptx::machine().device();
   std::memset(out, 0, sizeof(*out));
@@ -232,6 +242,7 @@ cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t, const char
 
 // The driver: one function is asked for by name.
 cudaError_t cudaDriverGetVersion(int* version) {
+  ++calls().driver_versions;
   *version = ptx::machine().device().driver_version;
   return cudaSuccess;
 }
@@ -242,6 +253,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* status) {
+  ++calls().entry_points;
   const int driver = ptx::machine().device().driver_version;
   const bool known = std::string(symbol) == "cuTensorMapEncodeTiled";
   const bool found = known && driver >= 12000 && static_cast<int>(version) <= driver;
@@ -256,6 +268,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 
 // Memory.
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  ++calls().others;
   *pointer = ptx::global_memory().allocate(bytes);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
 }
@@ -266,11 +279,13 @@ cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) {
   return cudaMalloc(pointer, bytes);
 }
 cudaError_t cudaFree(void* pointer) {
+  ++calls().others;
   if (pointer == nullptr || ptx::global_memory().release(pointer)) return cudaSuccess;
   return result(cudaErrorInvalidValue);
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  ++calls().others;
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }
@@ -279,6 +294,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaMemcpy(to, from, bytes, kind);
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  ++calls().others;
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
@@ -286,6 +302,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaMemset(to, value, bytes);
 }
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) {
+  ++calls().others;
   *pointer = std::malloc(bytes);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
 }
@@ -295,9 +312,13 @@ cudaError_t cudaFreeHost(void* pointer) {
 }
 
 // Streams and events: everything is done when the call that started it returns.
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() {
+  ++calls().others;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  ++calls().others;
   *stream = reinterpret_cast<cudaStream_t>(new char);
   return cudaSuccess;
 }
@@ -309,6 +330,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  ++calls().others;
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
