@@ -125,14 +125,17 @@ flashtile_tensor contiguous_view(const IntHeaderOnlyArrayRef& sizes, const Tenso
   return view;
 }
 
-// The answer of the C API: whether the call would run, and the kernel's name or the sentence why
-// not. No data is read.
-std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
-  std::string text = refusal(args);
-  if (!text.empty()) return {false, text};
+// Whether a call would run, the kernel's name or "", and why: why not, or why that kernel is not
+// the one that the device has for such problems.
+using Answer = std::tuple<bool, std::string, std::string>;
+
+// The answer of the C API. No data is read.
+Answer answer(const Arguments& args, bool backward) {
+  const std::string text = refusal(args);
+  if (!text.empty()) return {false, "", text};
   const DeviceScope device(args.q);
   const flashtile_problem problem = to_problem(args);
-  char name[256] = "";
+  char name[256] = "", why[512] = "";
   float lse = 0.0f;
   const std::vector<int64_t> sizes = out_sizes(args);
   const flashtile_tensor out =
@@ -151,13 +154,15 @@ std::tuple<bool, std::string> answer(const Arguments& args, bool backward) {
     params.dk = contiguous_view(args.k.sizes(), args.k);
     params.dv = contiguous_view(args.v.sizes(), args.v);
     params.softmax_lse = &lse;
-    status = flashtile_plan_backward(&params, name, sizeof(name));
+    status = flashtile_can_run_backward(&params, why, sizeof(why));
+    if (status == FLASHTILE_OK) status = flashtile_plan_backward(&params, name, sizeof(name));
   } else {
     flashtile_forward_params params = forward_params(args, problem);
     params.out = out;
-    status = flashtile_plan(&params, name, sizeof(name));
+    status = flashtile_can_run(&params, why, sizeof(why));
+    if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));
   }
-  return {status == FLASHTILE_OK, status == FLASHTILE_OK ? name : flashtile_last_error()};
+  return {status == FLASHTILE_OK, name, why};
 }
 
 // From here on one function per op. Their parameters are the op's schema, one to one; the members
@@ -203,15 +208,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
        .dsoftmax_lse = dsoftmax_lse});
 }
 
-std::tuple<bool, std::string> can_run(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      bool backward, const std::optional<Tensor>& out,
-                                      std::optional<double> softmax_scale, int64_t window_left,
-                                      int64_t window_right, bool deterministic, int64_t alignment,
-                                      int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                      const std::optional<Tensor>& cu_seqlens_q,
-                                      const std::optional<Tensor>& cu_seqlens_k,
-                                      const std::optional<Tensor>& seqused_q,
-                                      const std::optional<Tensor>& seqused_k) {
+Answer can_run(const Tensor& q, const Tensor& k, const Tensor& v, bool backward,
+               const std::optional<Tensor>& out, std::optional<double> softmax_scale,
+               int64_t window_left, int64_t window_right, bool deterministic, int64_t alignment,
+               int64_t max_seqlen_q, int64_t max_seqlen_k,
+               const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+               const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k) {
   return answer({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
                  max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, out},
                 backward);
@@ -249,7 +251,8 @@ STABLE_TORCH_LIBRARY(flashtile, m) {
       "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dsoftmax_lse",
       "(Tensor dq, Tensor dk, Tensor dv)");
-  def("can_run", "Tensor q, Tensor k, Tensor v, bool backward, Tensor? out", "(bool, str)");
+  def("can_run", "Tensor q, Tensor k, Tensor v, bool backward, Tensor? out",
+      "(bool ok, str kernel, str why)");
   m.def("build_info() -> str");
 }
 

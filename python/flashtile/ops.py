@@ -406,7 +406,9 @@ def can_run(
         backward: Ask about the gradients instead of the result.
 
     Returns:
-        ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise.
+        ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise. On a GPU
+        of compute capability 9.0 ``(True, reason)`` where the tensors, or the driver, are such that
+        the kernels for sm_80 run instead of those for sm_90a: ``"k.stride_seq is 516; ..."``.
     """
     sequences = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -427,8 +429,8 @@ def can_run(
         return False, str(error)
     if backward and out is not None:
         return False, "out is a tensor and gradients are asked for; allowed: None"
-    ok, text = torch.ops.flashtile.can_run(q, k, v, backward, out, *options)
-    return (True, "") if ok else (False, text)
+    ok, _, why = torch.ops.flashtile.can_run(q, k, v, backward, out, *options)
+    return ok, why
 
 
 def build_info() -> dict[str, str | list[str]]:

@@ -68,9 +68,10 @@ def test_can_run_names_the_kernel() -> None:
     q = torch.zeros(1, 300, 4, 64)
     for backward, word in ((False, "forward"), (True, "backward")):
         args = (q, q, q, backward, None, None, -1, 0)
-        ok, name = torch.ops.flashtile.can_run(*args)
+        ok, name, why = torch.ops.flashtile.can_run(*args)
         assert ok
         assert word in name
+        assert not why
 
 
 def test_can_run_on_expanded_tensors() -> None:
@@ -84,6 +85,28 @@ def test_can_run_on_expanded_tensors() -> None:
 def test_can_run_cuda(device: str) -> None:
     q = torch.zeros(1, 3, 4, 64, device=device, dtype=torch.bfloat16)
     assert flashtile.can_run(q, q, q, backward=True) == (True, "")
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_can_run_says_which_tensor_keeps_a_kernel_from_running(device: str, backward: bool) -> None:
+    q = torch.zeros(1, 3, 4, 64, device=device, dtype=torch.bfloat16)
+    k = torch.zeros(1, 3, 4, 66, device=device, dtype=torch.bfloat16)[..., :64]
+    ok, why = flashtile.can_run(q, k, q, backward=backward)
+    assert ok
+    has_own = torch.cuda.get_device_capability() == (9, 0)
+    has_own = has_own and "90a" in flashtile.build_info()["cuda_architectures"]
+    assert why.startswith("k.stride_seq is 264; ") if has_own else not why
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_can_run_passes_on_what_the_library_says(ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: object) -> tuple[bool, str, str]:
+        return ok, "forward_sm80_large_d64_bf16_full" if ok else "", "k.stride_seq is 264; ..."
+
+    monkeypatch.setattr(torch.ops.flashtile, "can_run", answer)
+    q = torch.zeros(1, 3, 4, 64)
+    assert flashtile.can_run(q, q, q) == (ok, "k.stride_seq is 264; ...")
 
 
 def run_python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
