@@ -37,19 +37,48 @@ FLASHTILE_INLINE Vec<C> sums_of(Vec<C> (&v)[kLanes<C>]) {
   }
 }
 
-// One query row against kLanes keys; rows are padded with zeros to whole vectors.
+// Asks for the rows that come next: those of one head lie apart in pieces that are too short for
+// the processor to see a pattern.
+template <class Source>
+FLASHTILE_INLINE void prefetch(const Source& rows, const Range& next, int64_t dim) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Source::Number));
+  for (int64_t i = next.begin; i < next.end; ++i) {
+    for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows.row(i) + d);
+  }
+}
+
+// Query rows that a key is held against while it is in registers.
 template <class C>
-FLASHTILE_INLINE Vec<C> score_keys(const C* query, const Matrix<const C>& keys, int64_t dim) {
-  constexpr int kWidth = kLanes<C>;
+constexpr int kScoreRows = kLanes<C> < 4 ? kLanes<C> : 4;
+
+// kRows query rows, padded with zeros to whole vectors, against kLanes / kRows keys; every key is
+// read and widened once. Score (r, i) is added up in the same order for every kRows.
+template <int kRows, class Source, class C>
+FLASHTILE_INLINE void score_keys(const Matrix<C>& queries, const Source& keys, int64_t dim,
+                                 const Matrix<C>& scores) {
+  constexpr int kWidth = kLanes<C>, kKeys = kWidth / kRows;
   Vec<C> sum[kWidth];
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) sum[i] = Vec<C>{};
-  for (int64_t d = 0; d < dim; d += kWidth) {
-    const Vec<C> q = load(query + d);
+  const auto add = [&](int64_t d, const auto& read_key) {
+    Vec<C> key[kKeys];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) sum[i] += q * load(keys.row(i) + d);
-  }
-  return sums_of<C>(sum);
+    for (int i = 0; i < kKeys; ++i) key[i] = read_key(keys.row(i) + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<C> query = load(queries.row(r) + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += query * key[i];
+    }
+  };
+  int64_t d = 0;
+  for (; d + kWidth <= dim; d += kWidth) add(d, [](const auto* from) { return read(from); });
+  if (d < dim) add(d, [&](const auto* from) { return read_some(from, dim - d); });
+  C all[kWidth];
+  store(all, sums_of<C>(sum));
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+    __builtin_memcpy(scores.row(r), all + r * kKeys, kKeys * sizeof(C));
 }
 
 // out.row(r) += sum over i < kLanes of weights.row(r)[i] * values.row(i), for all rows: each vector
@@ -89,7 +118,6 @@ template <class C>
 struct DecodeTile {
   Matrix<C> q;          // [rows, head_dim], negated when softmax_scale is negative
   Matrix<C> scores;     // [rows, kDecodeKeys], then the weights
-  Matrix<C> keys;       // [kLanes, head_dim], widened
   Matrix<C> out;        // [rows, head_dim_v], unnormalised
   RowState<C>* states;  // [rows]
 
@@ -97,9 +125,8 @@ struct DecodeTile {
     const int64_t stride = round_up(problem.head_dim, kLanes<C>);
     const int64_t out_stride = round_up(problem.head_dim_v, kLanes<C>);
     DecodeTile tile;
-    tile.q = {arena.take<C>(round_up(rows, kTileRows) * stride), stride};
+    tile.q = {arena.take<C>(rows * stride), stride};
     tile.scores = {arena.take<C>(rows * kDecodeKeys), kDecodeKeys};
-    tile.keys = {arena.take<C>(kLanes<C> * stride), stride};
     tile.out = {arena.take<C>(rows * out_stride), out_stride};
     tile.states = arena.take<RowState<C>>(rows);
     return tile;
@@ -241,8 +268,15 @@ class Decode {
   void attend_keys(const DecodeTile<C>& tile, const Visible& visible, const Source& keys,
                    const Source& values) const {
     const int64_t rows = group_ * visible.queries;
-    score(tile, keys, rows, visible.keys_of_group(0, visible.queries));
+    const Range any = visible.keys_of_group(0, visible.queries);
+    score(tile, keys, rows, any);
+    prefetch(values, vector_at(round_down(any.begin, kLanes<C>), any), problem_.head_dim_v);
     weigh(tile, values, rows, visible);
+  }
+
+  // The keys of a range that share the vector of scores that starts at j.
+  static Range vector_at(int64_t j, const Range& range) {
+    return {larger_of(j, range.begin), smaller_of(j + kLanes<C>, range.end)};
   }
 
   // Scores to weights, and tile.out += weights * values.
@@ -260,6 +294,7 @@ class Decode {
     }
     for (int64_t j = round_down(any.begin, kLanes<C>); j < any.end; j += kLanes<C>) {
       const Matrix<C> weights{tile.scores.data + j, tile.scores.stride};
+      prefetch(values, vector_at(j + kLanes<C>, any), dim);
       if (every.begin <= j && every.end >= j + kLanes<C>) {
         add_values(weights, values.from(j), rows, dim, tile.out);
         continue;
@@ -277,24 +312,23 @@ class Decode {
   template <class Source>
   void score(const DecodeTile<C>& tile, const Source& keys, int64_t rows,
              const Range& wanted) const {
-    const int64_t dim = problem_.head_dim;
     for (int64_t j = round_down(wanted.begin, kLanes<C>); j < wanted.end; j += kLanes<C>) {
-      const int64_t some = smaller_of(kLanes<C>, wanted.end - j);
-      Matrix<const C> block{tile.keys.data, tile.keys.stride};
-      if constexpr (sizeof(T) == sizeof(C)) {
-        const bool whole = some == kLanes<C> && dim % kLanes<C> == 0;
-        const int64_t stride = whole ? keys.from(j).common_stride(kLanes<C>) : 0;
-        if (stride != 0) block = {keys.row(j), stride};
-      }
-      if (block.data == tile.keys.data) {
-        for (int64_t i = 0; i < kLanes<C>; ++i) {
-          widen(keys.row(j + smaller_of(i, some - 1)), dim, C{1}, tile.keys.row(i),
-                tile.keys.stride);
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        store(tile.scores.row(r) + j, score_keys<C>(tile.q.row(r), block, dim));
-      }
+      prefetch(keys, vector_at(j + kLanes<C>, wanted), problem_.head_dim);
+      const T* list[kLanes<C>];
+      for (int64_t i = 0; i < kLanes<C>; ++i) list[i] = keys.row(smaller_of(j + i, wanted.end - 1));
+      int64_t r = 0;
+      for (; r + kScoreRows<C> <= rows; r += kScoreRows<C>)
+        score_rows<kScoreRows<C>>(tile, RowList<const T>{list}, r, j);
+      for (; r < rows; ++r) score_rows<1>(tile, RowList<const T>{list}, r, j);
+    }
+  }
+
+  template <int kRows>
+  FLASHTILE_INLINE void score_rows(const DecodeTile<C>& tile, const RowList<const T>& keys,
+                                   int64_t r, int64_t j) const {
+    for (int i = 0; i < kLanes<C>; i += kLanes<C> / kRows) {
+      score_keys<kRows>(Matrix<C>{tile.q.row(r), tile.q.stride}, keys.from(i), problem_.head_dim,
+                        Matrix<C>{tile.scores.row(r) + j + i, tile.scores.stride});
     }
   }
 

@@ -47,8 +47,6 @@ struct Rows {
   int64_t stride;
   FLASHTILE_INLINE T* row(int64_t i) const { return data + i * stride; }
   FLASHTILE_INLINE Rows from(int64_t i) const { return {row(i), stride}; }
-  // From row to row of the first `count`; 0: it varies.
-  FLASHTILE_INLINE int64_t common_stride(int64_t) const { return stride; }
 };
 
 // Rows that lie anywhere, as those of a cache do.
@@ -58,12 +56,6 @@ struct RowList {
   T* const* list;
   FLASHTILE_INLINE T* row(int64_t i) const { return list[i]; }
   FLASHTILE_INLINE RowList from(int64_t i) const { return {list + i}; }
-  FLASHTILE_INLINE int64_t common_stride(int64_t count) const {
-    const int64_t step = list[1] - list[0];
-    bool common = true;
-    for (int64_t i = 1; i + 1 < count; ++i) common = common && list[i + 1] - list[i] == step;
-    return common ? step : 0;
-  }
 };
 
 // Row 0 of a head, `begin` rows into the tensor. A tensor without elements may have no memory.
