@@ -198,15 +198,51 @@ TEST("pages change no bit of what a contiguous cache gives, for a long sequence 
   }
 }
 
-TEST("the plan's name, and room that does not grow with the capacity") {
-  CacheCall call({.sequences = {{.seed = 1, .keys = 20}}, .page_size = 16});
-  CHECK_MESSAGE(call.run().plan.starts_with("decode_cpu_"), call.run().plan);
-  flashtile_problem problem = call.problem();
-  problem.max_blocks = 1 << 20;  // a table for 16 million rows
+size_t workspace_of(const flashtile_problem& problem) {
   flashtile_forward_params params;
   flashtile_forward_init(&params);
   params.problem = &problem;
   size_t bytes = 0;
   CHECK_EQ(flashtile_workspace_size(&params, &bytes), FLASHTILE_OK);
-  CHECK_MESSAGE(bytes < size_t{4} << 20, std::to_string(bytes) + " bytes");
+  return bytes;
+}
+
+TEST("the plan's name, and room that does not grow with the capacity") {
+  for (const int queries : {1, 300}) {
+    CacheCall call({.sequences = {{.seed = 1, .keys = 20, .queries = queries}}, .page_size = 16});
+    const std::string plan = queries == 1 ? "decode_cpu_" : "forward_cpu_";
+    CHECK_MESSAGE(call.run().plan.starts_with(plan), call.run().plan);
+    flashtile_problem problem = call.problem();
+    size_t bytes[2];
+    for (const int64_t longer : {0, 1}) {
+      problem.max_blocks = int64_t{1} << (20 + 4 * longer);  // a table for 16 million rows, and 268
+      bytes[longer] = workspace_of(problem);
+    }
+    CHECK_EQ(bytes[0], bytes[1]);
+    CHECK_MESSAGE(bytes[0] < (queries == 1 ? size_t{4} : size_t{80}) << 20,
+                  std::to_string(bytes[0]));
+  }
+}
+
+// With seqlen_k understated, the workspace has no room for the packed keys of a head.
+TEST("a prefill in little room has the same bits") {
+  for (const Dtype dtype : kDtypes) {
+    CacheCall call({.dtype = dtype,
+                    .heads = 4,
+                    .heads_kv = 2,
+                    .dims = {64, 40},
+                    .sequences = {{.seed = 1, .keys = 2100, .queries = 150},
+                                  {.seed = 2, .keys = 40, .queries = 33},
+                                  {.seed = 3, .keys = 1300, .queries = 20, .leftpad = 5}},
+                    .page_size = 16,
+                    .packed = true});
+    flashtile_problem problem = call.problem();
+    const CacheResult roomy = call.run(problem);
+    problem.seqlen_k = 1;
+    CHECK(workspace_of(problem) < workspace_of(call.problem()) / 2);
+    const CacheResult tight = call.run(problem);
+    CHECK_EQ(tight.error, std::string());
+    CHECK(roomy.out == tight.out && roomy.lse == tight.lse);
+    check_cache_result(call, tight);
+  }
 }

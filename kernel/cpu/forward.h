@@ -6,6 +6,9 @@
 // and the heads of a group share it. Keys that no query sees are not read. Blocks are counted from
 // a sequence's own first row, so its results do not depend on its neighbours or on pages.
 //
+// Where the workspace has no room for a head, as it may be with a long sequence in a cache, every
+// task packs the blocks for itself, one after the other: the same bits, in room for a block.
+//
 // What is packed and how a block of keys meets a block of queries is the matter of `Products`:
 // VectorForward (forward_vector.h) or TileForward (forward_tiles.h).
 #pragma once
@@ -29,58 +32,76 @@ class Forward {
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
     const size_t tiles = static_cast<size_t>(threads) * tile_bytes(problem);
-    const size_t head = head_bytes(problem, extent);
+    const size_t head = head_bytes(problem, extent.max_k);
+    const size_t blocks = static_cast<size_t>(threads) * head_bytes(problem, Products::kBlockK);
+    const size_t least = head < blocks ? head : blocks;
     const int64_t heads = larger_of(problem.batch * problem.num_heads_kv, 1);
-    const int64_t wave = larger_of(static_cast<int64_t>(kWaveBytes / head), threads);
-    return {tiles + head, tiles + static_cast<size_t>(smaller_of(wave, heads)) * head};
+    size_t wanted = static_cast<size_t>(heads) * head;
+    if (problem.cache.exists()) {  // no multiple of a capacity far beyond any sequence
+      wanted = wanted < kWaveBytes ? wanted : kWaveBytes;
+    } else {
+      const int64_t wave = larger_of(static_cast<int64_t>(kWaveBytes / head), threads);
+      wanted = static_cast<size_t>(smaller_of(wave, heads)) * head;
+    }
+    return {tiles + least, tiles + (wanted > least ? wanted : least)};
   }
 
   void run() {
+    const size_t fit = (params_.workspace_bytes - tiles()) / head_bytes(problem_, extent_.max_k);
     const int64_t heads = problem_.batch * problem_.num_heads_kv;
-    const size_t tiles = static_cast<size_t>(threads_) * tile_bytes(problem_);
-    const size_t fit = (params_.workspace_bytes - tiles) / head_bytes(problem_, extent_);
     const int64_t wave = fit < static_cast<size_t>(heads) ? static_cast<int64_t>(fit) : heads;
-    const int64_t key_blocks = (extent_.max_k + Products::kBlockK - 1) / Products::kBlockK;
-    const int64_t query_blocks = (extent_.max_q + Products::kBlockQ - 1) / Products::kBlockQ;
-    const int64_t group = problem_.num_heads / problem_.num_heads_kv;
-    const bool flush = sizeof(Compute<T>) == sizeof(float);
-    for (int64_t first = 0; first < heads; first += wave) {
-      const int64_t count = smaller_of(wave, heads - first);
-      parallel_for(threads_, count * key_blocks, flush, [&](int64_t task, int) {
-        pack(first + task / key_blocks, task / key_blocks, task % key_blocks);
+    if (wave == 0) {
+      attend_all({0, heads}, [&](int64_t pair, int64_t k0, int thread) {
+        const Head block = head_at(thread, Products::kBlockK);
+        pack(pair, k0, block, 0);
+        return PackedBlock{block, 0};
       });
-      parallel_for(threads_, count * group * query_blocks, flush, [&](int64_t task, int thread) {
-        const int64_t slot = task / (group * query_blocks);
-        const int64_t block = query_blocks - 1 - task % query_blocks;  // causal: longest first
-        attend(first + slot, slot, task / query_blocks % group, block, thread);
+    }
+    const int64_t key_blocks = (extent_.max_k + Products::kBlockK - 1) / Products::kBlockK;
+    for (int64_t first = 0; wave > 0 && first < heads; first += wave) {
+      const int64_t count = smaller_of(wave, heads - first);
+      parallel_for(threads_, count * key_blocks, kFlush, [&](int64_t task, int) {
+        const int64_t slot = task / key_blocks, k0 = task % key_blocks * Products::kBlockK;
+        pack(first + slot, k0, head_at(slot, extent_.max_k), k0);
+      });
+      attend_all({first, first + count}, [&](int64_t pair, int64_t k0, int) {
+        return PackedBlock{head_at(pair - first, extent_.max_k), k0};
       });
     }
   }
 
  private:
   static constexpr size_t kWaveBytes = size_t{64} << 20;
+  static constexpr bool kFlush = sizeof(Compute<T>) == sizeof(float);
+
+  // A block of keys and values: from key `at` of what is packed on.
+  struct PackedBlock {
+    Head head;
+    int64_t at;
+  };
 
   static size_t tile_bytes(const Problem& problem) {
     Arena arena(nullptr);
     Products::Tile::take(arena, problem);
     return arena.used();
   }
-  static size_t head_bytes(const Problem& problem, const Extent& extent) {
+  static size_t head_bytes(const Problem& problem, int64_t keys) {
     Arena arena(nullptr);
-    Head::take(arena, larger_of(extent.max_k, 1), problem);
+    Head::take(arena, larger_of(keys, 1), problem);
     return arena.used();
   }
+  size_t tiles() const { return static_cast<size_t>(threads_) * tile_bytes(problem_); }
   char* workspace() const { return static_cast<char*>(params_.workspace); }
-  Head packed(int64_t slot) const {
-    const size_t tiles = static_cast<size_t>(threads_) * tile_bytes(problem_);
-    Arena arena(workspace() + tiles + static_cast<size_t>(slot) * head_bytes(problem_, extent_));
-    return Head::take(arena, larger_of(extent_.max_k, 1), problem_);
+  // Behind the tiles: one place after the other for `keys` packed keys.
+  Head head_at(int64_t place, int64_t keys) const {
+    Arena arena(workspace() + tiles() + static_cast<size_t>(place) * head_bytes(problem_, keys));
+    return Head::take(arena, larger_of(keys, 1), problem_);
   }
 
-  void pack(int64_t pair, int64_t slot, int64_t block) const {
+  // The block of keys that starts at k0, if some query sees it, as keys `at` and up of `to`.
+  void pack(int64_t pair, int64_t k0, const Head& to, int64_t at) const {
     const Sequence seq = sequence_of(problem_, pair / problem_.num_heads_kv);
     const int64_t head = pair % problem_.num_heads_kv;
-    const int64_t k0 = block * Products::kBlockK;
     const int64_t keys = smaller_of(Products::kBlockK, seq.k_len - k0);
     if (extent_.leaves_out(seq.q_len)) return;
     if (keys <= 0 || seq.visible.queries_of_group(k0, keys).empty()) return;
@@ -88,29 +109,45 @@ class Forward {
       const T *k[Products::kBlockK], *v[Products::kBlockK];
       list_keys(problem_, params_.k, seq, head, {k0, k0 + keys}, k);
       list_keys(problem_, params_.v, seq, head, {k0, k0 + keys}, v);
-      packed(slot).pack(problem_, k0, keys, RowList<const T>{k}, RowList<const T>{v});
+      to.pack(problem_, at, keys, RowList<const T>{k}, RowList<const T>{v});
       return;
     }
-    packed(slot).pack(problem_, k0, keys, key_rows<const T>(params_.k, seq, head).from(k0),
-                      key_rows<const T>(params_.v, seq, head).from(k0));
+    to.pack(problem_, at, keys, key_rows<const T>(params_.k, seq, head).from(k0),
+            key_rows<const T>(params_.v, seq, head).from(k0));
   }
 
-  void attend(int64_t pair, int64_t slot, int64_t in_group, int64_t block, int thread) const {
+  // All queries of the key/value heads `pairs`, counted over all sequences. packed_block(pair, k0,
+  // thread): where the block that starts at k0 is packed.
+  template <class PackedBlocks>
+  void attend_all(const Range& pairs, const PackedBlocks& packed_block) const {
+    const int64_t query_blocks = (extent_.max_q + Products::kBlockQ - 1) / Products::kBlockQ;
+    const int64_t tasks = problem_.num_heads / problem_.num_heads_kv * query_blocks;
+    parallel_for(threads_, (pairs.end - pairs.begin) * tasks, kFlush,
+                 [&](int64_t task, int thread) {
+                   const int64_t pair = pairs.begin + task / tasks;
+                   const int64_t block = query_blocks - 1 - task % query_blocks;  // longest first
+                   attend(pair, task % tasks / query_blocks, block * Products::kBlockQ, thread,
+                          [&](int64_t k0) { return packed_block(pair, k0, thread); });
+                 });
+  }
+
+  template <class PackedBlocks>
+  void attend(int64_t pair, int64_t in_group, int64_t q0, int thread,
+              const PackedBlocks& packed_block) const {
     const Sequence seq = sequence_of(problem_, pair / problem_.num_heads_kv);
     const int64_t group = problem_.num_heads / problem_.num_heads_kv;
     const int64_t head = pair % problem_.num_heads_kv * group + in_group;
-    const int64_t q0 = block * Products::kBlockQ;
     const int64_t queries = smaller_of(Products::kBlockQ, seq.q_len - q0);
     if (queries <= 0 || extent_.leaves_out(seq.q_len)) return;
     Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes(problem_));
     Products products(problem_, Products::Tile::take(arena, problem_));
     products.begin(query_rows<const T>(params_.q, seq, head).from(q0), queries);
-    const Head from = packed(slot);
     const Range seen = seq.visible.keys_of_group(q0, queries);
     for (int64_t k0 = round_down(seen.begin, Products::kBlockK); k0 < seen.end;
          k0 += Products::kBlockK) {
       const int64_t keys = smaller_of(Products::kBlockK, seq.k_len - k0);
-      products.attend(from, k0, seq.visible.block(q0, queries, k0, keys));
+      const PackedBlock block = packed_block(k0);
+      products.attend(block.head, block.at, seq.visible.block(q0, queries, k0, keys));
     }
     const Rows<T> out = query_rows<T>(params_.out, seq, head).from(q0);
     float* lse = row_values(params_.lse, seq, head);
