@@ -297,6 +297,19 @@ class CacheCall {
   std::vector<std::vector<int64_t>> pages_;
 };
 
+// out and LSE of one sequence's queries.
+inline std::vector<double> rows_of(const CacheCall& call, const CacheResult& result,
+                                   size_t sequence) {
+  std::vector<double> bits;
+  const int64_t first = call.first_query(sequence) * call.spec().heads;
+  const int64_t count = int64_t{call.spec().sequences[sequence].queries} * call.spec().heads;
+  const int64_t dim = call.spec().dims.v;
+  bits.insert(bits.end(), result.out.begin() + first * dim,
+              result.out.begin() + (first + count) * dim);
+  bits.insert(bits.end(), result.lse.begin() + first, result.lse.begin() + first + count);
+  return bits;
+}
+
 // Holds a result against manual attention over the gathered rows.
 inline void check_cache_result(const CacheCall& call, const CacheResult& result) {
   Setup setup;

@@ -21,17 +21,6 @@ std::vector<CacheSequence> mixed_sequences() {
           {.seed = 7, .keys = 700, .queries = 20}};
 }
 
-std::vector<double> rows_of(const CacheCall& call, const CacheResult& result, size_t sequence) {
-  std::vector<double> bits;
-  const int64_t first = call.first_query(sequence) * call.spec().heads;
-  const int64_t count = int64_t{call.spec().sequences[sequence].queries} * call.spec().heads;
-  const int64_t dim = call.spec().dims.v;
-  bits.insert(bits.end(), result.out.begin() + first * dim,
-              result.out.begin() + (first + count) * dim);
-  bits.insert(bits.end(), result.lse.begin() + first, result.lse.begin() + first + count);
-  return bits;
-}
-
 }  // namespace
 
 TEST("pages of every size, every dtype: decode and prefill in one call") {
@@ -144,43 +133,6 @@ TEST("two sequences read one page that they share") {
     }
   }
   CHECK(rows_of(call, call.run(), 1) == rows_of(call, together, 1));
-}
-
-// The sequence under test among random neighbours, on random pages, behind random padding, dense
-// where its neighbours allow it: 200 times the same bits.
-TEST("a sequence's bits depend on itself alone: 200 random neighbourings") {
-  std::mt19937_64 random(7);
-  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint64_t>(n)); };
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat32}) {
-    for (const CacheSequence& one : {CacheSequence{.seed = 1, .keys = 333},
-                                     CacheSequence{.seed = 2, .keys = 300, .queries = 40}}) {
-      std::vector<double> bits;
-      for (int i = 0; i < 50; ++i) {
-        CacheSpec spec = {.dtype = dtype, .heads = 4, .heads_kv = 2, .dims = 64};
-        spec.page_size = kPageSizes[static_cast<size_t>(below(7))];
-        spec.packed = i > 0;
-        spec.batch_idx = spec.page_size == 0 && below(2) == 1;
-        spec.layout_seed = random();
-        spec.sequences = {one};
-        for (int n = i > 0 ? below(5) : 0; n > 0; --n) {
-          // Now and then one that is cut into other parts.
-          const int keys = below(12) == 0 ? 4200 + below(3000) : below(500);
-          spec.sequences.push_back(
-              {.seed = random(), .keys = keys, .queries = below(4) == 0 ? below(60) : 1});
-        }
-        const auto at = static_cast<size_t>(below(static_cast<int>(spec.sequences.size())));
-        std::swap(spec.sequences[0], spec.sequences[at]);
-        spec.sequences[at].leftpad = below(3) == 0 ? below(50) : 0;
-        CacheCall call(spec);
-        const CacheResult result = call.run();
-        CHECK_EQ(result.error, std::string());
-        const std::vector<double> now = rows_of(call, result, at);
-        if (bits.empty()) bits = now;
-        CHECK_MESSAGE(now == bits,
-                      spec.name() + ": other bits at neighbouring " + std::to_string(i));
-      }
-    }
-  }
 }
 
 TEST("pages change no bit of what a contiguous cache gives, for a long sequence either") {
