@@ -27,6 +27,7 @@ class Case:
     head_dim_v: int = 0  # 0: head_dim
     window: int = 0  # keys that a query sees up to and including its own; 0: all
     lengths: Sequence[int] = ()  # of packed sequences, whose sum is seqlen_q and seqlen_k
+    page_size: int = 0  # of a decode step's cache; 0: contiguous
 
     @property
     def kind(self) -> str:
@@ -67,12 +68,13 @@ class Case:
         heads = str(self.heads)
         if self.heads != self.heads_kv:
             heads += f"/{self.heads_kv}"
-        tokens = f"1 on {self.seqlen_k}" if self.is_decode else str(self.seqlen_k)
+        tokens = f"{self.seqlen_q} on {self.seqlen_k}" if self.is_decode else str(self.seqlen_k)
         if self.lengths:
             tokens = f"{len(self.lengths)} of {min(self.lengths)}..{max(self.lengths)}"
         batch = f"{self.batch} x " if self.batch > 1 else ""
         dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else str(self.head_dim)
-        return f"{batch}{tokens}, {heads} x {dims}"
+        pages = f", pages of {self.page_size}" if self.page_size else ""
+        return f"{batch}{tokens}, {heads} x {dims}{pages}"
 
     @property
     def mask(self) -> str:
@@ -91,10 +93,18 @@ def dense_cases(dtypes: list[str], shapes: list[tuple[int, int, int, int, int]])
     ]
 
 
-def decode_cases(dtypes: list[str], lengths: list[int]) -> list[Case]:
-    """One query on a cache, 32 heads on 8 key/value heads of 128."""
-    options = itertools.product(lengths, dtypes)
-    return [Case(dtype, 32, 8, 1, length, 128, False, "forward") for length, dtype in options]
+def decode_cases(
+    dtypes: list[str],
+    lengths: list[int],
+    queries: Sequence[int] = (1,),
+    page_sizes: Sequence[int] = (0,),
+) -> list[Case]:
+    """Few queries on a cache, 32 heads on 8 key/value heads of 128: 4 rows for each query."""
+    options = itertools.product(page_sizes, queries, lengths, dtypes)
+    return [
+        Case(dtype, 32, 8, count, length, 128, False, "forward", page_size=page_size)
+        for page_size, count, length, dtype in options
+    ]
 
 
 def feature_cases(dtypes: list[str]) -> list[Case]:
@@ -118,13 +128,15 @@ def cpu_cases(full: bool) -> list[Case]:
     if not full:
         shapes = [(1, 8, 8, 1024, 64), (1, 8, 8, 2048, 128), (1, 32, 8, 1024, 128)]
         dtypes = ["float32", "bfloat16", "float16"]
-        cases = dense_cases(dtypes, shapes) + decode_cases(dtypes, [4096, 32768])
+        cases = dense_cases(dtypes, shapes)
+        cases += decode_cases(dtypes[:2], [4096, 16384, 32768], (1, 4), (0, 16))
+        cases += decode_cases(dtypes[2:], [4096, 32768])
         return cases + feature_cases(dtypes[:2])
     shapes = [(1, 8, 8, n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128)]
     shapes += [(1, 32, 8, 1024, 128), (1, 16, 16, 4096, 128)]
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     cases = dense_cases(dtypes, shapes)
-    cases += decode_cases(dtypes[:3], [4096, 8192, 16384, 32768])
+    cases += decode_cases(dtypes[:3], [4096, 8192, 16384, 32768], (1, 4), (0, 16))
     return cases + feature_cases(dtypes[:3])
 
 

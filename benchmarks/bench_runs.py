@@ -23,7 +23,8 @@ FA3 = "fa3"  # FlashAttention-3, where its flash_attn_interface can be imported
 def contenders(case: Case, device: torch.device) -> tuple[str, ...]:
     """The names that make_runs gives, without making anything."""
     if case.is_decode:
-        return (OURS, "sdpa", "sdpa folded")
+        paged = ("gather + sdpa", "gather + folded") if case.page_size else ()
+        return (OURS, "sdpa", "sdpa folded", *paged)
     if case.lengths:
         return (OURS, "sdpa", "sdpa loop")
     return (OURS, "sdpa") if device.type == "cpu" else (OURS, *CUDA_BACKENDS, FA3)
@@ -130,16 +131,58 @@ def _direction(case: Case, attention: Attention, tensors: list[Tensor], outputs:
 
 
 def _decode_runs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
-    """One query sees every key. "folded" gives SDPA the heads of a group as query rows."""
+    """Every query sees every key. "folded" gives SDPA a group's queries as rows of one head."""
+    rows = case.seqlen_q * case.heads // case.heads_kv
+    folded = q.view(case.batch, case.heads_kv, rows, case.head_dim)
+
+    def per_head(k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def in_groups(k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(folded, k, v)
+
     attend = _flashtile(case)
     ours = [t.transpose(1, 2) for t in (q, k, v)]
-    folded = q.view(case.batch, case.heads_kv, case.heads // case.heads_kv, case.head_dim)
-    runs: dict[str, Run] = {
-        OURS: lambda: attend(*ours),
-        "sdpa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        "sdpa folded": lambda: scaled_dot_product_attention(folded, k, v),
+    runs: dict[str, Run] = {OURS: lambda: attend(*ours)}
+    rivals: dict[str, Run] = {
+        "sdpa": lambda: per_head(k, v),
+        "sdpa folded": lambda: in_groups(k, v),
     }
+    if case.page_size:
+        runs[OURS], gather = _paged(case, *ours)
+        rivals["gather + sdpa"] = lambda: per_head(*gather())
+        rivals["gather + folded"] = lambda: in_groups(*gather())
+    runs |= rivals
     return {name: torch.inference_mode()(run) for name, run in runs.items()}
+
+
+def _paged(
+    case: Case, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Run, Callable[[], tuple[Tensor, Tensor]]]:
+    """A call on pages in random order, and what SDPA needs first: the rows in one tensor again."""
+    blocks = case.seqlen_k // case.page_size
+    order = torch.randperm(case.batch * blocks)
+    table = order.view(case.batch, blocks).int().to(q.device)
+    lengths = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=q.device)
+
+    def pages_of(rows: Tensor) -> Tensor:
+        pages = rows.contiguous().view(case.batch * blocks, case.page_size, *rows.shape[2:])
+        return torch.empty_like(pages).index_copy_(0, order.to(rows.device), pages)
+
+    k_pages, v_pages, index = pages_of(k), pages_of(v), table.long()
+
+    def ours() -> Tensor:
+        return flashtile.attention_with_kvcache(
+            q, k_pages, v_pages, cache_seqlens=lengths, block_table=table
+        )
+
+    def gather() -> tuple[Tensor, Tensor]:
+        def rows(pages: Tensor) -> Tensor:
+            return pages[index].flatten(1, 2).transpose(1, 2)
+
+        return rows(k_pages), rows(v_pages)
+
+    return ours, gather
 
 
 def _varlen_runs(case: Case, packed: list[Tensor]) -> dict[str, Run]:
