@@ -39,7 +39,8 @@ inline bool tma_takes(const HostTensor& tensor) {
   const auto takes = [](int64_t stride, int64_t extent) {
     return extent <= 1 || (stride > 0 && stride % 8 == 0);
   };
-  return e.seq > 0 && e.dim % 8 == 0 && tensor.start_byte() % 16 == 0 && takes(s.seq, e.seq) &&
+  const bool is_aligned = e.batch == 0 || tensor.start_byte() % 16 == 0;  // without data, at 0
+  return e.seq > 0 && e.dim % 8 == 0 && is_aligned && takes(s.seq, e.seq) &&
          takes(s.head, e.heads) && takes(s.batch, e.batch);
 }
 

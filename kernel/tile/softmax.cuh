@@ -7,9 +7,10 @@
 // every score, so no value is special: -inf scores give P = 0, a NaN or +inf score makes its row
 // NaN.
 //
-// Where scale_log2 * max has no fraction bits left (beyond kLargestOffset), its rounding would
-// spoil P. A warp that meets such a row subtracts a shift from the scores of its rows first, which
-// is exact close to the shift: P = 2^(scale_log2 * (S - shift) + offset).
+// Where scale_log2 * max has few fraction bits left (beyond kLargestOffset), its rounding would
+// show in P: the largest P of a row would not be 1. A warp that meets such a row subtracts a shift
+// from the scores of its rows first, which is exact close to the shift: P = 2^(scale_log2 * (S -
+// shift) + offset).
 #pragma once
 
 #include "accumulator.cuh"
@@ -18,7 +19,7 @@
 namespace flashtile {
 
 inline constexpr float kSlack = 8.0f;
-inline constexpr float kLargestOffset = 16777216.0f;  // 2^24: rounded to 2 at most
+inline constexpr float kLargestOffset = 4096.0f;  // rounded by 2^-12 at most: 1 stays 1 in 16 bits
 inline constexpr float kNothingSeen = 3.4e38f;        // offset of a row before its first key
 
 // State of one warp's rows: indices [row block][half], rows 16 m + 8 half + lane / 4.
