@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from append_mutants import APPEND_MUTANTS
 from backward_mutants import BACKWARD_MUTANTS
 from backward_sm90_mutants import BACKWARD_SM90_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
@@ -27,6 +28,8 @@ from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 
 MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
+MUTANTS += APPEND_MUTANTS
+WITHOUT_SLICES = ("append", "check_cache")  # one source for every head dim and memory class
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
 
@@ -95,6 +98,8 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
 
 def slice_source(mutant: Mutant) -> str:
     """A slice with nothing but what the cases run: fp16, one main kernel if one will do."""
+    if mutant.kernel in WITHOUT_SLICES:
+        return f'#include "{mutant.kernel}_backend.cu"\n'
     make = forward_slice if mutant.kernel == "forward" else backward_slice
     header, functions = make(mutant)
     lines = [f"template Status {function};" for function in functions]
@@ -123,6 +128,9 @@ def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path
 
 def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) -> None:
     """The build's lines for the head dim and memory class, with the mutant's PTX in place."""
+    if mutant.kernel in WITHOUT_SLICES:
+        output.write_text(f"{CAPABILITY[mutant.memory]} {ptx}\n")
+        return
     capability = CAPABILITY[mutant.memory]
     lines = []
     replaced = 0

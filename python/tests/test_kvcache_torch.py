@@ -48,13 +48,15 @@ def test_opcheck(packed: bool) -> None:
         ops.forward_kvcache.default,
         (
             *(call["q"], call["k_cache"], call["v_cache"], None, -1, 0, 0 if packed else 2, 0, 3),
-            *(cu, cu, lengths, None, int32([1, 0]), table),
+            *(cu, cu, lengths, None, int32([1, 0]), table, True),
         ),
     )
     new = (call["k_cache"], call["v_cache"], call["k"], call["v"])
-    torch.library.opcheck(ops.append_kv.default, (*new, lengths, None, table, cu))
+    torch.library.opcheck(ops.append_kv.default, (*new, lengths, None, table, cu, True))
     rotation = (call["q"], *tables(40, 32), True, False)
-    torch.library.opcheck(ops.append_kv_rotary.default, (*new, *rotation, lengths, None, table, cu))
+    torch.library.opcheck(
+        ops.append_kv_rotary.default, (*new, *rotation, lengths, None, table, cu, True)
+    )
 
 
 @pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
@@ -192,6 +194,7 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "rotary_sin has shape (8, 16); allowed: (9, 16)",
     ),
     ({"causal": 1}, TypeError, "causal is a int; allowed: bool"),
+    ({"check": 1}, TypeError, "check is a int; allowed: bool"),
     ({"num_splits": -1}, ValueError, "num_splits is -1; allowed: 0 to 2147483647"),
     (
         {"softmax_scale": float("nan")},
