@@ -59,6 +59,9 @@ test-long: build
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers
+	cmake --preset tsan -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build --preset tsan --parallel $(JOBS)
+	ctest --preset tsan
 
 wheel: $(VENV)/.stamp
 	@rm -rf dist

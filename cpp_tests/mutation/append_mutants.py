@@ -203,9 +203,9 @@ CHECKS = [
 
 CONTROLS = [
     Mutant(
-        "half the threads",
+        "fewer blocks side by side",
         "append",
-        ((APPEND, "static constexpr int kThreads = 128;", "static constexpr int kThreads = 64;"),),
+        ((APPEND, "kBlocksPerSm = 8;", "kBlocksPerSm = 4;"),),
         ("rows", "rotary", "wrong numbers"),
         harmless=True,
     ),
