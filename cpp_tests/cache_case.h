@@ -259,7 +259,7 @@ class CacheCall {
     q = HostTensor(spec_.dtype, rows, Layout::kPadded);
     k_new = HostTensor(spec_.dtype, fresh, spec_.layout_k);
     fresh.dim = spec_.dims.v;
-    v_new = HostTensor(spec_.dtype, fresh, Layout::kHeadMajor);
+    v_new = HostTensor(spec_.dtype, fresh, Layout::kPadded);
     k = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.qk},
                    spec_.layout_k);
     v = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.v},
