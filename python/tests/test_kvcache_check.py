@@ -35,8 +35,9 @@ def ask(call: dict[str, Any], by: str, monkeypatch: pytest.MonkeyPatch) -> Tenso
     """A call that checks."""
     if by == "environment":
         monkeypatch.setenv("FLASHTILE_CHECK", "1")
-        return flashtile.attention_with_kvcache(**call)
-    return flashtile.attention_with_kvcache(**call, check=True)
+        call = {**call, "check": False}
+    out: Tensor = flashtile.attention_with_kvcache(**{"check": True, **call})
+    return out
 
 
 def change(call: dict[str, Any], name: str, index: int, value: int) -> None:
@@ -117,7 +118,8 @@ def test_compile_keeps_the_check(backend: str) -> None:
     _, call = arguments()
 
     def step(call: dict[str, Any]) -> Tensor:
-        return flashtile.attention_with_kvcache(**call, check=True) * 2
+        out: Tensor = flashtile.attention_with_kvcache(**call, check=True)
+        return out * 2
 
     compiled: Callable[[dict[str, Any]], Tensor] = torch.compile(
         step, backend=backend, fullgraph=True
