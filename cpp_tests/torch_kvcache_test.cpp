@@ -92,6 +92,31 @@ TEST("flashtile/torch.h appends, rotates and serves packed queries") {
   }
 }
 
+TEST("flashtile/torch.h names a wrong number of the cache where it checks") {
+  const at::NoGradGuard guard;
+  Pages pages;
+  const at::Tensor q = at::randn({2, 1, 4, 32});
+  const flashtile::NewKeys added = {.k = at::randn({2, 1, 2, 32}), .v = at::randn({2, 1, 2, 48})};
+  const auto said = [&](bool check) {
+    try {
+      flashtile::attention_with_kvcache(
+          q, {.k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table},
+          {.append = added, .check = check});
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  CHECK_EQ(said(true), std::string());
+  pages.lengths = ints({5, 24});
+  CHECK_EQ(said(false), std::string());
+  const std::string sentence = said(true);
+  CHECK_MESSAGE(sentence.find("cache_seqlens[1] is 24 and 1 new rows follow; allowed: 24 in all") !=
+                    std::string::npos,
+                sentence);
+  flashtile::raise_pending_checks();
+}
+
 TEST("flashtile/torch.h refuses a cache call that makes no sense") {
   const Pages pages;
   const auto said = [&](const flashtile::KVCache& cache, const flashtile::KVCacheOptions& options) {
