@@ -26,8 +26,10 @@ namespace {
 // Query rows per key/value head (the whole group's) up to which the decode pass is faster.
 constexpr int64_t kDecodeRows = 16;
 
+// One query is always decoded, however many heads share its keys.
 int64_t decode_queries(const Problem& problem) {
-  return kDecodeRows / (problem.num_heads / problem.num_heads_kv);
+  const int64_t queries = kDecodeRows / (problem.num_heads / problem.num_heads_kv);
+  return queries > 1 ? queries : 1;
 }
 
 struct InstructionSet {

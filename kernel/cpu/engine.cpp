@@ -14,7 +14,8 @@ namespace {
 
 template <class T>
 constexpr Engine engine_of() {
-  return {pass_of<Forward<VectorForward<T>>, ForwardParams>(), pass_of<Decode<T>, ForwardParams>(),
+  return {pass_of<Forward<VectorForward<T>>, ForwardParams>(),
+          pass_of<Decode<VectorDecode<T>>, ForwardParams>(),
           pass_of<Backward<VectorBackward<T>>, BackwardParams>(), &append_kv<T>};
 }
 

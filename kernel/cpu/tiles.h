@@ -174,6 +174,15 @@ FLASHTILE_INLINE void multiply_tiles(Tiles&, const TileRows& a, const TilePanels
   }
 }
 
+// c[0..16)[0..32): the upper half of it.
+template <bool kAdd>
+FLASHTILE_INLINE void multiply_tile_row(Tiles&, const TileRows& a, const TilePanels& b,
+                                        int64_t depth, float* c, int64_t ldc) {
+  for (int64_t r = 0; r < kTileSide; r += kSumRows) {
+    multiply_rows<kAdd>({a.row(r), a.stride}, b, depth, c + r * ldc, ldc);
+  }
+}
+
 #else
 
 template <bool kAdd>
@@ -205,6 +214,28 @@ FLASHTILE_INLINE void multiply_tiles(Tiles& tiles, const TileRows& a, const Tile
   tiles.template store<1>(c + kTileSide, c_bytes);
   tiles.template store<2>(c + kTileSide * ldc, c_bytes);
   tiles.template store<3>(c + kTileSide * ldc + kTileSide, c_bytes);
+}
+
+// c[0..16)[0..32): the upper half of it.
+template <bool kAdd>
+FLASHTILE_INLINE void multiply_tile_row(Tiles& tiles, const TileRows& a, const TilePanels& b,
+                                        int64_t depth, float* c, int64_t ldc) {
+  if constexpr (kAdd) {
+    tiles.template load<0>(c, ldc * 4);
+    tiles.template load<1>(c + kTileSide, ldc * 4);
+  } else {
+    tiles.template zero<0>();
+    tiles.template zero<1>();
+  }
+  for (int64_t k = 0; k < depth; k += kTileDepth) {
+    tiles.template load<4>(a.row(0) + k, a.stride * 2);
+    tiles.template load<6>(b.at(k, 0), 64);
+    tiles.template load<7>(b.at(k, kTileSide), 64);
+    tiles.template multiply<0, 4, 6>();
+    tiles.template multiply<1, 4, 7>();
+  }
+  tiles.template store<0>(c, ldc * 4);
+  tiles.template store<1>(c + kTileSide, ldc * 4);
 }
 
 #endif

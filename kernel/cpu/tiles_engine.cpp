@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "backward_tiles.h"
 #include "decode.h"
+#include "decode_tiles.h"
 #include "engine.h"
 #include "forward.h"
 #include "forward_tiles.h"
@@ -12,7 +13,8 @@
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
 const Engine kBFloat16Engine = {
-    pass_of<Forward<TileForward>, ForwardParams>(), pass_of<Decode<BFloat16>, ForwardParams>(),
+    pass_of<Forward<TileForward>, ForwardParams>(),
+    pass_of<Decode<VectorDecode<BFloat16>, TileDecode>, ForwardParams>(),
     pass_of<Backward<TileBackward>, BackwardParams>(), &append_kv<BFloat16>};
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

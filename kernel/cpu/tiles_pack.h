@@ -21,13 +21,13 @@ inline void flip_signs(BFloat16* numbers, int64_t count) {
 
 // kLanes<float> words of two bfloat16, zeros behind `count` bfloat16.
 FLASHTILE_INLINE Vec<float> read_pairs(const BFloat16* from, int64_t count) {
-  BFloat16 part[2 * kLanes<float>] = {};
+  Vec<float> pairs{};
   if (count >= 2 * kLanes<float>) {
-    __builtin_memcpy(part, from, sizeof part);
-  } else {
-    for (int64_t i = 0; i < count; ++i) part[i] = from[i];
+    __builtin_memcpy(&pairs, from, sizeof pairs);
+  } else if (count > 0) {
+    __builtin_memcpy(&pairs, from, static_cast<size_t>(count) * sizeof *from);
   }
-  return load(reinterpret_cast<const float*>(part));
+  return pairs;
 }
 
 // A left operand: `count` rows, zero rows up to a multiple of 32, zeros up to the stride.
@@ -48,15 +48,23 @@ inline void pack_right_transposed(Source rows, int64_t count, int64_t dim, const
   for (int64_t c = 0; c < round_up(count, kTilePair); c += kWidth) {
     for (int64_t d = 0; d < to.depth; d += 2 * kWidth) {
       Vec<float> square[kWidth];
+      BFloat16* const panel = to.at(d, round_down(c, kTileSide)) + c % kTileSide * 2;
+      if (c + kWidth <= count && d + 2 * kWidth <= dim) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) square[i] = read_pairs(rows.row(c + i) + d, 2 * kWidth);
+        transpose<float>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i)
+          store(reinterpret_cast<float*>(panel + i * 2 * kTileSide), square[i]);
+        continue;
+      }
       for (int i = 0; i < kWidth; ++i) {
         square[i] = c + i < count ? read_pairs(rows.row(c + i) + d, dim - d) : Vec<float>{};
       }
       transpose<float>(square);
       const int64_t wanted = smaller_of(kWidth, (to.depth - d) / 2);
-      BFloat16* panel = to.at(d, round_down(c, kTileSide)) + c % kTileSide * 2;
-      for (int i = 0; i < wanted; ++i) {
+      for (int i = 0; i < wanted; ++i)
         store(reinterpret_cast<float*>(panel + i * 2 * kTileSide), square[i]);
-      }
     }
   }
 }
@@ -69,11 +77,11 @@ FLASHTILE_INLINE WordVec read_words(const BFloat16* from, int64_t count) {
   return load_shorts(part);
 }
 
-// A right operand whose rows are the rows: `to` is to.depth (>= count) x round_up(dim, 32).
+// A right operand whose rows are the rows: `to` is round_up(count, 32) x round_up(dim, 32).
 template <class Source = Rows<const BFloat16>>
 inline void pack_right(Source rows, int64_t count, int64_t dim, const TilePanels& to) {
   constexpr int kWidth = kLanes<float>;
-  for (int64_t r = 0; r < to.depth; r += 2) {
+  for (int64_t r = 0; r < round_up(count, kTilePair); r += 2) {
     for (int64_t d = 0; d < round_up(dim, kTilePair); d += kWidth) {
       const WordVec low = r < count ? read_words(rows.row(r) + d, dim - d) : WordVec{};
       const WordVec high = r + 1 < count ? read_words(rows.row(r + 1) + d, dim - d) : WordVec{};
