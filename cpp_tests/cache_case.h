@@ -310,13 +310,19 @@ inline std::vector<double> rows_of(const CacheCall& call, const CacheResult& res
   return bits;
 }
 
-// Holds a result against manual attention over the gathered rows.
-inline void check_cache_result(const CacheCall& call, const CacheResult& result) {
+// What compare() asks about.
+inline Setup cache_setup(const CacheSpec& spec) {
   Setup setup;
   setup.spec.values = Values::kNan;  // forward alone
-  setup.dtype = call.spec().dtype;
-  setup.head_dim = call.spec().dims.qk;
-  setup.head_dim_v = call.spec().dims.v;
+  setup.dtype = spec.dtype;
+  setup.head_dim = spec.dims.qk;
+  setup.head_dim_v = spec.dims.v;
+  return setup;
+}
+
+// Holds a result against manual attention over the gathered rows.
+inline void check_cache_result(const CacheCall& call, const CacheResult& result) {
+  const Setup setup = cache_setup(call.spec());
   CHECK_EQ(result.error, std::string());
   if (!result.error.empty()) return;
   AttentionOutput computed;

@@ -63,6 +63,26 @@ MUTANTS = [
     ),
 ]
 
+CACHE_MUTANTS = [
+    mutant(
+        "parts as long as the neighbours make them",
+        "decode.h",
+        "kDecodeKeys), kPartKeys);",
+        "kDecodeKeys), kPartKeys * problem.batch);",
+    ),
+    mutant(
+        "sums of the parts not rescaled",
+        "decode.h",
+        "all.sum += state.sum * factor;",
+        "all.sum += state.sum;",
+    ),
+    Mutant(
+        "every query rotated as the first one",
+        "cpu",
+        (("cache.h", "(params.rotary.q_fixed ? 0 : i)", "0"),),
+    ),
+]
+
 
 def find(arguments: argparse.Namespace, scratch: Path, planted: Mutant) -> Found:
     """Patches the copy, builds the fuzzer, runs it, and takes the patch back."""
@@ -75,6 +95,7 @@ def find(arguments: argparse.Namespace, scratch: Path, planted: Mutant) -> Found
     found = Found(False, f"does not compile: {done.stdout[-500:]}")
     if done.returncode == 0:
         options = ["--backend", "cpu", "--seconds", str(arguments.seconds)]
+        options += ["--cache"] if planted in CACHE_MUTANTS else []
         found = fuzz(build / "cpp_tests" / "fuzz" / "fuzz", options, {})
     for file, _, _ in planted.patches:
         shutil.copy(arguments.source / "kernel" / file, scratch / "kernel" / file)
@@ -110,8 +131,9 @@ def main() -> int:
             check=True,
             capture_output=True,
         )
-        results = [find(arguments, scratch, planted) for planted in MUTANTS]
-    return print_all("CPU op", MUTANTS, results)
+        mutants = MUTANTS + CACHE_MUTANTS
+        results = [find(arguments, scratch, planted) for planted in mutants]
+    return print_all("CPU op", mutants, results)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 //   fuzz --backend cpu --seconds 30               cases with the seeds 1, 2, 3, ...
 //   fuzz --backend machine --seed 123 --cases 1   one case again, as a failure prints it
 //   fuzz --backend cpu --plant all                how many cases it takes to find each planted bug
+//   fuzz --backend cpu --cache ...                cases of key/value caches instead
 //
 // Options: --head-dims LOW-HIGH narrows what is drawn, --device sm_80 the models of the machine; on
 // the CPU --device is an instruction set. --find ends at the first failure, successfully: a bug
@@ -12,7 +13,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <string>
+#include <vector>
 
 #include "plants.h"
 #include "target.h"
@@ -26,7 +29,7 @@ struct Options {
   double seconds = 1e9;
   uint64_t cases = UINT64_MAX, seed = 1;
   int least_head_dim = 1, largest_head_dim = 256;
-  bool find = false;
+  bool find = false, cache = false;
 };
 
 double now() {
@@ -58,8 +61,8 @@ bool read_option(Options& options, const std::string& key, const char* value) {
 bool read_options(int argc, char** argv, Options& options) {
   for (int i = 1; i < argc; ++i) {
     const std::string key = argv[i];
-    if (key == "--find") {
-      options.find = true;
+    if (key == "--find" || key == "--cache") {
+      (key == "--find" ? options.find : options.cache) = true;
       continue;
     }
     ++i;
@@ -71,22 +74,63 @@ bool read_options(int argc, char** argv, Options& options) {
   return options.backend == "cpu" || options.backend == "machine";
 }
 
-Attempt run_case(const FuzzCase& c, const FuzzTarget& target, const Plant* plant) {
-  return attempt_draws(c.seed, [&](uint64_t values_seed) {
-    const Setup setup = c.setup(values_seed);
-    AttentionInput input = manual_input(setup);
-    if (plant != nullptr) plant->change(setup, input);
-    return target.attempt(setup, Truth(setup, input), c.seed);
-  });
+// A case of a seed, perhaps with a bug planted.
+struct Drawn {
+  std::function<std::string()> name;
+  std::function<Attempt()> attempt;
+};
+
+Drawn draw_tensors(uint64_t seed, const FuzzTarget& target, const std::string& planted) {
+  const FuzzCase c = random_case(seed, target.range);
+  return {[=] { return c.setup(seed).name(); },
+          [=, &target] {
+            return attempt_draws(seed, [&](uint64_t values_seed) {
+              const Setup setup = c.setup(values_seed);
+              AttentionInput input = manual_input(setup);
+              for (const Plant& plant : plants()) {
+                if (plant.name == planted) plant.change(setup, input);
+              }
+              return target.attempt(setup, Truth(setup, input), seed);
+            });
+          }};
+}
+
+Drawn draw_cache(uint64_t seed, const FuzzTarget& target, const std::string& planted) {
+  const FuzzCache c = random_cache(seed, target.range);
+  return {[=] { return c.name(); },
+          [=, &target] {
+            return attempt_draws(seed, [&](uint64_t values_seed) {
+              return attempt_cache(c, values_seed, target.cache, [&](AttentionInput& input) {
+                for (const CachePlant& plant : cache_plants()) {
+                  if (plant.name == planted) plant.change(c.spec, input);
+                }
+              });
+            });
+          }};
+}
+
+std::vector<std::string> plant_names(const Options& options) {
+  std::vector<std::string> names;
+  const auto add = [&](const char* name) {
+    if (options.plant == "all" || options.plant == name) names.emplace_back(name);
+  };
+  if (options.cache) {
+    for (const CachePlant& plant : cache_plants()) add(plant.name);
+  } else {
+    for (const Plant& plant : plants()) add(plant.name);
+  }
+  return names;
 }
 
 std::string place(const Options& options) {
-  return options.backend + (options.device.empty() ? "" : " " + options.device);
+  return options.backend + (options.device.empty() ? "" : " " + options.device) +
+         (options.cache ? " (caches)" : "");
 }
 
 std::string reproducer(const Options& options, uint64_t seed) {
   std::string text =
       "fuzz --backend " + options.backend + " --seed " + std::to_string(seed) + " --cases 1";
+  if (options.cache) text += " --cache";
   if (!options.device.empty()) text += " --device " + options.device;
   if (options.least_head_dim != 1 || options.largest_head_dim != 256) {
     text += " --head-dims " + std::to_string(options.least_head_dim) + "-" +
@@ -101,14 +145,17 @@ struct Tally {
 };
 
 // Runs cases from options.seed on; stops at the first failure when `stop` is set.
-Tally run_cases(const Options& options, const FuzzTarget& target, const Plant* plant, bool stop) {
+Tally run_cases(const Options& options, const FuzzTarget& target, const std::string& plant,
+                bool stop) {
   const double start = now();
   Tally tally;
   while (tally.cases < options.cases && tally.seconds < options.seconds) {
-    const FuzzCase c = random_case(options.seed + tally.cases, target.range);
+    const uint64_t seed = options.seed + tally.cases;
+    const Drawn drawn =
+        options.cache ? draw_cache(seed, target, plant) : draw_tensors(seed, target, plant);
     std::string wrong;
     try {
-      wrong = run_case(c, target, plant).wrong;
+      wrong = drawn.attempt().wrong;
     } catch (const std::exception& error) {
       wrong = error.what();
     }
@@ -116,9 +163,9 @@ Tally run_cases(const Options& options, const FuzzTarget& target, const Plant* p
     tally.seconds = now() - start;
     if (wrong.empty()) continue;
     ++tally.failures;
-    if (plant == nullptr && tally.failures <= 20) {
-      std::printf("FAIL %s\n    %s %s\n", reproducer(options, c.seed).c_str(),
-                  c.setup(c.seed).name().c_str(), wrong.c_str());
+    if (plant.empty() && tally.failures <= 20) {
+      std::printf("FAIL %s\n    %s %s\n", reproducer(options, seed).c_str(), drawn.name().c_str(),
+                  wrong.c_str());
     }
     if (stop) break;
   }
@@ -128,15 +175,14 @@ Tally run_cases(const Options& options, const FuzzTarget& target, const Plant* p
 // 0 when every planted bug was found.
 int find_plants(const Options& options, const FuzzTarget& target) {
   int missed = 0;
-  for (const Plant& plant : plants()) {
-    if (options.plant != "all" && options.plant != plant.name) continue;
-    const Tally tally = run_cases(options, target, &plant, /*stop=*/true);
+  for (const std::string& plant : plant_names(options)) {
+    const Tally tally = run_cases(options, target, plant, /*stop=*/true);
     if (tally.failures > 0) {
-      std::printf("planted %s on the %s: found by case %llu, after %.1f s\n", plant.name,
+      std::printf("planted %s on the %s: found by case %llu, after %.1f s\n", plant.c_str(),
                   place(options).c_str(), static_cast<unsigned long long>(tally.cases),
                   tally.seconds);
     } else {
-      std::printf("planted %s on the %s: NOT found in %llu cases\n", plant.name,
+      std::printf("planted %s on the %s: NOT found in %llu cases\n", plant.c_str(),
                   place(options).c_str(), static_cast<unsigned long long>(tally.cases));
       ++missed;
     }
@@ -152,6 +198,8 @@ int main(int argc, char** argv) {
   if (!read_options(argc, argv, options)) return 2;
   FuzzTarget target =
       options.backend == "cpu" ? cpu_target(options.device) : machine_target(options.device);
+  if (options.cache && !target.cache.forward && target.unavailable.empty())
+    target.unavailable = "its caches are not fuzzed";
   if (!target.unavailable.empty()) {
     std::printf("SKIP fuzz on the %s: %s\n", place(options).c_str(), target.unavailable.c_str());
     return 77;
@@ -159,7 +207,7 @@ int main(int argc, char** argv) {
   target.range.least_head_dim = options.least_head_dim;
   target.range.largest_head_dim = options.largest_head_dim;
   if (!options.plant.empty()) return find_plants(options, target);
-  const Tally tally = run_cases(options, target, nullptr, options.find);
+  const Tally tally = run_cases(options, target, "", options.find);
   std::printf("fuzz on the %s: %llu cases, seeds %llu to %llu, in %.0f s, %llu failed\n",
               place(options).c_str(), static_cast<unsigned long long>(tally.cases),
               static_cast<unsigned long long>(options.seed),

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../cache_case.h"
 #include "../compare.h"
 
 namespace flashtile::test {
@@ -47,6 +48,50 @@ inline const std::vector<Plant>& plants() {
          };
          swap_heads(input.k, input.head_dim);
          swap_heads(input.v, input.head_dim_v);
+       }},
+  };
+  return all;
+}
+
+struct CachePlant {
+  const char* name;
+  std::function<void(const CacheSpec&, AttentionInput&)> change;
+};
+
+inline const std::vector<CachePlant>& cache_plants() {
+  static const std::vector<CachePlant> all = {
+      {"appended-rows-not-counted",
+       [](const CacheSpec& spec, AttentionInput& input) {
+         for (size_t b = 0; b < spec.sequences.size(); ++b)
+           input.sequences[b].seqlen_k = spec.sequences[b].keys;
+       }},
+      {"last-row-of-a-full-page-lost",
+       [](const CacheSpec& spec, AttentionInput& input) {
+         const bool full = input.mask.left == -1 && input.mask.right == -1;
+         for (size_t b = 0; full && spec.page_size > 1 && b < spec.sequences.size(); ++b) {
+           const int rows = spec.rows_of(spec.sequences[b]);
+           input.sequences[b].seqlen_k -=
+               input.sequences[b].seqlen_k > 0 && rows % spec.page_size == 0;
+         }
+       }},
+      {"first-page-of-the-first-sequence-for-all",
+       [](const CacheSpec& spec, AttentionInput& input) {
+         const auto copy_rows = [&](std::vector<double>& tensor, int dim) {
+           const int64_t row = int64_t{input.heads_kv} * dim;
+           for (const Span& span : input.sequences) {
+             const int64_t count =
+                 std::min<int64_t>({spec.page_size, span.seqlen_k, input.sequences[0].seqlen_k});
+             std::copy_n(tensor.begin(), count * row, tensor.begin() + span.row_k * row);
+           }
+         };
+         copy_rows(input.k, input.head_dim);
+         copy_rows(input.v, input.head_dim_v);
+       }},
+      {"left-padding-moves-a-window",
+       [](const CacheSpec& spec, AttentionInput& input) {
+         int most = 0;
+         for (const CacheSequence& s : spec.sequences) most = std::max(most, s.leftpad);
+         if (input.mask.left > most) input.mask.left -= most;
        }},
   };
   return all;

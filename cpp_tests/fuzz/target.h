@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../attempt.h"
+#include "random_cache.h"
 #include "random_case.h"
 
 namespace flashtile::test {
@@ -12,6 +13,7 @@ struct FuzzTarget {
   std::string unavailable;  // why nothing can run; "" when it can
   FuzzRange range;
   Attempt (*attempt)(const Setup& setup, const Truth& truth, uint64_t seed) = nullptr;
+  CacheBackend cache;  // empty: no cases of key/value caches
 };
 
 // With an instruction set by its name, or with the one that the op chooses.
