@@ -1,6 +1,6 @@
 // Main launch of the backward on sm_90a (FlashAttention-2, Algorithm 2): one block of keys against
 // all queries that see it. One warp loads through TMA; two warpgroups compute with wgmma, each for
-// half of the keys.
+// half of the keys; up to head dim 128 a warp for each of them adds its dQ to the workspace.
 //
 // Scores are computed transposed, S^T = K Q^T: their accumulators, rounded to 16 bits, already are
 // the register operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, to be
@@ -9,10 +9,10 @@
 
 #include <type_traits>
 
+#include "backward_sm90_dq.cuh"
 #include "backward_sm90_halves.cuh"
 #include "backward_sm90_load.cuh"
 #include "backward_sm90_roles.cuh"
-#include "backward_sm90_turns.cuh"
 
 namespace flashtile {
 
@@ -24,8 +24,9 @@ struct BackwardSm90 {
   using Slot = typename Shape::Slot;
   using Ring = typename Shape::QueryRing;
   using Turns = std::conditional_t<kDeterministic, GroupTurns<Shape>, NoGroupTurns>;
-  using Consumer = std::conditional_t<Shape::kRoles, BackwardRoles<T, Shape, Turns>,
-                                      BackwardHalves<T, Shape, Turns>>;
+  using Dq = std::conditional_t<Shape::kBulkReduce, StagedDq<Shape>, DirectDq<Shape, Turns>>;
+  using Consumer =
+      std::conditional_t<Shape::kRoles, BackwardRoles<T, Shape, Dq>, BackwardHalves<T, Shape, Dq>>;
   static constexpr int kBlockQ = Shape::kBlockQ;
   static constexpr int kBlockK = Shape::kBlockK;
   static constexpr int kThreads = Shape::kThreads;
@@ -89,7 +90,7 @@ struct BackwardSm90 {
       } while (first_slot < end_of_heads(launch, notes));
     }
     if (ptx::thread_index() % Shape::kGroupThreads == 0)
-      Turns::template finish<kGroup>(launch, read_word<HeadNotes>(notes).index);
+      Dq::template finish<kGroup>(launch, read_word<HeadNotes>(notes).index);
     store<kGroup>(my);
   }
 
@@ -144,6 +145,20 @@ struct BackwardSm90 {
     ptx::fence_mbarrier_init();
   }
 
+  // Warp `warp` of those that do not compute.
+  static FLASHTILE_DEVICE void assist(const Params& launch, uint32_t smem, int warp) {
+    if (warp == 0) {
+      if (ptx::elect_one()) BackwardProducer<Shape>{launch, smem}.run();
+    } else if constexpr (Shape::kBulkReduce) {
+      const DqReducer<Shape, Turns> reducer = {launch.base, smem};
+      if (warp == 1) {
+        reducer.template run<0>();
+      } else if (warp == 2) {
+        reducer.template run<1>();
+      }
+    }
+  }
+
   static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {
     const int index = Turns::take_work(launch.base, shared + Shape::kNotes);
     const uint32_t smem = ptx::shared_address(shared);
@@ -159,8 +174,7 @@ struct BackwardSm90 {
     const int warp = ptx::warp_uniform(thread / 32);
     if (warp >= Shape::kConsumers / 32) {
       ptx::setmaxnreg_dec<24>();
-      if (warp == Shape::kConsumers / 32 && ptx::elect_one())
-        BackwardProducer<Shape>{launch, smem}.run();
+      assist(launch, smem, warp - Shape::kConsumers / 32);
     } else {
       ptx::setmaxnreg_inc<240>();
       if (warp < Shape::kGroupThreads / 32) {

@@ -10,7 +10,8 @@
 
 namespace flashtile {
 
-template <class T, class Shape, class Turns>
+// Dq: how dQ gets to the workspace (backward_sm90_dq.cuh).
+template <class T, class Shape, class Dq>
 struct BackwardHalves {
   using Words = BackwardScores<T, Shape>;
   using KeyTile = typename Shape::KeyTile;
@@ -131,9 +132,7 @@ struct BackwardHalves {
     if (thread() % 32 == 0) dout_ring().release(use);
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(dq.d[0]);  // dQ is there
-    Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot);
-    Words::template add_dq<kGroup>(launch, slot, dq, thread());
-    Turns::template pass<kGroup>(launch, smem + Shape::kNotes, slot);
+    Dq::template add<kGroup>(launch, smem, slot, dq, thread());
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(dk.d[0]);  // Q has been read
     if (thread() % 32 == 0) q_ring().release(use);

@@ -17,7 +17,8 @@
 
 namespace flashtile {
 
-template <class T, class Shape, class Turns>
+// Dq: how dQ gets to the workspace (backward_sm90_dq.cuh).
+template <class T, class Shape, class Dq>
 struct BackwardRoles {
   using Words = BackwardScores<T, Shape>;
   using KeyTile = typename Shape::KeyTile;
@@ -69,12 +70,6 @@ struct BackwardRoles {
         tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
     ptx::wgmma_commit();
   }
-  template <int kGroup, int kCols>
-  FLASHTILE_DEVICE void add_dq(int slot, int first_slot, const Accumulator<16, kCols>& dq) const {
-    Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot);
-    Words::template add_dq<kGroup>(launch, slot, dq, thread);
-    Turns::template pass<kGroup>(launch, smem + Shape::kNotes, slot);
-  }
 
   template <QueryBlock kBlock>
   FLASHTILE_DEVICE void first(int slot, int first_slot) {
@@ -111,7 +106,7 @@ struct BackwardRoles {
     if (is_first_lane()) dout_ring().release(use);
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(dq.d[0]);
-    add_dq<0>(slot, first_slot, dq);
+    Dq::template add<0>(launch, smem, slot, dq, thread);
   }
 
   template <QueryBlock kBlock>
@@ -151,7 +146,7 @@ struct BackwardRoles {
     ptx::wgmma_commit();  // dK += dS^T Q
     ptx::wgmma_wait<1>();
     ptx::keep_in_order(dq.d[0]);
-    add_dq<1>(slot, first_slot, dq);
+    Dq::template add<1>(launch, smem, slot, dq, thread);
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(gradient.d[0]);
     if (is_first_lane()) q_ring().release(use);

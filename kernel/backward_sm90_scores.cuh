@@ -2,7 +2,6 @@
 #pragma once
 
 #include "backward_sm90_mask.cuh"
-#include "ptx/reduce.cuh"
 
 namespace flashtile {
 
@@ -92,17 +91,6 @@ struct BackwardScores {
     for (int k = 0; k < kBlocks / 2; ++k)
       ptx::stmatrix_x4_trans(place + k * 16 * kPanelRowBytes, packed[k]);
     ptx::fence_proxy_async_shared();
-  }
-
-  // Adds a warpgroup's part of dQ to the block at `slot` of the workspace.
-  template <int kGroup, int kCols>
-  static FLASHTILE_DEVICE void add_dq(const BackwardLaunch& launch, int slot,
-                                      const Accumulator<16, kCols>& dq, int thread) {
-    float* const place = launch.dq_accumulator + int64_t{slot} * Shape::Slot::kDq +
-                         Shape::dq_floats(kGroup) + thread % Shape::kGroupThreads * 4;
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kCols / 8; ++n)
-      ptx::red_add(place + n * 4 * Shape::kGroupThreads, dq.d[0][n]);
   }
 };
 

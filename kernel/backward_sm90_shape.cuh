@@ -96,6 +96,7 @@ struct BackwardShapeSm90 {
   static FLASHTILE_HOST_DEVICE int dq_floats(int group) {
     return 64 * (kSplitRows ? group * kHeadDim : dq_panel(group) * kPanelCols);
   }
+  static constexpr bool kBulkReduce = kConfig.dq_path == DqPath::kBulkReduce;
 
   // Bytes.
   static constexpr int kStatisticsBytes = 12 * kBlockQ;
@@ -106,8 +107,9 @@ struct BackwardShapeSm90 {
   static constexpr int kDout = kQ + kStages * QueryTile::kBytes;
   static constexpr int kScores = kDout + kStages * QueryTile::kBytes;
   static constexpr int kExchange = kScores + kScoreStages * ScoreTile::kBytes;  // P^T, of roles
-  static constexpr int kStatistics =
+  static constexpr int kDq =  // fp32, in the order of the slot
       kExchange + (kRoles ? kGroupThreads * static_cast<int>(sizeof(Packed)) : 0);
+  static constexpr int kStatistics = kDq + (kBulkReduce ? 4 * Slot::kDq : 0);
   static constexpr int kBarriers = kStatistics + kStages * kStatisticsBytes;
   static constexpr int kKeysFull = kBarriers;  // one mbarrier: K and V have landed
   static constexpr int kQRing = kKeysFull + kMbarrierBytes;
@@ -117,12 +119,14 @@ struct BackwardShapeSm90 {
   static_assert(kStatisticsBytes % 16 == 0 && kBytes <= kSharedLimitSm90);
 };
 
-// Named barriers of the warps that compute; 0 is __syncthreads.
+// Named barriers of the warps that compute, and of those that reduce; 0 is __syncthreads.
 enum BackwardBarrier {
   kAllConsumers = 1,
   kOwnGroup = 2,  // and 3: of one warpgroup
   kProbabilitiesThere = 4,
-  kScoresThere = 5
+  kScoresThere = 5,
+  kDqFree = 6,   // and 7: a warpgroup's place for dQ has been read
+  kDqThere = 8,  // and 9: it has been filled
 };
 
 // Where dQ's accumulators lie: [warpgroup][n8 block][thread][4], one float4 per thread.

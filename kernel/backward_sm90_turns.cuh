@@ -9,6 +9,7 @@
 namespace flashtile {
 
 struct NoGroupTurns {
+  static constexpr bool kOrdered = false;
   static FLASHTILE_DEVICE int take_work(const BackwardLaunch&, char*) { return ptx::block_index(); }
   template <int kGroup>
   static FLASHTILE_DEVICE void wait(const BackwardLaunch&, uint32_t, int) {}
@@ -20,30 +21,36 @@ struct NoGroupTurns {
 
 template <class Shape>
 struct GroupTurns {
+  static constexpr bool kOrdered = true;
   // By all threads of the block, through a word of shared memory that nobody uses yet.
   static FLASHTILE_DEVICE int take_work(const BackwardLaunch& launch, char* shared) {
     return DqTurns::take_work(launch, shared);
   }
-  // Until the key block before has come past `slot`.
+  // One thread: until the key block before has come past `slot`.
+  template <int kGroup>
+  static FLASHTILE_DEVICE void await(const BackwardLaunch& launch, uint32_t notes, int slot) {
+    const HeadNotes my = read_word<HeadNotes>(notes);
+    const bool is_first = my.key_block == 0 || my.index == 0;
+    const int before = is_first ? TurnWords::kNobody : word(my.index - 1, kGroup);
+    while (ptx::atomic_add_acquire(launch.turns + before, 0) <= slot) {
+    }
+  }
+  // One thread: nothing is added to `slot` and what lies before it any more.
+  template <int kGroup>
+  static FLASHTILE_DEVICE void tell(const BackwardLaunch& launch, uint32_t notes, int slot) {
+    const int own = word(read_word<HeadNotes>(notes).index, kGroup);
+    ptx::red_max_release(launch.turns + own, slot + 1);
+  }
+  // The same by all threads of the warpgroup.
   template <int kGroup>
   static FLASHTILE_DEVICE void wait(const BackwardLaunch& launch, uint32_t notes, int slot) {
-    if (is_first_thread()) {
-      const HeadNotes my = read_word<HeadNotes>(notes);
-      const bool is_first = my.key_block == 0 || my.index == 0;
-      const int before = is_first ? TurnWords::kNobody : word(my.index - 1, kGroup);
-      while (ptx::atomic_add_acquire(launch.turns + before, 0) <= slot) {
-      }
-    }
+    if (is_first_thread()) await<kGroup>(launch, notes, slot);
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn
   }
-  // The warpgroup adds to `slot` and what lies before it no more.
   template <int kGroup>
   static FLASHTILE_DEVICE void pass(const BackwardLaunch& launch, uint32_t notes, int slot) {
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // dQ has been added to
-    if (is_first_thread()) {
-      const int own = word(read_word<HeadNotes>(notes).index, kGroup);
-      ptx::red_max_release(launch.turns + own, slot + 1);
-    }
+    if (is_first_thread()) tell<kGroup>(launch, notes, slot);
   }
   // By one thread, when the warpgroup has passed its last block: it adds to nothing any more.
   template <int kGroup>

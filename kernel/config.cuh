@@ -109,19 +109,26 @@ FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory
   }
 }
 
+// How dQ is added to the fp32 dQ on sm_90a.
+enum class DqPath {
+  kRedV4,       // out of registers, by the warpgroups that compute
+  kBulkReduce,  // through shared memory, by a warp for each of them
+};
+
 // The backward for sm_90a: two warpgroups compute and one loads. With 128 keys each has half of
 // them; with 64 they share the products (backward_sm90_roles.cuh), for dK and dV of more than 128
 // columns fill the registers.
 struct BackwardConfigSm90 {
   int block_q, block_k;
   int stages;  // blocks of Q and dO in shared memory
+  DqPath dq_path;
 };
 
 FLASHTILE_HOST_DEVICE BackwardConfigSm90 backward_config_sm90(int head_dim) {
   switch (head_dim) {
-    case 64: return {128, 128, 2};
-    case 128: return {64, 128, 2};
-    default: return {64, 64, 2};
+    case 64: return {128, 128, 2, DqPath::kBulkReduce};
+    case 128: return {64, 128, 2, DqPath::kBulkReduce};
+    default: return {64, 64, 2, DqPath::kRedV4};
   }
 }
 

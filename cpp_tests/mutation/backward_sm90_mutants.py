@@ -1,5 +1,6 @@
 """Mutants of the backward for sm_90a: what only asynchronous copies and products, and warpgroups
-that hand work to each other, can get wrong. Head dim 64 halves the keys, 256 splits the roles."""
+that hand work to each other, can get wrong. Head dim 64 halves the keys and stages dQ, 256 splits the
+roles and adds dQ out of registers."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ LOAD = "backward_sm90_load.cuh"
 SHAPE = "backward_sm90_shape.cuh"
 PRODUCTS = "backward_sm90_products.cuh"
 TURNS = "backward_sm90_turns.cuh"
+DQ = "backward_sm90_dq.cuh"
 
 DS_THERE = "ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);"
 P_THERE = "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);"
@@ -205,8 +207,61 @@ VALUES = [
 
 ORDER = [
     mutant("no turn waited for", TURNS, "while (", "if (", cases="turns"),
-    mutant("the turn not told to the others", TURNS, OUR_TURN, "", cases="turns"),
-    mutant("the turn passed too early", TURNS, ADDED, "", cases="turns"),
+    role_mutant("no turn waited for by roles", TURNS, "while (", "if (", cases="turns"),
+    role_mutant("the turn not told to the others", TURNS, OUR_TURN, "", cases="turns"),
+    role_mutant("the turn passed too early", TURNS, ADDED, "", cases="turns"),
 ]
 
-BACKWARD_SM90_MUTANTS = BARRIERS + PRODUCT_MUTANTS + VALUES + ORDER
+STAGED_DQ = [
+    mutant(
+        "no proxy fence behind dQ",
+        DQ,
+        "ptx::fence_proxy_async_shared();  // to the copy that reads it",
+        "",
+    ),
+    mutant(
+        "dQ staged over one that is still read",
+        DQ,
+        "ptx::bulk_wait_read<0>();",
+        "",
+    ),
+    mutant(
+        "dQ's place not waited for",
+        DQ,
+        "ptx::named_barrier_sync(kDqFree + kGroup, kDqThreads<Shape>);",
+        "ptx::named_barrier_arrive(kDqFree + kGroup, kDqThreads<Shape>);",
+    ),
+    mutant(
+        "dQ added before it is there",
+        DQ,
+        "ptx::named_barrier_sync(kDqThere + kGroup, kDqThreads<Shape>);",
+        "ptx::named_barrier_arrive(kDqThere + kGroup, kDqThreads<Shape>);",
+    ),
+    mutant(
+        "a quarter of dQ not added",
+        DQ,
+        "kBytes = 4 * 64 * Shape::dq_cols(kGroup);",
+        "kBytes = 3 * 64 * Shape::dq_cols(kGroup);",
+    ),
+    mutant(
+        "dQ of both warpgroups from one place",
+        DQ,
+        "ptx::bulk_reduce_add_f32(place, smem + Shape::kDq + 4 * kOffset, kBytes);",
+        "ptx::bulk_reduce_add_f32(place, smem + Shape::kDq, kBytes);",
+    ),
+    mutant(
+        "dQ of all heads added to the first",
+        DQ,
+        "slot += static_cast<int>(launch.slots_q);",
+        "",
+    ),
+    mutant(
+        "the turn passed before dQ is added",
+        DQ,
+        "ptx::bulk_wait<0>();  // it has been added, not only read",
+        "ptx::bulk_wait_read<0>();",
+        cases="turns",
+    ),
+]
+
+BACKWARD_SM90_MUTANTS = BARRIERS + PRODUCT_MUTANTS + VALUES + ORDER + STAGED_DQ

@@ -95,6 +95,11 @@ FLASHTILE_DEVICE float4 lds_f32x4(uint32_t address) {
                : "memory");
   return x;
 }
+FLASHTILE_DEVICE void sts_f32x4(uint32_t address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
 FLASHTILE_DEVICE uint4 lds_u32x4(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
