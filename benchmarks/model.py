@@ -7,9 +7,9 @@ For one tile of scores (block_q x block_k) a multiprocessor needs tensor-core, e
 shared-memory and, in the backward, reduction time. The longest of them is the floor; the others
 overlap with it but for a share OVERLAP_LOSS, which was fitted to published measurements of
 FlashAttention-2 and -3 (the last table compares). Where wgmma kernels add dQ to memory out of
-registers, the warps that compute are HELD_UP for a share of that time. Tiles are then dealt out, longest first, to the
-blocks that fit on the GPU: what this leaves idle is wave quantisation, what a mask cuts from tiles
-is causal efficiency. The time of global memory is a floor of the whole. A ranking with an error of
+registers, the warps that compute are HELD_UP for a share of that time. Tiles are then dealt out,
+longest first, to the blocks that fit on the GPU: what this leaves idle is wave quantisation, what a
+mask cuts from tiles is causal efficiency. The time of global memory is a floor of the whole. A ranking with an error of
 10 to 20 percent, not a promise; measured results (results/ of that GPU) are printed
 beside it where there are any.
 
@@ -31,7 +31,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 
 OVERLAP_LOSS = 0.17
-# A backward of d256 that adds dQ out of registers reaches 471 TFLOP/s on an H200, and 747 with these
+# A backward of d256 that adds dQ out of registers reaches 471 TFLOP/s on an H200, 747 with these
 # additions compiled out (Dao-AILab/flash-attention #2889): 1980 of 4096 clocks a tile.
 HELD_UP = 0.48
 EDGE_TILES = 1.5  # prologue and epilogue of a row of tiles, in tiles

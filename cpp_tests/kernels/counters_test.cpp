@@ -263,19 +263,18 @@ TEST("sm_90a: four tensor maps a call, no bank conflicts, no local memory") {
 
 // dQ of more columns is added out of registers.
 TEST("sm_90a: dQ of every visible block is added once, by bulk reductions up to head dim 128") {
-  for_every_setup(kCases, Kernels::kSm90,
-                  [](const Setup& setup, const Schedule& on, const Counted& counted) {
-                    const int slice = slice_of(setup.head_dim);
-                    const int cols = slice <= 64 ? 64 : std::max(128, slice);
-                    const Blocks blocks = {cols == 64 ? 128 : 64, cols <= 128 ? 128 : 64};
-                    const uint64_t pairs = visits(setup, blocks).pairs * heads_of(setup);
-                    const auto dq_bytes = static_cast<uint64_t>(4 * blocks.q * cols);
-                    CHECK_EQ(counted.backward.bulk_store_bytes, cols <= 128 ? pairs * dq_bytes : 0);
-                    CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
-                    CHECK_EQ(counted.backward.local_accesses, uint64_t{0});
-                    CHECK(counted.backward.shared_bytes_max <=
-                          static_cast<uint64_t>(on.shared_memory));
-                  });
+  for_every_setup(
+      kCases, Kernels::kSm90, [](const Setup& setup, const Schedule& on, const Counted& counted) {
+        const int slice = slice_of(setup.head_dim);
+        const int cols = slice <= 64 ? 64 : std::max(128, slice);
+        const Blocks blocks = {cols == 64 ? 128 : 64, cols <= 128 ? 128 : 64};
+        const uint64_t pairs = visits(setup, blocks).pairs * heads_of(setup);
+        const auto dq_bytes = static_cast<uint64_t>(4 * blocks.q * cols);
+        CHECK_EQ(counted.backward.bulk_store_bytes, cols <= 128 ? pairs * dq_bytes : 0);
+        CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
+        CHECK_EQ(counted.backward.local_accesses, uint64_t{0});
+        CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+      });
 }
 
 TEST("counters do not depend on the schedule") {

@@ -1,6 +1,6 @@
 """Mutants of the backward for sm_90a: what only asynchronous copies and products, and warpgroups
-that hand work to each other, can get wrong. Head dim 64 halves the keys and stages dQ, 256 splits the
-roles and adds dQ out of registers."""
+that hand work to each other, can get wrong. Head dim 64 halves the keys and stages dQ, 256 splits
+the roles and adds dQ out of registers."""
 
 from __future__ import annotations
 
