@@ -9,9 +9,9 @@ overlap with it but for a share OVERLAP_LOSS, which was fitted to published meas
 FlashAttention-2 and -3 (the last table compares). Where wgmma kernels add dQ to memory out of
 registers, the warps that compute are HELD_UP for a share of that time. Tiles are then dealt out,
 longest first, to the blocks that fit on the GPU: what this leaves idle is wave quantisation, what a
-mask cuts from tiles is causal efficiency. The time of global memory is a floor of the whole. A ranking with an error of
-10 to 20 percent, not a promise; measured results (results/ of that GPU) are printed
-beside it where there are any.
+mask cuts from tiles is causal efficiency. The time of global memory is a floor of the whole. A
+ranking with an error of 10 to 20 percent, not a promise; measured results (results/ of that GPU)
+are printed beside it where there are any.
 
 mma.sync kernels come from the report on their machine code (sass_report.py --json); wgmma tiles
 that are candidates have the counts of trial kernels written down in WGMMA.
