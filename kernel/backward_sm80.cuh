@@ -273,7 +273,7 @@ struct BackwardSm80 {
                                    .queries = static_cast<unsigned>(mask.highest - mask.lowest),
                                    .keys = block.rows});
     }
-    Turns::start(index, block, notes);
+    Turns::start(index, TurnOrder::before(launch, block, index, kBlockK), notes);
     clear(my.dk);
     clear(my.dv);
     const int group = static_cast<int>(problem.num_heads / problem.num_heads_kv);

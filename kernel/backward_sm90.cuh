@@ -137,8 +137,13 @@ struct BackwardSm90 {
                                .query_row = static_cast<int>(s.row_q),
                                .seqlen_q = s.seqlen_q,
                                .batch = static_cast<int>(s.batch)});
-    write_word(notes,
-               HeadNotes{.head_kv = block.head, .key_block = block.row0 / kBlockK, .index = index});
+    const int next = block.row0 + kBlockK;  // the key block whose turn is before ours
+    write_word(notes, HeadNotes{.head_kv = block.head,
+                                .index = index,
+                                .before = TurnOrder::before(launch, block, index, kBlockK),
+                                .before_from = next < s.seqlen_k
+                                                   ? mask.query_blocks(next, kBlockK, kBlockQ).begin
+                                                   : 0});
     ptx::mbarrier_init(smem + Shape::kKeysFull, 1);
     Ring{smem + Shape::kQRing}.init(Shape::kConsumers / 32);
     Ring{smem + Shape::kDoutRing}.init(Shape::kConsumers / 32);

@@ -35,9 +35,9 @@ struct RowNotes {
 };
 struct HeadNotes {
   int head_kv;
-  int key_block;  // index of the block in its sequence
-  int index;      // of the thread block's work
-  int unused = 0;
+  int index;        // of the thread block's work
+  int before;       // of the key block whose turn is before ours; -1: none
+  int before_from;  // its first block of queries, within the sequence
   static constexpr int kOffset = 48;
 };
 inline constexpr int kBackwardNotesBytes = 64;

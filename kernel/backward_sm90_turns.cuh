@@ -1,6 +1,7 @@
 // Turns in which key blocks add to dQ on sm_90a, so that every dQ is a sum in one order. As
 // backward_turns.cuh has it, but each warpgroup takes turns of its own, for its own part of dQ, and
-// has a word of its own that says how far it has come.
+// has a word of its own that says how far it has come; where the predecessor begins is in the
+// notes.
 #pragma once
 
 #include "backward_sm90_shape.cuh"
@@ -26,12 +27,15 @@ struct GroupTurns {
   static FLASHTILE_DEVICE int take_work(const BackwardLaunch& launch, char* shared) {
     return DqTurns::take_work(launch, shared);
   }
-  // One thread: until the key block before has come past `slot`.
+  // One thread: until the key block before has come past `slot`, or at once where it does not see
+  // the slot.
   template <int kGroup>
   static FLASHTILE_DEVICE void await(const BackwardLaunch& launch, uint32_t notes, int slot) {
     const HeadNotes my = read_word<HeadNotes>(notes);
-    const bool is_first = my.key_block == 0 || my.index == 0;
-    const int before = is_first ? TurnWords::kNobody : word(my.index - 1, kGroup);
+    const int block = (slot - read_word<BandNotes>(notes).first_slot) %
+                      static_cast<int>(launch.slots_q);  // within the sequence
+    const bool is_free = my.before < 0 || block < my.before_from;
+    const int before = is_free ? TurnWords::kNobody : word(my.before, kGroup);
     while (ptx::atomic_add_acquire(launch.turns + before, 0) <= slot) {
     }
   }

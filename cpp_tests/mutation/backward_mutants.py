@@ -387,6 +387,27 @@ DETERMINISTIC = [
         "0",
         cases="turns",
     ),
+    mutant(
+        "tickets in ascending order",
+        TURNS,
+        "return ticket / slots * slots + slots - 1 - ticket % slots;",
+        "return ticket;",
+        cases="turns",
+    ),
+    mutant(
+        "the key block before is the wrong one",
+        TURNS,
+        "? -1 : index + 1",
+        "? -1 : index - 1",
+        cases="turns",
+    ),
+    mutant(
+        "the last key block of a head waits",
+        TURNS,
+        "block.owned <= block_k || block.slot + 1 >= launch.slots_k",
+        "false",
+        cases="turns",
+    ),
     mutant("last turn not passed on", MAIN, PASS_LAST, PASS_LAST_NOT, cases="turns"),
     mutant(
         "turns not cleared",

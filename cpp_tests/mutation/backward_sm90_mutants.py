@@ -206,6 +206,13 @@ VALUES = [
 ]
 
 ORDER = [
+    mutant(
+        "no turn waited for where the key block before begins",
+        TURNS,
+        "block < my.before_from",
+        "block <= my.before_from",
+        cases="turns",
+    ),
     mutant("no turn waited for", TURNS, "while (", "if (", cases="turns"),
     role_mutant("no turn waited for by roles", TURNS, "while (", "if (", cases="turns"),
     role_mutant("the turn not told to the others", TURNS, OUR_TURN, "", cases="turns"),
