@@ -20,6 +20,7 @@ BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
     ("forward", 192): (410, 530),
     ("forward", 256): (345, 430),
     ("backward", 64): (540, 735),
+    ("backward", 96): (335, 425),
     ("backward", 128): (400, 490),
     ("backward", 192): (250, 310),
     ("backward", 256): (275, 375),

@@ -97,7 +97,8 @@ struct BackwardSm90 {
   // dK and dV to global memory, through the places of K and V.
   template <int kGroup>
   static FLASHTILE_DEVICE void store(const Consumer& my) {
-    using Copy = RowCopy<KeyTile, Shape::kConsumers>;
+    using Tile = typename Shape::GradientTile;
+    using Copy = RowCopy<Tile, Shape::kConsumers>;
     const BackwardLaunch& launch = my.launch;
     const BackwardParams& p = launch.params;
     const uint32_t dk_tile = my.smem + Shape::kK, dv_tile = my.smem + Shape::kV;
@@ -106,8 +107,10 @@ struct BackwardSm90 {
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // dK and dV are complete
     // Found again here, so that nothing of it was kept in registers during the main loop.
     const RowBlock block = key_block(launch, read_word<HeadNotes>(my.smem + Shape::kNotes).index);
-    store_rows<Copy, KeyTile>(p.dk, launch.dk, block, dk_tile, ptx::thread_index());
-    store_rows<Copy, KeyTile>(p.dv, launch.dv, block, dv_tile, ptx::thread_index());
+    const int thread = ptx::thread_index();
+    if (Copy::chunk(thread) * 8 >= kHeadDim) return;  // nobody has written there
+    store_rows<Copy, Tile>(p.dk, launch.dk, block, dk_tile, thread);
+    store_rows<Copy, Tile>(p.dv, launch.dv, block, dv_tile, thread);
   }
 
   static FLASHTILE_DEVICE RowBlock key_block(const BackwardLaunch& launch, int index) {

@@ -74,7 +74,9 @@ struct BackwardShapeSm90 {
 
   using KeyTile = WideTile<kBlockK, kHeadDim>;    // K, V
   using QueryTile = WideTile<kBlockQ, kHeadDim>;  // Q, dO
-  using ScoreTile = WideTile<kBlockQ, kBlockK>;   // dS: [query, key]
+  // dK, dV in the places of K and V, with the last panel whole.
+  using GradientTile = WideTile<kBlockK, KeyTile::kPanels * kPanelCols>;
+  using ScoreTile = WideTile<kBlockQ, kBlockK>;  // dS: [query, key]
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
   using QueryRing = Ring<kStages>;             // every warp that computes is a consumer
   using Scores = Accumulator<16, kBlockQ>;     // S^T, dP^T: a warp's keys, all queries
@@ -84,7 +86,7 @@ struct BackwardShapeSm90 {
   // dQ: with 128 queries each warpgroup takes half of the rows, with 64 some panels of columns.
   static constexpr bool kSplitRows = kBlockQ == 128;
   static constexpr int kFirstPanels = (kHeadDim / kPanelCols + 1) / 2;  // of the first warpgroup
-  static_assert(kSplitRows || (kBlockQ == 64 && kHeadDim % kPanelCols == 0));
+  static_assert(kSplitRows || kBlockQ == 64);
   static FLASHTILE_HOST_DEVICE int dq_panel(int group) {
     return kSplitRows ? 0 : group * kFirstPanels;
   }

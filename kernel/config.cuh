@@ -127,6 +127,7 @@ struct BackwardConfigSm90 {
 FLASHTILE_HOST_DEVICE BackwardConfigSm90 backward_config_sm90(int head_dim) {
   switch (head_dim) {
     case 64: return {128, 128, 2, DqPath::kBulkReduce};
+    case 96:
     case 128: return {64, 128, 2, DqPath::kBulkReduce};
     default: return {64, 64, 2, DqPath::kRedV4};
   }

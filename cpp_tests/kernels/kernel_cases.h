@@ -53,10 +53,9 @@ inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Sche
 
 inline std::string expected_plan(const std::string& pass, const Setup& setup,
                                  const Schedule& schedule) {
-  int slice = slice_of({setup.head_dim, setup.head_dim_v});
+  const int slice = slice_of({setup.head_dim, setup.head_dim_v});
   const std::string end = std::string("_") + name_of(setup.dtype) + "_" + kind_of(setup.mask);
   if (runs_on_sm90(pass, setup, schedule)) {
-    if (pass == "backward" && slice == 96) slice = 128;  // there is none of 96
     return pass + "_sm90_d" + std::to_string(std::max(slice, 64)) + end;
   }
   return pass + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(slice) + end;
