@@ -1,9 +1,10 @@
 # The conformance set, written by the machine: compares it with FILE, or writes it there.
-#   cmake -DPROGRAMS="a;b" -DFILE=conformance.txt -DWORK=DIR [-DWRITE=ON] -P conformance.cmake
+#   cmake -DPROGRAMS=a,b -DFILE=conformance.txt -DWORK=DIR [-DWRITE=ON] -P conformance.cmake
 # The comment on top of FILE stays.
 
 set(lines "${WORK}/conformance_lines.txt")
 file(REMOVE "${lines}")
+string(REPLACE "," ";" PROGRAMS "${PROGRAMS}")
 foreach(program IN LISTS PROGRAMS)
   execute_process(
     COMMAND ${CMAKE_COMMAND} -E env "FLASHTILE_CONFORMANCE_OUT=${lines}" "${program}"
