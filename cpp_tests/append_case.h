@@ -187,7 +187,7 @@ inline void check_append(const CacheSpec& spec, const AppendRun& run) {
   v_new.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) {
     v_new.set(b, s, h, d, what.call.v_new.get(b, s, h, d));
   });
-  what.call.v_new = v_new;  // its heads are not as far apart as the cache's
+  what.call.v_new = std::move(v_new);  // its heads are not as far apart as the cache's
   CHECK_EQ(run(what, what.call.problem()), std::string());
   CHECK_MESSAGE(what.call.k.bytes() == k.bytes(), spec.name() + ": k");
   CHECK_MESSAGE(what.call.v.bytes() == v.bytes(), spec.name() + ": v");
@@ -201,9 +201,8 @@ inline double rotation_unit(Dtype dtype) {
 
 // The largest error of k in the cache and of the rotated q, in units of what is allowed. `before`:
 // the tensors that `what` had before it ran.
-inline double rotation_error(const CacheCall& before, Appending& what) {
+inline double rotation_error(const CacheCall& before, const RotaryTable& table, Appending& what) {
   const CacheSpec& spec = before.spec();
-  const RotaryTable& table = *what.table;
   double worst = 0.0;
   const auto compare = [&](double got, const std::pair<double, double>& expected) {
     const double error = std::fabs(got - expected.first);
@@ -247,7 +246,7 @@ inline void check_rotation(const CacheSpec& spec, const RotaryTable& table, cons
     CHECK(what.q_out.gaps_are_untouched() && what.call.q.gaps_are_untouched());
     CHECK(what.call.k.gaps_are_untouched());
     CHECK(what.call.v.bytes() == v.bytes());
-    const double worst = rotation_error(before, what);
+    const double worst = rotation_error(before, table, what);
     CHECK_MESSAGE(worst <= 1.0, spec.name() + " rotary_dim " + std::to_string(table.dim) +
                                     " flags " + std::to_string(table.flags) + ": " +
                                     std::to_string(worst));
