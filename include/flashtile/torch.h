@@ -92,7 +92,8 @@ struct KVCacheOptions {
   int64_t num_splits = 0;  // parts of a sequence's keys at most; 0: from its length
   bool return_lse = false;
   // Report wrong numbers of the cache: on the CPU by throwing at once, on CUDA, for which the host
-  // does not wait, by throwing from a later call that checks or from raise_pending_checks().
+  // does not wait, by throwing from a later call that checks or from raise_pending_checks(); the
+  // first such call on a device allocates what the device writes to, so make it before a capture.
   // FLASHTILE_CHECK=1 in the environment: every call over a cache checks.
   bool check = false;
 };

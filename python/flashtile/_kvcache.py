@@ -337,8 +337,9 @@ def attention_with_kvcache(
             and entries that do not exist, left padding outside the rows in use, cu_seqlens_q that
             does not rise from 0 to the rows of q. On the CPU this call raises. On CUDA nothing is
             waited for: the device looks, and a later call that checks, or
-            :func:`raise_pending_checks`, raises. ``FLASHTILE_CHECK=1`` in the environment: every
-            call checks.
+            :func:`raise_pending_checks`, raises. A CUDA graph may hold such a call when one has
+            been made on its device before. ``FLASHTILE_CHECK=1`` in the environment: every call
+            checks.
 
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
