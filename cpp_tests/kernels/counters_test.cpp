@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "../append_case.h"
 #include "kernel_cases.h"
 #include "machine.h"
 
@@ -292,5 +293,33 @@ TEST("counters do not depend on the schedule") {
     CHECK_EQ(one.forward.instructions, two.forward.instructions);
     CHECK_EQ(one.backward.instructions, two.backward.instructions);
     CHECK_EQ(one.backward.atomics, two.backward.atomics);
+  }
+}
+
+TEST("an append writes every new number once, rotated queries too, and no local memory") {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP(reason);
+  const Backend backend = cuda_backend();
+  for (const bool rotated : {false, true}) {
+    for (const Layout layout : {Layout::kOdd, Layout::kPadded}) {
+      const CacheSpec spec = {.dtype = Dtype::kBFloat16,
+                              .heads = 6,
+                              .heads_kv = 3,
+                              .dims = {80, 40},
+                              .sequences = {{.seed = 1, .keys = 29, .queries = 2, .added = 4},
+                                            {.seed = 2, .keys = 0, .queries = 2, .added = 4}},
+                              .page_size = 16,
+                              .layout_k = layout};
+      Appending what = {CacheCall(spec)};
+      if (rotated) what.table = RotaryTable(spec.dtype, 60, 64, 0, 8);
+      what.q_out = HostTensor(spec.dtype, what.call.q.extents(), layout);
+      begin(schedules().front());
+      CHECK_EQ(append_on(backend, what, what.call.problem()), std::string());
+      CHECK_EQ(finish(), std::string());
+      const uint64_t keys_and_values = 2 * 4 * 3 * (80 + 40), queries = 2 * 2 * 6 * 80;
+      CHECK_EQ(ptx::machine().counters().global_written_bytes,
+               2 * (keys_and_values + (rotated ? queries : 0)));
+      CHECK_EQ(ptx::machine().counters().local_accesses, uint64_t{0});
+    }
   }
 }
