@@ -266,8 +266,7 @@ TEST("sm_90a: four tensor maps a call, no bank conflicts, no local memory") {
 TEST("sm_90a: dQ of every visible block is added once, by bulk reductions up to head dim 128") {
   for_every_setup(
       kCases, Kernels::kSm90, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-        const int slice = slice_of(setup.head_dim);
-        const int cols = slice <= 64 ? 64 : std::max(128, slice);
+        const int cols = std::max(64, slice_of(setup.head_dim));
         const Blocks blocks = {cols == 64 ? 128 : 64, cols <= 128 ? 128 : 64};
         const uint64_t pairs = visits(setup, blocks).pairs * heads_of(setup);
         const auto dq_bytes = static_cast<uint64_t>(4 * blocks.q * cols);
