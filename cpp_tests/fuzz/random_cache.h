@@ -125,19 +125,18 @@ inline FuzzCache random_cache(uint64_t seed, const FuzzRange& range) {
 }
 
 // Appends and holds the cache against what it has to be.
-inline std::string append_and_compare(const FuzzCache& c, const CacheBackend& backend,
-                                      Appending& what) {
+inline std::string append_and_compare(const CacheBackend& backend, Appending& what) {
   const CacheCall before = what.call;
   HostTensor k = before.k, v = before.v;
   expect_rows(before, k, v);
   const std::string error = backend.append(what, what.call.problem());
   if (!error.empty()) return error;
   if (what.call.v.bytes() != v.bytes()) return "the cache's v is not what it should be";
-  if (c.rotary_dim == 0)
+  if (!what.table.has_value())
     return what.call.k.bytes() == k.bytes() ? "" : "the cache's k is not what it should be";
   if (!what.q_out.gaps_are_untouched() || !what.call.k.gaps_are_untouched())
     return "the rotation wrote between rows";
-  const double worst = rotation_error(before, what);
+  const double worst = rotation_error(before, *what.table, what);
   return worst <= 1.0 ? "" : "the rotation errs by " + std::to_string(worst) + " of what it may";
 }
 
@@ -176,7 +175,7 @@ inline Attempt attempt_cache(const FuzzCache& c, uint64_t values_seed, const Cac
     what.in_place = c.in_place;
   }
   Attempt attempt;
-  attempt.wrong = append_and_compare(c, backend, what);
+  attempt.wrong = append_and_compare(backend, what);
   if (!attempt.wrong.empty()) return attempt;
   const CacheResult result = backend.forward(what.call, what.call.problem());
   attempt.wrong = result.error;
