@@ -48,6 +48,26 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
   }
 }
 
+// One thread block of decoding (decode_sm80.cuh): slots of 64 rows of K or V in shared memory, an
+// odd number, so that K and V of a step are ordered half the slots ahead. Two blocks to a
+// multiprocessor where they fit: one loads while the other merges.
+struct DecodeConfig {
+  int slots;
+  int blocks_per_sm;
+};
+
+FLASHTILE_HOST_DEVICE DecodeConfig decode_config(Memory memory, int head_dim) {
+  const bool large = memory == Memory::kLarge;
+  switch (head_dim) {
+    case 32: return {7, 3};
+    case 64: return {large ? 7 : 5, 2};
+    case 96: return {large ? 5 : 3, 2};
+    case 128: return {large ? 5 : 3, 2};
+    case 192: return {large ? 5 : 3, 1};
+    default: return {large ? 5 : 3, 1};
+  }
+}
+
 // One thread block of the forward for sm_90a: `consumers` warpgroups own 64 queries each, one more
 // loads. Registers per thread: launch registers times threads are shared out, 168 x 384 = 128 x (40
 // + 232 + 232), 128 x 512 = 128 x (32 + 160 + 160 + 160).

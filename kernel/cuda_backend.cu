@@ -13,6 +13,7 @@
 #include "build_config.h"
 #include "check.h"
 #include "cuda_device.h"
+#include "decode_plan.cuh"
 #include "launch.cuh"
 #include "slices.cuh"
 #include "tensor_map.h"
@@ -75,13 +76,19 @@ Status check_key_blocks(const Problem& p) {
   return check_blocks(p, "num_heads_kv", p.num_heads_kv, p.seqlen_k, p.total_k);
 }
 
+struct Length {
+  const char* name;
+  int64_t value;
+};
+Length longest_keys(const Problem& p) {
+  if (!p.cache.exists()) return {p.is_varlen() ? "total_k" : "seqlen_k", p.rows_k()};
+  return {p.cache.block_table == nullptr ? "page_size" : "page_size * max_blocks",
+          p.cache.capacity()};
+}
+
 // Positions in a sequence and their sums are ints.
 Status check_lengths(const Problem& p) {
-  const struct {
-    const char* name;
-    int64_t value;
-  } lengths[] = {{p.is_varlen() ? "total_q" : "seqlen_q", p.rows_q()},
-                 {p.is_varlen() ? "total_k" : "seqlen_k", p.rows_k()}};
+  const Length lengths[] = {{p.is_varlen() ? "total_q" : "seqlen_q", p.rows_q()}, longest_keys(p)};
   for (const auto& [name, value] : lengths) {
     if (value > kLongestSequence) {
       return fail(FLASHTILE_UNSUPPORTED, "%s is %lld; allowed on CUDA: 0 to %d", name,
@@ -92,13 +99,6 @@ Status check_lengths(const Problem& p) {
 }
 
 Status check_forward_sizes(const Problem& problem) {
-  if (problem.cache.exists()) {
-    return fail(
-        FLASHTILE_UNSUPPORTED,
-        "page_size is %lld in a forward on CUDA; allowed: 0, or FLASHTILE_CPU: this version "
-        "reads a key/value cache on the CPU",
-        static_cast<I64>(problem.cache.page_size));
-  }
   if (Status s = check_dtype(problem)) return s;
   if (Status s = check_lengths(problem)) return s;
   return check_query_blocks(problem);
@@ -112,6 +112,28 @@ void write_name(PlanName& name, const char* pass, const char* family, const Prob
 }
 const char* sm80_family(Memory memory) {
   return memory == Memory::kLarge ? "sm80_large" : "sm80_small";
+}
+
+// Keys in a cache: on every device the kernels for sm_80 and later. "decode" where some sequence
+// may have few queries; others are served by the forward's loop in the same call.
+Status cache_plan(const Problem& problem, const Device& device, PlanName& name,
+                  size_t& workspace_bytes) {
+  const bool decode = decode_forms(problem).decode;
+  return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
+    write_name(name, decode ? "decode" : "forward", sm80_family(device.memory), problem, dim.value);
+    workspace_bytes = decode ? decode_workspace_sm80<dim.value, memory.value>(problem) : 0;
+    return FLASHTILE_OK;
+  });
+}
+Status cache_forward(const ForwardParams& params, const Device& device, CUstream_st* stream) {
+  const DecodeForms forms = decode_forms(params.problem);
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) -> Status {
+    if (forms.prefill) {
+      if (Status s = launch_prefill_sm80<dim.value, memory.value>(params, stream)) return s;
+    }
+    if (!forms.decode) return FLASHTILE_OK;
+    return launch_decode_sm80<dim.value, memory.value>(params, stream);
+  });
 }
 
 // Which kernels serve a call on a device: those for sm_90a on compute capability 9.0 where TMA
@@ -183,6 +205,7 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
+  if (problem.cache.exists()) return cache_plan(problem, device, name, workspace_bytes);
   workspace_bytes = 0;
   if (forward_family(params, device, name) == Family::kSm90) {
     return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {
@@ -223,6 +246,7 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
+  if (params.problem.cache.exists()) return cache_forward(params, device, stream);
   if constexpr (kHasSm90) {
     PlanName unused;
     if (forward_family(params, device, unused) == Family::kSm90) {

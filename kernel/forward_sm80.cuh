@@ -33,9 +33,56 @@ struct ForwardSm80Params {
   bool negate_q;             // softmax_scale < 0
 };
 
-template <int kHeadDim, Memory kMemory, class T>
-struct ForwardSm80 {
+// The keys and values of one head on their way to shared memory, block after block, where they are
+// rows of a tensor. prefill_sm80.cuh has the other form, for a cache.
+template <class Tile, int kThreads>
+struct TensorKeys {
   using Params = ForwardSm80Params;
+  using Loader = TileLoader<Tile, kThreads>;
+  typename Loader::Target target;
+  Loader k, v;
+
+  FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int block) {
+    return flashtile::query_tile(params.forward.problem, ptx::block_index(), params.query_blocks,
+                                 block);
+  }
+
+  FLASHTILE_DEVICE TensorKeys(const Params& params, const QueryTile& work, int block,
+                              uint32_t k_tile, int thread)
+      : target(k_tile, thread),
+        k(loader(params.forward.k, params.forward.problem, work, block, thread)),
+        v(loader(params.forward.v, params.forward.problem, work, block, thread)) {}
+
+  // The last block, of which `keys` exist.
+  FLASHTILE_DEVICE void load_last_k(const Params& params, int keys) {
+    k.template load<0>(target, params.k, keys);
+    ptx::cp_async_commit();
+  }
+  FLASHTILE_DEVICE void load_last_v(const Params& params, int keys) {
+    v.template load<Tile::kBytes>(target, params.v, keys);
+    ptx::cp_async_commit();
+  }
+  FLASHTILE_DEVICE void load_previous_k(const Params& params) {
+    k.template load_whole<0>(target, params.k, params.plain_k);
+    ptx::cp_async_commit();
+  }
+  FLASHTILE_DEVICE void load_previous_v(const Params& params) {
+    v.template load_whole<Tile::kBytes>(target, params.v, params.plain_v);
+    ptx::cp_async_commit();
+  }
+
+ private:
+  FLASHTILE_DEVICE static Loader loader(const View& view, const Problem& problem,
+                                        const QueryTile& work, int block, int thread) {
+    const int head =
+        work.head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv));
+    const int64_t row = work.sequence.row_k + (int64_t{block} + 1) * Tile::kRows;
+    return Loader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
+  }
+};
+
+template <int kHeadDim, Memory kMemory, class T, template <class, int> class Keys = TensorKeys>
+struct ForwardSm80 {
   static constexpr ForwardConfig kConfig = forward_config(kMemory, kHeadDim);
   static constexpr int kThreads = kConfig.warps * 32;
   static constexpr int kBlocksPerSm = kConfig.blocks_per_sm;
@@ -48,7 +95,8 @@ struct ForwardSm80 {
   using QOperand = std::conditional_t<kConfig.q_in_registers, RegisterOperand<QTile, kRows>,
                                       SharedOperand<QTile, kRows>>;
   using QLoader = TileLoader<QTile, kThreads>;
-  using KvLoader = TileLoader<KvTile, kThreads>;
+  using KvStream = Keys<KvTile, kThreads>;
+  using Params = typename KvStream::Params;
 
   // Shared memory: Q, later O; then K; then V; then the shifts of the softmax.
   static constexpr int kFromKToV = KvTile::kBytes;
@@ -57,8 +105,7 @@ struct ForwardSm80 {
   static_assert(kBlocksPerSm * (kSharedBytes + 1024) <= shared_memory_limit(kMemory) + 1024);
 
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
-    const QueryTile work =
-        query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
+    const QueryTile work = KvStream::query_tile(params, kQueries);
     if (work.empty()) return;
     const BlockRange range = key_blocks(params, work);
 
@@ -119,36 +166,6 @@ struct ForwardSm80 {
     return band_mask(params, work).key_blocks(work.q0, kQueries, kKeys);
   }
 
-  // The keys and values of one head on their way to shared memory, block after block.
-  struct KvStream {
-    typename KvLoader::Target target;
-    KvLoader k, v;
-
-    FLASHTILE_DEVICE KvStream(const Params& params, const QueryTile& work, int block,
-                              uint32_t k_tile, int thread)
-        : target(k_tile, thread),
-          k(loader(params.forward.k, params.forward.problem, work, block, thread)),
-          v(loader(params.forward.v, params.forward.problem, work, block, thread)) {}
-
-    FLASHTILE_DEVICE void load_previous_k(const Params& params) {
-      k.template load_whole<0>(target, params.k, params.plain_k);
-      ptx::cp_async_commit();
-    }
-    FLASHTILE_DEVICE void load_previous_v(const Params& params) {
-      v.template load_whole<kFromKToV>(target, params.v, params.plain_v);
-      ptx::cp_async_commit();
-    }
-
-   private:
-    FLASHTILE_DEVICE static KvLoader loader(const View& view, const Problem& problem,
-                                            const QueryTile& work, int block, int thread) {
-      const int head = work.head / (static_cast<int>(problem.num_heads) /
-                                    static_cast<int>(problem.num_heads_kv));
-      const int64_t row = work.sequence.row_k + (int64_t{block} + 1) * kKeys;
-      return KvLoader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
-    }
-  };
-
   // Loads Q and the last block of K and V; returns when Q and K have landed.
   FLASHTILE_DEVICE static void start(const Params& params, const QueryTile& work, int block,
                                      uint32_t q_tile, int thread, KvStream& stream) {
@@ -158,10 +175,8 @@ struct ForwardSm80 {
     QLoader q_loader(row_address(q, work.sequence, q_end, work.head), q.stride_seq, thread);
     const int keys = work.sequence.seqlen_k - block * kKeys;
     q_loader.load(q_target, params.q, work.sequence.seqlen_q - work.q0);
-    stream.k.template load<0>(stream.target, params.k, keys);
-    ptx::cp_async_commit();
-    stream.v.template load<kFromKToV>(stream.target, params.v, keys);
-    ptx::cp_async_commit();
+    stream.load_last_k(params, keys);
+    stream.load_last_v(params, keys);
     ptx::cp_async_wait<1>();
     if (params.negate_q) negate(q_target);
     __syncthreads();  // Q and K have landed, and Q has its sign
@@ -179,8 +194,7 @@ struct ForwardSm80 {
   // it would take registers there.
   FLASHTILE_DEVICE static void finish(const Params& params, Accumulator<kRows, kHeadDim>& o,
                                       const OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
-    const QueryTile work =
-        query_tile(params.forward.problem, ptx::block_index(), params.query_blocks, kQueries);
+    const QueryTile work = KvStream::query_tile(params, kQueries);
     const BandMask mask = band_mask(params, work);
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
@@ -213,24 +227,28 @@ struct ForwardSm80 {
   }
 };
 
-template <int kHeadDim, Memory kMemory, class T>
-Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
-  using Kernel = ForwardSm80<kHeadDim, kMemory, T>;
+template <int kHeadDim, int kQueries>
+ForwardSm80Params forward_sm80_params(const ForwardParams& params) {
   const Problem& problem = params.problem;
   const RowFormat k = key_format(params.k, problem, problem.head_dim);
   const RowFormat v = key_format(params.v, problem, problem.head_dim_v);
-  const ForwardSm80Params kernel_params{
-      .forward = params,
-      .q = query_format(params.q, problem, problem.head_dim),
-      .k = k,
-      .v = v,
-      .out = query_format(params.out, problem, problem.head_dim_v),
-      .plain_k = is_plain(k, kHeadDim),
-      .plain_v = is_plain(v, kHeadDim),
-      .query_blocks = static_cast<int32_t>(query_blocks(problem, Kernel::kQueries)),
-      .scale_log2 = positive_scale_log2(problem.softmax_scale),
-      .negate_q = problem.softmax_scale < 0.0f};
-  return launch<Kernel>(kernel_params, query_tile_count(problem, Kernel::kQueries), stream);
+  return {.forward = params,
+          .q = query_format(params.q, problem, problem.head_dim),
+          .k = k,
+          .v = v,
+          .out = query_format(params.out, problem, problem.head_dim_v),
+          .plain_k = is_plain(k, kHeadDim),
+          .plain_v = is_plain(v, kHeadDim),
+          .query_blocks = static_cast<int32_t>(query_blocks(problem, kQueries)),
+          .scale_log2 = positive_scale_log2(problem.softmax_scale),
+          .negate_q = problem.softmax_scale < 0.0f};
+}
+
+template <int kHeadDim, Memory kMemory, class T>
+Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
+  using Kernel = ForwardSm80<kHeadDim, kMemory, T>;
+  return launch<Kernel>(forward_sm80_params<kHeadDim, Kernel::kQueries>(params),
+                        query_tile_count(params.problem, Kernel::kQueries), stream);
 }
 
 template <int kHeadDim, Memory kMemory>

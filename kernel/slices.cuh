@@ -13,6 +13,18 @@ namespace flashtile {
 template <int kHeadDim, Memory kMemory>
 Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream);
 
+// Keys in a cache: the sequences of few queries, and rows that belong to none. With decode_forms().
+template <int kHeadDim, Memory kMemory>
+Status launch_decode_sm80(const ForwardParams& params, CUstream_st* stream);
+
+// Bytes of params.workspace that launch_decode_sm80 uses.
+template <int kHeadDim, Memory kMemory>
+size_t decode_workspace_sm80(const Problem& problem);
+
+// Keys in a cache: the other sequences.
+template <int kHeadDim, Memory kMemory>
+Status launch_prefill_sm80(const ForwardParams& params, CUstream_st* stream);
+
 // For sm_90a; every tensor is one that TMA takes (tensor_map.h).
 template <int kHeadDim>
 Status launch_forward_sm90(const ForwardParams& params, CUstream_st* stream);

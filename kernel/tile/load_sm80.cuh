@@ -96,24 +96,27 @@ struct TileLoader {
       step_back();
       const uint32_t shared = target.at(pass, 0) + kTileBytes;
       const int row = load_row<Tile>(ptx::thread_index()) + pass * Target::kRowsPerPass;
-      const int bytes = row < rows ? format.bytes - first_column() : 0;
-      if (format.unit == kChunkBytes) {
-        copy_row_16(shared, source, bytes);
-      } else {
-        copy_row_narrow(shared, source, bytes, format.unit);
-      }
+      copy_row(shared, source, row < rows ? format.bytes - first_column() : 0, format.unit);
     }
+  }
+
+  // This thread's chunks of one row, of which `bytes` exist from the first one on; zeros follow.
+  FLASHTILE_DEVICE static void copy_row(uint32_t shared, const char* row, int bytes, int unit) {
+    if (unit == kChunkBytes) {
+      copy_row_16(shared, row, bytes);
+    } else {
+      copy_row_narrow(shared, row, bytes, unit);
+    }
+  }
+  // Of this thread, in bytes.
+  FLASHTILE_DEVICE static int first_column() {
+    return (ptx::thread_index() & (kThreadsPerRow - 1)) * kChunkBytes;
   }
 
  private:
   FLASHTILE_DEVICE void step_back() {
     source -= pass_bytes;
     ptx::hide(source);
-  }
-
-  // Of this thread, in bytes.
-  FLASHTILE_DEVICE static int first_column() {
-    return (ptx::thread_index() & (kThreadsPerRow - 1)) * kChunkBytes;
   }
 
   template <int kTileBytes, class Copy>
@@ -129,7 +132,6 @@ struct TileLoader {
     }
   }
 
-  // This thread's chunks of a row, of which `bytes` exist from the first one on.
   FLASHTILE_DEVICE static void copy_row_16(uint32_t shared, const char* row, int bytes) {
     FLASHTILE_UNROLL
     for (int chunk = 0; chunk < Target::kChunks; ++chunk) {

@@ -36,6 +36,8 @@ inline RowFormat query_format(const View& view, const Problem& p, int64_t head_d
   return row_format(view, p, head_dim, p.rows_q(), p.num_heads);
 }
 inline RowFormat key_format(const View& view, const Problem& p, int64_t head_dim) {
+  if (p.cache.exists())
+    return row_format(view, head_dim, {p.cache.num_pages, p.rows_k(), p.num_heads_kv});
   return row_format(view, p, head_dim, p.rows_k(), p.num_heads_kv);
 }
 

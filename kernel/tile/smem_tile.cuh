@@ -82,6 +82,14 @@ struct LaneAddress {
     }
   }
 
+  // The same in a tile that lies `bytes`, a multiple of 1024, behind this one.
+  FLASHTILE_DEVICE LaneAddress behind(uint32_t bytes) const {
+    LaneAddress other = *this;
+    FLASHTILE_UNROLL
+    for (int i = 0; i < kBlocks; ++i) other.base[i] += bytes;
+    return other;
+  }
+
   // The block at rows row0 + row, columns 16 * column_block.
   FLASHTILE_DEVICE uint32_t at(int row, int column_block) const {
     return base[column_block % kBlocks] + column_block / kBlocks * Tile::kPanelBytes +

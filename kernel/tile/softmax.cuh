@@ -15,6 +15,7 @@
 
 #include "accumulator.cuh"
 #include "constants.cuh"
+#include "log_sum.cuh"
 
 namespace flashtile {
 
@@ -104,11 +105,15 @@ struct OnlineSoftmax {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
   }
 
+  // What the row's exponentials sum up to. Where the warp shifts, only the lane that stored the
+  // shift (lane % 4 == 0) may ask without a __syncwarp.
+  FLASHTILE_DEVICE LogSum log_sum(int m, int half, float whole_sum) const {
+    const float near = __log2f(whole_sum) - offset[m][half];
+    return {is_shifted() ? ptx::lds_f32(shift_address(m, half)) : 0.0f, near};
+  }
   // Natural logarithm of the sum of exp(scale * S).
   FLASHTILE_DEVICE float logsumexp(int m, int half, float whole_sum) const {
-    const float near_shift = __log2f(whole_sum) - offset[m][half];
-    const float shift = is_shifted() ? ptx::lds_f32(shift_address(m, half)) : 0.0f;
-    return fmaf(shift, scale_log2, near_shift) * kLn2;
+    return log_sum(m, half, whole_sum).value(scale_log2) * kLn2;
   }
 
  private:

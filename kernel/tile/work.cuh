@@ -24,6 +24,7 @@ struct Sequence {
   int seqlen_k = 0;
   int owned_q = 0;  // rows written
   int owned_k = 0;
+  int64_t index = 0;  // of the sequence; set where its keys are in a cache
 };
 
 // Slots that cover every row once: grid size and padded workspace length, in blocks of `block`
@@ -38,12 +39,13 @@ FLASHTILE_HOST_DEVICE int64_t first_slot(int64_t row, int64_t index, int block) 
   return row / block + index;
 }
 
-// The last sequence whose first slot is <= slot.
-FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t slot, int block) {
+// The last sequence whose first slot is <= slot; `rows` slots' rows for each row of cu_seqlens.
+FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t slot, int block,
+                                   int rows = 1) {
   int low = 0, high = batch - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (first_slot(cu_seqlens[middle], middle, block) <= slot) {
+    if (first_slot(int64_t{cu_seqlens[middle]} * rows, middle, block) <= slot) {
       low = middle;
     } else {
       high = middle - 1;
@@ -106,8 +108,11 @@ FLASHTILE_HOST_DEVICE int64_t query_tile_count(const Problem& problem, int block
 }
 
 // Blocks of one head run together, so that its keys and values stay in the L2 cache; the last
-// queries, which see the most keys under a causal mask, start first.
-FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blocks, int block) {
+// queries, which see the most keys under a causal mask, start first. `sequence_of`: where a
+// sequence's rows are found.
+template <class SequenceOf>
+FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blocks, int block,
+                                      const SequenceOf& sequence_of) {
   const int heads = static_cast<int>(problem.num_heads);
   const int outer = index / blocks;
   const int slot = blocks - 1 - index % blocks;
@@ -122,6 +127,10 @@ FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blo
   tile.sequence = sequence_of(problem, b);
   tile.q0 = static_cast<int>(slot - first_slot(tile.sequence.row_q, b, block)) * block;
   return tile;
+}
+
+FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blocks, int block) {
+  return query_tile(problem, index, blocks, block, sequence_of);
 }
 
 // Row `row` of a tensor in this sequence, where rows of the sequence start at `first`.

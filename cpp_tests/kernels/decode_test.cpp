@@ -1,0 +1,146 @@
+// Forward over a key/value cache on CUDA, decoding and prefill, against manual attention over the
+// gathered rows. cache_case.h says what is poison.
+#include "cache_on_device.h"
+
+using namespace flashtile::test;
+
+namespace {
+
+const int kPageSizes[] = {0, 1, 7, 16, 48, 128, 256};
+const Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16};
+
+void need_device(const HeadDims& dims = 64) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (slice_of(dims) == 0) SKIP("this build has no kernels of this head dim");
+}
+
+// Decode and prefill, an empty sequence, one without queries, keys to the last row of a page, more
+// keys than one part has.
+std::vector<CacheSequence> mixed_sequences() {
+  return {{.seed = 1, .keys = 300},
+          {.seed = 2, .keys = 0},
+          {.seed = 3, .keys = 150, .queries = 40},
+          {.seed = 4, .keys = 128, .queries = 3},
+          {.seed = 5, .keys = 9, .queries = 0},
+          {.seed = 6, .keys = 5, .queries = 12},
+          {.seed = 7, .keys = 700, .queries = 20}};
+}
+
+}  // namespace
+
+TEST("pages of every size: decode and prefill in one call") {
+  need_device();
+  for (const int page_size : kPageSizes) {
+    for (const Dtype dtype : kDtypes) {
+      check_cache_on_devices(
+          {.dtype = dtype,
+           .heads = 4,
+           .heads_kv = 2,
+           .sequences = mixed_sequences(),
+           .page_size = page_size,
+           .batch_idx = page_size == 0,
+           .packed = true,
+           .layout_seed = static_cast<uint64_t>(page_size),
+           .layout_k = dtype == Dtype::kFloat16 ? Layout::kOdd : Layout::kPadded},
+          page_size == 7);
+    }
+  }
+}
+
+TEST("head dims of every class, on pages of 16 and 7") {
+  need_device();
+  const HeadDims all[] = {1, 8, 33, 64, 80, 96, 128, 160, 192, 256, {192, 128}, {64, 200}};
+  size_t i = 0;
+  for (const HeadDims& dims : all) {
+    if (slice_of(dims) == 0) continue;
+    for (const int page_size : {7, 16}) {
+      check_cache_on_devices(
+          {.dtype = kDtypes[++i % 2],
+           .dims = dims,
+           .sequences = {{.seed = 1, .keys = 140}, {.seed = 2, .keys = 83, .queries = 37}},
+           .page_size = page_size,
+           .packed = true,
+           .layout_k = page_size == 7 ? Layout::kOdd : Layout::kPadded});
+    }
+  }
+}
+
+TEST("heads in groups of 1 to 16, and one key head for all") {
+  need_device();
+  const std::pair<int, int> heads[] = {{1, 1}, {6, 3},  {3, 1},  {8, 2}, {14, 2},
+                                       {8, 1}, {16, 1}, {32, 2}, {24, 1}};
+  for (const auto& [q, kv] : heads) {
+    for (const int queries : {1, 2, 9}) {
+      check_cache_on_devices({.dtype = kDtypes[queries % 2],
+                              .heads = q,
+                              .heads_kv = kv,
+                              .sequences = {{.seed = 1, .keys = 200, .queries = queries},
+                                            {.seed = 2, .keys = 3, .queries = queries}},
+                              .page_size = 16});
+    }
+  }
+}
+
+TEST("masks: full, causal, windows, from the top left; more queries than keys") {
+  need_device();
+  for (const Mask& mask :
+       {kFull, kCausal, Mask{40, 0}, Mask{17, 9}, Mask{0, 30}, kCausalTopLeft, Mask{5, 5, true}}) {
+    for (const int page_size : {0, 48}) {
+      CacheSpec spec = {.dtype = kDtypes[page_size == 0],
+                        .heads = 2,
+                        .heads_kv = 2,
+                        .sequences = mixed_sequences(),
+                        .page_size = page_size,
+                        .packed = true,
+                        .mask = mask};
+      spec.sequences.push_back({.seed = 9, .keys = 7, .queries = 30});
+      spec.sequences.push_back({.seed = 10, .keys = 700, .queries = 2});
+      spec.sequences.push_back({.seed = 11, .keys = 300, .queries = 100});
+      check_cache_on_devices(spec);
+    }
+  }
+}
+
+TEST("lengths at a page's and a step's edge, and past it") {
+  need_device();
+  for (const int page_size : {16, 64, 128}) {
+    CacheSpec spec = {.dtype = Dtype::kBFloat16, .heads = 4, .heads_kv = 1};
+    spec.page_size = page_size;
+    for (const int keys : {0, 1, page_size - 1, page_size, page_size + 1, 63, 64, 65, 127, 129})
+      spec.sequences.push_back({.seed = static_cast<uint64_t>(keys + 1), .keys = keys});
+    check_cache_on_devices(spec);
+  }
+}
+
+TEST("left padding, with and without pages, by batch index too") {
+  need_device();
+  for (const int page_size : {0, 1, 16, 48}) {
+    for (const bool batch_idx : {false, true}) {
+      if (batch_idx && page_size > 0) continue;
+      for (const int queries : {2, 20}) {
+        CacheSpec spec = {.dtype = kDtypes[queries == 2], .heads = 4, .heads_kv = 1};
+        spec.sequences = {{.seed = 1, .keys = 130, .leftpad = 5},
+                          {.seed = 2, .keys = 40, .leftpad = 0},
+                          {.seed = 3, .keys = 0, .leftpad = 31},
+                          {.seed = 4, .keys = 64, .leftpad = 16}};
+        for (CacheSequence& sequence : spec.sequences) sequence.queries = queries;
+        spec.page_size = page_size;
+        spec.batch_idx = batch_idx;
+        check_cache_on_devices(spec);
+      }
+    }
+  }
+}
+
+TEST("long sequences are cut into parts, as many as asked for") {
+  need_device();
+  for (const int num_splits : {0, 1, 2, 3, 40}) {
+    check_cache_on_devices({.dtype = Dtype::kBFloat16,
+                            .heads = 4,
+                            .heads_kv = 1,
+                            .sequences = {{.seed = 1, .keys = 3000}, {.seed = 2, .keys = 1025}},
+                            .page_size = 16,
+                            .num_splits = num_splits});
+  }
+}
