@@ -42,6 +42,7 @@ struct CacheSpec {
   int num_splits = 0;
   uint64_t layout_seed = 1;
   Layout layout_k = Layout::kOdd;  // of k and the new keys; kPadded: rows at multiples of 16 bytes
+  Layout layout_v = Layout::kPadded;  // of v
 
   int rows_of(const CacheSequence& s) const { return s.leftpad + s.keys + s.added; }
   std::string name() const {
@@ -263,7 +264,7 @@ class CacheCall {
     k = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.qk},
                    spec_.layout_k);
     v = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.v},
-                   Layout::kPadded);
+                   spec_.layout_v);
   }
 
   void fill() {

@@ -33,12 +33,12 @@ struct DecodeStream {
   const Sequence& sequence;
   Target target;
   const char *k, *v;       // the lane's first chunk of row 0 of page 0
-  int first, end;          // keys that are read
+  int first, end;          // keys that are read; none in lanes from 16 on, which look up nothing
   uint32_t slot = 0;       // of the next item that is ordered, in bytes
   uint32_t read_slot = 0;  // of the next item that is read
-  int key = 0;             // of row lane % 16 of the step after the next
+  int key = 0;             // of row `lane` in the step after the next
   int steps = 0;           // still to be ordered
-  CachePlace next;         // of row lane % 16 of the next step
+  CachePlace next;         // of row `lane` in the next step
   CachePlace on_way[2];    // of the lane's own rows, whose K has been ordered and V has not
 
   FLASHTILE_DEVICE DecodeStream(const DecodeParams& p, const DecodeTile& work, uint32_t ring,
@@ -52,7 +52,7 @@ struct DecodeStream {
   // [first_key, end_key).
   FLASHTILE_DEVICE void begin(int first_step, int last_step, int first_key, int end_key) {
     first = first_key;
-    end = min(end_key, last_step * kDecodeStep);
+    end = ptx::thread_index() % 32 < 16 ? min(end_key, last_step * kDecodeStep) : 0;
     steps = last_step - first_step;
     slot = read_slot = 0;
     key = first_step * kDecodeStep + ptx::thread_index() / 32 * 16 + ptx::thread_index() % 16;

@@ -17,7 +17,9 @@ inline CacheResult run_on(const Backend& backend, CacheCall& call,
   HostTensor out(spec.dtype, {rows.batch, rows.seq, spec.heads, spec.dims.v}, spec.layout_k);
   HostTensor lse = make_row_tensor(rows);
   Mirror mirror(backend);
-  const flashtile_problem moved = mirrored(mirror, backend, call, problem);
+  flashtile_problem moved = mirrored(mirror, backend, call, problem);
+  if (moved.seqused_q != nullptr)
+    moved.seqused_q = mirror.ints({problem.seqused_q, problem.seqused_q + problem.batch});
   flashtile_forward_params params;
   flashtile_forward_init(&params);
   params.problem = &moved;

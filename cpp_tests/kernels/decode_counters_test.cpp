@@ -1,0 +1,107 @@
+// What decoding over a cache moves, counted by the machine: every row in use once per sequence and
+// key/value head, whatever the pages; little for the partial results; no bank conflict.
+#include "cache_on_device.h"
+#include "machine.h"
+
+using namespace flashtile::test;
+
+namespace {
+
+struct Counted {
+  ptx::Counters all;
+  CacheSpec spec;
+};
+
+Counted count(const CacheSpec& spec, const Schedule& schedule) {
+  CacheCall call(spec);
+  const CacheResult result = run_under(schedule, call, call.problem());
+  CHECK_EQ(result.error, std::string());
+  return {ptx::machine().counters(), spec};
+}
+
+std::vector<Schedule> a_schedule_of_each() {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP(reason);
+  std::vector<Schedule> chosen;
+  for (const auto& [device, its_schedules] : schedules_by_device()) {
+    if (!its_schedules.front().has_sm90) chosen.push_back(its_schedules.front());
+  }
+  return chosen;
+}
+
+CacheSpec one_sequence(int keys, int dim, int page_size) {
+  return {.dtype = Dtype::kBFloat16,
+          .heads = 8,
+          .heads_kv = 2,
+          .dims = dim,
+          .sequences = {{.seed = 1, .keys = keys}},
+          .page_size = page_size,
+          .num_splits = 1,
+          .layout_k = Layout::kDense,
+          .layout_v = Layout::kDense};
+}
+
+template <class Check>
+void for_every_page_size(const Check& check) {
+  for (const Schedule& schedule : a_schedule_of_each()) {
+    for (const int dim : {32, 64, 96, 128, 192, 256}) {
+      if (slice_of(dim) == 0) continue;
+      for (const int page_size : {0, 1, 7, 16, 48, 128, 256}) check(schedule, dim, page_size);
+    }
+  }
+}
+
+}  // namespace
+
+// Two calls that differ by 192 keys and nothing else: 192 rows of K and of V for each head, and of
+// the table 4 bytes a row.
+TEST("keys and values are read once, and the table once a row") {
+  for_every_page_size([](const Schedule& schedule, int dim, int page_size) {
+    const Counted few = count(one_sequence(77, dim, page_size), schedule);
+    const Counted many = count(one_sequence(77 + 192, dim, page_size), schedule);
+    const uint64_t table = page_size == 0 ? 0 : sizeof(int32_t);
+    const uint64_t row = 2 * 2 * static_cast<uint64_t>(dim) + table;
+    CHECK_EQ(many.all.global_read_bytes - few.all.global_read_bytes, 192 * 2 * row);
+    CHECK_EQ(many.all.global_written_bytes, few.all.global_written_bytes);
+  });
+}
+
+TEST("no bank conflicts, no local memory, whole sectors") {
+  for_every_page_size([](const Schedule& schedule, int dim, int page_size) {
+    const Counted counted = count(one_sequence(500, dim, page_size), schedule);
+    CHECK_EQ(counted.all.wavefronts, counted.all.wavefronts_ideal);
+    CHECK_EQ(counted.all.local_accesses, uint64_t{0});
+    CHECK_MESSAGE(counted.all.sectors * 100 <= counted.all.sectors_ideal * 110,
+                  counted.spec.name() + ": " + std::to_string(counted.all.sectors) + " sectors, " +
+                      std::to_string(counted.all.sectors_ideal) + " ideal");
+    CHECK(counted.all.shared_bytes_max <= static_cast<uint64_t>(schedule.shared_memory));
+  });
+}
+
+// Keys outside of a window are not read.
+TEST("reading is proportional to what is visible") {
+  for (const Schedule& schedule : a_schedule_of_each()) {
+    if (slice_of(64) == 0) SKIP("this build has no kernels of head dim 64");
+    CacheSpec spec = one_sequence(2000, 64, 16);
+    const uint64_t all = count(spec, schedule).all.global_read_bytes;
+    spec.mask = {100, 0};
+    CHECK(count(spec, schedule).all.global_read_bytes * 10 < all);
+  }
+}
+
+// What is written beside out and softmax_lse are the partial results, which are read once.
+TEST("partial results are at most 5 % of 16384 keys and values") {
+  for (const Schedule& schedule : a_schedule_of_each()) {
+    if (slice_of(64) == 0) SKIP("this build has no kernels of head dim 64");
+    for (const int heads : {8, 32}) {
+      CacheSpec spec = one_sequence(16384, 64, 16);
+      spec.heads = heads;
+      spec.num_splits = 0;
+      const uint64_t written = count(spec, schedule).all.global_written_bytes;
+      const uint64_t rows = static_cast<uint64_t>(heads);
+      const uint64_t partial = written - rows * (2 * 64 + sizeof(float));
+      CHECK_EQ(partial, rows * 16 * (64 + 2) * sizeof(float));
+      CHECK(2 * partial * 100 <= uint64_t{16384} * 2 * 2 * 64 * 2 * 5);
+    }
+  }
+}
