@@ -81,12 +81,13 @@ class Kernel:
 
     def key(self) -> tuple[str, int, str] | None:
         """(pass, head dim, memory class), or None for a kernel without a budget."""
-        match = re.search(r"\d(Forward|Backward)Sm80I", self.symbol)
+        match = re.search(r"\d(Forward|Backward|Decode)Sm80I", self.symbol)
         head_dim = re.search(r"Li(\d+)E", self.symbol)
         memory = re.search(r"MemoryE(\d)E", self.symbol)
         if not (match and head_dim and memory):
             return None
-        return match[1].lower(), int(head_dim[1]), MEMORY_CLASSES[int(memory[1])]
+        kernel_pass = "prefill" if "CacheKeys" in self.symbol else match[1].lower()
+        return kernel_pass, int(head_dim[1]), MEMORY_CLASSES[int(memory[1])]
 
     @property
     def name(self) -> str:

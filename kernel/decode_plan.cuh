@@ -23,7 +23,7 @@ inline constexpr int kDecodeStep = 64;         // keys
 inline constexpr int kDecodeParts = 32;        // at most, of a tile
 inline constexpr int kDecodeLimit = 64;        // packed rows of a sequence that is served like this
 inline constexpr int kDecodeWarps = 4;         // they share the keys of a step
-inline constexpr int kDecodeBlocks = 1 << 14;  // about; more would only take time to launch
+inline constexpr int kDecodeBlocks = 1 << 13;  // about; more would only take time to launch
 
 FLASHTILE_HOST_DEVICE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 
@@ -134,11 +134,14 @@ struct DecodeTile {
 
   FLASHTILE_DEVICE int query(int row, int group) const { return (row0 + row) / group; }
 
+  // Of its rows, in use.
+  FLASHTILE_DEVICE int count() const { return min(kDecodeTile, rows - row0); }
+
   // What the tile's queries see.
   FLASHTILE_DEVICE BlockRange steps(const BandMask& mask, int group) const {
     if (row0 >= rows) return {0, 0, 0, 0};
     const int q0 = query(0, group);
-    const int queries = query(min(kDecodeTile, rows - row0) - 1, group) - q0 + 1;
+    const int queries = query(count() - 1, group) - q0 + 1;
     return mask.key_blocks(q0, queries, kDecodeStep);
   }
 };

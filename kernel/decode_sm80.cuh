@@ -9,9 +9,9 @@
 
 #include "config.cuh"
 #include "decode_plan.cuh"
+#include "decode_stream.cuh"
 #include "launch.cuh"
 #include "params.h"
-#include "tile/cache_rows.cuh"
 #include "tile/load_sm80.cuh"
 #include "tile/packed_edges.cuh"
 #include "tile/product_sm80.cuh"
@@ -19,106 +19,6 @@
 #include "tile/softmax.cuh"
 
 namespace flashtile {
-
-// Keys and values of a part on their way to a warp's ring, 16 rows of each at a time. `Tile`: these
-// 16 rows. The lanes of a row share the search for its page; it is found one step ahead.
-template <class Tile, int kSlots>
-struct DecodeStream {
-  using Loader = TileLoader<Tile, 32>;
-  using Target = typename Loader::Target;
-  static constexpr int kRing = kSlots * Tile::kBytes;
-  static constexpr int kAhead = kSlots / 2;  // steps
-
-  const DecodeParams& params;
-  const Sequence& sequence;
-  Target target;
-  const char *k, *v;       // the lane's first chunk of row 0 of page 0
-  int first, end;          // keys that are read; none in lanes from 16 on, which look up nothing
-  uint32_t slot = 0;       // of the next item that is ordered, in bytes
-  uint32_t read_slot = 0;  // of the next item that is read
-  int key = 0;             // of row `lane` in the step after the next
-  int steps = 0;           // still to be ordered
-  CachePlace next;         // of row `lane` in the next step
-  CachePlace on_way[2];    // of the lane's own rows, whose K has been ordered and V has not
-
-  FLASHTILE_DEVICE DecodeStream(const DecodeParams& p, const DecodeTile& work, uint32_t ring,
-                                int lane)
-      : params(p), sequence(work.sequence), target(ring, lane) {
-    k = first_chunk(p.forward.k, work.kv_head, lane);
-    v = first_chunk(p.forward.v, work.kv_head, lane);
-  }
-
-  // Orders the first steps of the part [first_step, last_step), of which the tile sees the keys
-  // [first_key, end_key).
-  FLASHTILE_DEVICE void begin(int first_step, int last_step, int first_key, int end_key) {
-    first = first_key;
-    end = ptx::thread_index() % 32 < 16 ? min(end_key, last_step * kDecodeStep) : 0;
-    steps = last_step - first_step;
-    slot = read_slot = 0;
-    key = first_step * kDecodeStep + ptx::thread_index() / 32 * 16 + ptx::thread_index() % 16;
-    find();
-    FLASHTILE_ROLL
-    for (int i = 0; i < kAhead; ++i) {
-      order_k();
-      order_v();
-    }
-  }
-
-  FLASHTILE_DEVICE void order_k() {
-    if (steps > 0) {
-      FLASHTILE_UNROLL
-      for (int pass = 0; pass < 2; ++pass) {
-        const int row = load_row<Tile>(ptx::thread_index() % 32) + pass * 8;
-        on_way[pass] = {__shfl_sync(0xffffffffu, next.page, row),
-                        __shfl_sync(0xffffffffu, next.row, row)};
-      }
-      copy(k, params.forward.k, params.k);
-      find();
-    }
-    commit();
-  }
-  FLASHTILE_DEVICE void order_v() {
-    if (steps > 0) copy(v, params.forward.v, params.v);
-    --steps;
-    commit();
-  }
-
-  // The slot of the next item, in bytes: K, V, the next K, ...
-  FLASHTILE_DEVICE uint32_t take_slot() {
-    const uint32_t taken = read_slot;
-    read_slot = behind(read_slot);
-    return taken;
-  }
-
- private:
-  FLASHTILE_DEVICE static uint32_t behind(uint32_t slot) {
-    return slot + Tile::kBytes == kRing ? 0 : slot + Tile::kBytes;
-  }
-  FLASHTILE_DEVICE static const char* first_chunk(const View& view, int head, int lane) {
-    return static_cast<const char*>(view.data) + 2 * (head * view.stride_head) +
-           lane % kThreadsPerRow * kChunkBytes;
-  }
-  FLASHTILE_DEVICE void find() {
-    next = {0, -1};
-    if (key >= first && key < end) {
-      next = cache_place(params.forward.problem.cache, params.page_size, sequence.index,
-                         static_cast<int>(sequence.row_k) + key);
-    }
-    key += kDecodeStep;
-  }
-  FLASHTILE_DEVICE void copy(const char* base, const View& view, const RowFormat& format) {
-    FLASHTILE_UNROLL
-    for (int pass = 0; pass < 2; ++pass) {
-      const CachePlace& place = on_way[pass];
-      Loader::copy_row(target.at(pass, 0) + slot, base + place_bytes(view, place),
-                       place.row >= 0 ? format.bytes - Loader::first_column() : 0, format.unit);
-    }
-  }
-  FLASHTILE_DEVICE void commit() {
-    ptx::cp_async_commit();
-    slot = behind(slot);
-  }
-};
 
 template <int kHeadDim, Memory kMemory, class T>
 struct DecodeSm80 {
@@ -156,23 +56,22 @@ struct DecodeSm80 {
     if (part >= parts.count) return;
 
     const uint32_t rings = ptx::shared_address(shared);
-    const int first_key = mask.key_begin(work.query(0, params.plan.group));
-    const int end_key =
-        mask.key_end(work.query(min(kRows, work.rows - work.row0) - 1, params.plan.group));
-    Stream stream(params, work, rings + warp() * Stream::kRing, lane());
+    Stream stream(params, work, mask, rings + warp() * Stream::kRing);
     order_q(params, work, rings);
-    stream.begin(parts.first(part), parts.last(part), first_key, end_key);
+    stream.begin(parts.first(part), parts.last(part));
     Rows rows(mask, work, range, params.plan.group, rings);
     receive_q(params, rings, rows.q);
+    const int64_t partial =
+        params.plan.partial(problem, work.first_row + work.row0, work.kv_head, 0);
     for (;;) {
       Sums sums(params.scale_log2, rings + kRings + warp() * kRows * sizeof(float));
       for (int step = parts.first(part); step < parts.last(part); ++step)
         attend(stream, rows, step, sums);
-      finish(params, work, part, sums, rings);
+      finish(params, {partial + part, work.count()}, sums, rings);
       part += params.plan.part_blocks;
       if (part >= parts.count) return;
       __syncthreads();  // the outputs have been read, the rings are free
-      stream.begin(parts.first(part), parts.last(part), first_key, end_key);
+      stream.begin(parts.first(part), parts.last(part));
     }
   }
 
@@ -240,6 +139,12 @@ struct DecodeSm80 {
     return parted;
   }
 
+  // Where the results of the tile's packed rows go, of one part.
+  struct Partials {
+    int64_t first;
+    int rows;
+  };
+
   static FLASHTILE_DEVICE uint32_t q_tile(uint32_t rings) {
     return rings + kRings - KvTile::kBytes;
   }
@@ -294,8 +199,8 @@ struct DecodeSm80 {
   }
 
   // Merges the warps' sums and writes the part's output and LogSums.
-  FLASHTILE_DEVICE static void finish(const Params& params, const DecodeTile& work, int part,
-                                      Sums& sums, uint32_t rings) {
+  FLASHTILE_DEVICE static void finish(const Params& params, const Partials& to, Sums& sums,
+                                      uint32_t rings) {
     float sum[2];
     FLASHTILE_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -315,7 +220,7 @@ struct DecodeSm80 {
     for (int n = 0; n < kColBlocks; ++n)
       ptx::sts_f32x4(outputs + warp() * kOutputBytes + n * 512, sums.o.d[0][n]);
     __syncthreads();  // the warps' outputs are there
-    store_part(params, work, part, merged, outputs);
+    store_part(params, to, merged, outputs);
   }
 
   // This lane's rows lane / 4 and lane / 4 + 8.
@@ -362,7 +267,7 @@ struct DecodeSm80 {
   }
 
   // Each warp adds up and writes every fourth block of 8 columns.
-  FLASHTILE_DEVICE static void store_part(const Params& params, const DecodeTile& work, int part,
+  FLASHTILE_DEVICE static void store_part(const Params& params, const Partials& to,
                                           const LogSum (&merged)[2], uint32_t outputs) {
     const Problem& problem = params.forward.problem;
     const DecodeWorkspace workspace(params.forward.workspace, params.plan.partials(problem),
@@ -370,11 +275,10 @@ struct DecodeSm80 {
     float* out[2];
     FLASHTILE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int row = work.row0 + accumulator_row(lane(), 0, 2 * half);
-      const int64_t partial =
-          params.plan.partial(problem, work.first_row + row, work.kv_head, part);
-      out[half] = row < work.rows ? workspace.out + partial * kHeadDim : nullptr;
-      if (row < work.rows && warp() == 0 && lane() % 4 == 0) workspace.sums[partial] = merged[half];
+      const int row = accumulator_row(lane(), 0, 2 * half);
+      const int64_t partial = to.first + params.plan.partial(problem, row, 0, 0);
+      out[half] = row < to.rows ? workspace.out + partial * kHeadDim : nullptr;
+      if (row < to.rows && warp() == 0 && lane() % 4 == 0) workspace.sums[partial] = merged[half];
     }
     FLASHTILE_ROLL
     for (int n = warp(); n < kColBlocks; n += kDecodeWarps) {

@@ -144,3 +144,15 @@ TEST("long sequences are cut into parts, as many as asked for") {
                             .num_splits = num_splits});
   }
 }
+
+// So many heads and sequences that a thread block takes two parts of four, one behind the other.
+TEST("a thread block takes several parts") {
+  need_device();
+  CacheSpec spec = {.dtype = Dtype::kFloat16, .heads = 64, .heads_kv = 64, .dims = 8};
+  if (slice_of(spec.dims) == 0) SKIP("this build has no kernels of this head dim");
+  spec.page_size = 16;
+  spec.sequences.resize(64);
+  spec.sequences[5] = {.seed = 1, .keys = 200};
+  spec.sequences[60] = {.seed = 2, .keys = 130};
+  check_cache_on_devices(spec);
+}

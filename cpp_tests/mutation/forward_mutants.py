@@ -56,7 +56,7 @@ ORDER = [
     mutant(
         "V loaded over K",
         FORWARD,
-        "v.template load_whole<kFromKToV>(target,",
+        "v.template load_whole<Tile::kBytes>(target,",
         "v.template load_whole<0>(target,",
     ),
 ]
@@ -250,7 +250,7 @@ SCORES = [
         "row_top = fmaxf(row_top, __shfl_xor_sync(0xffffffffu, row_top, 2));",
         "",
     ),
-    mutant("LSE in base 2", SOFTMAX, "near_shift) * kLn2", "near_shift)"),
+    mutant("LSE in base 2", SOFTMAX, ".value(scale_log2) * kLn2", ".value(scale_log2)"),
     mutant(
         "huge scores not shifted",
         SOFTMAX,
@@ -261,8 +261,8 @@ SCORES = [
     mutant(
         "LSE of huge scores without the shift",
         SOFTMAX,
-        "fmaf(shift, scale_log2, near_shift) * kLn2",
-        "near_shift * kLn2",
+        "log_sum(m, half, whole_sum).value(scale_log2) * kLn2",
+        "log_sum(m, half, whole_sum).near * kLn2",
         cases="values",
     ),
     mutant(

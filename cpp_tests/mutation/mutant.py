@@ -14,7 +14,7 @@ class Mutant:
     """
 
     name: str
-    kernel: str  # "forward", "backward", "append" or "check_cache"
+    kernel: str  # "forward", "backward", "decode", "prefill", "append" or "check_cache"
     patches: tuple[tuple[str, str, str], ...]
     cases: tuple[str, ...] = ("shapes",)
     head_dim: int = 64

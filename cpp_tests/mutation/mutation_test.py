@@ -23,12 +23,13 @@ from pathlib import Path
 from append_mutants import APPEND_MUTANTS
 from backward_mutants import BACKWARD_MUTANTS
 from backward_sm90_mutants import BACKWARD_SM90_MUTANTS
+from decode_mutants import DECODE_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 
 MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
-MUTANTS += APPEND_MUTANTS
+MUTANTS += DECODE_MUTANTS + APPEND_MUTANTS
 WITHOUT_SLICES = ("append", "check_cache")  # one source for every head dim and memory class
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
@@ -96,11 +97,21 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     return f"backward_{header}.cuh", functions
 
 
+def cache_slice(mutant: Mutant) -> tuple[str, list[str]]:
+    """Header and functions."""
+    header, launch = {
+        "decode": ("decode_launch.cuh", "launch_decode_kernels"),
+        "prefill": ("prefill_sm80.cuh", "launch_prefill_kernel"),
+    }[mutant.kernel]
+    arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}, __half"
+    return header, [f"{launch}<{arguments}>(const ForwardParams&, CUstream_st*)"]
+
+
 def slice_source(mutant: Mutant) -> str:
     """A slice with nothing but what the cases run: fp16, one main kernel if one will do."""
     if mutant.kernel in WITHOUT_SLICES:
         return f'#include "{mutant.kernel}_backend.cu"\n'
-    make = forward_slice if mutant.kernel == "forward" else backward_slice
+    make = {"forward": forward_slice, "backward": backward_slice}.get(mutant.kernel, cache_slice)
     header, functions = make(mutant)
     lines = [f"template Status {function};" for function in functions]
     return "\n".join([f'#include "{header}"', "namespace flashtile {", *lines, "}", ""])
@@ -138,7 +149,7 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
         # What sm_90a leaves to the kernels for sm_80.
         if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
             lines.append(line)
-        for kernel in ("forward", "backward"):
+        for kernel in ("forward", "prefill", "decode", "backward"):
             name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}_ptx{capability}"
             if f"/{name}.dir/" not in line:
                 continue
@@ -150,6 +161,11 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     output.write_text("\n".join(lines) + "\n")
 
 
+def case_name(mutant: Mutant, group: str) -> str:
+    """Of mutation_cases: those over a cache run decoding and prefill."""
+    return group if group.startswith("cache ") else f"{mutant.kernel} {group}"
+
+
 def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool, str]:
     """Runs the mutant's cases. Returns whether they failed and the first line that says how."""
     environment = os.environ | {
@@ -158,7 +174,7 @@ def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool,
         "FLASHTILE_TEST_HEAD_DIM": str(mutant.head_dim),
     }
     environment.pop("FLASHTILE_ERROR_TABLE", None)
-    command = [str(settings.runner), *(f"{mutant.kernel} {group}" for group in mutant.cases)]
+    command = [str(settings.runner), *(case_name(mutant, group) for group in mutant.cases)]
     try:
         done = subprocess.run(
             command,
@@ -170,7 +186,7 @@ def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool,
         )
     except subprocess.TimeoutExpired:
         return True, f"no end within {RUN_SECONDS} s"
-    asked = sum(" " + group in done.stdout for group in mutant.cases)
+    asked = sum(case_name(mutant, group) in done.stdout for group in mutant.cases)
     if "no loaded PTX has this kernel" in done.stdout or "SKIP" in done.stdout or asked == 0:
         raise ValueError(f"the cases did not run: {done.stdout[:300]} {done.stderr[:300]}")
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]

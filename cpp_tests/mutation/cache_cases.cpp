@@ -1,0 +1,85 @@
+// The cases over a key/value cache that mutants run, as mutation_cases.cpp.
+#include "../kernels/cache_on_device.h"
+
+using namespace flashtile::test;
+
+namespace {
+
+int slice() {
+  const char* text = std::getenv("FLASHTILE_TEST_HEAD_DIM");
+  return text == nullptr ? 64 : std::stoi(text);
+}
+
+// Under every schedule of the device, until something is wrong.
+void run_specs(const std::vector<CacheSpec>& specs) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP(reason);
+  for (CacheSpec spec : specs) {
+    spec.dtype = Dtype::kFloat16;
+    for (const Schedule& schedule : schedules()) {
+      const Attempt attempt = attempt_cache(schedule, spec);
+      CHECK_MESSAGE(attempt.passed(), spec.name() + ": " + attempt.wrong);
+      if (!attempt.passed()) return;
+    }
+  }
+}
+
+// Decoding and prefill, a step and a page that end with the sequence, and past them.
+std::vector<CacheSpec> pages() {
+  std::vector<CacheSpec> specs;
+  for (const int page_size : {0, 7, 16}) {
+    specs.push_back({.heads = 6,
+                     .heads_kv = 2,
+                     .dims = slice(),
+                     .sequences = {{.seed = 1, .keys = 300, .leftpad = 5},
+                                   {.seed = 2, .keys = 128, .queries = 3},
+                                   {.seed = 3, .keys = 90, .queries = 50, .leftpad = 3},
+                                   {.seed = 4, .keys = 0}},
+                     .page_size = page_size,
+                     .batch_idx = true,
+                     .packed = true});
+  }
+  return specs;
+}
+
+std::vector<CacheSpec> masks() {
+  std::vector<CacheSpec> specs;
+  for (const Mask& mask : {kCausal, Mask{17, 9}, Mask{40, 0}}) {
+    specs.push_back({.heads = 2,
+                     .heads_kv = 2,
+                     .dims = slice(),
+                     .sequences = {{.seed = 1, .keys = 300, .queries = 40},
+                                   {.seed = 2, .keys = 7, .queries = 30},
+                                   {.seed = 3, .keys = 260, .queries = 60}},
+                     .page_size = 16,
+                     .packed = true,
+                     .mask = mask,
+                     .layout_k = Layout::kPadded});
+  }
+  return specs;
+}
+
+std::vector<CacheSpec> parts() {
+  std::vector<CacheSpec> specs;
+  for (const int num_splits : {0, 2, 3}) {
+    specs.push_back({.heads = 4,
+                     .heads_kv = 1,
+                     .dims = slice(),
+                     .sequences = {{.seed = 1, .keys = 700}, {.seed = 2, .keys = 450}},
+                     .page_size = 16,
+                     .mask = kFull,
+                     .num_splits = num_splits});
+  }
+  CacheSpec several = {.heads = 64, .heads_kv = 64, .dims = slice()};  // parts of a block
+  several.sequences.resize(64);
+  several.sequences[7] = {.seed = 1, .keys = 200};
+  several.page_size = 64;
+  specs.push_back(several);
+  return specs;
+}
+
+}  // namespace
+
+TEST("cache pages") { run_specs(pages()); }
+TEST("cache masks") { run_specs(masks()); }
+TEST("cache parts") { run_specs(parts()); }

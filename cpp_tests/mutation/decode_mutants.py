@@ -1,0 +1,206 @@
+"""Mutants of what reads a key/value cache: decoding, its merge, prefill, the way to a page."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+DECODE = "decode_sm80.cuh"
+COMBINE = "decode_combine.cuh"
+PLAN = "decode_plan.cuh"
+STREAM = "decode_stream.cuh"
+PREFILL = "prefill_sm80.cuh"
+ROWS = "tile/cache_rows.cuh"
+EDGES = "tile/packed_edges.cuh"
+ALL_CASES = ("cache pages", "cache masks", "cache parts")
+
+WAIT = "ptx::cp_async_wait<kConfig.slots - 2>(); "
+K_LANDED = "__syncwarp();  // K has landed; nobody in the warp reads the V before it any more"
+V_LANDED = "__syncwarp();  // V has landed; nobody in the warp reads K any more"
+
+
+def mutant(name: str, *patch: str, cases: str = "pages", kernel: str = "decode") -> Mutant:
+    """A mutant of one patch: file, old text, new text."""
+    file, old, new = patch
+    return Mutant(name, kernel, ((file, old, new),), (f"cache {cases}",))
+
+
+ORDER = [
+    mutant("no wait for K", DECODE, WAIT + K_LANDED, "__syncwarp();"),
+    mutant("no wait for V", DECODE, WAIT + V_LANDED, "__syncwarp();"),
+    mutant(
+        "wait for V one item too lax",
+        DECODE,
+        WAIT + V_LANDED,
+        "ptx::cp_async_wait<kConfig.slots - 1>(); __syncwarp();",
+    ),
+    mutant("no order of the lanes after K's wait", DECODE, K_LANDED, ""),
+    mutant("no order of the lanes after V's wait", DECODE, V_LANDED, ""),
+    mutant(
+        "Q's place is a slot before everybody has read it",
+        DECODE,
+        "__syncthreads();  // everybody has read Q: its place is a slot",
+        "",
+    ),
+    mutant(
+        "no barrier before the merge",
+        DECODE,
+        "__syncthreads();  // the warps' LogSums are there; nobody reads a ring any more",
+        "",
+    ),
+    mutant(
+        "no barrier before the outputs are added up",
+        DECODE,
+        "__syncthreads();  // the warps' outputs are there",
+        "",
+    ),
+    mutant(
+        "no barrier before the next part",
+        DECODE,
+        "__syncthreads();  // the outputs have been read, the rings are free",
+        "",
+        cases="parts",
+    ),
+]
+
+SUMS = [
+    mutant(
+        "warps merged without weights",
+        DECODE,
+        "return own / weights;",
+        "return 1.0f / kDecodeWarps;",
+    ),
+    mutant("a warp's weight undivided", DECODE, "return own / weights;", "return own;"),
+    mutant(
+        "rows without a key divided by their sum",
+        DECODE,
+        "sum == 0.0f ? 0.0f : o.d[0][n][i] * factor",
+        "o.d[0][n][i] * factor",
+        cases="masks",
+    ),
+    mutant(
+        "one warp's output left out",
+        DECODE,
+        "w < kDecodeWarps; ++w) { const float4 y",
+        "w < kDecodeWarps - 1; ++w) { const float4 y",
+    ),
+    mutant(
+        "parts added up without weights",
+        COMBINE,
+        "const float share = weight / weights;",
+        "const float share = 1.0f / parts.count;",
+        cases="parts",
+    ),
+    mutant(
+        "LSE of the largest part alone",
+        COMBINE,
+        "return largest.times(weights);",
+        "return largest;",
+        cases="parts",
+    ),
+    mutant(
+        "the last part left out",
+        COMBINE,
+        "part < parts.count; ++part",
+        "part < parts.count - 1; ++part",
+        cases="parts",
+    ),
+]
+
+KEYS = [
+    mutant(
+        "a part ends a step late",
+        PLAN,
+        "min_of(first(part) + length, end)",
+        "min_of(first(part) + length + 1, end)",
+        cases="parts",
+    ),
+    mutant(
+        "the first tile's keys for all tiles",
+        COMBINE,
+        "packed / kDecodeTile * kDecodeTile",
+        "0",
+        cases="masks",
+    ),
+    mutant(
+        "a page's first row taken for the last of the page before",
+        ROWS,
+        "page_size.quotient(row)",
+        "page_size.quotient(max(row - 1, 0))",
+    ),
+    mutant(
+        "left padding ignored", STREAM, "origin(static_cast<int>(work.sequence.row_k))", "origin(0)"
+    ),
+    mutant(
+        "K and V of other rows",
+        STREAM,
+        "const CachePlace& place = on_way[pass];",
+        "const CachePlace& place = on_way[base == v ? 1 - pass : pass];",
+    ),
+    mutant(
+        "a slot early",
+        STREAM,
+        "kAhead = kSlots / 2;",
+        "kAhead = kSlots / 2 + 1;",
+    ),
+    mutant("one key past the sequence", STREAM, "row < end)", "row <= end)"),
+    mutant(
+        "wrong head of the group",
+        DECODE,
+        "params.plan.group + row % params.plan.group",
+        "params.plan.group + (row + 1) % params.plan.group",
+    ),
+    mutant(
+        "band one key too long",
+        EDGES,
+        "max(mask.key_end(row / group) - first, 0)",
+        "max(mask.key_end(row / group) + 1 - first, 0)",
+        cases="masks",
+    ),
+    mutant(
+        "band of the tile's first query for all",
+        EDGES,
+        "const int first = mask.key_begin(row / group);",
+        "const int first = mask.key_begin(row0 / group);",
+        cases="masks",
+    ),
+    mutant(
+        "prefill: every pass the first one's page",
+        PREFILL,
+        "+ pass * Target::kRowsPerPass",
+        "",
+        kernel="prefill",
+    ),
+    mutant("prefill: V a block behind K", PREFILL, "row -= Tile::kRows;", "", kernel="prefill"),
+    mutant(
+        "prefill: keys past the sequence",
+        PREFILL,
+        "key < keys ? format.bytes - column : 0",
+        "format.bytes - column",
+        kernel="prefill",
+    ),
+]
+
+CONTROLS = [
+    Mutant(
+        "control: another page where there is no row",
+        "decode",
+        ((STREAM, "next = {0, -1};", "next = {1, -1};"),),
+        ALL_CASES,
+        harmless=True,
+    ),
+    Mutant(
+        "control: parts in another order",
+        "decode",
+        (
+            (
+                DECODE,
+                "index / heads % plan.part_blocks;",
+                "plan.part_blocks - 1 - index / heads % plan.part_blocks;",
+            ),
+        ),
+        ALL_CASES,
+        harmless=True,
+    ),
+]
+
+DECODE_MUTANTS = ORDER + SUMS + KEYS + CONTROLS
