@@ -37,7 +37,8 @@ std::vector<CacheSpec> pages() {
                                    {.seed = 4, .keys = 0}},
                      .page_size = page_size,
                      .batch_idx = true,
-                     .packed = true});
+                     .packed = true,
+                     .layout_k = page_size == 7 ? Layout::kOdd : Layout::kPadded});
   }
   return specs;
 }

@@ -40,6 +40,7 @@ ORDER = [
         DECODE,
         "__syncthreads();  // everybody has read Q: its place is a slot",
         "",
+        cases="parts",
     ),
     mutant(
         "no barrier before the merge",
@@ -141,6 +142,7 @@ KEYS = [
         STREAM,
         "kAhead = kSlots / 2;",
         "kAhead = kSlots / 2 + 1;",
+        cases="parts",
     ),
     mutant("one key past the sequence", STREAM, "row < end)", "row <= end)"),
     mutant(
