@@ -114,11 +114,23 @@ const char* sm80_family(Memory memory) {
   return memory == Memory::kLarge ? "sm80_large" : "sm80_small";
 }
 
+// As check_blocks() for the two launches of decoding.
+Status check_decode_blocks(const Problem& p) {
+  const int64_t blocks = std::max(decode_plan(p).blocks(p), combine_blocks(p));
+  if (blocks <= INT32_MAX) return FLASHTILE_OK;
+  return fail(FLASHTILE_UNSUPPORTED,
+              "num_heads is %lld for %lld sequences in a cache; allowed on CUDA: up to %d thread "
+              "blocks, not %lld",
+              static_cast<I64>(p.num_heads), static_cast<I64>(p.batch), INT32_MAX,
+              static_cast<I64>(blocks));
+}
+
 // Keys in a cache: on every device the kernels for sm_80 and later. "decode" where some sequence
 // may have few queries; others are served by the forward's loop in the same call.
 Status cache_plan(const Problem& problem, const Device& device, PlanName& name,
                   size_t& workspace_bytes) {
   const bool decode = decode_forms(problem).decode;
+  if (Status s = decode ? check_decode_blocks(problem) : FLASHTILE_OK) return s;
   return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
     write_name(name, decode ? "decode" : "forward", sm80_family(device.memory), problem, dim.value);
     workspace_bytes = decode ? decode_workspace_sm80<dim.value, memory.value>(problem) : 0;

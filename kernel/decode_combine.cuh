@@ -11,29 +11,21 @@ namespace flashtile {
 template <int kHeadDim, class T>
 struct DecodeCombine {
   using Params = DecodeParams;
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kThreads = kCombineWarps * 32;
   static constexpr int kBlocksPerSm = 8;
   static constexpr int kSharedBytes = 0;
   static constexpr int kLaneCols = 4;
   static constexpr int kPasses = (kHeadDim + 32 * kLaneCols - 1) / (32 * kLaneCols);
-  // Thread blocks of a head: in a long batch each takes several rows, most of which are not its.
-  static constexpr int64_t kMostTokens = 1024;
-
-  static int64_t tokens_at_once(const Problem& p) {
-    return smaller(p.is_varlen() ? p.total_q : p.batch * p.seqlen_q, kMostTokens);
-  }
-  static int64_t head_blocks(const Problem& p) { return (p.num_heads + kWarps - 1) / kWarps; }
 
   FLASHTILE_DEVICE static void run(const Params& params, char*) {
     const Problem& problem = params.forward.problem;
-    const int blocks = (static_cast<int>(problem.num_heads) + kWarps - 1) / kWarps;
+    const int head_blocks = static_cast<int>(combine_head_blocks(problem));
     const int index = ptx::block_index();
-    const int head = index % blocks * kWarps + ptx::thread_index() / 32;
+    const int head = index % head_blocks * kCombineWarps + ptx::thread_index() / 32;
     if (head >= problem.num_heads) return;
-    const int64_t tokens = problem.is_varlen() ? problem.total_q : problem.batch * problem.seqlen_q;
-    for (int64_t token = index / blocks; token < tokens; token += ptx::grid_size() / blocks)
-      combine_row(params, token, head);
+    const int64_t rows = rows_of_all(problem);
+    for (int64_t row = index / head_blocks; row < rows; row += ptx::grid_size() / head_blocks)
+      combine_row(params, row, head);
   }
 
  private:
@@ -42,27 +34,27 @@ struct DecodeCombine {
     int query;  // of the sequence
   };
 
-  FLASHTILE_DEVICE static Row row_of(const Problem& problem, int64_t token) {
+  FLASHTILE_DEVICE static Row row_of(const Problem& problem, int64_t index) {
     if (!problem.is_varlen()) {
-      const int64_t b = token / problem.seqlen_q;
-      return {cache_sequence_of(problem, b), static_cast<int>(token - b * problem.seqlen_q)};
+      const int64_t b = index / problem.seqlen_q;
+      return {cache_sequence_of(problem, b), static_cast<int>(index - b * problem.seqlen_q)};
     }
     int low = 0, high = static_cast<int>(problem.batch) - 1;  // the last that begins before it
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (problem.cu_seqlens_q[middle] <= token) {
+      if (problem.cu_seqlens_q[middle] <= index) {
         low = middle;
       } else {
         high = middle - 1;
       }
     }
     const Sequence sequence = cache_sequence_of(problem, low);
-    return {sequence, static_cast<int>(token - sequence.row_q)};
+    return {sequence, static_cast<int>(index - sequence.row_q)};
   }
 
-  FLASHTILE_DEVICE static void combine_row(const Params& params, int64_t token, int head) {
+  FLASHTILE_DEVICE static void combine_row(const Params& params, int64_t index, int head) {
     const Problem& problem = params.forward.problem;
-    const Row row = row_of(problem, token);
+    const Row row = row_of(problem, index);
     const Sequence& sequence = row.sequence;
     const bool owned = row.query >= 0 && row.query < sequence.owned_q;
     if (!owned || !params.plan.serves(sequence.seqlen_q)) return;

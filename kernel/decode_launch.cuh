@@ -9,7 +9,6 @@ namespace flashtile {
 
 template <int kHeadDim, Memory kMemory, class T>
 Status launch_decode_kernels(const ForwardParams& params, CUstream_st* stream) {
-  using Combine = DecodeCombine<kHeadDim, T>;
   const Problem& problem = params.problem;
   const DecodeParams kernel_params{
       .forward = params,
@@ -21,11 +20,11 @@ Status launch_decode_kernels(const ForwardParams& params, CUstream_st* stream) {
       .plan = decode_plan(problem),
       .scale_log2 = positive_scale_log2(problem.softmax_scale),
       .negate_q = problem.softmax_scale < 0.0f};
-  const DecodePlan& plan = kernel_params.plan;
-  const int64_t blocks = plan.tiles * problem.num_heads_kv * plan.part_blocks;
-  if (Status s = launch<DecodeSm80<kHeadDim, kMemory, T>>(kernel_params, blocks, stream)) return s;
-  return launch<Combine>(kernel_params,
-                         Combine::tokens_at_once(problem) * Combine::head_blocks(problem), stream);
+  if (Status s = launch<DecodeSm80<kHeadDim, kMemory, T>>(
+          kernel_params, kernel_params.plan.blocks(problem), stream)) {
+    return s;
+  }
+  return launch<DecodeCombine<kHeadDim, T>>(kernel_params, combine_blocks(problem), stream);
 }
 
 template <int kHeadDim, Memory kMemory>

@@ -59,6 +59,7 @@ struct DecodePlan {
   FLASHTILE_HOST_DEVICE bool serves(int64_t seqlen_q) const {
     return seqlen_q * group <= kDecodeLimit;
   }
+  int64_t blocks(const Problem& p) const { return tiles * p.num_heads_kv * part_blocks; }
   FLASHTILE_HOST_DEVICE int64_t partials(const Problem& p) const {
     return rows * p.num_heads_kv * most_parts;
   }
@@ -113,6 +114,20 @@ struct DecodeWorkspace {
     return static_cast<size_t>(partials) * (columns * sizeof(float) + sizeof(LogSum));
   }
 };
+
+// The grid of the merge: a warp for a row and head. In a long batch, most of whose rows are not its
+// own, each takes several rows.
+inline constexpr int kCombineWarps = 4;
+inline constexpr int64_t kCombineRows = 1024;  // of q, at once
+FLASHTILE_HOST_DEVICE int64_t rows_of_all(const Problem& p) {
+  return p.is_varlen() ? p.total_q : p.batch * p.seqlen_q;
+}
+FLASHTILE_HOST_DEVICE int64_t combine_head_blocks(const Problem& p) {
+  return (p.num_heads + kCombineWarps - 1) / kCombineWarps;
+}
+inline int64_t combine_blocks(const Problem& p) {
+  return smaller(rows_of_all(p), kCombineRows) * combine_head_blocks(p);
+}
 
 // What both kernels are given.
 struct DecodeParams {

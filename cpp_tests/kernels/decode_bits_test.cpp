@@ -22,17 +22,6 @@ std::vector<Schedule> sm80_schedules() {
   return all;
 }
 
-std::vector<double> rows_of(const CacheCall& call, const CacheResult& result, size_t sequence) {
-  std::vector<double> bits;
-  const int64_t first = call.first_query(sequence) * call.spec().heads;
-  const int64_t count = int64_t{call.spec().sequences[sequence].queries} * call.spec().heads;
-  const int64_t dim = call.spec().dims.v;
-  bits.insert(bits.end(), result.out.begin() + first * dim,
-              result.out.begin() + (first + count) * dim);
-  bits.insert(bits.end(), result.lse.begin() + first, result.lse.begin() + first + count);
-  return bits;
-}
-
 struct Random {
   std::mt19937_64 engine;
   int below(int n) { return static_cast<int>(engine() % static_cast<uint64_t>(n)); }
