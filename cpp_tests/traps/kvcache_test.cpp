@@ -9,17 +9,6 @@ namespace {
 
 const Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
 
-// The numbers of one sequence's queries and LSE.
-std::vector<double> rows_of(const CacheCall& call, const CacheResult& result, size_t b) {
-  const int64_t heads = call.spec().heads, dim = call.spec().dims.v;
-  const int64_t first = call.first_query(b) * heads;
-  const int64_t count = int64_t{call.spec().sequences[b].queries} * heads;
-  std::vector<double> rows(result.out.begin() + first * dim,
-                           result.out.begin() + (first + count) * dim);
-  rows.insert(rows.end(), result.lse.begin() + first, result.lse.begin() + first + count);
-  return rows;
-}
-
 }  // namespace
 
 TEST("K1 an append beyond the capacity touches no neighbour, with pages and without") {
