@@ -16,8 +16,7 @@
  * Key/value cache (problem.page_size > 0): k and v are pages, and every sequence's rows are found
  * through block_table or cache_batch_idx. Lengths, tables, indices and paddings of a cache are read
  * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
- * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones. In this
- * version flashtile_forward reads a cache on the CPU only; it is written and checked on both.
+ * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones.
  *
  * Every error is a status plus one sentence (flashtile_last_error) that names the argument, its
  * value and what is allowed. When a call fails before launching, nothing was written.
@@ -143,7 +142,8 @@ typedef struct {
   const int32_t* cu_seqlens_new;  /* [batch + 1], int32; instead: packed, like cu_seqlens_q */
   int64_t total_new;              /* rows of the packed tensor */
   /* Parts that the keys of a sequence are cut into at most; 0: flashtile chooses. A row's bits
-   * depend on this and on its own sequence alone: not on page sizes, neighbours or threads. */
+   * depend on this and on its own sequence alone: not on page sizes, neighbours or threads. On CUDA
+   * 32 at most, and one for a sequence of more than 64 queries times num_heads / num_heads_kv. */
   int64_t num_splits;
 } flashtile_problem;
 

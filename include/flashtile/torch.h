@@ -404,8 +404,7 @@ inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k
 // Attention of new queries over a cache, into which options.append is written first, in place. q is
 // (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q,
 // which serves prefill and decoding in one call. A row beyond the capacity is not written. The bits
-// of a sequence's result depend on num_splits and on the sequence alone. In this version a cache is
-// written on CUDA, but read on the CPU only; without gradients.
+// of a sequence's result depend on num_splits and on the sequence alone. Without gradients.
 inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                               const KVCacheOptions& options = {}) {
   for (const at::Tensor* tensor : {&q, &cache.k, &cache.v}) {

@@ -87,11 +87,6 @@ FLASHTILE_DEVICE float lds_f32(uint32_t address) {
 FLASHTILE_DEVICE void sts_f32(uint32_t address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
-FLASHTILE_DEVICE void sts_f32x4(uint32_t address, const float (&x)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x[0]), "f"(x[1]),
-               "f"(x[2]), "f"(x[3])
-               : "memory");
-}
 FLASHTILE_DEVICE float4 lds_f32x4(uint32_t address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"

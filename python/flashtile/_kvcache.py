@@ -300,8 +300,7 @@ def attention_with_kvcache(
     Args:
         q: ``(batch, seqlen_q, num_heads, head_dim)``, or with cu_seqlens_q
             ``(total_q, num_heads, head_dim)``. On the CPU: float16, bfloat16, float32, float64.
-            On CUDA, for k alone: float16, bfloat16; reading a cache is refused there in this
-            version.
+            On CUDA: float16, bfloat16.
         k_cache: ``(batch_cache, seqlen_cache, num_heads_kv, head_dim)`` or ``(num_pages,
             page_size, num_heads_kv, head_dim)``, any page size, any strides, the last one 1.
         v_cache: The same with head_dim_v.
