@@ -168,3 +168,63 @@ TEST("the backward's workspace does not depend on which kernels serve it") {
   CHECK_EQ(workspace([](BackwardCall& call) { call.params.dout.stride_seq = 516; }), plain);
   CHECK(plain > 0);
 }
+
+namespace {
+
+// A call over a cache of `capacity` rows for each of two sequences.
+Call cache_call(int64_t queries, int64_t capacity) {
+  Call call;
+  call.problem.head_dim = call.problem.head_dim_v = 64;
+  call.problem.num_heads_kv = 1;
+  call.problem.seqlen_q = queries;
+  call.problem.page_size = capacity;
+  call.problem.num_pages = kBatch;
+  call.params.problem = &call.problem;
+  return call;
+}
+
+std::string plan_of(Call call) {
+  call.params.problem = &call.problem;
+  char name[128] = "", note[256] = "unset";
+  if (flashtile_plan(&call.params, name, sizeof name) != FLASHTILE_OK)
+    return flashtile_last_error();
+  CHECK_EQ(flashtile_can_run(&call.params, note, sizeof note), FLASHTILE_OK);
+  CHECK_EQ(std::string(note), std::string());
+  return name;
+}
+
+}  // namespace
+
+TEST("a cache: decoding up to 64 queries times heads of a group, on 9.0 too, without a note") {
+  if (slice_of(64) != 64) SKIP("this build has no kernels of head dim 64");
+  for (const ptx::Device* device : {&ptx::kSm80, &ptx::kSm90}) {
+    ptx::machine().configure(*device);
+    CHECK_EQ(plan_of(cache_call(1, 500)), std::string("decode_sm80_large_d64_bf16_full"));
+    CHECK_EQ(plan_of(cache_call(16, 500)), std::string("decode_sm80_large_d64_bf16_full"));
+    CHECK_EQ(plan_of(cache_call(17, 500)), std::string("forward_sm80_large_d64_bf16_full"));
+    Call packed = cache_call(0, 500);
+    const int32_t rows[3] = {};
+    packed.problem.cu_seqlens_q = rows;
+    packed.problem.total_q = 200;  // of any number of sequences
+    CHECK_EQ(plan_of(packed), std::string("decode_sm80_large_d64_bf16_full"));
+  }
+}
+
+TEST("a cache that is too long for CUDA, and too many heads, are refused") {
+  if (slice_of(64) != 64) SKIP("this build has no kernels of head dim 64");
+  ptx::machine().configure(ptx::kSm80);
+  CHECK_EQ(plan_of(cache_call(1, int64_t{1} << 30)),
+           std::string("page_size is 1073741824; allowed on CUDA: 0 to 1073741312"));
+  Call paged = cache_call(1, 1 << 10);
+  const int32_t table[2] = {};
+  paged.problem.block_table = table;
+  paged.problem.max_blocks = 1 << 20;
+  CHECK_EQ(plan_of(paged),
+           std::string("page_size * max_blocks is 1073741824; allowed on CUDA: 0 to 1073741312"));
+  Call many = cache_call(64, 100);  // 128 rows to merge for every four heads
+  many.problem.num_heads = many.problem.num_heads_kv = 500'000'000;
+  many.problem.head_dim = many.problem.head_dim_v = 1;
+  CHECK_EQ(plan_of(many),
+           std::string("num_heads is 500000000 for 2 sequences in a cache; allowed on CUDA: up to "
+                       "2147483647 thread blocks, not 16000000000"));
+}
