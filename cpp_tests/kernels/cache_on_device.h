@@ -88,7 +88,6 @@ inline void check_cache_on_devices(CacheSpec spec, bool all_schedules = false) {
   static size_t turn = 0;
   ++turn;
   for (const auto& [device, its_schedules] : schedules_by_device()) {
-    if (its_schedules.front().has_sm90) continue;  // as on sm_90
     for (size_t i = 0; i < its_schedules.size(); ++i) {
       if (!all_schedules && i != turn % its_schedules.size()) continue;
       const Schedule& schedule = its_schedules[i];

@@ -11,15 +11,11 @@ namespace {
 
 const int kPageSizes[] = {0, 1, 7, 16, 48, 128, 256};
 
-std::vector<Schedule> sm80_schedules() {
+std::vector<Schedule> all_schedules() {
   const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP(reason);
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   if (slice_of(64) == 0) SKIP("this build has no kernels of head dim 64");
-  std::vector<Schedule> all;
-  for (const Schedule& schedule : schedules()) {
-    if (!schedule.has_sm90) all.push_back(schedule);
-  }
-  return all;
+  return schedules();
 }
 
 struct Random {
@@ -49,7 +45,7 @@ CacheSpec neighbouring(const CacheSequence& one, Random& random, size_t& at) {
 
 // `runs` times under the schedules in turn. The memory classes differ only where they prefill.
 void check_bits(const CacheSequence& one, int runs, uint64_t seed) {
-  const std::vector<Schedule> all = sm80_schedules();
+  const std::vector<Schedule> all = all_schedules();
   std::map<std::string, std::vector<double>> bits;
   Random random{std::mt19937_64(seed)};
   for (int i = 0; i < runs; ++i) {
@@ -87,7 +83,7 @@ TEST("rows of q that are not in use") {
     spec.sequences.push_back({.seed = b + 1, .keys = 100, .queries = used[b]});
   CacheSpec packed_spec = spec;
   packed_spec.packed = true;
-  for (const Schedule& schedule : sm80_schedules()) {
+  for (const Schedule& schedule : all_schedules()) {
     CacheCall dense(spec), packed(packed_spec);
     flashtile_problem problem = dense.problem();
     problem.seqused_q = used.data();
@@ -108,7 +104,7 @@ TEST("rows of q that are not in use") {
 
 // Rows of a packed q behind the last sequence, and calls without any row, sequence or page.
 TEST("rows that belong to no sequence, and nothing at all") {
-  for (const Schedule& schedule : sm80_schedules()) {
+  for (const Schedule& schedule : all_schedules()) {
     for (const int last : {3, 70}) {
       CacheSpec spec = {.dtype = Dtype::kFloat16, .page_size = 16, .packed = true, .mask = kFull};
       spec.sequences = {{.seed = 1, .keys = 90, .queries = 73 - last},
@@ -145,7 +141,7 @@ TEST("rows that belong to no sequence, and nothing at all") {
 }
 
 TEST("huge scores, and a scale below zero or zero") {
-  for (const Schedule& schedule : sm80_schedules()) {
+  for (const Schedule& schedule : all_schedules()) {
     for (const float factor : {-1.0f, 0.0f, 1e6f, 1e12f}) {
       for (const int queries : {1, 40}) {
         CacheCall call({.dtype = Dtype::kBFloat16,
@@ -173,7 +169,7 @@ TEST("huge scores, and a scale below zero or zero") {
 
 // Every number of a cache may be wrong: the machine knows where each tensor ends.
 TEST("wrong lengths, pages, indices and paddings read nothing outside") {
-  const std::vector<Schedule> all = sm80_schedules();
+  const std::vector<Schedule> all = all_schedules();
   Random random{std::mt19937_64(3)};
   constexpr int32_t kNonsense[] = {-1, INT32_MIN, INT32_MAX, 1000, 0, 64};
   for (size_t i = 0; i < 60; ++i) {
@@ -206,7 +202,7 @@ TEST("a sequence whose numbers are right is not disturbed by the others'") {
                           .heads = 2,
                           .sequences = {{.seed = 1, .keys = 40}, {.seed = 2, .keys = 30}},
                           .page_size = 8};
-  for (const Schedule& schedule : sm80_schedules()) {
+  for (const Schedule& schedule : all_schedules()) {
     CacheCall good(spec), bad(spec);
     bad.lengths[1] = INT32_MAX;
     bad.table[static_cast<size_t>(bad.problem().block_table_stride)] = -7;
@@ -222,7 +218,7 @@ TEST("rows that nobody reads may hold anything: two sequences share a page") {
                           .heads = 2,
                           .sequences = {{.seed = 1, .keys = 40}, {.seed = 2, .keys = 21}},
                           .page_size = 16};
-  for (const Schedule& schedule : sm80_schedules()) {
+  for (const Schedule& schedule : all_schedules()) {
     CacheCall apart(spec), shared(spec);
     const auto stride = static_cast<size_t>(apart.problem().block_table_stride);
     shared.table[stride] = shared.table[0];
@@ -243,7 +239,7 @@ TEST("rows that nobody reads may hold anything: two sequences share a page") {
 }
 
 TEST("room that does not grow with the capacity") {
-  sm80_schedules();
+  all_schedules();
   CacheCall call(
       {.dtype = Dtype::kBFloat16, .sequences = {{.seed = 1, .keys = 20}}, .page_size = 16});
   flashtile_problem problem = call.problem();

@@ -24,7 +24,7 @@ std::vector<Schedule> a_schedule_of_each() {
   if (!reason.empty()) SKIP(reason);
   std::vector<Schedule> chosen;
   for (const auto& [device, its_schedules] : schedules_by_device()) {
-    if (!its_schedules.front().has_sm90) chosen.push_back(its_schedules.front());
+    chosen.push_back(its_schedules.front());
   }
   return chosen;
 }

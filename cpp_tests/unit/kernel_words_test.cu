@@ -5,6 +5,7 @@
 #include "../check.h"
 #include "backward_sm90_shape.cuh"
 #include "config.cuh"
+#include "decode_plan.cuh"
 #include "tile/mask.cuh"
 #include "tile/row_format.cuh"
 #include "tile/work.cuh"
@@ -208,4 +209,50 @@ TEST("dq of the backward for sm_90a: every element has a place of its own") {
   check_dq_order<128>();
   check_dq_order<192>();
   check_dq_order<256>();
+}
+
+TEST("division by the size of a page is exact") {
+  for (uint32_t divisor = 1; divisor < 3000; ++divisor) {
+    const Divisor by(divisor);
+    for (uint32_t n : {0u, 1u, divisor - 1, divisor, divisor + 1, 5 * divisor - 1, 5 * divisor,
+                       0x7fffffffu / divisor * divisor, 0x7fffffffu / divisor * divisor - 1,
+                       0x7ffffffeu, 0x7fffffffu})
+      CHECK_EQ(by.quotient(static_cast<int>(n)), static_cast<int>(n / divisor));
+  }
+  for (int shift = 2; shift < 31; ++shift) {
+    for (const uint32_t divisor :
+         {(1u << shift) - 1, 1u << shift, (1u << shift) + 1, 0x7fffffffu}) {
+      const Divisor by(divisor);
+      for (uint32_t multiple = 0; multiple <= 0x7fffffffu / divisor && multiple < 2000;
+           ++multiple) {
+        for (const uint32_t rest : {0u, divisor / 2, divisor - 1}) {
+          const uint64_t n = uint64_t{multiple} * divisor + rest;
+          if (n <= 0x7fffffffu)
+            CHECK_EQ(by.quotient(static_cast<int>(n)), static_cast<int>(multiple));
+        }
+      }
+    }
+  }
+}
+
+TEST("the parts of a tile's steps: each once, none empty, as many as there is room for") {
+  for (const int64_t num_splits : {0, 1, 2, 3, 7, 16, 31, 32, 33, 1000}) {
+    for (int steps = 0; steps < 1100; ++steps) {
+      const int begin = steps % 5;
+      const DecodeParts parts(begin, begin + steps, num_splits);
+      int next = begin;
+      for (int part = 0; part < parts.count; ++part) {
+        CHECK_EQ(parts.first(part), next);
+        next = parts.last(part);
+        CHECK(next > parts.first(part));
+      }
+      CHECK_EQ(next, begin + steps);
+      CHECK(num_splits == 0 || parts.count <= num_splits);
+      Problem problem{.batch = 1, .num_heads = 1, .num_heads_kv = 1, .seqlen_q = 1};
+      problem.cache.page_size = int64_t{begin + steps} * kDecodeStep;
+      problem.cache.num_pages = 1;
+      problem.cache.num_splits = num_splits;
+      CHECK(parts.count <= decode_plan(problem).most_parts);
+    }
+  }
 }
