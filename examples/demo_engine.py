@@ -96,7 +96,7 @@ async def running_server(
     command = [
         *(sys.executable, str(ENGINE / "serve.py"), "--engine", str(arguments.engine)),
         *("--model", str(arguments.model), "--port", str(port), "--log-level", "warning"),
-        *("--", *options),
+        *("--", "--device", "cpu", *options),  # fp32, so that tokens can be compared
     ]
     server = subprocess.Popen(command)
     client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
@@ -143,9 +143,12 @@ async def stream(client: Any, model: str, answer: Answer, asked: dict[str, Any])
 
 
 async def serve_all(
-    client: Any, model: str, requests: list[tuple[Answer, dict[str, Any]]]
+    client: Any,
+    model: str,
+    requests: list[tuple[Answer, dict[str, Any]]],
+    seconds_between: float,
 ) -> tuple[float, list[int]]:
-    """All requests, each a moment after the one before. Seconds, and pages in use over time."""
+    """All requests, each some seconds after the one before. Seconds, and pages in use over time."""
     pages: list[int] = []
 
     async def watch() -> None:
@@ -154,7 +157,7 @@ async def serve_all(
             await asyncio.sleep(1)
 
     async def later(i: int) -> None:
-        await asyncio.sleep(i * ARRIVAL_SECONDS)
+        await asyncio.sleep(i * seconds_between)
         await stream(client, model, *requests[i])
 
     watcher = asyncio.create_task(watch())
@@ -203,7 +206,7 @@ async def show_serving(
             f" of {before['page_size']} tokens, {before['cache_bytes'] / 2**20:.0f} MiB"
         )
         print(f"  {len(requests)} requests of {min(lengths)} to {max(lengths)} tokens", flush=True)
-        seconds, pages = await serve_all(client, model, requests)
+        seconds, pages = await serve_all(client, model, requests, ARRIVAL_SECONDS)
         stats = await stats_of(client)
         for answer, _ in requests[:3]:
             print(f"\n  > {answer.name[:80]}\n  {answer.text.strip()!r}")
@@ -241,12 +244,12 @@ async def show_exhaustion(
         for answer, asked in requests
     ]
     async with running_server(arguments, *SMALL_CACHE) as (client, model):
-        await serve_all(client, model, again)
+        await serve_all(client, model, again, 0)
         stats = await stats_of(client)
     compare(checks, [answer for answer, _ in again])
     checks.line(
         f"{stats['pages']} pages of {stats['page_size']} for {len(again)} requests:"
-        f" {stats['preemptions']} times one lost its pages and computed its tokens again;"
+        f" {stats['preemptions']} times one had to give its pages back and compute again;"
         f" pages in use at the end: {stats['pages_in_use']}",
         stats["preemptions"] > 0 and stats["pages_in_use"] == 0,
     )
@@ -285,7 +288,10 @@ def main() -> int:
         )
         return 0
     if not arguments.engine.is_file():
-        print(f"Left out: everything, because {arguments.engine} was not built.")
+        print(
+            f"Left out: everything, because {arguments.engine} was not built; with network access"
+            " `pip install nlohmann-json` brings what it needs."
+        )
         return 0
     if not (arguments.model / "tokenizer.json").is_file():
         print(f"exporting {source.name} to {arguments.model}", flush=True)

@@ -116,7 +116,7 @@ struct Model::Implementation {
 
   explicit Implementation(const ModelOptions& from);
   void load(const std::filesystem::path& folder);
-  void make_cache(int64_t num_pages, int64_t page_size);
+  void make_cache();
   at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const {
     return at::rms_norm(x, {config.hidden_size}, weight, config.rms_norm_eps);
   }
@@ -128,8 +128,17 @@ struct Model::Implementation {
 Model::Implementation::Implementation(const ModelOptions& from) : config(read_config(from.folder)) {
   const at::Device device = choose_device(from.device);
   options = at::TensorOptions(device).dtype(choose_dtype(from.dtype, device));
+  shape = {.device = device.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU,
+           .dtype = as_flashtile(options.dtype().toScalarType()),
+           .num_heads = config.num_heads,
+           .num_heads_kv = config.num_heads_kv,
+           .head_dim = config.head_dim,
+           .num_pages = from.num_pages,
+           .page_size = from.page_size};
+  // What flashtile does not serve is refused before a gigabyte is read.
+  PagedAttention(shape, {.batch = 1}).workspace_bytes();
   load(from.folder);
-  make_cache(from.num_pages, from.page_size);
+  make_cache();
 }
 
 void Model::Implementation::load(const std::filesystem::path& folder) {
@@ -142,25 +151,19 @@ void Model::Implementation::load(const std::filesystem::path& folder) {
   for (int64_t i = 0; i < config.num_layers; ++i) layers.push_back(load_layer(load, config, i));
 }
 
-void Model::Implementation::make_cache(int64_t num_pages, int64_t page_size) {
-  cache = at::zeros(
-      {config.num_layers, 2, num_pages, page_size, config.num_heads_kv, config.head_dim}, options);
+void Model::Implementation::make_cache() {
+  cache = at::zeros({config.num_layers, 2, shape.num_pages, shape.page_size, config.num_heads_kv,
+                     config.head_dim},
+                    options);
   // Angles in fp32, then rounded: as the model was trained.
   const at::Tensor exponent = at::arange(0, config.head_dim, 2, at::kFloat).div_(config.head_dim);
   const at::Tensor frequency = at::pow(config.rope_theta, exponent).reciprocal_();
   const at::Tensor angle = at::outer(at::arange(config.max_seqlen, at::kFloat), frequency);
   cos = angle.cos().to(options.device(), options.dtype().toScalarType());
   sin = angle.sin().to(options.device(), options.dtype().toScalarType());
-  shape = {.device = options.device().is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU,
-           .dtype = as_flashtile(options.dtype().toScalarType()),
-           .num_heads = config.num_heads,
-           .num_heads_kv = config.num_heads_kv,
-           .head_dim = config.head_dim,
-           .num_pages = num_pages,
-           .page_size = page_size,
-           .rotary_cos = cos.data_ptr(),
-           .rotary_sin = sin.data_ptr(),
-           .rotary_rows = config.max_seqlen};
+  shape.rotary_cos = cos.data_ptr();
+  shape.rotary_sin = sin.data_ptr();
+  shape.rotary_rows = config.max_seqlen;
 }
 
 void Model::Implementation::grow_workspace(size_t bytes) {

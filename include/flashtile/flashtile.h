@@ -18,6 +18,10 @@
  * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
  * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones.
  *
+ * Lifetime: the structs are read during the call alone. The memory that they point to is read and
+ * written until the call returns (CPU) or until the stream has passed it (CUDA); a captured graph
+ * keeps the pointers and sizes, and reads what lies there at every replay.
+ *
  * Every error is a status plus one sentence (flashtile_last_error) that names the argument, its
  * value and what is allowed. When a call fails before launching, nothing was written.
  */
@@ -78,12 +82,12 @@ enum { FLASHTILE_DETERMINISTIC = 1 }; /* backward: bitwise equal gradients from 
 
 /* A tensor (batch, seqlen, heads, head_dim). Strides are in elements and may be any value, 0
  * included; head_dim has stride 1. With cu_seqlens the tensor is (total, heads, head_dim) and
- * stride_batch is not read. */
+ * stride_batch is not read. Memory between the rows is never written and reaches no result. */
 typedef struct {
-  void* data;
-  int64_t stride_batch;
-  int64_t stride_seq;
-  int64_t stride_head;
+  void* data;           /* the first element, aligned to its size; may be NULL where none is */
+  int64_t stride_batch; /* from sequence to sequence; of a cache from page to page */
+  int64_t stride_seq;   /* from row to row of a sequence */
+  int64_t stride_head;  /* from head to head of a row */
 } flashtile_tensor;
 
 /* What is computed. Forward and backward of one attention share one problem. Enumerations are
@@ -159,8 +163,8 @@ typedef struct {
   float* softmax_lse;
   int64_t lse_stride_batch; /* in elements; the last dimension has stride 1 */
   int64_t lse_stride_head;
-  void* workspace; /* on `device`, 64-byte aligned, holds nothing between calls */
-  size_t workspace_bytes;
+  void* workspace;        /* on `device`, 64-byte aligned, holds nothing between calls */
+  size_t workspace_bytes; /* flashtile_workspace_size, or more */
 } flashtile_forward_params;
 
 /* Reads q, k, v, out, softmax_lse, dout and, unless NULL, dsoftmax_lse. Writes dq, dk, dv. */
@@ -170,14 +174,14 @@ typedef struct {
   flashtile_tensor q, k, v, out;
   flashtile_tensor dout;       /* shaped like out */
   flashtile_tensor dq, dk, dv; /* shaped like q, k, v */
-  const float* softmax_lse;    /* from forward */
-  int64_t lse_stride_batch;
+  const float* softmax_lse;    /* from forward, shaped as there */
+  int64_t lse_stride_batch;    /* in elements; the last dimension has stride 1 */
   int64_t lse_stride_head;
   const float* dsoftmax_lse; /* gradient of softmax_lse, same shape; may be NULL (zero) */
-  int64_t dlse_stride_batch;
+  int64_t dlse_stride_batch; /* in elements; the last dimension has stride 1 */
   int64_t dlse_stride_head;
-  void* workspace;
-  size_t workspace_bytes;
+  void* workspace;        /* as in forward: on `device`, 64-byte aligned, not kept */
+  size_t workspace_bytes; /* flashtile_workspace_size_backward, or more */
 } flashtile_backward_params;
 
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
