@@ -54,9 +54,9 @@ Step Scheduler::plan() {
   const int64_t preemptions_before = preemptions_;
   for (size_t i = 0; i < running_.size(); ++i) {
     Sequence& sequence = *running_[i];
-    // One token is kept for everybody behind, so that a long prompt does not hold up the others.
-    const auto behind = [&] { return static_cast<int64_t>(running_.size() - i) - 1; };
-    const int64_t count = std::min(sequence.pending(), budget - behind());
+    // Only the last one can have more than one token left, as admit() stops where a prompt did not
+    // fit into a step: a long prompt never holds up the others' decoding.
+    const int64_t count = std::min(sequence.pending(), budget);
     // Whoever gives pages is behind and not in the step yet, or the sequence itself.
     while (i < running_.size() && !grow(sequence, count, step.copies)) preempt_last();
     if (i == running_.size()) break;

@@ -1,7 +1,7 @@
 // Decides what every step of the model computes: continuous batching over a paged cache.
 //
-// A step takes tokens of many sequences: one of each that is decoding, as many as fit of those
-// whose prompts are still computed, and new requests as long as there is room. When pages run out,
+// A step takes tokens of many sequences: one of each that is decoding, as many as fit of the prompt
+// that is in the making, and new requests as long as there is room. When pages run out,
 // the sequence that came last gives its own back and waits; it computes its tokens again later. So
 // the oldest always moves on, and every request that is admitted ends.
 //
