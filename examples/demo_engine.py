@@ -26,7 +26,7 @@ from typing import Any
 ENGINE = Path(__file__).resolve().parent / "engine"
 ARRIVAL_SECONDS = 0.3  # between two requests
 NEW_TOKENS = 20
-SMALL_CACHE = ("--pages", "32", "--page-size", "4")
+SMALL_CACHE = ("--pages", "26", "--page-size", "4")
 SMALL_CACHE_REQUESTS = 6
 QUESTIONS = (
     "Why is the sky blue?",
@@ -248,9 +248,8 @@ async def show_exhaustion(
         stats = await stats_of(client)
     compare(checks, [answer for answer, _ in again])
     checks.line(
-        f"{stats['pages']} pages of {stats['page_size']} for {len(again)} requests:"
-        f" {stats['preemptions']} times one had to give its pages back and compute again;"
-        f" pages in use at the end: {stats['pages_in_use']}",
+        f"{stats['pages']} pages of {stats['page_size']} for {len(again)} requests: taken away and"
+        f" computed again {stats['preemptions']} times; in use at the end: {stats['pages_in_use']}",
         stats["preemptions"] > 0 and stats["pages_in_use"] == 0,
     )
 
