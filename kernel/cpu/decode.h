@@ -116,7 +116,7 @@ class Decode {
   // r / group of head head * group + r % group.
   void attend(int64_t batch, int64_t part, int64_t head, int thread) const {
     const Sequence seq = sequence_of(problem_, batch);
-    if (extent_.leaves_out(seq.q_len)) return;
+    if (seq.q_len == 0 || extent_.leaves_out(seq.q_len)) return;
     const int64_t count = part_keys(problem_, seq.k_len);
     const Range seen = seq.visible.keys_of_group(0, seq.q_len);
     const Range keys = {larger_of(part * count, round_down(seen.begin, kDecodeKeys)),

@@ -177,7 +177,7 @@ Status run(const Pass<Params>& pass, const Params& params, const Extent& extent)
     --threads;
   }
   const size_t needed = pass.scratch(params.problem, extent, threads).minimum;
-  if (needed > params.workspace_bytes || params.workspace == nullptr) {
+  if (needed > (params.workspace == nullptr ? 0 : params.workspace_bytes)) {
     return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
                 "workspace_bytes is %zu; this call needs at least %zu bytes, see "
                 "flashtile_workspace_size",
