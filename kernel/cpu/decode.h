@@ -1,5 +1,5 @@
-// Forward for few query rows per key/value head (decoding): reading the keys and values once is most
-// of the cost, so nothing is packed that is used only a few times.
+// Forward for few query rows per key/value head (decoding): reading the keys and values once is
+// most of the cost, so nothing is packed that is used only a few times.
 //
 // Keys are cut into parts of whole chunks; a task is (sequence, part, key/value head), the head
 // innermost because rows of one token lie together, and covers all query rows of the head's group.
