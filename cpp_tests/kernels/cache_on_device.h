@@ -9,6 +9,13 @@
 
 namespace flashtile::test {
 
+// Skips the test where nothing can run.
+inline void need_device(const HeadDims& dims = 64) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (slice_of(dims) == 0) SKIP("this build has no kernels of this head dim");
+}
+
 // The call with everything it reads and writes in the backend's memory.
 inline CacheResult run_on(const Backend& backend, CacheCall& call,
                           const flashtile_problem& problem) {

@@ -9,12 +9,6 @@ namespace {
 const int kPageSizes[] = {0, 1, 7, 16, 48, 128, 256};
 const Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16};
 
-void need_device(const HeadDims& dims = 64) {
-  const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
-  if (slice_of(dims) == 0) SKIP("this build has no kernels of this head dim");
-}
-
 // Decode and prefill, an empty sequence, one without queries, keys to the last row of a page, more
 // keys than one part has.
 std::vector<CacheSequence> mixed_sequences() {
