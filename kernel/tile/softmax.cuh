@@ -21,7 +21,7 @@ namespace flashtile {
 
 inline constexpr float kSlack = 8.0f;
 inline constexpr float kLargestOffset = 4096.0f;  // rounded by 2^-12 at most: 1 stays 1 in 16 bits
-inline constexpr float kNothingSeen = 3.4e38f;        // offset of a row before its first key
+inline constexpr float kNothingSeen = 3.4e38f;    // offset of a row before its first key
 
 // State of one warp's rows: indices [row block][half], rows 16 m + 8 half + lane / 4.
 template <int kRows>
