@@ -50,9 +50,9 @@ TEST("top_p keeps the most likely tokens that reach it, and at least one") {
 TEST("equal seeds give equal tokens, others do not") {
   const auto draw = [](uint64_t seed) {
     std::mt19937_64 random(seed);
-    std::vector<int32_t> tokens;
-    for (int i = 0; i < 50; ++i) {
-      tokens.push_back(engine::sample(kLogits, {.temperature = 1, .top_p = 0.95f}, random));
+    std::vector<int32_t> tokens(50);
+    for (int32_t& token : tokens) {
+      token = engine::sample(kLogits, {.temperature = 1, .top_p = 0.95f}, random);
     }
     return tokens;
   };

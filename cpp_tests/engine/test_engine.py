@@ -252,13 +252,18 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIG, make_tensors())
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
-    for damaged in (whole[:5], whole[:-4], b"\xff" * 8 + whole[8:]):
+    for damaged, sentence in (
+        (whole[:5], "too short for a safetensors file"),
+        (whole[:-4], "lies outside of the file or has another size"),
+        (b"\xff" * 8 + whole[8:], "its header does not end"),
+    ):
         file.write_bytes(damaged)
         result = subprocess.run(
             [EXECUTABLE, "--model", tmp_path], capture_output=True, text=True, check=False
         )
         assert result.returncode == 1
         assert "model.safetensors: " in result.stderr
+        assert sentence in result.stderr
 
 
 def test_the_reference_says_what_transformers_says(reference: Reference) -> None:
