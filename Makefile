@@ -98,6 +98,7 @@ sass-report: build
 
 model: sass-report
 	@$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/model_decode.py
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt

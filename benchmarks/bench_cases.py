@@ -148,4 +148,15 @@ def cuda_cases(full: bool) -> list[Case]:
     ]
     shapes += [(1, 64, 8, n, 128) for n in lengths]
     dtypes = ["bfloat16", "float16"] if full else ["bfloat16"]
-    return dense_cases(dtypes, shapes) + decode_cases(dtypes, [4096, 32768])
+    return dense_cases(dtypes, shapes) + cuda_decode_cases(dtypes)
+
+
+def cuda_decode_cases(dtypes: list[str]) -> list[Case]:
+    """Half a gigabyte of keys and values with grouped heads and without, and single sequences."""
+    shapes = [(32, 32, 8, 4096), (8, 32, 32, 4096)]  # batch, heads, heads_kv, keys
+    cases = [(*shape, page_size) for shape in shapes for page_size in (0, 16, 64, 256)]
+    cases += [(1, 32, 8, n, page_size) for n in (1024, 32768) for page_size in (0, 16)]
+    return [
+        Case(dtype, heads, heads_kv, 1, n, 128, False, "forward", batch, page_size=page_size)
+        for (batch, heads, heads_kv, n, page_size), dtype in itertools.product(cases, dtypes)
+    ]
