@@ -160,6 +160,17 @@ inline std::string append_on_cpu(Appending& what, const flashtile_problem& probl
   return append_on(cpu_backend(), what, problem);
 }
 
+// The library on some device: append and forward on what lies in host memory.
+struct CacheBackend {
+  AppendRun append;
+  std::function<CacheResult(CacheCall&, const flashtile_problem&)> forward;
+};
+
+inline CacheBackend cpu_cache_backend() {
+  return {append_on_cpu,
+          [](CacheCall& call, const flashtile_problem& problem) { return call.run(problem); }};
+}
+
 // What the cache should hold: `call`'s own, before it appends, plus the new rows that belong there.
 inline void expect_rows(const CacheCall& call, HostTensor& k, HostTensor& v) {
   for (size_t b = 0; b < call.spec().sequences.size(); ++b) {

@@ -41,7 +41,7 @@ struct CacheSpec {
   Mask mask = kCausal;
   int num_splits = 0;
   uint64_t layout_seed = 1;
-  Layout layout_k = Layout::kOdd;  // of k and the new keys; kPadded: rows at multiples of 16 bytes
+  Layout layout_k = Layout::kOdd;  // of k, the new keys, out; kPadded: rows at multiples of 16 bytes
   Layout layout_v = Layout::kPadded;  // of v
 
   int rows_of(const CacheSequence& s) const { return s.leftpad + s.keys + s.added; }
@@ -114,7 +114,7 @@ class CacheCall {
     params.k = view(k);
     params.v = view(v);
     HostTensor out(spec_.dtype, {q.extents().batch, q.extents().seq, spec_.heads, spec_.dims.v},
-                   Layout::kOdd);
+                   spec_.layout_k);
     HostTensor lse = make_row_tensor(q.extents());
     params.out = view(out);
     params.softmax_lse = reinterpret_cast<float*>(lse.bytes().data() + lse.start_byte());

@@ -21,9 +21,7 @@ FuzzTarget cpu_target(const std::string& instruction_set) {
   FuzzTarget target;
   target.range.work = 12'000'000;
   target.attempt = attempt;
-  target.cache = {append_on_cpu, [](CacheCall& call, const flashtile_problem& problem) {
-                    return call.run(problem);
-                  }};
+  target.cache = cpu_cache_backend();
   if (instruction_set.empty()) {
     target.range.dtypes = kAllDtypes;
     return target;

@@ -15,12 +15,6 @@
 
 namespace flashtile::test {
 
-// The library on some device: append and forward on what lies in host memory.
-struct CacheBackend {
-  AppendRun append;
-  std::function<CacheResult(CacheCall&, const flashtile_problem&)> forward;
-};
-
 struct FuzzCache {
   CacheSpec spec;
   int rotary_dim = 0;  // 0: none

@@ -69,4 +69,6 @@ std::vector<RunResult> results_of(const Setup& setup, int runs) {
   return results;
 }
 
+std::vector<CacheBackend> cache_backends() { return {cpu_cache_backend()}; }
+
 }  // namespace flashtile::test

@@ -1,6 +1,6 @@
 #include <cuda_runtime_api.h>
 
-#include "../kernels/kernel_cases.h"
+#include "../kernels/cache_on_device.h"
 #include "large_memory.h"
 #include "target.h"
 
@@ -22,6 +22,28 @@ Attempt attempt_on(std::vector<Schedule> chosen, const Setup& setup, const Truth
 void check_on(const std::vector<Schedule>& chosen, const Setup& setup, const Truth& truth) {
   const Attempt attempt = attempt_on(chosen, setup, truth);
   CHECK_MESSAGE(attempt.passed(), attempt.wrong);
+}
+
+// The schedules of one device, one after the other.
+struct Turns {
+  std::vector<Schedule> schedules;
+  size_t next = 0;
+  const Schedule& operator()() { return schedules[next++ % schedules.size()]; }
+};
+
+CacheBackend cache_backend(const std::vector<Schedule>& its_schedules) {
+  return {[turns = Turns{its_schedules}](Appending& what, const flashtile_problem& problem) mutable {
+            begin(turns());
+            const std::string error = append_on(cuda_backend(), what, problem);
+            return error + finish();
+          },
+          [turns = Turns{its_schedules}](CacheCall& call, const flashtile_problem& problem) mutable {
+            const Schedule& schedule = turns();
+            CacheResult result = run_under(schedule, call, problem);
+            const std::string expected = expected_cache_plan(call, schedule);
+            if (result.plan != expected) result.error += "ran " + result.plan + ", not " + expected;
+            return result;
+          }};
 }
 
 }  // namespace
@@ -98,6 +120,14 @@ std::vector<RunResult> results_of(const Setup& setup, int runs) {
     }
   }
   return results;
+}
+
+std::vector<CacheBackend> cache_backends() {
+  need_device();
+  std::vector<CacheBackend> backends;
+  for (const auto& [device, its_schedules] : schedules_by_device())
+    backends.push_back(cache_backend(its_schedules));
+  return backends;
 }
 
 }  // namespace flashtile::test

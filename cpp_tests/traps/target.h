@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../append_case.h"
 #include "../attempt.h"
 #include "../check.h"
 #include "../setup.h"
@@ -34,6 +35,10 @@ std::vector<RunResult> results_with_late_dout(const Setup& setup);
 
 // The results of `runs` runs; on the machine under as many schedules of every device model.
 std::vector<RunResult> results_of(const Setup& setup, int runs = 1);
+
+// Key/value caches, one entry for each device model; every call runs under the next schedule. A
+// forward by another kernel than the expected one is an error.
+std::vector<CacheBackend> cache_backends();
 
 // Every mask and dtype of a case.
 inline void check_case(const Case& spec, const HeadDims& head_dims,
