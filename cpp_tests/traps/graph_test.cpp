@@ -1,7 +1,9 @@
 // One capture of an append, of the check and of attention over the cache, replayed with other
-// lengths, other pages and longer sequences: everything that may change lies on the device.
+// lengths, other pages and longer sequences: everything that may change lies on the device. A test
+// is a process, so the first calls of all are captured, on a GPU on a stream of their own. The
+// machine, which has no graphs, repeats the calls.
 #include "../append_case.h"
-#include "device.h"
+#include "../kernels/device.h"
 
 using namespace flashtile::test;
 
@@ -132,13 +134,13 @@ void check_attention(const Schedule& schedule) {
 
 }  // namespace
 
-TEST("a captured append and check, replayed with other lengths and pages") {
+TEST("G2 the first calls are captured: an append and a check, replayed with other lengths") {
   const std::string reason = device_unavailable();
   if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   for (const Schedule& schedule : schedules()) check_schedule(schedule);
 }
 
-TEST("a captured append and attention, replayed with other lengths and pages") {
+TEST("G3 a captured append and attention, replayed with longer sequences and other pages") {
   const std::string reason = device_unavailable();
   if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   for (const Schedule& schedule : schedules()) check_attention(schedule);
