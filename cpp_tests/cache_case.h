@@ -41,7 +41,8 @@ struct CacheSpec {
   Mask mask = kCausal;
   int num_splits = 0;
   uint64_t layout_seed = 1;
-  Layout layout_k = Layout::kOdd;  // of k, the new keys, out; kPadded: rows at multiples of 16 bytes
+  Layout layout_k =
+      Layout::kOdd;  // of k, the new keys, out; kPadded: rows at multiples of 16 bytes
   Layout layout_v = Layout::kPadded;  // of v
 
   int rows_of(const CacheSequence& s) const { return s.leftpad + s.keys + s.added; }

@@ -32,18 +32,19 @@ struct Turns {
 };
 
 CacheBackend cache_backend(const std::vector<Schedule>& its_schedules) {
-  return {[turns = Turns{its_schedules}](Appending& what, const flashtile_problem& problem) mutable {
-            begin(turns());
-            const std::string error = append_on(cuda_backend(), what, problem);
-            return error + finish();
-          },
-          [turns = Turns{its_schedules}](CacheCall& call, const flashtile_problem& problem) mutable {
-            const Schedule& schedule = turns();
-            CacheResult result = run_under(schedule, call, problem);
-            const std::string expected = expected_cache_plan(call, schedule);
-            if (result.plan != expected) result.error += "ran " + result.plan + ", not " + expected;
-            return result;
-          }};
+  return {
+      [turns = Turns{its_schedules}](Appending& what, const flashtile_problem& problem) mutable {
+        begin(turns());
+        const std::string error = append_on(cuda_backend(), what, problem);
+        return error + finish();
+      },
+      [turns = Turns{its_schedules}](CacheCall& call, const flashtile_problem& problem) mutable {
+        const Schedule& schedule = turns();
+        CacheResult result = run_under(schedule, call, problem);
+        const std::string expected = expected_cache_plan(call, schedule);
+        if (result.plan != expected) result.error += "ran " + result.plan + ", not " + expected;
+        return result;
+      }};
 }
 
 }  // namespace

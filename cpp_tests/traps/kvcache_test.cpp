@@ -176,7 +176,9 @@ TEST("K4 40960 of 262144 rows: as if the cache ended there") {
     CacheCall call = sliced;
     flashtile_problem problem = full.problem();
     problem.page_size = 262144;
-    CHECK(forward(backend, full, problem).out == forward(backend, call).out);
+    const CacheResult got = forward(backend, full, problem), expected = forward(backend, call);
+    CHECK(got.out == expected.out);
+    CHECK(got.lse == expected.lse);  // bf16 hides where the keys were cut into other parts
   }
 }
 
@@ -221,10 +223,8 @@ TEST("P4 sequences of padding write NaN to a trash page that they share") {
         call.q.set(b, 0, 0, d, std::nan(""));
       }
     }
-    Appending alone = {CacheCall({.dtype = spec.dtype,
-                                  .heads = 2,
-                                  .sequences = {spec.sequences[0]},
-                                  .page_size = 16})};
+    Appending alone = {CacheCall(
+        {.dtype = spec.dtype, .heads = 2, .sequences = {spec.sequences[0]}, .page_size = 16})};
     CHECK_EQ(backend.append(what, call.problem()), std::string());
     CHECK_EQ(backend.append(alone, alone.call.problem()), std::string());
     CHECK(rows_of(call, forward(backend, call), 0) ==
