@@ -112,7 +112,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        for directory in ("kernel", "include", "cmake", "cpp_tests"):
+        for directory in ("kernel", "include", "cmake", "cpp_tests", "examples"):
             shutil.copytree(arguments.source / directory, scratch / directory)
         shutil.copy2(arguments.source / "CMakeLists.txt", scratch)
         # The portable engines alone: they are the code of all others.
