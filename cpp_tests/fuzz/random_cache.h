@@ -123,7 +123,7 @@ inline std::string append_and_compare(const CacheBackend& backend, Appending& wh
   const CacheCall before = what.call;
   HostTensor k = before.k, v = before.v;
   expect_rows(before, k, v);
-  const std::string error = backend.append(what, what.call.problem());
+  std::string error = backend.append(what, what.call.problem());
   if (!error.empty()) return error;
   if (what.call.v.bytes() != v.bytes()) return "the cache's v is not what it should be";
   if (!what.table.has_value())

@@ -22,7 +22,8 @@ class Draw {
 
   // From low to high, both possible.
   int between(int low, int high) {
-    return low + static_cast<int>(next() % static_cast<uint64_t>(high - low + 1));
+    const uint64_t count = static_cast<uint64_t>(std::max(high - low, 0)) + 1;
+    return low + static_cast<int>(next() % count);
   }
   bool chance(double p) { return static_cast<double>(next() >> 11) * 0x1p-53 < p; }
   template <class T>

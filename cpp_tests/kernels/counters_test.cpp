@@ -269,7 +269,8 @@ TEST("sm_90a: dQ of every visible block is added once, by bulk reductions up to 
         const int cols = std::max(64, slice_of(setup.head_dim));
         const Blocks blocks = {cols == 64 ? 128 : 64, cols <= 128 ? 128 : 64};
         const uint64_t pairs = visits(setup, blocks).pairs * heads_of(setup);
-        const auto dq_bytes = static_cast<uint64_t>(4 * blocks.q * cols);
+        const auto dq_bytes =
+            uint64_t{4} * static_cast<uint64_t>(blocks.q) * static_cast<uint64_t>(cols);
         CHECK_EQ(counted.backward.bulk_store_bytes, cols <= 128 ? pairs * dq_bytes : 0);
         CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
         CHECK_EQ(counted.backward.local_accesses, uint64_t{0});

@@ -179,7 +179,7 @@ Call cache_call(int64_t queries, int64_t capacity) {
   call.problem.seqlen_q = queries;
   call.problem.page_size = capacity;
   call.problem.num_pages = kBatch;
-  call.params.problem = &call.problem;
+  call.params.problem = nullptr;  // plan_of() sets it, for its own copy
   return call;
 }
 
