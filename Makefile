@@ -48,7 +48,7 @@ build: $(VENV)/.stamp
 test: build
 	@rm -rf build/error_table/*
 	ctest --preset default
-	grep -hE "^(cells:|traps:|fuzz on|planted )" build/Testing/Temporary/LastTest.log
+	grep -hE "^(cells:|traps:|fuzz on|planted |machine .*pages of)" build/Testing/Temporary/LastTest.log
 	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
 	FLASHTILE_MATRIX=build/matrix.json $(BIN)/python -m pytest -q python/tests
