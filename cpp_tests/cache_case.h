@@ -339,4 +339,16 @@ inline void check_cache(const CacheSpec& spec) {
   check_cache_result(call, call.run());
 }
 
+// Decode and prefill, an empty sequence, one without queries, keys to the last row of a page, more
+// keys than one block or part has.
+inline std::vector<CacheSequence> mixed_sequences() {
+  return {{.seed = 1, .keys = 300},
+          {.seed = 2, .keys = 0},
+          {.seed = 3, .keys = 150, .queries = 40},
+          {.seed = 4, .keys = 128, .queries = 3},
+          {.seed = 5, .keys = 9, .queries = 0},
+          {.seed = 6, .keys = 5, .queries = 12},
+          {.seed = 7, .keys = 700, .queries = 20}};
+}
+
 }  // namespace flashtile::test

@@ -9,18 +9,6 @@ namespace {
 const int kPageSizes[] = {0, 1, 7, 16, 48, 128, 256};
 const Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16};
 
-// Decode and prefill, an empty sequence, one without queries, keys to the last row of a page, more
-// keys than one part has.
-std::vector<CacheSequence> mixed_sequences() {
-  return {{.seed = 1, .keys = 300},
-          {.seed = 2, .keys = 0},
-          {.seed = 3, .keys = 150, .queries = 40},
-          {.seed = 4, .keys = 128, .queries = 3},
-          {.seed = 5, .keys = 9, .queries = 0},
-          {.seed = 6, .keys = 5, .queries = 12},
-          {.seed = 7, .keys = 700, .queries = 20}};
-}
-
 }  // namespace
 
 TEST("pages of every size: decode and prefill in one call") {
