@@ -84,7 +84,8 @@ class CacheCall {
     p.seqused_k = lengths.data();
     p.page_size = page_size_;
     p.num_pages = num_pages_;
-    p.cache_leftpad = leftpads.data();
+    if (std::ranges::any_of(leftpads, [](int32_t rows) { return rows > 0; }))
+      p.cache_leftpad = leftpads.data();
     if (spec_.page_size > 0) {
       p.block_table = table.data();
       p.block_table_stride = table_stride_;

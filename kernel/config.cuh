@@ -92,6 +92,18 @@ FLASHTILE_HOST_DEVICE ForwardSm90Config forward_sm90_config(int head_dim) {
   }
 }
 
+// The same over a cache whose rows four warps copy one by one, for which they take more registers.
+// Keys per step are those of the forward, so that a row's bits are.
+FLASHTILE_HOST_DEVICE ForwardSm90Config page_rows_config(int head_dim) {
+  switch (head_dim) {
+    case 64: return {128, 2, 2, 2, 104, 200};
+    case 96:
+    case 128: return {128, 2, 2, 2, 56, 224};
+    case 192: return {112, 2, 2, 1, 56, 224};
+    default: return {80, 2, 2, 1, 40, 232};
+  }
+}
+
 // One thread block of the backward: block_k keys against blocks of block_q queries. warps_k x
 // warps_q warps share the scores; each keeps dK and dV of its keys in registers.
 struct BackwardConfig {

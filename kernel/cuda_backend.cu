@@ -125,29 +125,6 @@ Status check_decode_blocks(const Problem& p) {
               static_cast<I64>(blocks));
 }
 
-// Keys in a cache: on every device the kernels for sm_80 and later. "decode" where some sequence
-// may have few queries; others are served by the forward's loop in the same call.
-Status cache_plan(const Problem& problem, const Device& device, PlanName& name,
-                  size_t& workspace_bytes) {
-  const bool decode = decode_forms(problem).decode;
-  if (Status s = decode ? check_decode_blocks(problem) : FLASHTILE_OK) return s;
-  return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
-    write_name(name, decode ? "decode" : "forward", sm80_family(device.memory), problem, dim.value);
-    workspace_bytes = decode ? decode_workspace_sm80<dim.value, memory.value>(problem) : 0;
-    return FLASHTILE_OK;
-  });
-}
-Status cache_forward(const ForwardParams& params, const Device& device, CUstream_st* stream) {
-  const DecodeForms forms = decode_forms(params.problem);
-  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) -> Status {
-    if (forms.prefill) {
-      if (Status s = launch_prefill_sm80<dim.value, memory.value>(params, stream)) return s;
-    }
-    if (!forms.decode) return FLASHTILE_OK;
-    return launch_decode_sm80<dim.value, memory.value>(params, stream);
-  });
-}
-
 // Which kernels serve a call on a device: those for sm_90a on compute capability 9.0 where TMA
 // takes all tensors, else those for sm_80 and later, which take everything.
 enum class Family { kSm80, kSm90 };
@@ -161,11 +138,10 @@ Family family_of(const Device& device, std::initializer_list<MappedTensor> tenso
     if (!obstacle) obstacle = tma_obstacle(tensor);
   }
   if (!obstacle && driver_encodes_tensor_maps()) return Family::kSm90;
-  std::snprintf(
-      name.note, sizeof name.note,
-      "%s; the kernels for sm_90a take multiples of 16 bytes and distinct rows, those for "
-      "sm_80 run instead",
-      obstacle ? obstacle.text : "the driver has no cuTensorMapEncodeTiled");
+  std::snprintf(name.note, sizeof name.note,
+                "%s; the kernels for sm_90a take %s, those for sm_80 run instead",
+                obstacle ? obstacle.text : "the driver has no cuTensorMapEncodeTiled",
+                obstacle.takes);
   return Family::kSm80;
 }
 Family forward_family(const ForwardParams& params, const Device& device, PlanName& name) {
@@ -186,6 +162,65 @@ Family backward_family(const BackwardParams& params, const Device& device, PlanN
        key_tensor("v", params.v, p, p.head_dim_v),
        query_tensor("dout", params.dout, p, p.head_dim_v)},
       name);
+}
+
+// The forward's loop over a cache. `name.note`: also why not by TMA alone.
+Family prefill_family(const ForwardParams& params, const Device& device, PlanName& name) {
+  const Family family = forward_family(params, device, name);
+  const TmaObstacle obstacle = page_obstacle(params.problem.cache);
+  if (family == Family::kSm90 && obstacle) {
+    std::snprintf(name.note, sizeof name.note,
+                  "%s; TMA takes %s, rows of k and v are copied one by one instead", obstacle.text,
+                  obstacle.takes);
+  }
+  return family;
+}
+
+// Keys in a cache: decoding where some sequence may have few queries, and the forward's loop for
+// the others in the same call. The name is that of decoding where there is some, the note that of
+// the loop.
+Status cache_plan(const ForwardParams& params, const Device& device, PlanName& name,
+                  size_t& workspace_bytes) {
+  const Problem& problem = params.problem;
+  const DecodeForms forms = decode_forms(problem);
+  if (Status s = forms.decode ? check_decode_blocks(problem) : FLASHTILE_OK) return s;
+  workspace_bytes = 0;
+  const Family family = forms.prefill ? prefill_family(params, device, name) : Family::kSm80;
+  if (!forms.decode && family == Family::kSm90) {
+    return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {
+      write_name(name, "forward", "sm90", problem, dim.value);
+      return FLASHTILE_OK;
+    });
+  }
+  return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
+    write_name(name, forms.decode ? "decode" : "forward", sm80_family(device.memory), problem,
+               dim.value);
+    if (forms.decode) workspace_bytes = decode_workspace_sm80<dim.value, memory.value>(problem);
+    return FLASHTILE_OK;
+  });
+}
+Status prefill(const ForwardParams& params, const Device& device, CUstream_st* stream) {
+  if constexpr (kHasSm90) {
+    PlanName unused;
+    if (prefill_family(params, device, unused) == Family::kSm90) {
+      return visit_head_dim(ForwardSm90HeadDims{}, params.problem, [&](auto dim) {
+        return launch_prefill_sm90<dim.value>(params, stream);
+      });
+    }
+  }
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
+    return launch_prefill_sm80<dim.value, memory.value>(params, stream);
+  });
+}
+Status cache_forward(const ForwardParams& params, const Device& device, CUstream_st* stream) {
+  const DecodeForms forms = decode_forms(params.problem);
+  if (forms.prefill) {
+    if (Status s = prefill(params, device, stream)) return s;
+  }
+  if (!forms.decode) return FLASHTILE_OK;
+  return visit_slice(params.problem, device.memory, [&](auto dim, auto memory) {
+    return launch_decode_sm80<dim.value, memory.value>(params, stream);
+  });
 }
 
 // Enough for either family: which one serves is not known before the tensors are.
@@ -217,7 +252,7 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  if (problem.cache.exists()) return cache_plan(problem, device, name, workspace_bytes);
+  if (problem.cache.exists()) return cache_plan(params, device, name, workspace_bytes);
   workspace_bytes = 0;
   if (forward_family(params, device, name) == Family::kSm90) {
     return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {

@@ -74,10 +74,9 @@ struct TensorKeys {
  private:
   FLASHTILE_DEVICE static Loader loader(const View& view, const Problem& problem,
                                         const QueryTile& work, int block, int thread) {
-    const int head =
-        work.head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv));
     const int64_t row = work.sequence.row_k + (int64_t{block} + 1) * Tile::kRows;
-    return Loader(row_address(view, work.sequence, row, head), view.stride_seq, thread);
+    return Loader(row_address(view, work.sequence, row, key_head(problem, work.head)),
+                  view.stride_seq, thread);
   }
 };
 

@@ -27,7 +27,7 @@
 namespace flashtile {
 
 struct ForwardSm90Params {
-  TensorMap q, k, v, out;
+  TensorMap q, out;
   Problem problem;
   RowView lse;
   int32_t query_blocks;  // see query_blocks()
@@ -35,11 +35,62 @@ struct ForwardSm90Params {
   float scale_log2;      // positive_scale_log2(softmax_scale)
   bool negate_q;         // softmax_scale < 0
 };
+struct TensorBoxesParams : ForwardSm90Params {
+  TensorMap k, v;
+};
 
-template <int kHeadDim, class T>
+// Keys and values that are whole tensors, on their way to shared memory: a block is one box, which
+// one thread loads. `Tile`: a block.
+template <class Tile>
+struct TensorBoxes {
+  using Params = TensorBoxesParams;
+  static constexpr int kWarps = 1;     // that load
+  static constexpr int kArrivals = 1;  // when a block has landed, besides its bytes
+  int first, count;                    // the sequence's rows
+  TmaRows rows;                        // of the block that is loaded
+
+  FLASHTILE_DEVICE static bool takes_part() { return ptx::elect_one(); }
+  FLASHTILE_DEVICE static bool leads() { return true; }
+  FLASHTILE_DEVICE static void prefetch_maps(const Params& params) {
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+  }
+  // The block's next tile.
+  FLASHTILE_DEVICE static int tile_after(int index) { return index + ptx::grid_size(); }
+  FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int index, int block) {
+    return flashtile::query_tile(params.problem, index, params.query_blocks, block);
+  }
+
+  FLASHTILE_DEVICE TensorBoxes(const Params& params, const QueryTile& work, const BlockRange&)
+      : first(static_cast<int>(work.sequence.row_k)),
+        count(work.sequence.seqlen_k),
+        rows{0, 0, key_head(params.problem, work.head), static_cast<int>(work.sequence.batch)} {}
+
+  // Blocks come one after another, the last one first; `shared` says where they go.
+  template <class Shared>
+  FLASHTILE_DEVICE void load(const Params& params, const Shared& shared, int block, int use) {
+    rows.row = first + block * Tile::kRows;
+    rows.count = count - block * Tile::kRows;
+    shared.k_ring().acquire(use, Tile::kBytes);
+    load_tile<Tile>(shared.k(use), params.k, shared.k_ring().full(use), rows);
+    shared.v_ring().acquire(use, Tile::kBytes);
+    load_tile<Tile>(shared.v(use), params.v, shared.v_ring().full(use), rows);
+  }
+  FLASHTILE_DEVICE void finish() {}  // after the last block
+};
+
+// Where keys come from, and the block of threads that this takes.
+struct TensorKeys90 {
+  template <class Tile>
+  using Source = TensorBoxes<Tile>;
+  static FLASHTILE_HOST_DEVICE ForwardSm90Config config(int head_dim) {
+    return forward_sm90_config(head_dim);
+  }
+};
+
+template <int kHeadDim, class T, class Keys = TensorKeys90>
 struct ForwardSm90 {
-  using Params = ForwardSm90Params;
-  static constexpr ForwardSm90Config kConfig = forward_sm90_config(kHeadDim);
+  static constexpr ForwardSm90Config kConfig = Keys::config(kHeadDim);
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kConsumers = kConfig.consumers;
@@ -49,6 +100,8 @@ struct ForwardSm90 {
 
   using QTile = WideTile<kQueries, kHeadDim>;
   using KvTile = WideTile<kKeys, kHeadDim>;
+  using Source = typename Keys::template Source<KvTile>;
+  using Params = typename Source::Params;
   using QRing = Ring<kConfig.q_stages>;
   using KvRing = Ring<kConfig.stages>;
   using Scores = Accumulator<16, kKeys>;
@@ -74,15 +127,16 @@ struct ForwardSm90 {
     const int thread = ptx::thread_index();
     if (thread == 0) {
       shared.q_ring().init(kConsumers);
-      shared.k_ring().init(kConsumers);
-      shared.v_ring().init(kConsumers);
+      shared.k_ring().init(kConsumers, Source::kArrivals);
+      shared.v_ring().init(kConsumers, Source::kArrivals);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();  // the mbarriers are there
     const int warpgroup = ptx::warp_uniform(thread / 128);
     if (warpgroup == 0) {
       ptx::setmaxnreg_dec<kConfig.producer_registers>();
-      if (ptx::warp_uniform(thread / 32) == 0 && ptx::elect_one()) produce(params, shared);
+      if (ptx::warp_uniform(thread / 32) < Source::kWarps && Source::takes_part())
+        produce(params, shared);
     } else {
       ptx::setmaxnreg_inc<kConfig.consumer_registers>();
       consume(params, shared, warpgroup - 1);
@@ -122,39 +176,39 @@ struct ForwardSm90 {
   template <class Body>
   FLASHTILE_DEVICE static void for_each_tile(const Params& params, const Body& body) {
     FLASHTILE_ROLL
-    for (int index = ptx::block_index(); index < params.tiles; index += ptx::grid_size()) {
-      const QueryTile work = query_tile(params.problem, index, params.query_blocks, kQueries);
+    for (int index = ptx::block_index(); index < params.tiles; index = Source::tile_after(index)) {
+      const QueryTile work = Source::query_tile(params, index, kQueries);
       if (!work.empty()) body(work);
     }
   }
 
-  // One thread: loads whatever the consumers will ask for, in their order.
+  // Loads whatever the consumers will ask for, in their order. By one thread, or as many as the
+  // source of the keys takes.
   FLASHTILE_DEVICE static void produce(const Params& params, const Shared& shared) {
-    ptx::prefetch_tensor_map(params.q);
-    ptx::prefetch_tensor_map(params.k);
-    ptx::prefetch_tensor_map(params.v);
+    const bool leads = Source::leads();  // one thread
+    if (leads) {
+      ptx::prefetch_tensor_map(params.q);
+      Source::prefetch_maps(params);
+    }
     int tile = 0, use = 0;  // of the rings
     for_each_tile(params, [&](const QueryTile& work) {
-      const Sequence& sequence = work.sequence;
-      const int batch = static_cast<int>(sequence.batch);
-      shared.q_ring().acquire(tile, QTile::kBytes);
-      load_tile<QTile>(shared.q(tile), params.q, shared.q_ring().full(tile),
-                       {static_cast<int>(sequence.row_q) + work.q0, sequence.seqlen_q - work.q0,
-                        work.head, batch});
+      if (leads) load_q(params, shared, work, tile);
       ++tile;
       const BlockRange range = key_blocks(params, work);
-      const int head = work.head / (static_cast<int>(params.problem.num_heads) /
-                                    static_cast<int>(params.problem.num_heads_kv));
+      Source source(params, work, range);
       FLASHTILE_ROLL
-      for (int j = range.end - 1; j >= range.begin; --j, ++use) {
-        const TmaRows rows = {static_cast<int>(sequence.row_k) + j * kKeys,
-                              sequence.seqlen_k - j * kKeys, head, batch};
-        shared.k_ring().acquire(use, KvTile::kBytes);
-        load_tile<KvTile>(shared.k(use), params.k, shared.k_ring().full(use), rows);
-        shared.v_ring().acquire(use, KvTile::kBytes);
-        load_tile<KvTile>(shared.v(use), params.v, shared.v_ring().full(use), rows);
-      }
+      for (int j = range.end - 1; j >= range.begin; --j, ++use) source.load(params, shared, j, use);
+      source.finish();
     });
+  }
+
+  FLASHTILE_DEVICE static void load_q(const Params& params, const Shared& shared,
+                                      const QueryTile& work, int tile) {
+    const Sequence& sequence = work.sequence;
+    shared.q_ring().acquire(tile, QTile::kBytes);
+    load_tile<QTile>(shared.q(tile), params.q, shared.q_ring().full(tile),
+                     {static_cast<int>(sequence.row_q) + work.q0, sequence.seqlen_q - work.q0,
+                      work.head, static_cast<int>(sequence.batch)});
   }
 
   // One warpgroup: its 64 rows of every tile.
@@ -344,38 +398,53 @@ inline Status count_multiprocessors(int& count) {
                     "cudaDeviceGetAttribute(MultiProcessorCount)");
 }
 
-template <int kHeadDim, class T>
-Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
-  using Kernel = ForwardSm90<kHeadDim, T>;
-  const Problem& problem = params.problem;
-  const int64_t tiles = query_tile_count(problem, Kernel::kQueries);
-  if (tiles == 0) return FLASHTILE_OK;
-  ForwardSm90Params p{.q = {},
-                      .k = {},
-                      .v = {},
-                      .out = {},
-                      .problem = problem,
-                      .lse = params.lse,
-                      .query_blocks = static_cast<int32_t>(query_blocks(problem, Kernel::kQueries)),
-                      .tiles = static_cast<int32_t>(tiles),
-                      .scale_log2 = positive_scale_log2(problem.softmax_scale),
-                      .negate_q = problem.softmax_scale < 0.0f};
-  const struct {
-    MappedTensor tensor;
-    int box_rows;
-    TensorMap& map;
-  } maps[] = {{query_tensor("q", params.q, problem, problem.head_dim), Kernel::kQueries, p.q},
-              {key_tensor("k", params.k, problem, problem.head_dim), Kernel::kKeys, p.k},
-              {key_tensor("v", params.v, problem, problem.head_dim_v), Kernel::kKeys, p.v},
-              {query_tensor("out", params.out, problem, problem.head_dim_v), Kernel::kRows, p.out}};
+struct TensorMapOf {
+  MappedTensor tensor;
+  int box_rows;
+  TensorMap& map;
+};
+template <size_t kCount>
+Status encode_tensor_maps(const TensorMapOf (&maps)[kCount]) {
   for (const auto& [tensor, box_rows, map] : maps) {
     if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
   }
-  int64_t blocks = tiles;
-  if (is_uniform(problem)) {
+  return FLASHTILE_OK;
+}
+
+// All but what says where the keys are.
+template <class Kernel>
+Status set_forward_sm90_params(const ForwardParams& params, ForwardSm90Params& p) {
+  const Problem& problem = params.problem;
+  p.problem = problem;
+  p.lse = params.lse;
+  p.query_blocks = static_cast<int32_t>(query_blocks(problem, Kernel::kQueries));
+  p.tiles = static_cast<int32_t>(query_tile_count(problem, Kernel::kQueries));
+  p.scale_log2 = positive_scale_log2(problem.softmax_scale);
+  p.negate_q = problem.softmax_scale < 0.0f;
+  return encode_tensor_maps(
+      {{query_tensor("q", params.q, problem, problem.head_dim), Kernel::kQueries, p.q},
+       {query_tensor("out", params.out, problem, problem.head_dim_v), Kernel::kRows, p.out}});
+}
+// K and V in boxes of `box_rows`.
+inline Status set_key_boxes(const ForwardParams& params, int box_rows, TensorBoxesParams& p) {
+  const Problem& problem = params.problem;
+  return encode_tensor_maps(
+      {{key_tensor("k", params.k, problem, problem.head_dim), box_rows, p.k},
+       {key_tensor("v", params.v, problem, problem.head_dim_v), box_rows, p.v}});
+}
+
+template <int kHeadDim, class T>
+Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
+  using Kernel = ForwardSm90<kHeadDim, T>;
+  if (query_tile_count(params.problem, Kernel::kQueries) == 0) return FLASHTILE_OK;
+  TensorBoxesParams p{};
+  if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
+  if (Status s = set_key_boxes(params, Kernel::kKeys, p)) return s;
+  int64_t blocks = p.tiles;
+  if (is_uniform(p.problem)) {
     int multiprocessors = 0;
     if (Status s = count_multiprocessors(multiprocessors)) return s;
-    blocks = std::min<int64_t>(tiles, multiprocessors);
+    blocks = std::min<int64_t>(blocks, multiprocessors);
   }
   return launch<Kernel>(p, blocks, stream);
 }

@@ -29,6 +29,10 @@ Status launch_prefill_sm80(const ForwardParams& params, CUstream_st* stream);
 template <int kHeadDim>
 Status launch_forward_sm90(const ForwardParams& params, CUstream_st* stream);
 
+// Keys in a cache: the other sequences, where TMA takes the cache, too.
+template <int kHeadDim>
+Status launch_prefill_sm90(const ForwardParams& params, CUstream_st* stream);
+
 template <int kHeadDim, Memory kMemory>
 Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream);
 

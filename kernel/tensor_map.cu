@@ -82,6 +82,20 @@ TmaObstacle tma_obstacle(const MappedTensor& tensor) {
   return {};
 }
 
+TmaObstacle page_obstacle(const Cache& cache) {
+  TmaObstacle result;
+  result.takes = "pages of a multiple of 8 rows and no cache_leftpad";
+  if (cache.block_table != nullptr && cache.page_size % kPageBoxRows != 0) {
+    std::snprintf(result.text, sizeof result.text, "page_size is %lld",
+                  static_cast<long long>(cache.page_size));
+  } else if (cache.leftpad != nullptr) {
+    std::snprintf(result.text, sizeof result.text, "cache_leftpad is given");
+  } else if (cache.num_pages == 0) {
+    std::snprintf(result.text, sizeof result.text, "num_pages is 0");
+  }
+  return result;
+}
+
 Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& map) {
   // A call asks driver_encodes_tensor_maps() before, so it is known as a rule.
   Encode encode = known.load(std::memory_order_relaxed);

@@ -33,15 +33,22 @@ inline MappedTensor query_tensor(const char* name, const View& view, const Probl
 }
 inline MappedTensor key_tensor(const char* name, const View& view, const Problem& p,
                                int64_t head_dim) {
-  return {name, view, head_dim, p.rows_k(), p.num_heads_kv, p.is_varlen() ? 1 : p.batch};
+  const int64_t batch = p.cache.exists() ? p.cache.num_pages : p.is_varlen() ? 1 : p.batch;
+  return {name, view, head_dim, p.rows_k(), p.num_heads_kv, batch};
 }
 
-// Why TMA cannot move this tensor: what of it has which value. An empty text when it can.
+// Why TMA cannot move this: what has which value, and what TMA takes. An empty text when it can.
 struct TmaObstacle {
   char text[96] = "";
+  const char* takes = "multiples of 16 bytes and distinct rows";
   explicit operator bool() const { return text[0] != '\0'; }
 };
 TmaObstacle tma_obstacle(const MappedTensor& tensor);
+// The same of a cache's pages.
+TmaObstacle page_obstacle(const Cache& cache);
+
+// A page is loaded in boxes of rows that TMA's swizzle permutes alike.
+inline constexpr int kPageBoxRows = 8;
 
 // Whether the driver has cuTensorMapEncodeTiled.
 bool driver_encodes_tensor_maps();

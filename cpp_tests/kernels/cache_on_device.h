@@ -67,12 +67,25 @@ inline CacheResult run_under(const Schedule& schedule, CacheCall& call,
   return result;
 }
 
+// Whether sequences with many queries are served by the kernels for sm_90a.
+inline bool prefills_on_sm90(const CacheCall& call, const Schedule& schedule) {
+  const CacheSpec& spec = call.spec();
+  const Extents& rows = call.q.extents();
+  const HostTensor out(spec.dtype, {rows.batch, rows.seq, spec.heads, spec.dims.v}, spec.layout_k);
+  return schedule.has_sm90 && tma_takes(call.q) && tma_takes(call.k) && tma_takes(call.v) &&
+         tma_takes(out);
+}
+
 // The decoding kernels have a row of 64 packed ones, the forward's loop the rest.
 inline std::string expected_cache_plan(const CacheCall& call, const Schedule& schedule) {
   const CacheSpec& spec = call.spec();
   const bool decode = spec.packed || call.q.extents().seq * (spec.heads / spec.heads_kv) <= 64;
-  return std::string(decode ? "decode" : "forward") + "_sm80_" + memory_class(schedule) + "_d" +
-         std::to_string(slice_of(spec.dims)) + "_" + name_of(spec.dtype) + "_" + kind_of(spec.mask);
+  const bool sm90 = !decode && prefills_on_sm90(call, schedule);
+  const int slice = slice_of(spec.dims);
+  return (decode ? "decode" : "forward") +
+         (sm90 ? std::string("_sm90") : std::string("_sm80_") + memory_class(schedule)) + "_d" +
+         std::to_string(sm90 ? std::max(slice, 64) : slice) + "_" + name_of(spec.dtype) + "_" +
+         kind_of(spec.mask);
 }
 
 inline Attempt attempt_cache(const Schedule& schedule, const CacheSpec& spec) {

@@ -127,6 +127,35 @@ TEST("long sequences are cut into parts, as many as asked for") {
   }
 }
 
+// What TMA loads in pieces, and what is copied row by row, on sm_90a: pages that divide a block of
+// keys and that a block divides, one that no block does, left padding.
+TEST("prefill over aligned rows: every page size, head dim and way to load") {
+  need_device();
+  const HeadDims dims[] = {64, 40, 96, 128, 192, 256, {192, 128}, {64, 200}};
+  size_t turn = 0;
+  for (const HeadDims& head_dims : dims) {
+    if (slice_of(head_dims) == 0) continue;
+    for (const int page_size : {0, 1, 7, 8, 16, 48, 64, 128, 256}) {
+      const Mask masks[] = {kFull, kCausal, Mask{70, 20}};
+      CacheSpec spec = {.dtype = kDtypes[++turn % 2],
+                        .heads = 2,
+                        .heads_kv = turn % 3 == 0 ? 2 : 1,
+                        .dims = head_dims,
+                        .page_size = page_size,
+                        .packed = turn % 5 != 0,
+                        .mask = masks[turn % 3],
+                        .layout_seed = turn,
+                        .layout_k = Layout::kPadded};
+      spec.sequences = {{.seed = 1, .keys = 260, .queries = 70},
+                        {.seed = 2, .queries = 66},
+                        {.seed = 3, .keys = 129, .queries = 131}};
+      if (turn % 7 == 0) spec.sequences[0].leftpad = 3;
+      for (CacheSequence& s : spec.sequences) s.queries = spec.packed ? s.queries : 70;
+      check_cache_on_devices(spec);
+    }
+  }
+}
+
 // So many heads and sequences that a thread block takes two parts of four, one behind the other.
 TEST("a thread block takes several parts") {
   need_device();

@@ -201,13 +201,59 @@ TEST("a cache: decoding up to 64 queries times heads of a group, on 9.0 too, wit
     ptx::machine().configure(*device);
     CHECK_EQ(plan_of(cache_call(1, 500)), std::string("decode_sm80_large_d64_bf16_full"));
     CHECK_EQ(plan_of(cache_call(16, 500)), std::string("decode_sm80_large_d64_bf16_full"));
-    CHECK_EQ(plan_of(cache_call(17, 500)), std::string("forward_sm80_large_d64_bf16_full"));
+    if (device == &ptx::kSm80)
+      CHECK_EQ(plan_of(cache_call(17, 500)), std::string("forward_sm80_large_d64_bf16_full"));
     Call packed = cache_call(0, 500);
     const int32_t rows[3] = {};
     packed.problem.cu_seqlens_q = rows;
     packed.problem.total_q = 200;  // of any number of sequences
     CHECK_EQ(plan_of(packed), std::string("decode_sm80_large_d64_bf16_full"));
   }
+}
+
+namespace {
+
+// Note of a call with more queries than decoding serves.
+std::string note_of_prefill(const std::function<void(Call&)>& change) {
+  Call call = cache_call(100, 512);
+  change(call);
+  call.params.problem = &call.problem;
+  ptx::machine().configure(ptx::kSm90);
+  char note[256] = "unset";
+  CHECK_EQ(flashtile_can_run(&call.params, note, sizeof note), FLASHTILE_OK);
+  return note;
+}
+
+}  // namespace
+
+TEST("a cache: more queries are served by the kernels for sm_90a, and can_run says how") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  static const int32_t numbers[8] = {};
+  const auto paged = [](int64_t page_size) {
+    return [page_size](Call& call) {
+      call.problem.page_size = page_size;
+      call.problem.block_table = numbers;
+      call.problem.max_blocks = 4;
+    };
+  };
+  ptx::machine().configure(ptx::kSm90);
+  CHECK_EQ(plan_of(cache_call(100, 500)), std::string("forward_sm90_d64_bf16_full"));
+  for (const int page_size : {8, 16, 48, 1000})
+    CHECK_EQ(note_of_prefill(paged(page_size)), std::string());
+  const std::string rows =
+      "; TMA takes pages of a multiple of 8 rows and no cache_leftpad, rows of k and v are copied "
+      "one by one instead";
+  CHECK_EQ(note_of_prefill(paged(7)), "page_size is 7" + rows);
+  CHECK_EQ(note_of_prefill([](Call& call) { call.problem.cache_leftpad = numbers; }),
+           "cache_leftpad is given" + rows);
+  CHECK_EQ(note_of_prefill([](Call& call) {
+             call.problem.num_pages = 0;
+             call.problem.cache_batch_idx = numbers;
+           }),
+           "num_pages is 0" + rows);
+  CHECK_EQ(note_of_prefill([](Call& call) { call.params.k.stride_seq = 516; }),
+           std::string("k.stride_seq is 516; the kernels for sm_90a take multiples of 16 bytes and "
+                       "distinct rows, those for sm_80 run instead"));
 }
 
 TEST("a cache that is too long for CUDA, and too many heads, are refused") {

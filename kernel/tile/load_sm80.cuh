@@ -31,9 +31,9 @@ FLASHTILE_HOST_DEVICE int load_row(int thread) {
 template <class Tile, int kThreads>
 struct LoadTarget {
   static constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
-  static constexpr int kPasses = Tile::kRows / kRowsPerPass;
+  static constexpr int kPasses = (Tile::kRows + kRowsPerPass - 1) / kRowsPerPass;
   static constexpr int kChunks = Tile::kCols / 8 / kThreadsPerRow;  // of a row, per thread
-  static_assert(Tile::kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
+  static_assert(kRowsPerPass % 8 == 0);
 
   // Chunks t and t + 4 of a panel, which differ by an XOR of 64 bytes; only t in narrow panels.
   static constexpr int kPerPanel = Tile::kPanelChunks / kThreadsPerRow;
@@ -58,6 +58,7 @@ struct LoadTarget {
 template <class Tile, int kThreads>
 struct TileLoader {
   using Target = LoadTarget<Tile, kThreads>;
+  static constexpr bool kWholePasses = Tile::kRows % Target::kRowsPerPass == 0;
 
   const char* source;  // this thread's first chunk in its first row of the tile loaded last
   int64_t pass_bytes;  // from row r to row r + kRowsPerPass
@@ -115,6 +116,7 @@ struct TileLoader {
 
  private:
   FLASHTILE_DEVICE void step_back() {
+    static_assert(kWholePasses);
     source -= pass_bytes;
     ptx::hide(source);
   }

@@ -1,8 +1,9 @@
 // A ring of buffers in shared memory between one loading thread and several consuming warpgroups.
 //
-// Every buffer has two mbarriers: `full` completes when its bytes have landed, `empty` when each
-// consumer has arrived once. Use n of the ring has buffer n % stages; the loading thread waits for
-// the consumers of use n - stages, which for the first uses nobody needs to be.
+// Every buffer has two mbarriers: `full` completes when its bytes have landed (where several warps
+// load: when each has arrived once), `empty` when each consumer has arrived once. Use n of the ring
+// has buffer n % stages; the loading thread waits for the consumers of use n - stages, which for
+// the first uses nobody needs to be.
 #pragma once
 
 #include "../ptx/mbarrier.cuh"
@@ -27,18 +28,21 @@ struct Ring {
   }
 
   // By one thread, before anybody uses the ring.
-  FLASHTILE_DEVICE void init(int consumers) const {
+  FLASHTILE_DEVICE void init(int consumers, int loaders = 1) const {
     FLASHTILE_UNROLL
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(full(i), 1);
+      ptx::mbarrier_init(full(i), loaders);
       ptx::mbarrier_init(empty(i), consumers);
     }
   }
 
   // The loading thread: waits until the buffer is free and announces what will be copied there.
   FLASHTILE_DEVICE void acquire(int use, uint32_t bytes) const {
-    ptx::mbarrier_wait(empty(use), parity(use) ^ 1);
+    wait_until_free(use);
     ptx::mbarrier_arrive_expect_tx(full(use), bytes);
+  }
+  FLASHTILE_DEVICE void wait_until_free(int use) const {
+    ptx::mbarrier_wait(empty(use), parity(use) ^ 1);
   }
   // Consumers: the bytes have landed.
   FLASHTILE_DEVICE void wait(int use) const { ptx::mbarrier_wait(full(use), parity(use)); }

@@ -7,16 +7,15 @@
 
 namespace flashtile {
 
-// Which rows: `count` of them from `row` on, of one head. The box has kBoxRows; rows of it past
-// `count` do not exist.
+// Which rows: `count` of them from `row` on, of one head; rows of the box past `count` do not
+// exist.
 struct TmaRows {
   int row, count, head, batch;
 };
 
-template <int kBoxRows>
-FLASHTILE_DEVICE ptx::Coordinates5 coordinates(const TmaRows& rows, int panel) {
-  const int count = min(max(rows.count, 0), kBoxRows);
-  return {panel * kPanelCols, kBoxRows - count, rows.row + count, rows.head, rows.batch};
+FLASHTILE_DEVICE ptx::Coordinates5 coordinates(const TmaRows& rows, int box_rows, int panel) {
+  const int count = min(max(rows.count, 0), box_rows);
+  return {panel * kPanelCols, box_rows - count, rows.row + count, rows.head, rows.batch};
 }
 
 // All rows of a tile, on `barrier`: Tile::kBytes, of which rows that do not exist are zeros.
@@ -26,7 +25,7 @@ FLASHTILE_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t ba
   FLASHTILE_UNROLL
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     ptx::tma_load(tile + panel * Tile::kPanelBytes, map, barrier,
-                  coordinates<Tile::kRows>(rows, panel));
+                  coordinates(rows, Tile::kRows, panel));
   }
 }
 
@@ -37,7 +36,7 @@ FLASHTILE_DEVICE void store_rows(const TensorMap& map, uint32_t tile, int tile_r
   FLASHTILE_UNROLL
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     ptx::tma_store(map, tile + panel * Tile::kPanelBytes + tile_row * kPanelRowBytes,
-                   coordinates<kBoxRows>(rows, panel));
+                   coordinates(rows, kBoxRows, panel));
   }
 }
 

@@ -133,6 +133,11 @@ FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blo
   return query_tile(problem, index, blocks, block, sequence_of);
 }
 
+// The key/value head of a query head.
+FLASHTILE_DEVICE int key_head(const Problem& problem, int head) {
+  return head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv));
+}
+
 // Row `row` of a tensor in this sequence, where rows of the sequence start at `first`.
 FLASHTILE_DEVICE char* row_address(const View& view, const Sequence& sequence, int64_t row,
                                    int head) {
