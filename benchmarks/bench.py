@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", help="only this one, for example bfloat16")
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"))
-    parser.add_argument("--kind", choices=("dense", "decode", "features"))
+    parser.add_argument("--kind", choices=("dense", "decode", "prefill", "features"))
     parser.add_argument(
         "--time-limit",
         type=float,

@@ -27,13 +27,15 @@ class Case:
     head_dim_v: int = 0  # 0: head_dim
     window: int = 0  # keys that a query sees up to and including its own; 0: all
     lengths: Sequence[int] = ()  # of packed sequences, whose sum is seqlen_q and seqlen_k
-    page_size: int = 0  # of a decode step's cache; 0: contiguous
+    page_size: int = 0  # of the cache that holds k and v; 0: contiguous
 
     @property
     def kind(self) -> str:
         """Which table it belongs to."""
         if self.is_decode:
             return "decode"
+        if self.page_size:
+            return "prefill"
         special = self.head_dim_v or self.window or self.lengths or self.heads == 1
         return "features" if special else "dense"
 
@@ -107,6 +109,17 @@ def decode_cases(
     ]
 
 
+def prefill_cases(
+    dtypes: list[str], shapes: list[tuple[int, int, int, int]], page_sizes: Sequence[int]
+) -> list[Case]:
+    """Causal prompts of (batch, heads, heads_kv, seqlen) on pages, head_dim 128."""
+    options = itertools.product(shapes, page_sizes, dtypes)
+    return [
+        Case(dtype, heads, heads_kv, n, n, 128, True, "forward", batch, page_size=page_size)
+        for (batch, heads, heads_kv, n), page_size, dtype in options
+    ]
+
+
 def feature_cases(dtypes: list[str]) -> list[Case]:
     """Windows, packed sequences, head_dim_v of its own, and one long head."""
     lengths = [100 + (2048 - 100) * i // 7 for i in range(8)]
@@ -131,12 +144,14 @@ def cpu_cases(full: bool) -> list[Case]:
         cases = dense_cases(dtypes, shapes)
         cases += decode_cases(dtypes[:2], [4096, 16384, 32768], (1, 4), (0, 16))
         cases += decode_cases(dtypes[2:], [4096, 32768])
+        cases += prefill_cases(dtypes[:2], [(1, 32, 8, 1024)], (16,))
         return cases + feature_cases(dtypes[:2])
     shapes = [(1, 8, 8, n, d) for n in (512, 1024, 2048, 4096) for d in (64, 128)]
     shapes += [(1, 32, 8, 1024, 128), (1, 16, 16, 4096, 128)]
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     cases = dense_cases(dtypes, shapes)
     cases += decode_cases(dtypes[:3], [4096, 8192, 16384, 32768], (1, 4), (0, 16))
+    cases += prefill_cases(dtypes[:3], [(1, 32, 8, 1024), (4, 32, 8, 512)], (7, 16))
     return cases + feature_cases(dtypes[:3])
 
 
@@ -148,7 +163,12 @@ def cuda_cases(full: bool) -> list[Case]:
     ]
     shapes += [(1, 64, 8, n, 128) for n in lengths]
     dtypes = ["bfloat16", "float16"] if full else ["bfloat16"]
-    return dense_cases(dtypes, shapes) + cuda_decode_cases(dtypes)
+    prompts = [(4, 32, 8, 4096), (1, 32, 8, 16384)]
+    return (
+        dense_cases(dtypes, shapes)
+        + cuda_decode_cases(dtypes)
+        + prefill_cases(dtypes, prompts, (7, 16, 64, 256))
+    )
 
 
 def cuda_decode_cases(dtypes: list[str]) -> list[Case]:

@@ -22,6 +22,7 @@ import flashtile
 TITLES = {
     "dense": "Forward and backward",
     "decode": "Decode",
+    "prefill": "Prefill over pages",
     "features": "Windows, packed sequences, head_dim_v, one head",
 }
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,6 +17,7 @@ CUDA_BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+CONTIGUOUS = "flashtile, no pages"  # attention() over the same rows
 FA3 = "fa3"  # FlashAttention-3, where its flash_attn_interface can be imported
 
 
@@ -27,7 +28,9 @@ def contenders(case: Case, device: torch.device) -> tuple[str, ...]:
         return (OURS, "sdpa", "sdpa folded", *paged)
     if case.lengths:
         return (OURS, "sdpa", "sdpa loop")
-    return (OURS, "sdpa") if device.type == "cpu" else (OURS, *CUDA_BACKENDS, FA3)
+    contiguous = (CONTIGUOUS,) if case.page_size else ()
+    rivals = ("sdpa",) if device.type == "cpu" else (*CUDA_BACKENDS, FA3)
+    return (OURS, *contiguous, *rivals)
 
 
 def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
@@ -53,6 +56,9 @@ def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
         return _varlen_runs(case, [q, k, v, dout])
     ours = [t.transpose(1, 2).contiguous() for t in (q, k, v, dout)]
     runs = {OURS: _direction(case, _flashtile(case), ours)}
+    if case.page_size:
+        paged, _ = _paged(case, *ours[:3])
+        runs = {OURS: torch.inference_mode()(paged), CONTIGUOUS: runs[OURS]}
     sdpa = _masked_sdpa(case, q) if case.window else _sdpa(case)
     if device.type == "cpu":
         return runs | {"sdpa": _direction(case, sdpa, [q, k, v, dout])}
@@ -161,12 +167,15 @@ def _paged(
     case: Case, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Run, Callable[[], tuple[Tensor, Tensor]]]:
     """A call on pages in random order, and what SDPA needs first: the rows in one tensor again."""
-    blocks = case.seqlen_k // case.page_size
+    blocks = -(-case.seqlen_k // case.page_size)
     order = torch.randperm(case.batch * blocks)
     table = order.view(case.batch, blocks).int().to(q.device)
     lengths = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=q.device)
 
     def pages_of(rows: Tensor) -> Tensor:
+        rows = torch.nn.functional.pad(
+            rows, (0, 0, 0, 0, 0, blocks * case.page_size - rows.shape[1])
+        )
         pages = rows.contiguous().view(case.batch * blocks, case.page_size, *rows.shape[2:])
         return torch.empty_like(pages).index_copy_(0, order.to(rows.device), pages)
 
@@ -174,12 +183,12 @@ def _paged(
 
     def ours() -> Tensor:
         return flashtile.attention_with_kvcache(
-            q, k_pages, v_pages, cache_seqlens=lengths, block_table=table
+            q, k_pages, v_pages, cache_seqlens=lengths, block_table=table, causal=case.causal
         )
 
     def gather() -> tuple[Tensor, Tensor]:
         def rows(pages: Tensor) -> Tensor:
-            return pages[index].flatten(1, 2).transpose(1, 2)
+            return pages[index].flatten(1, 2)[:, : case.seqlen_k].transpose(1, 2)
 
         return rows(k_pages), rows(v_pages)
 

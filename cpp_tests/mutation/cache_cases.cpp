@@ -60,6 +60,25 @@ std::vector<CacheSpec> masks() {
   return specs;
 }
 
+// Prefill alone, on rows that TMA takes: pages that it takes, too, and others.
+std::vector<CacheSpec> loads() {
+  std::vector<CacheSpec> specs;
+  for (const int page_size : {0, 7, 16, 64, 256}) {
+    specs.push_back({.heads = 2,
+                     .heads_kv = 1,
+                     .dims = slice(),
+                     .sequences = {{.seed = 1, .keys = 420, .queries = 70},
+                                   {.seed = 2, .keys = 131, .queries = 140}},
+                     .page_size = page_size,
+                     .packed = true,
+                     .mask = page_size == 16 ? kFull : kCausal,
+                     .layout_k = Layout::kPadded});
+  }
+  specs.push_back(specs[0]);
+  specs.back().sequences[0].leftpad = 5;
+  return specs;
+}
+
 std::vector<CacheSpec> parts() {
   std::vector<CacheSpec> specs;
   for (const int num_splits : {0, 2, 3}) {
@@ -83,4 +102,5 @@ std::vector<CacheSpec> parts() {
 
 TEST("cache pages") { run_specs(pages()); }
 TEST("cache masks") { run_specs(masks()); }
+TEST("cache loads") { run_specs(loads()); }
 TEST("cache parts") { run_specs(parts()); }

@@ -27,9 +27,10 @@ from decode_mutants import DECODE_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
+from prefill_sm90_mutants import PREFILL_SM90_MUTANTS
 
 MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
-MUTANTS += DECODE_MUTANTS + APPEND_MUTANTS
+MUTANTS += DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
 WITHOUT_SLICES = ("append", "check_cache")  # one source for every head dim and memory class
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
@@ -99,6 +100,9 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
 
 def cache_slice(mutant: Mutant) -> tuple[str, list[str]]:
     """Header and functions."""
+    if mutant.memory == "sm90":
+        function = f"launch_prefill_sm90_kernel<{mutant.head_dim}, __half>"
+        return "prefill_sm90.cuh", [f"{function}(const ForwardParams&, CUstream_st*)"]
     header, launch = {
         "decode": ("decode_launch.cuh", "launch_decode_kernels"),
         "prefill": ("prefill_sm80.cuh", "launch_prefill_kernel"),

@@ -1,0 +1,106 @@
+"""Mutants of prefill over a key/value cache for sm_90a: pages by TMA, and row by row."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+BOXES = "prefill_sm90_boxes.cuh"
+ROWS = "prefill_sm90_rows.cuh"
+
+
+def mutant(name: str, *patch: str, head_dim: int = 64) -> Mutant:
+    """A mutant of one patch: file, old text, new text."""
+    file, old, new = patch
+    return Mutant(name, "prefill", ((file, old, new),), ("cache loads",), head_dim, "sm90")
+
+
+def control(name: str, *patch: str) -> Mutant:
+    """A patch that changes nothing that matters."""
+    file, old, new = patch
+    return Mutant(
+        name, "prefill", ((file, old, new),), ("cache loads",), memory="sm90", harmless=True
+    )
+
+
+BY_TMA = [
+    mutant("boxes: all pieces at the tile's first row", BOXES, "+ piece * kPanelRowBytes", ""),
+    mutant(
+        "boxes: every lane looks up the first piece",
+        BOXES,
+        "const int key = block * Tile::kRows + piece;",
+        "const int key = block * Tile::kRows;",
+    ),
+    mutant("boxes: the same block again", BOXES, "next = find(block - 1);", "next = find(block);"),
+    mutant(
+        "boxes: keys past the sequence",
+        BOXES,
+        "found.count = count - key;",
+        "found.count = params.box_rows;",
+    ),
+    mutant(
+        "boxes: lanes do not wait for the buffer",
+        BOXES,
+        "__syncwarp();  // the buffer is free and expects these bytes",
+        "",
+    ),
+    mutant("boxes: more lanes than pieces", BOXES, "if (piece >= Tile::kRows) return;", ""),
+    mutant(
+        "boxes: a box over several pages",
+        BOXES,
+        "static_cast<int>(std::gcd(cache.page_size, int64_t{block_rows}))",
+        "block_rows",
+    ),
+    mutant("boxes: the first page for all", BOXES, "found.batch = place.page;", ""),
+    mutant("boxes: the first row of every page", BOXES, "found.row = place.row;", ""),
+]
+
+BY_ROWS = [
+    mutant("rows: no fence between copies and wgmma", ROWS, "ptx::fence_proxy_async_shared();", ""),
+    mutant(
+        "rows: announced before they have landed",
+        ROWS,
+        "ptx::cp_async_wait<kPending>();",
+        "ptx::cp_async_wait<kPending + 1>();",
+    ),
+    mutant("rows: one lane announces what all have copied", ROWS, "__syncwarp();", ""),
+    mutant(
+        "rows: all lanes announce",
+        ROWS,
+        "if (ptx::thread_index() % 32 == 0) ptx::mbarrier_arrive(barrier);",
+        "ptx::mbarrier_arrive(barrier);",
+    ),
+    mutant("rows: V is announced with the next K", ROWS, "finish<1>();", ""),
+    mutant("rows: left padding", ROWS, "sequence, origin + key)", "sequence, key)"),
+    mutant(
+        "rows: every pass the first one's rows",
+        ROWS,
+        "const int lane = pass * 8 + row % 8;",
+        "const int lane = row % 8;",
+    ),
+    mutant(
+        "rows: keys past the sequence",
+        ROWS,
+        "from.row >= 0 ? 2 * head_dim - column : 0",
+        "2 * head_dim - column",
+    ),
+    mutant("rows: K into a buffer in use", ROWS, "shared.k_ring().wait_until_free(use);", ""),
+    mutant("rows: V into a buffer in use", ROWS, "shared.v_ring().wait_until_free(use);", ""),
+    mutant(
+        "rows: past the tile",
+        ROWS,
+        "if (!Loader::kWholePasses && row >= Tile::kRows) continue;",
+        "",
+        head_dim=256,
+    ),
+]
+
+CONTROLS = [
+    control(
+        "control: another place where there is no row", ROWS, "return {0, -1};", "return {1, -1};"
+    ),
+    control(
+        "control: no prefetch of the maps", BOXES, "TensorBoxes<Tile>::prefetch_maps(params);", ""
+    ),
+]
+
+PREFILL_SM90_MUTANTS = [*BY_TMA, *BY_ROWS, *CONTROLS]
