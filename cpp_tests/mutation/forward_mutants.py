@@ -17,9 +17,7 @@ ALL_CASES = ("shapes", "masks", "used rows", "row formats", "values")
 Q_LANDED = "__syncthreads();  // Q and K have landed, and Q has its sign"
 V_LANDED = "__syncthreads();  // V_j has landed; nobody reads K_j any more"
 K_LANDED = "__syncthreads();  // K_{j-1} has landed; nobody reads V_j any more"
-KV_HEAD = (
-    "work.head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv))"
-)
+KV_HEAD = "head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv))"
 LOAD_K = "if (j > range.begin) stream.load_previous_k(params);"
 
 
@@ -194,9 +192,9 @@ ROWS = [
     ),
     mutant(
         "wrong key head of a group",
-        FORWARD,
+        WORK,
         KV_HEAD,
-        "work.head % static_cast<int>(problem.num_heads_kv)",
+        "head % static_cast<int>(problem.num_heads_kv)",
     ),
     mutant(
         "a row's last chunk of 16 bytes and one more",

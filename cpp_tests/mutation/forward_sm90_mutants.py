@@ -76,8 +76,8 @@ BARRIERS = [
     mutant(
         "too few bytes of V expected",
         FORWARD,
-        "shared.v_ring().acquire(use, KvTile::kBytes);",
-        "shared.v_ring().acquire(use, KvTile::kBytes / 2);",
+        "shared.v_ring().acquire(use, Tile::kBytes);",
+        "shared.v_ring().acquire(use, Tile::kBytes / 2);",
     ),
     mutant(
         "too many bytes of Q expected",
@@ -233,15 +233,15 @@ STORES = [
     mutant(
         "whole boxes: rows of the next sequence",
         ROWS,
-        "const int count = min(max(rows.count, 0), kBoxRows);",
-        "const int count = kBoxRows;",
+        "const int count = min(max(rows.count, 0), box_rows);",
+        "const int count = box_rows;",
         cases="used rows",
     ),
     mutant(
         "rows one box too early",
         ROWS,
-        "kBoxRows - count, rows.row + count,",
-        "kBoxRows - count, rows.row,",
+        "box_rows - count, rows.row + count,",
+        "box_rows - count, rows.row,",
     ),
     mutant(
         "O stored as far as rows are in use",
@@ -253,8 +253,8 @@ STORES = [
     mutant(
         "one tile a block",
         FORWARD,
-        "index += ptx::grid_size())",
-        "index += params.tiles)",
+        "return index + ptx::grid_size();",
+        "return INT32_MAX;",
         cases="many tiles",
     ),
 ]

@@ -45,10 +45,10 @@ BY_TMA = [
     ),
     mutant("boxes: more lanes than pieces", BOXES, "if (piece >= Tile::kRows) return;", ""),
     mutant(
-        "boxes: a box over several pages",
+        "boxes: cut as if a piece were the whole block",
         BOXES,
-        "static_cast<int>(std::gcd(cache.page_size, int64_t{block_rows}))",
-        "block_rows",
+        "coordinates(rows, params.box_rows, panel)",
+        "coordinates(rows, Tile::kRows, panel)",
     ),
     mutant("boxes: the first page for all", BOXES, "found.batch = place.page;", ""),
     mutant("boxes: the first row of every page", BOXES, "found.row = place.row;", ""),
