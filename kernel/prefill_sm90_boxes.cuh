@@ -36,20 +36,19 @@ inline int page_box_rows(const Cache& cache, int block_rows) {
   return static_cast<int>(std::gcd(cache.page_size, int64_t{block_rows}));
 }
 
-// A warp loads a block, each lane another piece of it, whose page it has looked up a block ahead.
+// A warp loads a block, each lane another piece of it.
 template <class Tile>
 struct PageBoxes {
   using Params = PageBoxesParams;
   static constexpr int kWarps = 1;
   static constexpr int kArrivals = 1;
   static_assert(Tile::kRows / kPageBoxRows <= 32, "a lane has one piece");
-  const Params& params;
   int sequence;
   int head;
   int count;     // keys of the sequence
   int piece;     // this lane's first row of a block
   int begin;     // blocks from here on are loaded
-  TmaRows next;  // of this lane's piece of the block that is loaded next
+  TmaRows rows;  // of this lane's piece of the block that is loaded next
 
   FLASHTILE_DEVICE static bool takes_part() { return true; }
   FLASHTILE_DEVICE static bool leads() { return ptx::thread_index() == 0; }
@@ -62,27 +61,25 @@ struct PageBoxes {
   }
 
   FLASHTILE_DEVICE PageBoxes(const Params& params, const QueryTile& work, const BlockRange& range)
-      : params(params),
-        sequence(static_cast<int>(work.sequence.index)),
+      : sequence(static_cast<int>(work.sequence.index)),
         head(key_head(params.problem, work.head)),
         count(work.sequence.seqlen_k),
         piece(ptx::thread_index() * params.box_rows),
         begin(range.begin),
-        next(find(range.end - 1)) {}
+        rows(find(params, range.end - 1)) {}
 
   template <class Shared>
   FLASHTILE_DEVICE void load(const Params& params, const Shared& shared, int block, int use) {
-    const TmaRows rows = next;
-    next = find(block - 1);
-    load(shared.k(use), params.k, shared.k_ring(), use, rows);
-    load(shared.v(use), params.v, shared.v_ring(), use, rows);
+    load(params, params.k, shared.k(use), shared.k_ring(), use);
+    load(params, params.v, shared.v(use), shared.v_ring(), use);
+    rows = find(params, block - 1);  // now: the table answers while buffers are waited for
   }
   FLASHTILE_DEVICE void finish() {}
 
  private:
   template <class Ring>
-  FLASHTILE_DEVICE void load(uint32_t tile, const TensorMap& map, const Ring& ring, int use,
-                             const TmaRows& rows) const {
+  FLASHTILE_DEVICE void load(const Params& params, const TensorMap& map, uint32_t tile,
+                             const Ring& ring, int use) const {
     if (leads()) ring.acquire(use, Tile::kBytes);
     __syncwarp();  // the buffer is free and expects these bytes
     if (piece >= Tile::kRows) return;
@@ -94,7 +91,7 @@ struct PageBoxes {
   }
 
   // Nothing is looked up for rows that the sequence does not have.
-  FLASHTILE_DEVICE TmaRows find(int block) const {
+  FLASHTILE_DEVICE TmaRows find(const Params& params, int block) const {
     TmaRows found = {0, 0, head, 0};
     const int key = block * Tile::kRows + piece;
     if (block < begin || piece >= Tile::kRows || key >= count) return found;

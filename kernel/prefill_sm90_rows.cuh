@@ -13,7 +13,7 @@ struct PageRowsParams : ForwardSm90Params {
   View k, v;
 };
 
-// A warp has eight neighbouring rows of every 32, whose places its lanes look up a block ahead. V
+// A warp has eight neighbouring rows of every 32, whose places its lanes look up. V
 // is on its way while the next K is ordered. Not the other way round: the consumers give back a V
 // only when the K two blocks on is there.
 template <class Tile>
@@ -24,13 +24,12 @@ struct PageRows {
   using Loader = TileLoader<Tile, 32 * kWarps>;
   using Target = typename Loader::Target;
   static_assert(8 * Target::kPasses <= 32, "a lane looks up one row");
-  const Params& params;
   int sequence;
   int head;
   int origin;              // the sequence's row in the cache that is key 0
   int count;               // keys of the sequence
   int begin;               // blocks from here on are loaded
-  CachePlace next;         // of this lane's row of the block that is loaded next
+  CachePlace place;        // of this lane's row of the block that is loaded next
   uint32_t v_ordered = 0;  // mbarrier of a V that may not have landed
 
   FLASHTILE_DEVICE static bool takes_part() { return true; }
@@ -42,25 +41,23 @@ struct PageRows {
   }
 
   FLASHTILE_DEVICE PageRows(const Params& params, const QueryTile& work, const BlockRange& range)
-      : params(params),
-        sequence(static_cast<int>(work.sequence.index)),
+      : sequence(static_cast<int>(work.sequence.index)),
         head(key_head(params.problem, work.head)),
         origin(static_cast<int>(work.sequence.row_k)),
         count(work.sequence.seqlen_k),
         begin(range.begin),
-        next(find(range.end - 1)) {}
+        place(find(params, range.end - 1)) {}
 
   template <class Shared>
   FLASHTILE_DEVICE void load(const Params& params, const Shared& shared, int block, int use) {
-    const CachePlace place = next;
-    next = find(block - 1);
     shared.k_ring().wait_until_free(use);
-    copy(params.k, static_cast<int>(params.problem.head_dim), shared.k(use), place);
+    copy(params.k, static_cast<int>(params.problem.head_dim), shared.k(use));
     finish<1>();
     announce<0>(shared.k_ring().full(use));
     shared.v_ring().wait_until_free(use);
-    copy(params.v, static_cast<int>(params.problem.head_dim_v), shared.v(use), place);
+    copy(params.v, static_cast<int>(params.problem.head_dim_v), shared.v(use));
     v_ordered = shared.v_ring().full(use);
+    place = find(params, block - 1);  // now: the table answers while a buffer is waited for
   }
   // All copies but the last kPending tiles have landed, that of a V among them.
   template <int kPending = 0>
@@ -69,8 +66,7 @@ struct PageRows {
   }
 
  private:
-  FLASHTILE_DEVICE void copy(const View& view, int head_dim, uint32_t tile,
-                             const CachePlace& place) const {
+  FLASHTILE_DEVICE void copy(const View& view, int head_dim, uint32_t tile) const {
     const Target target(tile, ptx::thread_index());
     const int column = Loader::first_column();
     const char* const base =
@@ -98,7 +94,7 @@ struct PageRows {
   }
 
   // Nothing is looked up for rows that the sequence does not have.
-  FLASHTILE_DEVICE CachePlace find(int block) const {
+  FLASHTILE_DEVICE CachePlace find(const Params& params, int block) const {
     const int thread = ptx::thread_index();
     const int row = thread % 32 / 8 * Target::kRowsPerPass + thread / 32 * 8 + thread % 8;
     const int key = block * Tile::kRows + row;

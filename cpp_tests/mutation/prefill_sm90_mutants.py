@@ -30,7 +30,9 @@ BY_TMA = [
         "const int key = block * Tile::kRows + piece;",
         "const int key = block * Tile::kRows;",
     ),
-    mutant("boxes: the same block again", BOXES, "next = find(block - 1);", "next = find(block);"),
+    mutant(
+        "boxes: the same block again", BOXES, "find(params, block - 1);", "find(params, block);"
+    ),
     mutant(
         "boxes: keys past the sequence",
         BOXES,
