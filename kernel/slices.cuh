@@ -29,7 +29,7 @@ Status launch_prefill_sm80(const ForwardParams& params, CUstream_st* stream);
 template <int kHeadDim>
 Status launch_forward_sm90(const ForwardParams& params, CUstream_st* stream);
 
-// Keys in a cache: the other sequences, where TMA takes the cache, too.
+// The same for sm_90a; q, k, v and out are tensors that TMA takes (tensor_map.h), of any pages.
 template <int kHeadDim>
 Status launch_prefill_sm90(const ForwardParams& params, CUstream_st* stream);
 
