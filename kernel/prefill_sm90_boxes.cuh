@@ -36,36 +36,45 @@ inline int page_box_rows(const Cache& cache, int block_rows) {
   return static_cast<int>(std::gcd(cache.page_size, int64_t{block_rows}));
 }
 
+// What both ways to load have in common: whole warps load, and a thread block has one tile.
+struct PageSource {
+  int sequence;
+  int head;
+  int count;  // keys of the sequence
+  int begin;  // blocks from here on are loaded
+
+  FLASHTILE_DEVICE static bool takes_part() { return true; }
+  FLASHTILE_DEVICE static bool leads() { return ptx::thread_index() == 0; }
+  FLASHTILE_DEVICE static int tile_after(int) { return INT32_MAX; }
+
+  FLASHTILE_DEVICE PageSource(const Problem& problem, const QueryTile& work,
+                              const BlockRange& range)
+      : sequence(static_cast<int>(work.sequence.index)),
+        head(key_head(problem, work.head)),
+        count(work.sequence.seqlen_k),
+        begin(range.begin) {}
+};
+
 // A warp loads a block, each lane another piece of it.
 template <class Tile>
-struct PageBoxes {
+struct PageBoxes : PageSource {
   using Params = PageBoxesParams;
   static constexpr int kWarps = 1;
   static constexpr int kArrivals = 1;
   static_assert(Tile::kRows / kPageBoxRows <= 32, "a lane has one piece");
-  int sequence;
-  int head;
-  int count;     // keys of the sequence
   int piece;     // this lane's first row of a block
-  int begin;     // blocks from here on are loaded
   TmaRows rows;  // of this lane's piece of the block that is loaded next
 
-  FLASHTILE_DEVICE static bool takes_part() { return true; }
-  FLASHTILE_DEVICE static bool leads() { return ptx::thread_index() == 0; }
   FLASHTILE_DEVICE static void prefetch_maps(const Params& params) {
     TensorBoxes<Tile>::prefetch_maps(params);
   }
-  FLASHTILE_DEVICE static int tile_after(int) { return INT32_MAX; }  // a block has one
   FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int index, int block) {
     return params.tiles_of.tile(params, index, block);
   }
 
   FLASHTILE_DEVICE PageBoxes(const Params& params, const QueryTile& work, const BlockRange& range)
-      : sequence(static_cast<int>(work.sequence.index)),
-        head(key_head(params.problem, work.head)),
-        count(work.sequence.seqlen_k),
+      : PageSource(params.problem, work, range),
         piece(ptx::thread_index() * params.box_rows),
-        begin(range.begin),
         rows(find(params, range.end - 1)) {}
 
   template <class Shared>

@@ -13,39 +13,29 @@ struct PageRowsParams : ForwardSm90Params {
   View k, v;
 };
 
-// A warp has eight neighbouring rows of every 32, whose places its lanes look up. V
-// is on its way while the next K is ordered. Not the other way round: the consumers give back a V
-// only when the K two blocks on is there.
+// A warp has eight neighbouring rows of every 32, whose places its lanes look up. V is on its way
+// while the next K is ordered. Not the other way round: the consumers give back a V only when the K
+// two blocks on is there.
 template <class Tile>
-struct PageRows {
+struct PageRows : PageSource {
   using Params = PageRowsParams;
   static constexpr int kWarps = 4;
   static constexpr int kArrivals = kWarps;
   using Loader = TileLoader<Tile, 32 * kWarps>;
   using Target = typename Loader::Target;
   static_assert(8 * Target::kPasses <= 32, "a lane looks up one row");
-  int sequence;
-  int head;
   int origin;              // the sequence's row in the cache that is key 0
-  int count;               // keys of the sequence
-  int begin;               // blocks from here on are loaded
   CachePlace place;        // of this lane's row of the block that is loaded next
   uint32_t v_ordered = 0;  // mbarrier of a V that may not have landed
 
-  FLASHTILE_DEVICE static bool takes_part() { return true; }
-  FLASHTILE_DEVICE static bool leads() { return ptx::thread_index() == 0; }
   FLASHTILE_DEVICE static void prefetch_maps(const Params&) {}
-  FLASHTILE_DEVICE static int tile_after(int) { return INT32_MAX; }  // a block has one
   FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int index, int block) {
     return params.tiles_of.tile(params, index, block);
   }
 
   FLASHTILE_DEVICE PageRows(const Params& params, const QueryTile& work, const BlockRange& range)
-      : sequence(static_cast<int>(work.sequence.index)),
-        head(key_head(params.problem, work.head)),
+      : PageSource(params.problem, work, range),
         origin(static_cast<int>(work.sequence.row_k)),
-        count(work.sequence.seqlen_k),
-        begin(range.begin),
         place(find(params, range.end - 1)) {}
 
   template <class Shared>
