@@ -51,10 +51,13 @@ class HostTensor {
   HostTensor(Dtype dtype, const Extents& extents, const Strides& strides, int64_t start)
       : dtype_(dtype), extents_(extents), strides_(strides), start_(start) {
     if (extents.empty()) return;
-    const int64_t last = start + (extents.batch - 1) * strides.batch +
-                         (extents.seq - 1) * strides.seq + (extents.heads - 1) * strides.head +
-                         extents.dim;
-    bytes_.assign(static_cast<size_t>(last) * static_cast<size_t>(bytes_of(dtype)), kPoison);
+    const auto forward = [](int64_t count, int64_t stride) {
+      return std::max<int64_t>((count - 1) * stride, 0);
+    };
+    const int64_t end = start + forward(extents.batch, strides.batch) +
+                        forward(extents.seq, strides.seq) + forward(extents.heads, strides.head) +
+                        extents.dim;
+    bytes_.assign(static_cast<size_t>(end) * static_cast<size_t>(bytes_of(dtype)), kPoison);
   }
 
   double get(int64_t b, int64_t s, int64_t h, int64_t d) const {

@@ -13,6 +13,7 @@
 #include "build_config.h"
 #include "check.h"
 #include "cuda_device.h"
+#include "decode_dense.cuh"
 #include "decode_plan.cuh"
 #include "launch.cuh"
 #include "slices.cuh"
@@ -116,7 +117,7 @@ const char* sm80_family(Memory memory) {
 
 // As check_blocks() for the two launches of decoding.
 Status check_decode_blocks(const Problem& p) {
-  const int64_t blocks = std::max(decode_plan(p).blocks(p), combine_blocks(p));
+  const int64_t blocks = decode_blocks(p);
   if (blocks <= INT32_MAX) return FLASHTILE_OK;
   return fail(FLASHTILE_UNSUPPORTED,
               "num_heads is %lld for %lld sequences in a cache; allowed on CUDA: up to %d thread "
@@ -223,6 +224,13 @@ Status cache_forward(const ForwardParams& params, const Device& device, CUstream
   });
 }
 
+// A dense call as one over a cache, where decoding serves it.
+ForwardParams in_its_form(const ForwardParams& params) {
+  ForwardParams served = params;
+  if (is_dense_decode(params.problem)) served.problem = with_keys_in_cache(params.problem);
+  return served;
+}
+
 // Enough for either family: which one serves is not known before the tensors are.
 Status backward_workspace(const Problem& problem, const Device& device, size_t& bytes) {
   if (Status s = visit_slice(problem, device.memory, [&](auto dim, auto memory) {
@@ -252,7 +260,8 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  if (problem.cache.exists()) return cache_plan(params, device, name, workspace_bytes);
+  const ForwardParams served = in_its_form(params);
+  if (served.problem.cache.exists()) return cache_plan(served, device, name, workspace_bytes);
   workspace_bytes = 0;
   if (forward_family(params, device, name) == Family::kSm90) {
     return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {
@@ -293,7 +302,8 @@ Status forward(const ForwardParams& params, int device_index, CUstream_st* strea
   if (scope.status() != FLASHTILE_OK) return scope.status();
   Device device;
   if (Status s = query_device(device)) return s;
-  if (params.problem.cache.exists()) return cache_forward(params, device, stream);
+  const ForwardParams served = in_its_form(params);
+  if (served.problem.cache.exists()) return cache_forward(served, device, stream);
   if constexpr (kHasSm90) {
     PlanName unused;
     if (forward_family(params, device, unused) == Family::kSm90) {

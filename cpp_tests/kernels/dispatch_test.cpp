@@ -274,3 +274,101 @@ TEST("a cache that is too long for CUDA, and too many heads, are refused") {
            std::string("num_heads is 500000000 for 2 sequences in a cache; allowed on CUDA: up to "
                        "2147483647 thread blocks, not 16000000000"));
 }
+
+namespace {
+
+// A dense call; every head has keys of its own unless `group` of them share some.
+Call dense_call(int64_t queries, int64_t keys, int64_t group = 1) {
+  Call call = cache_call(queries, 0);
+  call.problem.page_size = call.problem.num_pages = 0;
+  call.problem.num_heads_kv = kHeads / group;
+  call.problem.seqlen_k = keys;
+  return call;
+}
+
+// The first word of the plan: "decode" or "forward".
+std::string kernel_of(const Call& call) {
+  const std::string plan = plan_of(call);
+  return plan.substr(0, plan.find('_'));
+}
+
+size_t forward_workspace(Call call) {
+  call.params.problem = &call.problem;
+  size_t bytes = 1;
+  CHECK_EQ(flashtile_workspace_size(&call.params, &bytes), FLASHTILE_OK);
+  return bytes;
+}
+
+const std::string kDecode = "decode", kForward = "forward";
+
+}  // namespace
+
+TEST("dense tensors: decoding of few queries over many keys, on 9.0 too, without a note") {
+  if (slice_of(64) != 64) SKIP("this build has no kernels of head dim 64");
+  for (const ptx::Device* device : {&ptx::kSm80, &ptx::kSm90}) {
+    ptx::machine().configure(*device);
+    CHECK_EQ(plan_of(dense_call(1, 512)), std::string("decode_sm80_large_d64_bf16_full"));
+    CHECK_EQ(kernel_of(dense_call(1, 511)), kForward);
+    CHECK_EQ(kernel_of(dense_call(4, 1024, 4)), kDecode);
+    CHECK_EQ(kernel_of(dense_call(4, 1023, 4)), kForward);
+    CHECK_EQ(kernel_of(dense_call(64, 4096)), kDecode);
+    CHECK_EQ(kernel_of(dense_call(16, 4096, 4)), kDecode);
+    CHECK_EQ(kernel_of(dense_call(17, 1 << 20, 4)), kForward);
+    CHECK_EQ(kernel_of(dense_call(65, 1 << 20)), kForward);
+    Call unaligned = dense_call(1, 512);
+    unaligned.params.k.stride_seq =
+        516;  // nothing that TMA takes, and nothing that it is asked for
+    CHECK_EQ(kernel_of(unaligned), kDecode);
+    Call packed = dense_call(1, 4096);
+    const int32_t rows[3] = {};
+    packed.problem.cu_seqlens_q = packed.problem.cu_seqlens_k = rows;
+    packed.problem.total_q = 2;
+    packed.problem.total_k = 8192;
+    CHECK_EQ(kernel_of(packed), kForward);
+  }
+}
+
+TEST("dense tensors: only keys that some query sees count") {
+  if (slice_of(64) != 64) SKIP("this build has no kernels of head dim 64");
+  ptx::machine().configure(ptx::kSm80);
+  const struct {
+    int64_t left, right;
+    int32_t alignment;
+    std::string kernel;
+  } masks[] = {
+      {-1, 0, FLASHTILE_BOTTOM_RIGHT, kDecode},  {-1, 0, FLASHTILE_TOP_LEFT, kForward},
+      {510, 0, FLASHTILE_BOTTOM_RIGHT, kDecode}, {509, 0, FLASHTILE_BOTTOM_RIGHT, kForward},
+      {0, -1, FLASHTILE_BOTTOM_RIGHT, kForward}, {0, -1, FLASHTILE_TOP_LEFT, kDecode},
+      {-1, 510, FLASHTILE_TOP_LEFT, kDecode},    {-1, 509, FLASHTILE_TOP_LEFT, kForward}};
+  for (const auto& mask : masks) {
+    Call call = dense_call(2, 4096);
+    call.problem.window_left = mask.left;
+    call.problem.window_right = mask.right;
+    call.problem.alignment = mask.alignment;
+    CHECK_EQ(kernel_of(call), mask.kernel);
+  }
+}
+
+TEST("dense tensors: the workspace is that of the same rows in a cache, and nothing otherwise") {
+  if (slice_of(64) != 64) SKIP("this build has no kernels of head dim 64");
+  ptx::machine().configure(ptx::kSm90);
+  Call cache = cache_call(2, 1000);
+  cache.problem.num_heads_kv = kHeads;
+  CHECK_EQ(forward_workspace(dense_call(2, 1000)), forward_workspace(cache));
+  CHECK(forward_workspace(dense_call(2, 1000)) > 0);
+  CHECK_EQ(forward_workspace(dense_call(65, 1000)), size_t{0});
+  // At most about a quarter of k and v.
+  const size_t most = forward_workspace(dense_call(64, 4096));
+  CHECK(most < size_t{kBatch} * kHeads * 4096 * (64 + 64) * 2 / 100 * 27);
+}
+
+TEST("dense tensors: what would take decoding too many thread blocks, the forward's loop serves") {
+  if (slice_of(64) != 64) SKIP("this build has no kernels of head dim 64");
+  ptx::machine().configure(ptx::kSm80);
+  Call call = dense_call(33, 4096);  // 66 rows to merge for every four heads
+  call.problem.head_dim = call.problem.head_dim_v = 1;
+  call.problem.num_heads = call.problem.num_heads_kv = 130'000'000;
+  CHECK_EQ(kernel_of(call), kDecode);
+  call.problem.num_heads = call.problem.num_heads_kv = 131'000'000;
+  CHECK_EQ(kernel_of(call), kForward);
+}

@@ -51,14 +51,35 @@ inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Sche
   return takes_inputs && tma_takes(make_tensor(setup, Role::kOut, setup.extents_out));
 }
 
+// Whether the kernels for few queries serve a forward: up to 64 queries times heads of a group, and
+// at least 512 keys between the first that is seen and the last, 64 for each of those.
+inline bool is_decoded(const Setup& setup) {
+  const Extents &q = setup.extents_q, &k = setup.extents_k;
+  const int64_t rows = q.seq * (q.heads / k.heads);
+  if (setup.spec.is_varlen() || rows == 0 || rows > 64) return false;
+  int64_t first = k.seq, last = -1;
+  for (int64_t i = 0; i < q.seq; ++i) {
+    for (int64_t j = 0; j < k.seq; ++j) {
+      if (!sees(setup.mask, q.seq, k.seq, i, j)) continue;
+      first = std::min(first, j);
+      last = std::max(last, j);
+    }
+  }
+  return last - first + 1 >= std::max<int64_t>(512, 64 * rows);
+}
+
 inline std::string expected_plan(const std::string& pass, const Setup& setup,
                                  const Schedule& schedule) {
   const int slice = slice_of({setup.head_dim, setup.head_dim_v});
   const std::string end = std::string("_") + name_of(setup.dtype) + "_" + kind_of(setup.mask);
+  const auto sm80 = [&](const std::string& kernel) {
+    return kernel + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(slice) + end;
+  };
+  if (pass == "forward" && is_decoded(setup)) return sm80("decode");
   if (runs_on_sm90(pass, setup, schedule)) {
     return pass + "_sm90_d" + std::to_string(std::max(slice, 64)) + end;
   }
-  return pass + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(slice) + end;
+  return sm80(pass);
 }
 
 inline Attempt attempt_under(const Schedule& schedule, const Setup& setup, const Truth& truth,

@@ -7,6 +7,36 @@
 
 using namespace flashtile::test;
 
+namespace {
+
+// The same tensor from the other end of its memory: every stride negative.
+HostTensor backwards(const HostTensor& tensor, Dtype dtype) {
+  const Extents& e = tensor.extents();
+  const Strides& s = tensor.strides();
+  HostTensor other(dtype, e, Strides{-s.batch, -s.seq, -s.head},
+                   (e.batch - 1) * s.batch + (e.seq - 1) * s.seq + (e.heads - 1) * s.head);
+  tensor.for_each([&](int64_t b, int64_t row, int64_t head, int64_t d) {
+    other.set(b, row, head, d, tensor.get(b, row, head, d));
+  });
+  return other;
+}
+
+void run_backwards(const Case& spec, Dtype dtype) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (slice_of(64) == 0) SKIP("this build has no kernels of this head dim");
+  ErrorTable table;
+  const auto draw = [&](uint64_t seed) {
+    Setup setup = make_setup(spec, dtype, 64, kCausal, seed);
+    for (HostTensor* tensor : {&setup.q, &setup.k, &setup.v, &setup.dout})
+      *tensor = backwards(*tensor, dtype);
+    return std::pair(setup, Truth(setup));
+  };
+  run_case(1, draw, cuda_backend(), table);
+}
+
+}  // namespace
+
 TEST("shapes fp16 d64") { run_cases(shape_cases(), Dtype::kFloat16, 64); }
 TEST("shapes fp16 d128") { run_cases(shape_cases(), Dtype::kFloat16, 128); }
 TEST("shapes bf16 d64") { run_cases(shape_cases(), Dtype::kBFloat16, 64); }
@@ -25,6 +55,16 @@ TEST("windows bf16 d256") { run_cases(window_cases(), Dtype::kBFloat16, 256); }
 TEST("in use fp16 d64") { run_cases(used_cases(), Dtype::kFloat16, 64); }
 TEST("in use bf16 d128") { run_cases(used_cases(), Dtype::kBFloat16, 128); }
 TEST("in use fp16 d192") { run_cases(used_cases(), Dtype::kFloat16, 192); }
+TEST("few queries fp16 d64") { run_cases(few_query_cases(), Dtype::kFloat16, 64); }
+TEST("few queries bf16 d128") { run_cases(few_query_cases(), Dtype::kBFloat16, 128); }
+TEST("few queries fp16 d72/256") { run_cases(few_query_cases(), Dtype::kFloat16, {72, 256}); }
+TEST("few queries bf16 d33/20") { run_cases(few_query_cases(), Dtype::kBFloat16, {33, 20}); }
+TEST("negative strides") {
+  for (const int keys : {130, 600}) {  // the second by the kernels for few queries
+    const Case spec = {.batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 3, .seqlen_k = keys};
+    run_backwards(spec, keys == 130 ? Dtype::kFloat16 : Dtype::kBFloat16);
+  }
+}
 TEST("shapes fp16 d32") { run_cases(shape_cases(), Dtype::kFloat16, 32); }
 TEST("shapes bf16 d96") { run_cases(shape_cases(), Dtype::kBFloat16, 96); }
 TEST("shapes fp16 d192") { run_cases(shape_cases(), Dtype::kFloat16, 192); }

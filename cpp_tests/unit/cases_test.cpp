@@ -21,7 +21,7 @@ const HeadDims kSmallDims = {8, 6};
 
 std::vector<Case> every_case() {
   return joined({shape_cases(), option_cases(), varlen_cases(), window_cases(), used_cases(),
-                 head_dim_cases(), long_cases()});
+                 few_query_cases(), head_dim_cases(), long_cases()});
 }
 
 // Calls visit(values of the row) for the rows that are in use, or for the others.
