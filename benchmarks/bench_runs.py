@@ -147,8 +147,7 @@ def _decode_runs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
     def in_groups(k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(folded, k, v)
 
-    # On CUDA only a cache is decoded; the CPU op decodes wherever there are few queries.
-    attend = flashtile.attention_with_kvcache if q.is_cuda else _flashtile(case)
+    attend = _flashtile(case)
     ours = [t.transpose(1, 2) for t in (q, k, v)]
     runs: dict[str, Run] = {OURS: lambda: attend(*ours)}
     rivals: dict[str, Run] = {

@@ -132,6 +132,19 @@ inline Values random_values(Draw& draw, Dtype dtype) {
   return large && bytes_of(dtype) > 2 ? Values::kNormal : values;
 }
 
+// Few queries over many keys, which kernels of their own serve.
+inline Case with_few_queries(Draw& draw, Case spec) {
+  const auto scale = [](std::vector<int>& used, int was, int is) {
+    for (int& count : used) count = was == 0 ? is : static_cast<int>(int64_t{count} * is / was);
+  };
+  const int queries = draw.between(1, 4), keys = draw.between(500, 1300);
+  scale(spec.used_q, spec.seqlen_q, queries);
+  scale(spec.used_k, spec.seqlen_k, keys);
+  spec.seqlen_q = queries;
+  spec.seqlen_k = keys;
+  return spec;
+}
+
 struct FuzzCase {
   Case spec;
   Dtype dtype = Dtype::kFloat16;
@@ -159,6 +172,10 @@ inline FuzzCase random_case(uint64_t seed, const FuzzRange& range) {
     random_lengths(draw, lengths, most);
     c.spec = lengths;
   } while (work_of(c.spec, c.head_dims) > range.work);
+  if (!c.spec.is_varlen() && draw.chance(0.25)) {
+    const Case few = with_few_queries(draw, c.spec);
+    if (work_of(few, c.head_dims) <= range.work) c.spec = few;
+  }
   c.mask = random_mask(draw, std::max(c.spec.seqlen_q, c.spec.seqlen_k));
   c.spec.masks = {c.mask};
   c.spec.values = random_values(draw, c.dtype);
