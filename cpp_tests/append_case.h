@@ -110,6 +110,7 @@ inline flashtile_problem mirrored(Mirror& mirror, const Backend& backend, const 
     if (pointer != nullptr) pointer = mirror.ints(values);
   };
   problem.device = backend.device;
+  problem.device_index = backend.device_index;
   move(problem.seqused_k, call.lengths);
   move(problem.cache_leftpad, call.leftpads);
   move(problem.block_table, call.table);

@@ -18,6 +18,7 @@ namespace flashtile::test {
 // Where a backend's memory comes from. `bytes` is never 0.
 struct Backend {
   flashtile_device device = FLASHTILE_CPU;
+  int device_index = -1;  // what problems say; -1: the current device
   void* (*allocate)(size_t bytes) = nullptr;
   void (*release)(void* memory) = nullptr;
   void (*copy_in)(void* device, const void* host, size_t bytes) = nullptr;
@@ -193,6 +194,7 @@ class Run {
   void fill_problem() {
     flashtile_problem_init(&problem_);
     problem_.device = backend_.device;
+    problem_.device_index = backend_.device_index;
     problem_.dtype = problem_.dtype_kv = problem_.dtype_out =
         static_cast<flashtile_dtype>(setup_.dtype);
     problem_.batch = setup_.batch;

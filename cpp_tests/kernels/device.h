@@ -33,6 +33,12 @@ std::string finish();
 // cudaMalloc, cudaMemcpy, cudaFree.
 Backend cuda_backend();
 
+// The same on device 0 or 1, whatever the current device is; problems name it.
+Backend cuda_backend_of(int device);
+
+// Provides for a device 1. Returns why there is none; "" when there is.
+std::string second_device_unavailable();
+
 // Records what `enqueue` puts on a stream; calling the result does it again, and waits. On a GPU a
 // CUDA graph, captured once; the machine, which has none, calls enqueue again.
 std::function<void()> captured(const std::function<void(CUstream_st*)>& enqueue);

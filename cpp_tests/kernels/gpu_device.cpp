@@ -41,6 +41,16 @@ std::string finish() {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
+std::string second_device_unavailable() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count < 2)
+    return "two GPUs are needed, there are " + std::to_string(count);
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, 1) != cudaSuccess || properties.major < 8)
+    return "device 1 has a compute capability below 8.0";
+  return "";
+}
+
 namespace {
 
 void require(cudaError_t error, const char* call) {

@@ -35,6 +35,22 @@ void run_backwards(const Case& spec, Dtype dtype) {
   run_case(1, draw, cuda_backend(), table);
 }
 
+// Sequence 1 of a setup, alone.
+Setup second_alone(const Setup& all) {
+  Case spec = all.spec;
+  spec.batch = 1;
+  Setup one = make_setup(spec, all.dtype, {all.head_dim, all.head_dim_v}, all.mask);
+  const auto copy = [](HostTensor& to, const HostTensor& from) {
+    to.for_each([&](int64_t, int64_t row, int64_t head, int64_t d) {
+      to.set(0, row, head, d, from.get(1, row, head, d));
+    });
+  };
+  copy(one.q, all.q);
+  copy(one.k, all.k);
+  copy(one.v, all.v);
+  return one;
+}
+
 }  // namespace
 
 TEST("shapes fp16 d64") { run_cases(shape_cases(), Dtype::kFloat16, 64); }
@@ -62,6 +78,26 @@ TEST("negative strides") {
   for (const int keys : {130, 600}) {  // the second by the kernels for few queries
     const Case spec = {.batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 3, .seqlen_k = keys};
     run_backwards(spec, keys == 130 ? Dtype::kFloat16 : Dtype::kBFloat16);
+  }
+}
+TEST("few queries: the batch changes no bit of a sequence") {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (slice_of(64) == 0) SKIP("this build has no kernels of this head dim");
+  const Backend backend = cuda_backend();
+  const Case spec = {.batch = 3, .heads = 4, .heads_kv = 2, .seqlen_q = 2, .seqlen_k = 900};
+  const Setup all = make_setup(spec, Dtype::kFloat16, 64, kFull), one = second_alone(all);
+  for (const Schedule& schedule : schedules()) {
+    begin(schedule);
+    const RunResult many = Run(all, backend).forward(), single = Run(one, backend).forward();
+    CHECK_EQ(many.error + single.error + finish(), std::string());
+    CHECK_MESSAGE(many.forward_plan.starts_with("decode_"), many.forward_plan);
+    const auto is_part = [](const std::vector<double>& part, const std::vector<double>& whole) {
+      return std::equal(part.begin(), part.end(),
+                        whole.begin() + static_cast<std::ptrdiff_t>(part.size()));
+    };
+    CHECK(is_part(single.values.out, many.values.out));
+    CHECK(is_part(single.values.lse, many.values.lse));
   }
 }
 TEST("shapes fp16 d32") { run_cases(shape_cases(), Dtype::kFloat16, 32); }

@@ -96,6 +96,11 @@ std::string finish() {
   return ptx::machine().reports().empty() ? "" : ptx::machine().reports_text();
 }
 
+std::string second_device_unavailable() {
+  ptx::machine().set_device_count(2);
+  return "";
+}
+
 std::function<void()> captured(const std::function<void(CUstream_st*)>& enqueue) {
   return [enqueue] { enqueue(nullptr); };
 }

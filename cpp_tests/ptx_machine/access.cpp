@@ -26,7 +26,10 @@ unsigned long long ull(uint64_t x) { return x; }
   const Allocation* near = global_memory().nearest(address);
   std::string message = text("%s of %u bytes at global address 0x%llx, outside every allocation",
                              verb(access), bytes, ull(address));
-  if (near != nullptr && address >= near->begin && address < near->end) {
+  const bool inside = near != nullptr && address >= near->begin && address < near->end;
+  if (inside && global_memory().is_elsewhere(*near)) {
+    message += text(" of this device: %s is on device %d", near->label.c_str(), near->device);
+  } else if (inside) {
     message += text(": it crosses the end of %s (%llu bytes) by %llu bytes", near->label.c_str(),
                     ull(near->end - near->begin), ull(address + bytes - near->end));
   } else if (near != nullptr) {

@@ -245,6 +245,7 @@ bool Machine::launch(const Launch& launch) {
   }
   const std::string error = launch_error(launch, *kernel);
   if (!error.empty()) return refuse(launch, Error::kLaunch, error);
+  global_memory().set_device(launch.device);
   return run_grid(launch, *kernel);
 }
 

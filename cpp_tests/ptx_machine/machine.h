@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ struct Device {
   int driver_version = 13000;  // below 12000 there is no cuTensorMapEncodeTiled
   int compute_capability() const { return cc_major * 10 + cc_minor; }
 };
+inline constexpr int kMostDevices = 2;
 inline constexpr Device kSm80 = {8, 0, 163 * 1024, 164 * 1024, 108};
 inline constexpr Device kSm89 = {8, 9, 99 * 1024, 100 * 1024, 128};
 inline constexpr Device kSm90 = {9, 0, 227 * 1024, 228 * 1024, 132};
@@ -111,6 +113,14 @@ class Machine {
   void configure(const Device& device);
   const Device& device() const { return device_; }
 
+  // How many of it there are, 1 or 2. Each has its own memory, which kernels on the other cannot
+  // access, and its own attributes of functions.
+  void set_device_count(int count) { device_count_ = count; }
+  int device_count() const { return device_count_; }
+
+  // Whose turn it is among threads that call the runtime.
+  std::mutex& turns() { return turns_; }
+
   // Adds the kernels of a PTX file; its .target says which architecture it serves. Returns false
   // and reports when the file cannot be read. A launch takes the highest target <= the device's.
   bool load_ptx(const std::string& path);
@@ -164,6 +174,7 @@ class Machine {
     uint32_t block[3] = {1, 1, 1};
     size_t dynamic_shared = 0;
     size_t max_dynamic_shared = 48 * 1024;  // raised by cudaFuncSetAttribute
+    int device = 0;
     void** args = nullptr;
   };
   bool launch(const Launch& launch);
@@ -178,6 +189,8 @@ class Machine {
   bool run_grid(const Launch& launch, const Kernel& kernel);
 
   Device device_ = kSm80;
+  int device_count_ = 1;
+  std::mutex turns_;
   uint64_t seed_ = 1;
   uint64_t launches_ = 0;  // since set_seed
   uint64_t budget_ = 20'000'000;

@@ -33,7 +33,8 @@ Allocation* GlobalMemory::find(uint64_t address) {
   auto it = ranges_.upper_bound(address);
   if (it == ranges_.begin()) return nullptr;
   --it;
-  return address < it->second.end ? &it->second : nullptr;
+  const bool found = address < it->second.end && !is_elsewhere(it->second);
+  return found ? &it->second : nullptr;
 }
 
 Allocation* GlobalMemory::nearest(uint64_t address) {
@@ -47,13 +48,14 @@ Allocation* GlobalMemory::nearest(uint64_t address) {
   return best;
 }
 
-void* GlobalMemory::allocate(size_t bytes) {
+void* GlobalMemory::allocate(size_t bytes, int device) {
   const size_t total = ((bytes + 255) / 256) * 256 + 2 * kGuardBytes;
   char* block = static_cast<char*>(std::aligned_alloc(256, total));
   if (block == nullptr) return nullptr;
   std::memset(block, 0xFF, total);
   Allocation& range =
       add(block + kGuardBytes, bytes, "cudaMalloc #" + std::to_string(next_label_++), false);
+  range.device = device;
   range.owned = block;
   return block + kGuardBytes;
 }

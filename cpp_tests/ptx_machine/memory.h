@@ -34,11 +34,14 @@ inline uint32_t agent_of(uint32_t block, int thread) {
 inline uint32_t block_of(uint32_t agent) { return agent >> 10; }
 inline int thread_of(uint32_t agent) { return static_cast<int>(agent & 1023); }
 
+inline constexpr int kEveryDevice = -1;
+
 struct Allocation {
   uint64_t begin = 0;
   uint64_t end = 0;
   std::string label;
   bool read_only = false;
+  int device = kEveryDevice;             // whose kernels may access it
   void* owned = nullptr;                 // freed with the allocation
   std::unique_ptr<WordShadow[]> shadow;  // [(end - begin + 3) / 4 + 1], made on first access
 
@@ -52,16 +55,23 @@ class GlobalMemory {
  public:
   Allocation& add(const void* pointer, size_t bytes, const std::string& label, bool read_only);
   void remove(uint64_t begin);
-  // The allocation that holds the byte at `address`, or null.
+  // The device that kernels run on from now on.
+  void set_device(int device) { device_ = device; }
+  bool is_elsewhere(const Allocation& range) const {
+    return range.device != kEveryDevice && range.device != device_;
+  }
+  // The allocation of the device that holds the byte at `address`, or null.
   Allocation* find(uint64_t address);
-  // The allocation whose bounds are nearest, for a message; null when there is none.
+  // The allocation, of any device, whose bounds are nearest, for a message; null when there is
+  // none.
   Allocation* nearest(uint64_t address);
-  void* allocate(size_t bytes);
+  void* allocate(size_t bytes, int device);
   bool release(void* pointer);
 
  private:
   std::map<uint64_t, Allocation> ranges_;  // by begin
   int next_label_ = 0;
+  int device_ = 0;
 };
 
 GlobalMemory& global_memory();

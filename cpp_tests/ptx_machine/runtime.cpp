@@ -1,12 +1,15 @@
 // The CUDA runtime entry points, answered by the machine. Linked in place of libcudart.
 //
-// "Device" memory is host memory with registered bounds; streams are done when a call returns.
+// "Device" memory is host memory with registered bounds; streams are done when a call returns. The
+// machine knows no threads: calls that touch it take turns.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <string>
 
 #include "machine.h"
@@ -15,8 +18,9 @@
 namespace {
 
 struct Function {
-  std::string name;                       // mangled
-  size_t max_dynamic_shared = 48 * 1024;  // cudaFuncSetAttribute
+  std::string name;  // mangled
+  // cudaFuncSetAttribute, of each device
+  std::array<size_t, ptx::kMostDevices> max_dynamic_shared = {48 * 1024, 48 * 1024};
 };
 
 std::map<const void*, Function>& functions() {
@@ -24,9 +28,23 @@ std::map<const void*, Function>& functions() {
   return all;
 }
 
-ptx::HostCalls& calls() { return ptx::machine().mutable_host_calls(); }
+// The turn of a call, counted.
+class Turn {
+ public:
+  Turn() = default;
+  explicit Turn(uint64_t ptx::HostCalls::* kind) { ++(ptx::machine().mutable_host_calls().*kind); }
+
+ private:
+  std::lock_guard<std::mutex> lock_{ptx::machine().turns()};
+};
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local int current_device = 0;
+
+bool is_device(int device) { return device >= 0 && device < ptx::machine().device_count(); }
+size_t& max_dynamic_shared(Function& function) {
+  return function.max_dynamic_shared[static_cast<size_t>(current_device)];
+}
 
 cudaError_t result(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -41,6 +59,7 @@ struct Configuration {
 thread_local Configuration pushed;
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared) {
+  const Turn turn;
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   ptx::Machine::Launch l;
@@ -48,7 +67,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
   l.grid[0] = grid.x, l.grid[1] = grid.y, l.grid[2] = grid.z;
   l.block[0] = block.x, l.block[1] = block.y, l.block[2] = block.z;
   l.dynamic_shared = shared;
-  l.max_dynamic_shared = it->second.max_dynamic_shared;
+  l.max_dynamic_shared = max_dynamic_shared(it->second);
+  l.device = current_device;
   l.args = args;
   const size_t before = ptx::machine().reports().size();
   if (ptx::machine().launch(l)) return cudaSuccess;
@@ -134,21 +154,21 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   return launch(function, config->gridDim, config->blockDim, args, config->dynamicSmemBytes);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attr, int value) {
-  ++calls().function_attributes;
+  const Turn turn(&ptx::HostCalls::function_attributes);
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   if (attr != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || value > ptx::machine().device().smem_optin) return result(cudaErrorInvalidValue);
-  it->second.max_dynamic_shared = static_cast<size_t>(value);
+  max_dynamic_shared(it->second) = static_cast<size_t>(value);
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   std::memset(out, 0, sizeof(*out));
   out->maxThreadsPerBlock = 1024;
-  out->maxDynamicSharedSizeBytes = static_cast<int>(it->second.max_dynamic_shared);
+  out->maxDynamicSharedSizeBytes = static_cast<int>(max_dynamic_shared(it->second));
   out->ptxVersion = out->binaryVersion = ptx::machine().device().compute_capability();
   return cudaSuccess;
 }
@@ -156,7 +176,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function)
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*,
                                                                    int threads, size_t shared,
                                                                    unsigned) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   const ptx::Device& d = ptx::machine().device();
   const int by_threads = threads > 0 ? (d.cc_minor == 9 ? 1536 : 2048) / threads : 0;
   const int by_shared = d.smem_per_sm / static_cast<int>(shared + 1024);
@@ -171,26 +191,28 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 // Device and errors.
 cudaError_t cudaGetDeviceCount(int* count) {
-  ++calls().others;
-  *count = 1;
+  const Turn turn(&ptx::HostCalls::others);
+  *count = ptx::machine().device_count();
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  ++calls().current_devices;
-  *device = 0;
+  const Turn turn(&ptx::HostCalls::current_devices);
+  *device = current_device;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  ++calls().current_devices;
-  return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
+  const Turn turn(&ptx::HostCalls::current_devices);
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int device) {
-  ++calls().device_attributes;
-  return device == 0 ? attribute(value, attr) : result(cudaErrorInvalidDevice);
+  const Turn turn(&ptx::HostCalls::device_attributes);
+  return is_device(device) ? attribute(value, attr) : result(cudaErrorInvalidDevice);
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int device) {
-  ++calls().others;
-  if (device != 0) return result(cudaErrorInvalidDevice);
+  const Turn turn(&ptx::HostCalls::others);
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
   const ptx::Device& d = ptx::machine().device();
   std::memset(out, 0, sizeof(*out));
   std::strcpy(out->name, "PTX machine");
@@ -242,7 +264,7 @@ cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t, const char
 
 // The driver: one function is asked for by name.
 cudaError_t cudaDriverGetVersion(int* version) {
-  ++calls().driver_versions;
+  const Turn turn(&ptx::HostCalls::driver_versions);
   *version = ptx::machine().device().driver_version;
   return cudaSuccess;
 }
@@ -253,7 +275,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* status) {
-  ++calls().entry_points;
+  const Turn turn(&ptx::HostCalls::entry_points);
   const int driver = ptx::machine().device().driver_version;
   const bool known = std::string(symbol) == "cuTensorMapEncodeTiled";
   const bool found = known && driver >= 12000 && static_cast<int>(version) <= driver;
@@ -268,8 +290,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 
 // Memory.
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
-  ++calls().others;
-  *pointer = ptx::global_memory().allocate(bytes);
+  const Turn turn(&ptx::HostCalls::others);
+  *pointer = ptx::global_memory().allocate(bytes, current_device);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
@@ -279,13 +301,13 @@ cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) {
   return cudaMalloc(pointer, bytes);
 }
 cudaError_t cudaFree(void* pointer) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   if (pointer == nullptr || ptx::global_memory().release(pointer)) return cudaSuccess;
   return result(cudaErrorInvalidValue);
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }
@@ -294,7 +316,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaMemcpy(to, from, bytes, kind);
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
@@ -302,7 +324,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaMemset(to, value, bytes);
 }
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   *pointer = std::malloc(bytes);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
 }
@@ -313,12 +335,12 @@ cudaError_t cudaFreeHost(void* pointer) {
 
 // Streams and events: everything is done when the call that started it returns.
 cudaError_t cudaDeviceSynchronize() {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   *stream = reinterpret_cast<cudaStream_t>(new char);
   return cudaSuccess;
 }
@@ -330,7 +352,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  ++calls().others;
+  const Turn turn(&ptx::HostCalls::others);
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

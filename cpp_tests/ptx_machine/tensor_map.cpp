@@ -127,6 +127,7 @@ extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(
   if (ptx::machine().device().compute_capability() < 90) return CUDA_ERROR_NOT_SUPPORTED;
   // Interleaved layouts are legal on a GPU; the machine does not know them.
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;
+  const std::lock_guard<std::mutex> turn(ptx::machine().turns());
   ++ptx::machine().mutable_counters().tensor_maps;
   return ptx::encode(map,
                      {type, rank, address, dims, strides, box, steps, swizzle, promotion, fill});

@@ -8,10 +8,10 @@ import sys
 
 # What this machine cannot show, and why.
 WAITING = {
-    "G1": "data on a device that is not the current one: two GPUs",
+    "G1": "two GPUs: the machine's second device is the first with other memory",
     "G2": "capture on a side stream: the machine has no graphs and repeats the calls",
     "G3": "replay: the machine has no graphs and repeats the calls",
-    "G4": "the first calls of two threads on two devices: two GPUs",
+    "G4": "two GPUs: threads take turns at the machine",
 }
 
 

@@ -232,6 +232,42 @@ TEST("P4 sequences of padding write NaN to a trash page that they share") {
   }
 }
 
+// A trash page full of NaN as engines use it: every sequence of padding has the same row of it, and
+// unused entries of the tables name it, too. A negative length says that nothing is to be written.
+TEST("P4 sequences of padding that share a row of a trash page, which stays as it was") {
+  CacheSpec spec = {.dtype = Dtype::kBFloat16, .heads = 2, .page_size = 16};
+  spec.sequences = {{.seed = 1, .keys = 20, .added = 1}};
+  for (uint64_t i = 2; i < 7; ++i) spec.sequences.push_back({.seed = i, .keys = 0, .added = 1});
+  for (const CacheBackend& backend : cache_backends()) {
+    Appending what = {CacheCall(spec)};
+    CacheCall& call = what.call;
+    const flashtile_problem problem = call.problem();
+    const auto stride = static_cast<size_t>(problem.block_table_stride);
+    for (int64_t b = 0; b < problem.batch; ++b) {
+      const int64_t used = b == 0 ? 2 : 0;  // pages of the only sequence
+      for (int64_t i = used; i < problem.max_blocks; ++i)
+        call.table[static_cast<size_t>(b) * stride + static_cast<size_t>(i)] = call.table[stride];
+      if (b > 0) call.lengths[static_cast<size_t>(b)] = -1;
+    }
+    HostTensor k = call.k, v = call.v;
+    const auto [page, row] = call.place_of(0, 20);
+    for (int64_t d = 0; d < 64; ++d) {
+      k.set(page, row, 0, d, call.k_new.get(0, 0, 0, d));
+      v.set(page, row, 0, d, call.v_new.get(0, 0, 0, d));
+    }
+    Appending alone = {CacheCall(
+        {.dtype = spec.dtype, .heads = 2, .sequences = {spec.sequences[0]}, .page_size = 16})};
+    CHECK_EQ(backend.append(what, problem), std::string());
+    CHECK(call.k.bytes() == k.bytes() && call.v.bytes() == v.bytes());
+    CHECK_EQ(backend.append(alone, alone.call.problem()), std::string());
+    const CacheResult result = forward(backend, call);
+    CHECK(rows_of(call, result, 0) == rows_of(alone.call, forward(backend, alone.call), 0));
+    for (int64_t b = 1; b < problem.batch; ++b) {
+      for (const double x : rows_of(call, result, b)) CHECK(x == 0.0 || x == -kInfinity);
+    }
+  }
+}
+
 TEST("D5 one more row in a neighbour changes no bit: 14 heads over 2, 19802 keys") {
   for (const CacheBackend& backend : cache_backends()) {
     std::vector<std::vector<double>> bits;

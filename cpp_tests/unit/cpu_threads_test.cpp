@@ -1,8 +1,10 @@
-// Calls from two threads at once: each appends to a cache of its own and reads it, and both read a
-// third one. `ctest --preset tsan` runs this under ThreadSanitizer.
+// Calls from two threads at once: a process's first ones; and each appends to a cache of its own
+// and reads it, and both read a third one. `ctest --preset tsan` runs this under ThreadSanitizer.
 #include <array>
+#include <barrier>
 #include <thread>
 
+#include "../attempt.h"
 #include "../cache_case.h"
 
 using namespace flashtile::test;
@@ -46,7 +48,55 @@ struct Work {
   }
 };
 
+// Forward, backward, an append and attention over the cache.
+struct Calls {
+  Setup setup;
+  CacheCall cache;
+  RunResult run = {};
+  CacheResult attended = {};
+  std::string error = {};
+
+  void operator()() {
+    const Backend backend = cpu_backend();
+    run = Run(setup, backend)();
+    error = run.error + cache.append();
+    attended = cache.run();
+    error += attended.error;
+  }
+};
+
+Calls calls_of(uint64_t seed) {
+  const Case spec = {.name = "first calls",
+                     .heads = 4,
+                     .heads_kv = 2,
+                     .seqlen_q = 40,
+                     .seqlen_k = 70,
+                     .deterministic = true};
+  return {make_setup(spec, Dtype::kBFloat16, 32, kCausal, seed), CacheCall(spec_of(seed))};
+}
+
 }  // namespace
+
+// A test is a process: nothing has been called before.
+TEST("G4 the first calls of a process, from two threads at the same time") {
+  std::array<Calls, 2> together = {calls_of(1), calls_of(50)};
+  std::barrier start(2);
+  const auto run = [&](size_t thread) {
+    start.arrive_and_wait();
+    together[thread]();
+  };
+  std::thread first(run, 0), second(run, 1);
+  first.join();
+  second.join();
+  std::array<Calls, 2> alone = {calls_of(1), calls_of(50)};
+  for (size_t i = 0; i < 2; ++i) {
+    alone[i]();
+    CHECK_EQ(together[i].error + alone[i].error, std::string());
+    CHECK(identical(together[i].run.values, alone[i].run.values));
+    CHECK(together[i].attended.out == alone[i].attended.out);
+  }
+  CHECK(alone[0].attended.out != alone[1].attended.out);
+}
 
 TEST("two threads append and read, each its own cache and both a third") {
   CacheCall shared(spec_of(100));

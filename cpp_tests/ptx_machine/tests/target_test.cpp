@@ -1,5 +1,7 @@
-// What the machine's devices have: which of several modules with one kernel they run, and their
-// driver.
+// What the machine's devices have: which of several modules with one kernel they run, their driver,
+// and memory of their own where there are two.
+#include <thread>
+
 #include "machine.h"
 #include "text_kernel.h"
 
@@ -20,15 +22,23 @@ void load_for(const std::string& target, int value) {
         cudaSuccess);
 }
 
+cudaKernel_t kernel() {
+  cudaKernel_t found = nullptr;
+  CHECK(cudaLibraryGetKernel(&found, nullptr, "which") == cudaSuccess);
+  return found;
+}
+
+cudaError_t launch(const Buffer<uint32_t>& out, size_t shared = 0) {
+  uint32_t* pointer = out.get();
+  void* args[] = {static_cast<void*>(&pointer)};
+  return cudaLaunchKernel(kernel(), dim3(1), dim3(1), args, shared, nullptr);
+}
+
 uint32_t run_on(const ptx::Device& device) {
   Buffer<uint32_t> out(1);
-  uint32_t* pointer = out.get();
   ptx_test::begin_text(1);
   ptx::machine().configure(device);
-  void* args[] = {static_cast<void*>(&pointer)};
-  cudaKernel_t kernel = nullptr;
-  CHECK(cudaLibraryGetKernel(&kernel, nullptr, "which") == cudaSuccess);
-  CHECK(cudaLaunchKernel(kernel, dim3(1), dim3(1), args, 0, nullptr) == cudaSuccess);
+  CHECK(launch(out) == cudaSuccess);
   return out[0];
 }
 
@@ -61,4 +71,30 @@ TEST("a driver that is too old has no encoder") {
   CHECK(cudaGetDriverEntryPointByVersion("cuNoSuchThing", &function, 12000, cudaEnableDefault,
                                          &status) == cudaSuccess);
   CHECK(function == nullptr && status == cudaDriverEntryPointSymbolNotFound);
+}
+TEST("two devices: a kernel sees the memory of its own, and an attribute is of one") {
+  load_for("sm_80", 801);
+  ptx_test::begin_text(1);
+  ptx::machine().configure(ptx::kSm80);
+  CHECK(cudaSetDevice(1) == cudaErrorInvalidDevice);  // there is one
+  ptx::machine().set_device_count(2);
+  CHECK(cudaSetDevice(2) == cudaErrorInvalidDevice);
+  CHECK(cudaSetDevice(1) == cudaSuccess);
+  const Buffer<uint32_t> out(1);
+  std::thread([] {
+    int device = -1;
+    CHECK(cudaGetDevice(&device) == cudaSuccess && device == 0);  // each thread has its own
+  }).join();
+  constexpr int kShared = 100 * 1024;
+  CHECK(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) ==
+        cudaSuccess);
+  CHECK(launch(out, kShared) == cudaSuccess);
+  CHECK_EQ(out[0], 801u);
+  CHECK(cudaSetDevice(0) == cudaSuccess);
+  CHECK(launch(out, kShared) == cudaErrorInvalidValue);
+  CHECK(ptx::machine().reports().size() == 1);
+  CHECK(launch(out) == cudaErrorLaunchFailure);
+  CHECK(ptx::machine().reports().back().kind == ptx::Error::kOutOfBounds);
+  CHECK(ptx::machine().reports().back().text.ends_with("is on device 1"));
+  ptx::machine().set_device_count(1);
 }
