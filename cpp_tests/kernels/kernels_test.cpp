@@ -76,7 +76,12 @@ TEST("few queries bf16 d72/256") { run_cases(few_query_cases(), Dtype::kBFloat16
 TEST("few queries bf16 d33/20") { run_cases(few_query_cases(), Dtype::kBFloat16, {33, 20}); }
 TEST("negative strides") {
   for (const int keys : {130, 600}) {  // the second by the kernels for few queries
-    const Case spec = {.batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 3, .seqlen_k = keys};
+    const Case spec = {.name = "backwards",
+                       .batch = 2,
+                       .heads = 4,
+                       .heads_kv = 2,
+                       .seqlen_q = 3,
+                       .seqlen_k = keys};
     run_backwards(spec, keys == 130 ? Dtype::kFloat16 : Dtype::kBFloat16);
   }
 }
@@ -85,7 +90,8 @@ TEST("few queries: the batch changes no bit of a sequence") {
   if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
   if (slice_of(64) == 0) SKIP("this build has no kernels of this head dim");
   const Backend backend = cuda_backend();
-  const Case spec = {.batch = 3, .heads = 4, .heads_kv = 2, .seqlen_q = 2, .seqlen_k = 900};
+  const Case spec = {
+      .name = "batch", .batch = 3, .heads = 4, .heads_kv = 2, .seqlen_q = 2, .seqlen_k = 900};
   const Setup all = make_setup(spec, Dtype::kFloat16, 64, kFull), one = second_alone(all);
   for (const Schedule& schedule : schedules()) {
     begin(schedule);
