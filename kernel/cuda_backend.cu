@@ -177,6 +177,22 @@ Family prefill_family(const ForwardParams& params, const Device& device, PlanNam
   return family;
 }
 
+// The name of the kernel that a family has for a problem.
+template <class Sm90HeadDims>
+Status name_kernel(const char* pass, Family family, const Problem& problem, const Device& device,
+                   PlanName& name) {
+  if (family == Family::kSm90) {
+    return visit_head_dim(Sm90HeadDims{}, problem, [&](auto dim) {
+      write_name(name, pass, "sm90", problem, dim.value);
+      return FLASHTILE_OK;
+    });
+  }
+  return visit_slice(problem, device.memory, [&](auto dim, auto) {
+    write_name(name, pass, sm80_family(device.memory), problem, dim.value);
+    return FLASHTILE_OK;
+  });
+}
+
 // Keys in a cache: decoding where some sequence may have few queries, and the forward's loop for
 // the others in the same call. The name is that of decoding where there is some, the note that of
 // the loop.
@@ -187,16 +203,12 @@ Status cache_plan(const ForwardParams& params, const Device& device, PlanName& n
   if (Status s = forms.decode ? check_decode_blocks(problem) : FLASHTILE_OK) return s;
   workspace_bytes = 0;
   const Family family = forms.prefill ? prefill_family(params, device, name) : Family::kSm80;
-  if (!forms.decode && family == Family::kSm90) {
-    return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {
-      write_name(name, "forward", "sm90", problem, dim.value);
-      return FLASHTILE_OK;
-    });
+  if (!forms.decode) {
+    return name_kernel<ForwardSm90HeadDims>("forward", family, problem, device, name);
   }
   return visit_slice(problem, device.memory, [&](auto dim, auto memory) {
-    write_name(name, forms.decode ? "decode" : "forward", sm80_family(device.memory), problem,
-               dim.value);
-    if (forms.decode) workspace_bytes = decode_workspace_sm80<dim.value, memory.value>(problem);
+    write_name(name, "decode", sm80_family(device.memory), problem, dim.value);
+    workspace_bytes = decode_workspace_sm80<dim.value, memory.value>(problem);
     return FLASHTILE_OK;
   });
 }
@@ -263,16 +275,8 @@ Status forward_plan(const ForwardParams& params, int device_index, PlanName& nam
   const ForwardParams served = in_its_form(params);
   if (served.problem.cache.exists()) return cache_plan(served, device, name, workspace_bytes);
   workspace_bytes = 0;
-  if (forward_family(params, device, name) == Family::kSm90) {
-    return visit_head_dim(ForwardSm90HeadDims{}, problem, [&](auto dim) {
-      write_name(name, "forward", "sm90", problem, dim.value);
-      return FLASHTILE_OK;
-    });
-  }
-  return visit_slice(problem, device.memory, [&](auto dim, auto) {
-    write_name(name, "forward", sm80_family(device.memory), problem, dim.value);
-    return FLASHTILE_OK;
-  });
+  return name_kernel<ForwardSm90HeadDims>("forward", forward_family(params, device, name), problem,
+                                          device, name);
 }
 
 Status backward_plan(const BackwardParams& params, int device_index, PlanName& name,
@@ -285,16 +289,8 @@ Status backward_plan(const BackwardParams& params, int device_index, PlanName& n
   Device device;
   if (Status s = query_device(device)) return s;
   if (Status s = backward_workspace(problem, device, workspace_bytes)) return s;
-  if (backward_family(params, device, name) == Family::kSm90) {
-    return visit_head_dim(BackwardSm90HeadDims{}, problem, [&](auto dim) {
-      write_name(name, "backward", "sm90", problem, dim.value);
-      return FLASHTILE_OK;
-    });
-  }
-  return visit_slice(problem, device.memory, [&](auto dim, auto) {
-    write_name(name, "backward", sm80_family(device.memory), problem, dim.value);
-    return FLASHTILE_OK;
-  });
+  return name_kernel<BackwardSm90HeadDims>("backward", backward_family(params, device, name),
+                                           problem, device, name);
 }
 
 Status forward(const ForwardParams& params, int device_index, CUstream_st* stream) {
