@@ -163,7 +163,9 @@ INSTRUCTION = re.compile(
 def parse_instruction(match: re.Match[str]) -> Instruction:
     address, predicate, mnemonic, operands = match.groups()
     opcode = mnemonic.split(".")[0]
-    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode == "BRA" else None
+    # CALL.REL goes to code far away, and may or may not come back.
+    branches = opcode in ("BRA", "CALL")
+    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if branches else None
     conditional_operands = opcode == "BRA" and "," in operands  # BRA P0, 0x10; BRA.DIV ~URZ, 0x10
     return Instruction(
         address=int(address, 16),
@@ -236,16 +238,27 @@ class FlowGraph:
             for successor in next_blocks:
                 self.predecessors[successor].append(n)
 
+    def reachable(self) -> set[int]:
+        """What only a RET leads to is not: the way back from a warp-wide instruction's slow path."""
+        found = {0}
+        stack = [0]
+        while stack:
+            new = set(self.successors[stack.pop()]) - found
+            found |= new
+            stack.extend(new)
+        return found
+
     def dominators(self) -> list[set[int]]:
+        reachable = self.reachable()
         everything = set(range(len(self.blocks)))
         dominators = [everything.copy() for _ in self.blocks]
         dominators[0] = {0}
         changed = True
         while changed:
             changed = False
-            for n in range(1, len(self.blocks)):
-                before = [dominators[p] for p in self.predecessors[n]]
-                new = {n} | (set.intersection(*before) if before else set())
+            for n in sorted(reachable - {0}):
+                before = [dominators[p] for p in self.predecessors[n] if p in reachable]
+                new = {n} | set.intersection(*before)
                 if new != dominators[n]:
                     dominators[n] = new
                     changed = True
@@ -254,16 +267,17 @@ class FlowGraph:
     def loops(self) -> dict[int, set[int]]:
         """Header -> blocks of the natural loop."""
         dominators = self.dominators()
+        reachable = self.reachable()
         loops: dict[int, set[int]] = {}
-        for tail, next_blocks in enumerate(self.successors):
-            for header in next_blocks:
+        for tail in sorted(reachable):
+            for header in self.successors[tail]:
                 if header not in dominators[tail]:
                     continue
                 body = loops.setdefault(header, {header})
                 stack = [tail]
                 while stack:
                     block = stack.pop()
-                    if block not in body:
+                    if block not in body and block in reachable:
                         body.add(block)
                         stack.extend(self.predecessors[block])
         return loops

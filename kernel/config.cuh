@@ -54,6 +54,9 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
 struct DecodeConfig {
   int slots;
   int blocks_per_sm;
+
+  // Of 32 rows, beside a Q of 64; odd, too.
+  FLASHTILE_HOST_DEVICE int half_slots() const { return 2 * slots - 3; }
 };
 
 FLASHTILE_HOST_DEVICE DecodeConfig decode_config(Memory memory, int head_dim) {

@@ -80,10 +80,7 @@ struct DecodeCombine {
     const Problem& problem = params.forward.problem;
     const int group = params.plan.group;
     const int packed = row.query * group + head % group;
-    const DecodeTile tile{.sequence = row.sequence,
-                          .row0 = packed / kDecodeTile * kDecodeTile,
-                          .rows = row.sequence.seqlen_q * group};
-    const BlockRange range = tile.steps(mask, group);
+    const BlockRange range = decode_steps(mask);
     const DecodeParts parts(range.begin, range.end, problem.cache.num_splits);
     const DecodeWorkspace workspace(params.forward.workspace, params.plan.partials(problem),
                                     kHeadDim);

@@ -1,12 +1,12 @@
 // How the work of decoding is cut up and numbered; host and device agree through this file.
 //
 // Packed rows: of one sequence and key/value head, row r is query r / group of head
-// kv_head * group + r % group, so that all rows that read a key share one load of it. 16 packed
-// rows are a tile. A tile's keys are cut into parts of whole steps of 64 keys; each part leaves a
-// normalised fp32 output and its LogSum per row in the workspace, which decode_combine.cuh merges.
+// kv_head * group + r % group. All of them share one load of the keys, which are cut into parts of
+// whole steps of 64; each part leaves a normalised fp32 output and its LogSum per row in the
+// workspace, which decode_combine.cuh merges.
 //
-// Tiles, steps and parts follow from the sequence alone, so a row's bits do, too. How many thread
-// blocks share the parts of a tile follows from the call and changes no bit.
+// Rows, steps and parts follow from the sequence alone, so a row's bits do, too. How many thread
+// blocks share the parts of a sequence follows from the call and changes no bit.
 #pragma once
 
 #include "params.h"
@@ -18,11 +18,11 @@
 
 namespace flashtile {
 
-inline constexpr int kDecodeTile = 16;         // packed rows
-inline constexpr int kDecodeStep = 64;         // keys
-inline constexpr int kDecodeParts = 32;        // at most, of a tile
+inline constexpr int kDecodeTile = 16;         // packed rows of a warp
+inline constexpr int kDecodeWarps = 4;         // of a thread block
 inline constexpr int kDecodeLimit = 64;        // packed rows of a sequence that is served like this
-inline constexpr int kDecodeWarps = 4;         // they share the keys of a step
+inline constexpr int kDecodeStep = 64;         // keys
+inline constexpr int kDecodeParts = 32;        // at most, of a sequence
 inline constexpr int kDecodeBlocks = 1 << 13;  // about; more would only take time to launch
 
 FLASHTILE_HOST_DEVICE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -47,23 +47,22 @@ struct DecodeParts {
   FLASHTILE_HOST_DEVICE int last(int part) const { return min_of(first(part) + length, end); }
 };
 
-// The numbering of tiles and packed rows of one key/value head over all sequences.
+// The numbering of thread blocks, and of one key/value head's packed rows over all sequences.
 struct DecodePlan {
-  int32_t group = 1;               // query heads of a key/value head
-  int32_t tiles_per_sequence = 0;  // 0: tiles and rows follow cu_seqlens_q
-  int32_t rows_per_sequence = 0;
+  int32_t group = 1;              // query heads of a key/value head
+  int32_t rows_per_sequence = 0;  // 0: rows follow cu_seqlens_q
   int32_t most_parts = 1;
-  int32_t part_blocks = 1;  // thread blocks that share the parts of a tile
-  int64_t tiles = 0, rows = 0;
+  int32_t part_blocks = 1;  // thread blocks that share the parts of a sequence and key/value head
+  int64_t rows = 0;
 
   FLASHTILE_HOST_DEVICE bool serves(int64_t seqlen_q) const {
     return seqlen_q * group <= kDecodeLimit;
   }
-  int64_t blocks(const Problem& p) const { return tiles * p.num_heads_kv * part_blocks; }
+  int64_t blocks(const Problem& p) const { return p.batch * p.num_heads_kv * part_blocks; }
   FLASHTILE_HOST_DEVICE int64_t partials(const Problem& p) const {
     return rows * p.num_heads_kv * most_parts;
   }
-  // Of a part of a packed row; `row` as first_row() counts.
+  // Of a part of a packed row; `row` as decode_first_row() counts.
   FLASHTILE_HOST_DEVICE int64_t partial(const Problem& p, int64_t row, int kv_head,
                                         int part) const {
     return (row * p.num_heads_kv + kv_head) * most_parts + part;
@@ -80,14 +79,11 @@ inline DecodePlan decode_plan(const Problem& p) {
       smaller(steps < 1 ? 1 : steps, DecodeParts::allowed(steps, p.cache.num_splits)));
   if (p.is_varlen() && most_rows <= p.batch * kDecodeLimit) {
     plan.rows = most_rows;
-    plan.tiles = most_rows / kDecodeTile + p.batch;
   } else {
     plan.rows_per_sequence = static_cast<int32_t>(smaller(most_rows, kDecodeLimit));
-    plan.tiles_per_sequence = (plan.rows_per_sequence + kDecodeTile - 1) / kDecodeTile;
     plan.rows = p.batch * plan.rows_per_sequence;
-    plan.tiles = p.batch * plan.tiles_per_sequence;
   }
-  const int64_t least = plan.tiles * p.num_heads_kv;
+  const int64_t least = p.batch * p.num_heads_kv;
   const int64_t share = least == 0 ? 1 : (kDecodeBlocks + least - 1) / least;
   plan.part_blocks = static_cast<int32_t>(smaller(share, plan.most_parts));
   return plan;
@@ -139,32 +135,17 @@ struct DecodeParams {
   bool negate_q;     // softmax_scale < 0
 };
 
-// Packed rows [row0, row0 + kDecodeTile) of one sequence and key/value head.
-struct DecodeTile {
-  Sequence sequence;
-  int64_t first_row = 0;  // of the sequence's packed rows in the workspace
-  int kv_head = 0;
-  int row0 = 0;
-  int rows = 0;  // packed rows of the sequence that are in use
-
-  FLASHTILE_DEVICE int query(int row, int group) const { return (row0 + row) / group; }
-
-  // Of its rows, in use.
-  FLASHTILE_DEVICE int count() const { return min(kDecodeTile, rows - row0); }
-
-  // What the tile's queries see.
-  FLASHTILE_DEVICE BlockRange steps(const BandMask& mask, int group) const {
-    if (row0 >= rows) return {0, 0, 0, 0};
-    const int q0 = query(0, group);
-    const int queries = query(count() - 1, group) - q0 + 1;
-    return mask.key_blocks(q0, queries, kDecodeStep);
-  }
-};
+// The steps that the queries of a sequence see. What a thread block reads and what the merge
+// expects are one range.
+FLASHTILE_DEVICE BlockRange decode_steps(const BandMask& mask) {
+  if (mask.seqlen_q <= 0) return {0, 0, 0, 0};
+  return mask.key_blocks(0, mask.seqlen_q, kDecodeStep);
+}
 
 // Where a sequence's packed rows begin in the workspace.
 FLASHTILE_DEVICE int64_t decode_first_row(const DecodePlan& plan, const Sequence& sequence) {
-  return plan.tiles_per_sequence == 0 ? sequence.row_q * plan.group
-                                      : sequence.index * plan.rows_per_sequence;
+  return plan.rows_per_sequence == 0 ? sequence.row_q * plan.group
+                                     : sequence.index * plan.rows_per_sequence;
 }
 
 }  // namespace flashtile
