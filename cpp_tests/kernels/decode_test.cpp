@@ -121,8 +121,11 @@ TEST("long sequences are cut into parts, as many as asked for") {
     check_cache_on_devices({.dtype = Dtype::kBFloat16,
                             .heads = 4,
                             .heads_kv = 1,
-                            .sequences = {{.seed = 1, .keys = 3000}, {.seed = 2, .keys = 1025}},
+                            .sequences = {{.seed = 1, .keys = 3000},
+                                          {.seed = 2, .keys = 1025},
+                                          {.seed = 3, .keys = 1100, .queries = 7}},
                             .page_size = 16,
+                            .packed = true,
                             .num_splits = num_splits});
   }
 }
@@ -156,6 +159,24 @@ TEST("prefill over aligned rows: every page size, head dim and way to load") {
   }
 }
 
+// 16 packed rows are the last that share their warps' keys, 64 the last that are decoded.
+TEST("packed rows at the edge of a form, in one call") {
+  need_device();
+  for (const int page_size : {0, 7, 16}) {
+    CacheSpec spec = {.dtype = Dtype::kBFloat16, .heads = 2, .heads_kv = 2, .packed = true};
+    spec.page_size = page_size;
+    for (const int queries : {1, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65}) {
+      spec.sequences.push_back({.seed = static_cast<uint64_t>(queries),
+                                .keys = 90 + queries,
+                                .queries = queries,
+                                .leftpad = queries % 5});
+    }
+    check_cache_on_devices(spec);
+    spec.mask = {30, 3};
+    check_cache_on_devices(spec);
+  }
+}
+
 // So many heads and sequences that a thread block takes two parts of four, one behind the other.
 TEST("a thread block takes several parts") {
   need_device();
@@ -165,5 +186,10 @@ TEST("a thread block takes several parts") {
   spec.sequences.resize(64);
   spec.sequences[5] = {.seed = 1, .keys = 200};
   spec.sequences[60] = {.seed = 2, .keys = 130};
+  check_cache_on_devices(spec);
+  for (CacheSequence& sequence : spec.sequences) sequence.queries = 0;
+  spec.sequences[5].queries = 1;
+  spec.sequences[60].queries = 18;
+  spec.packed = true;
   check_cache_on_devices(spec);
 }

@@ -85,8 +85,13 @@ std::vector<CacheSpec> parts() {
     specs.push_back({.heads = 4,
                      .heads_kv = 1,
                      .dims = slice(),
-                     .sequences = {{.seed = 1, .keys = 700}, {.seed = 2, .keys = 450}},
+                     .sequences = {{.seed = 1, .keys = 700},
+                                   {.seed = 2, .keys = 450},
+                                   {.seed = 3, .keys = 500, .queries = 4},
+                                   {.seed = 4, .keys = 600, .queries = 5},
+                                   {.seed = 5, .keys = 410, .queries = 16}},
                      .page_size = 16,
+                     .packed = true,
                      .mask = kFull,
                      .num_splits = num_splits});
   }
@@ -94,6 +99,10 @@ std::vector<CacheSpec> parts() {
   several.sequences.resize(64);
   several.sequences[7] = {.seed = 1, .keys = 200};
   several.page_size = 64;
+  specs.push_back(several);
+  for (CacheSequence& sequence : several.sequences) sequence.queries = 0;
+  several.sequences[7].queries = 18;
+  several.packed = true;
   specs.push_back(several);
   return specs;
 }
