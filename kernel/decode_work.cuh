@@ -17,8 +17,8 @@ struct DecodeWork {
   BandMask mask;
   BlockRange range;  // steps that the rows see
   DecodeParts parts;
-  int first_part;     // of the block; it takes every DecodePlan::part_blocks'th
-  int64_t first_row;  // in the workspace
+  int first_part;         // of the block; it takes every DecodePlan::part_blocks'th
+  int64_t first_partial;  // of packed row 0, part 0
 
   // Neighbouring blocks read neighbouring heads of the same keys.
   FLASHTILE_DEVICE DecodeWork(const DecodeParams& params, int block)
@@ -36,7 +36,8 @@ struct DecodeWork {
         range(decode_steps(mask)),
         parts(range.begin, range.end, params.forward.problem.cache.num_splits),
         first_part(index % params.plan.part_blocks),
-        first_row(decode_first_row(params.plan, sequence)) {}
+        first_partial(params.plan.partial(params.forward.problem,
+                                          decode_first_row(params.plan, sequence), head, 0)) {}
 };
 
 // The output of 16 packed rows, not yet divided by its sums.
@@ -76,8 +77,7 @@ struct DecodePartials {
     FLASHTILE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + accumulator_row(ptx::thread_index() % 32, 0, 2 * half);
-      const int64_t partial =
-          params.plan.partial(problem, work.first_row + row, work.kv_head, part);
+      const int64_t partial = work.first_partial + params.plan.partial(problem, row, 0, part);
       out[half] = row < work.rows ? workspace.out + partial * head_dim : nullptr;
       sums[half] = workspace.sums + partial;
     }
