@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-DECODE = "decode_sm80.cuh"
+FEW = "decode_few.cuh"
+MANY = "decode_many.cuh"
+FORMS = "decode_sm80.cuh"
+WORK = "decode_work.cuh"
 COMBINE = "decode_combine.cuh"
 PLAN = "decode_plan.cuh"
 STREAM = "decode_stream.cuh"
@@ -13,9 +16,11 @@ ROWS = "tile/cache_rows.cuh"
 EDGES = "tile/packed_edges.cuh"
 ALL_CASES = ("cache pages", "cache masks", "cache parts")
 
-WAIT = "ptx::cp_async_wait<kConfig.slots - 2>(); "
+WAIT = "ptx::cp_async_wait<kSlots - 2>(); "
 K_LANDED = "__syncwarp();  // K has landed; nobody in the warp reads the V before it any more"
 V_LANDED = "__syncwarp();  // V has landed; nobody in the warp reads K any more"
+MANY_K_LANDED = "__syncthreads();  // K has landed; nobody reads the V before it any more"
+MANY_V_LANDED = "__syncthreads();  // V has landed; nobody reads K any more"
 
 
 def mutant(name: str, *patch: str, cases: str = "pages", kernel: str = "decode") -> Mutant:
@@ -25,38 +30,38 @@ def mutant(name: str, *patch: str, cases: str = "pages", kernel: str = "decode")
 
 
 ORDER = [
-    mutant("no wait for K", DECODE, WAIT + K_LANDED, "__syncwarp();"),
-    mutant("no wait for V", DECODE, WAIT + V_LANDED, "__syncwarp();"),
+    mutant("no wait for K", FEW, WAIT + K_LANDED, "__syncwarp();"),
+    mutant("no wait for V", FEW, WAIT + V_LANDED, "__syncwarp();"),
     mutant(
         "wait for V one item too lax",
-        DECODE,
+        FEW,
         WAIT + V_LANDED,
-        "ptx::cp_async_wait<kConfig.slots - 1>(); __syncwarp();",
+        "ptx::cp_async_wait<kSlots - 1>(); __syncwarp();",
     ),
-    mutant("no order of the lanes after K's wait", DECODE, K_LANDED, ""),
-    mutant("no order of the lanes after V's wait", DECODE, V_LANDED, ""),
+    mutant("no order of the lanes after K's wait", FEW, K_LANDED, ""),
+    mutant("no order of the lanes after V's wait", FEW, V_LANDED, ""),
     mutant(
         "Q's place is a slot before everybody has read it",
-        DECODE,
+        FEW,
         "__syncthreads();  // everybody has read Q: its place is a slot",
         "",
         cases="parts",
     ),
     mutant(
         "no barrier before the merge",
-        DECODE,
+        FEW,
         "__syncthreads();  // the warps' LogSums are there; nobody reads a ring any more",
         "",
     ),
     mutant(
         "no barrier before the outputs are added up",
-        DECODE,
+        FEW,
         "__syncthreads();  // the warps' outputs are there",
         "",
     ),
     mutant(
         "no barrier before the next part",
-        DECODE,
+        FEW,
         "__syncthreads();  // the outputs have been read, the rings are free",
         "",
         cases="parts",
@@ -66,21 +71,21 @@ ORDER = [
 SUMS = [
     mutant(
         "warps merged without weights",
-        DECODE,
+        FEW,
         "return own / weights;",
         "return 1.0f / kDecodeWarps;",
     ),
-    mutant("a warp's weight undivided", DECODE, "return own / weights;", "return own;"),
+    mutant("a warp's weight undivided", FEW, "return own / weights;", "return own;"),
     mutant(
         "rows without a key divided by their sum",
-        DECODE,
+        WORK,
         "sum == 0.0f ? 0.0f : o.d[0][n][i] * factor",
         "o.d[0][n][i] * factor",
         cases="masks",
     ),
     mutant(
         "one warp's output left out",
-        DECODE,
+        FEW,
         "w < kDecodeWarps; ++w) { const float4 y",
         "w < kDecodeWarps - 1; ++w) { const float4 y",
     ),
@@ -116,10 +121,10 @@ KEYS = [
         cases="parts",
     ),
     mutant(
-        "the first tile's keys for all tiles",
-        COMBINE,
-        "packed / kDecodeTile * kDecodeTile",
-        "0",
+        "keys of the first query for all",
+        STREAM,
+        "work.mask.key_end(work.mask.seqlen_q - 1)",
+        "work.mask.key_end(0)",
         cases="masks",
     ),
     mutant(
@@ -147,9 +152,9 @@ KEYS = [
     mutant("one key past the sequence", STREAM, "row < end)", "row <= end)"),
     mutant(
         "wrong head of the group",
-        DECODE,
-        "params.plan.group + row % params.plan.group",
-        "params.plan.group + (row + 1) % params.plan.group",
+        WORK,
+        "work.kv_head * group + row % group",
+        "work.kv_head * group + (row + 1) % group",
     ),
     mutant(
         "band one key too long",
@@ -182,6 +187,68 @@ KEYS = [
     ),
 ]
 
+ROWS_SHARED = [
+    mutant("many rows: no wait for K", MANY, WAIT + MANY_K_LANDED, "__syncthreads();"),
+    mutant("many rows: no wait for V", MANY, WAIT + MANY_V_LANDED, "__syncthreads();"),
+    mutant("many rows: no barrier after K's wait", MANY, MANY_K_LANDED, "__syncwarp();"),
+    mutant("many rows: no barrier after V's wait", MANY, MANY_V_LANDED, "__syncwarp();"),
+    mutant(
+        "many rows: no barrier before the next part",
+        MANY,
+        "__syncthreads();  // the ring is free",
+        "",
+        cases="parts",
+    ),
+    mutant(
+        "many rows: band of the first warp's rows for all",
+        MANY,
+        "edges(work.mask, first_row(), work.rows",
+        "edges(work.mask, 0, work.rows",
+        cases="masks",
+    ),
+    mutant(
+        "many rows: results of the first warp's rows for all",
+        MANY,
+        "{params, work, first_row(), part, kHeadDim}",
+        "{params, work, 0, part, kHeadDim}",
+        cases="parts",
+    ),
+    mutant(
+        "many rows: P of the first 16 keys for all",
+        MANY,
+        "to_operand<T>(p[i][0], s, 0, i);",
+        "to_operand<T>(p[i][0], s, 0, 0);",
+    ),
+    mutant(
+        "many rows: half a step's keys",
+        MANY,
+        "tile < 2 * parts.last(part); ++tile",
+        "tile < 2 * parts.last(part) - 1; ++tile",
+        cases="parts",
+    ),
+    mutant(
+        "17 to 32 rows as if they were 16",
+        FORMS,
+        "work.rows <= kDecodeTile",
+        "work.rows <= 2 * kDecodeTile",
+        cases="parts",
+    ),
+    Mutant(
+        "control: 16 rows as if they were 17",
+        "decode",
+        ((FORMS, "work.rows <= kDecodeTile", "work.rows < kDecodeTile"),),
+        ALL_CASES,
+        harmless=True,
+    ),
+    Mutant(
+        "control: warps without a row compute, too",
+        "decode",
+        ((MANY, "in_use(first_row() < work.rows)", "in_use(true)"),),
+        ALL_CASES,
+        harmless=True,
+    ),
+]
+
 CONTROLS = [
     Mutant(
         "control: another page where there is no row",
@@ -195,9 +262,9 @@ CONTROLS = [
         "decode",
         (
             (
-                DECODE,
-                "index / heads % plan.part_blocks;",
-                "plan.part_blocks - 1 - index / heads % plan.part_blocks;",
+                WORK,
+                "first_part(index % params.plan.part_blocks)",
+                "first_part(params.plan.part_blocks - 1 - index % params.plan.part_blocks)",
             ),
         ),
         ALL_CASES,
@@ -205,4 +272,4 @@ CONTROLS = [
     ),
 ]
 
-DECODE_MUTANTS = ORDER + SUMS + KEYS + CONTROLS
+DECODE_MUTANTS = ORDER + SUMS + KEYS + ROWS_SHARED + CONTROLS
