@@ -11,8 +11,8 @@
 //   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
 //   forward_sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
 //   forward_sm90.cuh   forward main loop: TMA + wgmma (sm_90a); tensor_map.h: what TMA takes
-//   decode_sm80.cuh    few queries over a cache; decode_combine.cuh merges; decode_plan.cuh: who
-//                      does what; decode_dense.cuh: dense tensors as a cache
+//   decode_sm80.cuh    few queries over a cache: decode_few.cuh, decode_many.cuh; decode_plan.cuh:
+//                      who does what; decode_combine.cuh merges; decode_dense.cuh: dense tensors
 //   prefill_sm80.cuh   the forward's loop over a cache; prefill_sm90.cuh: that of sm_90a
 //   backward_sm80.cuh  backward main loop; backward_delta.cuh before, backward_dq.cuh after it
 //   backward_sm90.cuh  the same for sm_90a: TMA + wgmma

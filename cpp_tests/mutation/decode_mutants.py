@@ -188,10 +188,18 @@ KEYS = [
 ]
 
 ROWS_SHARED = [
-    mutant("many rows: no wait for K", MANY, WAIT + MANY_K_LANDED, "__syncthreads();"),
-    mutant("many rows: no wait for V", MANY, WAIT + MANY_V_LANDED, "__syncthreads();"),
-    mutant("many rows: no barrier after K's wait", MANY, MANY_K_LANDED, "__syncwarp();"),
-    mutant("many rows: no barrier after V's wait", MANY, MANY_V_LANDED, "__syncwarp();"),
+    mutant(
+        "many rows: no wait for K", MANY, WAIT + MANY_K_LANDED, "__syncthreads();", cases="parts"
+    ),
+    mutant(
+        "many rows: no wait for V", MANY, WAIT + MANY_V_LANDED, "__syncthreads();", cases="parts"
+    ),
+    mutant(
+        "many rows: no barrier after K's wait", MANY, MANY_K_LANDED, "__syncwarp();", cases="parts"
+    ),
+    mutant(
+        "many rows: no barrier after V's wait", MANY, MANY_V_LANDED, "__syncwarp();", cases="parts"
+    ),
     mutant(
         "many rows: no barrier before the next part",
         MANY,
@@ -218,6 +226,7 @@ ROWS_SHARED = [
         MANY,
         "to_operand<T>(p[i][0], s, 0, i);",
         "to_operand<T>(p[i][0], s, 0, 0);",
+        cases="parts",
     ),
     mutant(
         "many rows: half a step's keys",

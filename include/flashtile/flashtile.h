@@ -147,7 +147,9 @@ typedef struct {
   int64_t total_new;              /* rows of the packed tensor */
   /* Parts that the keys of a sequence are cut into at most; 0: flashtile chooses. A row's bits
    * depend on this and on its own sequence alone: not on page sizes, neighbours or threads. On CUDA
-   * 32 at most, and one for a sequence of more than 64 queries times num_heads / num_heads_kv. */
+   * 32 at most, and one for a sequence of more than 64 queries times num_heads / num_heads_kv.
+   * There it bounds the workspace, too, which grows with it and with the rows that may be decoded:
+   * of packed queries min(64 * batch, total_q * num_heads / num_heads_kv) for each kv head. */
   int64_t num_splits;
 } flashtile_problem;
 
