@@ -99,6 +99,11 @@ class Kernel:
         return f"{key[0]} d{key[1]} {key[2]}{ordered}"
 
     @property
+    def is_decode(self) -> bool:
+        key = self.key()
+        return key is not None and key[0] == "decode"
+
+    @property
     def dtype(self) -> str:
         return "bf16" if "nv_bfloat16" in self.symbol else "fp16"
 
@@ -343,8 +348,13 @@ def mma_loops(kernel: Kernel) -> list[Loop]:
 
 def hot_loop(kernel: Kernel) -> Loop | None:
     """The innermost loop with the most HMMA; of equals (a masked twin) the shortest path. Of
-    decoding that for up to 16 packed rows, whose step is 64 keys; the other's is 32."""
+    decoding that for up to 16 packed rows, whose step is 64 keys."""
     loops = mma_loops(kernel)
-    if kernel.name.startswith("decode "):
-        return min(loops, key=lambda loop: (loop.mma, len(loop.path)), default=None)
+    sign = 1 if kernel.is_decode else -1
+    return min(loops, key=lambda loop: (sign * loop.mma, len(loop.path)), default=None)
+
+
+def many_rows_loop(kernel: Kernel) -> Loop | None:
+    """Of decoding, the loop for 17 to 64 packed rows, whose step is 32 keys."""
+    loops = mma_loops(kernel) if kernel.is_decode else []
     return min(loops, key=lambda loop: (-loop.mma, len(loop.path)), default=None)

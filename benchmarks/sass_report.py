@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 
 import sass_sm90
-from sass import Kernel, Loop, find_cuobjdump, hot_loop, read_kernels
+from sass import Kernel, Loop, find_cuobjdump, hot_loop, many_rows_loop, read_kernels
 
 HERE = pathlib.Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
@@ -156,6 +156,19 @@ def shared_bytes(loop: Loop) -> int:
         elif i.opcode in ("LDS", "STS", "LDGSTS") and not i.text.startswith("LDS RZ"):
             total += 32 * width(i.text)
     return total
+
+
+MANY_ROWS = "decode, many rows"  # its second loop
+
+
+def make_many_rows(kernel: Kernel, row: Row, loop: Loop) -> Row:
+    """The row of a decoding kernel's other loop."""
+    key = kernel.key()
+    assert key
+    other = make_row(kernel, loop, [], {})
+    other.name = row.name.replace("decode", MANY_ROWS, 1)
+    other.budget = BUDGETS.get((MANY_ROWS, *key[1:]))
+    return other
 
 
 def make_row(kernel: Kernel, loop: Loop, fa2: list[dict[str, object]], plans: Plans) -> Row:
@@ -311,6 +324,8 @@ def main() -> int:
                 sm90_rows.append(sass_sm90.make_row(kernel, loop))
             else:
                 rows.append(make_row(kernel, loop, fa2, plans))
+                if (many := many_rows_loop(kernel)) is not None:
+                    rows.append(make_many_rows(kernel, rows[-1], many))
             if arguments.dump:
                 print(f"\n{kernel.name} {kernel.dtype} {kernel.architecture}")
                 print("\n".join(f"  {i.address:05x}  {i.text}" for i in loop.path))
