@@ -82,7 +82,8 @@ Status check_cache(const flashtile_problem& p) {
   if (p.cu_seqlens_new != nullptr) {
     if (Status s = check_range("total_new", p.total_new, 0, kMost)) return s;
   }
-  if (p.seqused_k == nullptr && (p.seqlen_new > 0 || p.cu_seqlens_new != nullptr)) {
+  // An array of no sequences may be nowhere.
+  if (p.batch > 0 && p.seqused_k == nullptr && (p.seqlen_new > 0 || p.cu_seqlens_new != nullptr)) {
     return fail(
         FLASHTILE_INVALID_ARGUMENT,
         "seqused_k is NULL and new rows are announced; allowed: a pointer, which says where "

@@ -3,8 +3,10 @@
 #include "kvcache.h"
 
 #include <cmath>
+#include <initializer_list>
+#include <iterator>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -79,7 +81,11 @@ flashtile_problem cache_problem(const CacheArguments& cache, const Tensor& like,
   problem.cache_batch_idx = int_data(cache.cache_batch_idx);
   problem.cache_leftpad = int_data(cache.cache_leftpad);
   if (cache.block_table.has_value()) {
-    problem.block_table = int_data(cache.block_table);
+    // A table without columns says that there is no room. It has no memory either, and NULL would
+    // say that there is no table.
+    static constexpr int32_t kNoPages = 0;
+    const int32_t* const table = int_data(cache.block_table);
+    problem.block_table = table == nullptr ? &kNoPages : table;
     problem.block_table_stride = cache.block_table->stride(0);
     problem.max_blocks = cache.block_table->size(1);
   }
@@ -168,7 +174,35 @@ std::tuple<Tensor, Tensor> forward_kvcache(
   return {out, lse};
 }
 
-// k and v, the new rows: shapes, and that the cache can be written.
+// That the cache can be written: its elements are apart, and what is read meanwhile is not in it.
+std::string written_refusal(const CacheArguments& cache,
+                            std::initializer_list<std::pair<const char*, const Tensor*>> read) {
+  const std::pair<const char*, const Tensor*> caches[] = {{"k_cache", &cache.k_cache},
+                                                          {"v_cache", &cache.v_cache}};
+  const Footprint footprints[] = {Footprint(cache.k_cache), Footprint(cache.v_cache)};
+  for (size_t i = 0; i < std::size(caches); ++i) {
+    const auto& [name, tensor] = caches[i];
+    if (footprints[i].may_meet_itself()) {
+      return sentence(name, " has strides ", tuple_text(tensor->strides()), " over shape ",
+                      tuple_text(tensor->sizes()),
+                      "; allowed: strides that keep its elements apart");
+    }
+  }
+  if (footprints[0].may_meet(footprints[1])) {
+    return "k_cache shares memory with v_cache; allowed: memory of its own";
+  }
+  for (const auto& [name, tensor] : read) {
+    const Footprint other(*tensor);
+    for (size_t i = 0; i < std::size(caches); ++i) {
+      if (!footprints[i].may_meet(other)) continue;
+      return sentence(caches[i].first, " shares memory with ", name,
+                      "; allowed: memory of its own");
+    }
+  }
+  return {};
+}
+
+// k and v, the new rows.
 std::string new_rows_refusal(const Tensor& k, const Tensor& v, const CacheArguments& cache,
                              const Tensor& like) {
   const bool packed = cache.cu_seqlens_new.has_value();
@@ -182,18 +216,7 @@ std::string new_rows_refusal(const Tensor& k, const Tensor& v, const CacheArgume
                   : shape_refusal("v", v, {k.size(0), k.size(1), heads, dim_v});
   }
   if (text.empty()) text = kind_refusal("v", v, like);
-  if (!text.empty()) return text;
-  const Footprint k_written(cache.k_cache), v_written(cache.v_cache);
-  for (const auto& [name, written, tensor] : {std::tuple("k_cache", &k_written, &cache.k_cache),
-                                              std::tuple("v_cache", &v_written, &cache.v_cache)}) {
-    if (!written->may_meet_itself()) continue;
-    return sentence(name, " has strides ", tuple_text(tensor->strides()), " over shape ",
-                    tuple_text(tensor->sizes()), "; allowed: strides that keep its elements apart");
-  }
-  if (k_written.may_meet(v_written)) {
-    return "k_cache shares memory with v_cache; allowed: memory of its own";
-  }
-  return {};
+  return text;
 }
 
 flashtile_append_kv_params append_params(const Tensor& k, const Tensor& v,
@@ -222,6 +245,7 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   const int64_t batch = batch_of(k, cu_seqlens);
   raise_unless_empty(cache_refusal(cache, k, batch));
   raise_unless_empty(new_rows_refusal(k, v, cache, k));
+  raise_unless_empty(written_refusal(cache, {{"k", &k}, {"v", &v}}));
   const DeviceScope device(k);
   flashtile_problem problem = cache_problem(cache, k, batch);
   const flashtile_append_kv_params params = append_params(k, v, cache, problem);
@@ -234,6 +258,7 @@ std::string rotary_refusal(const Tensor& cos, const Tensor& sin, const Tensor& q
   if (text.empty()) text = kind_refusal("rotary_cos", cos, q);
   if (text.empty()) text = shape_refusal("rotary_sin", sin, {cos.size(0), cos.size(1)});
   if (text.empty()) text = kind_refusal("rotary_sin", sin, q);
+  if (text.empty() && cos.size(0) == 0) text = "rotary_rows is 0; allowed: 1 to 2147483647";
   if (text.empty() && cos.size(0) > 1 && cos.stride(0) != sin.stride(0)) {
     text = sentence("rotary_sin has stride ", sin.stride(0),
                     " between its rows; allowed: ", cos.stride(0), ", that of rotary_cos");
@@ -254,6 +279,9 @@ Tensor append_kv_rotary(const Tensor& k_cache, const Tensor& v_cache, const Tens
   raise_unless_empty(cache_refusal(cache, q, batch));
   raise_unless_empty(new_rows_refusal(k, v, cache, q));
   raise_unless_empty(rotary_refusal(rotary_cos, rotary_sin, q));
+  raise_unless_empty(written_refusal(
+      cache,
+      {{"k", &k}, {"v", &v}, {"q", &q}, {"rotary_cos", &rotary_cos}, {"rotary_sin", &rotary_sin}}));
   const DeviceScope device(q);
   flashtile_problem problem = cache_problem(cache, q, batch);
   add_queries(q, cu_seqlens, problem);

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashtile import _checks
 from flashtile._options import UNLIMITED
@@ -80,6 +81,11 @@ def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
         raise ValueError(f"rotary_dim is {dim}; allowed: even, 2 to head_dim, {q.shape[-1]}")
     if cos.shape[0] < 1:
         raise ValueError("rotary_rows is 0; allowed: 1 to 2147483647")
+    if cos.shape[0] > 1 and cos.stride(0) != sin.stride(0):
+        raise ValueError(
+            f"rotary_sin has stride {sin.stride(0)} between its rows; allowed: {cos.stride(0)}, "
+            "that of rotary_cos"
+        )
 
 
 def _fake_forward(
@@ -185,12 +191,46 @@ def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
+def _refuse_tangents(tensors: dict[str, Tensor | None]) -> None:
+    """A forward-mode tangent would get lost in silence."""
+    for tensor in tensors.values():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            _checks.refuse_tangents()
+
+
+def _check_new_rows(
+    k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], *, is_packed: bool
+) -> None:
+    """k and v against q, of whose sequences they are, and the cache; the ops do not see q."""
+    rows: tuple[_checks.Extent, ...] = (q.shape[0],)
+    if not is_packed:
+        rows = (q.shape[0], "seqlen_new")
+    heads = "num_heads_kv" if cache[0].dim() != 4 else cache[0].shape[2]
+    _checks.check_shape("k", k, (*rows, heads, q.shape[-1]))
+    dim_v = "head_dim_v" if cache[1].dim() != 4 else cache[1].shape[3]
+    _checks.check_shape("v", v, (*k.shape[:-1], dim_v))
+    for name, tensor in (("k", k), ("v", v)):
+        _checks.check_kind(name, tensor, q)
+
+
+def _append(name: str, k_cache: Tensor, v_cache: Tensor, *args: Any) -> Any:
+    """An op that writes to the caches; torch learns that they have changed."""
+    caches = (k_cache, v_cache)
+    result = _call(name, *caches, *args)
+    # Backward passes that saved them must fail; the stable ABI has no way to say so in the op.
+    if not torch.compiler.is_compiling():  # compiled graphs do it themselves
+        torch.autograd.graph.increment_version(caches)
+    return result
+
+
 def _seqlens(value: Tensor | int | None, q: Tensor, batch: int) -> Tensor | None:
     """cache_seqlens as a tensor."""
     if value is None or isinstance(value, Tensor):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"cache_seqlens is a {type(value).__name__}; allowed: Tensor, int or None")
+    if not torch.compiler.is_compiling() and not 0 <= value <= 2**31 - 1:
+        raise ValueError(f"cache_seqlens is {value}; allowed: 0 to 2147483647")
     return torch.full((batch,), value, dtype=torch.int32, device=q.device)
 
 
@@ -308,7 +348,8 @@ def attention_with_kvcache(
             ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
             sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
             anything is read. Rows beyond the capacity, on pages that do not exist or of a sequence
-            with a negative length are not written. Two sequences must not append to one page.
+            with a negative length are not written. Two sequences must not append to one page, and k,
+            v and whatever is rotated must not lie in the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it
@@ -346,7 +387,9 @@ def attention_with_kvcache(
         float32, natural logarithm.
 
     Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
-    append is declared, so ``torch.compile`` keeps it. A call that raises may have appended; making
+    append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
+    where a view begins that any custom op writes to: compile with caches that are tensors of their
+    own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended; making
     it again writes the same rows. Numerics and errors are those of :func:`attention`.
     """
     tensors = {
@@ -374,6 +417,8 @@ def attention_with_kvcache(
         _checks.check_flag(name, flag)
     if torch.is_grad_enabled():
         _refuse_gradients(tensors)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     _checks.check_softmax_scale(softmax_scale)
     left, right = _checks.check_window(window_size)
     if causal:
@@ -384,17 +429,17 @@ def attention_with_kvcache(
     seqlens = _seqlens(cache_seqlens, q, batch)
     seqlen_new, cu_seqlens_new = 0, None
     if k is not None and v is not None:
-        for name, tensor in (("k", k), ("v", v)):
-            _checks.check_kind(name, tensor, q)
-        seqlen_new = 0 if cu_seqlens_q is not None else k.shape[-3]
+        is_packed = cu_seqlens_q is not None
+        _check_new_rows(k, v, q, (k_cache, v_cache), is_packed=is_packed)
+        seqlen_new = 0 if is_packed else k.shape[1]
         cu_seqlens_new = cu_seqlens_q
         places = (seqlens, cache_batch_idx, block_table, cu_seqlens_q)
         if rotary_cos is None:
-            _call("append_kv", k_cache, v_cache, k, v, *places, check)
+            _append("append_kv", k_cache, v_cache, k, v, *places, check)
         else:
             q_fixed = left == UNLIMITED and right == UNLIMITED
             rotation = (rotary_cos, rotary_sin, rotary_interleaved, q_fixed)
-            q = _call("append_kv_rotary", k_cache, v_cache, k, v, q, *rotation, *places, check)
+            q = _append("append_kv_rotary", k_cache, v_cache, k, v, q, *rotation, *places, check)
     options = (softmax_scale, left, right, seqlen_new, num_splits, longest)
     where = (cu_seqlens_q, cu_seqlens_new, seqlens, cache_batch_idx, cache_leftpad, block_table)
     out, lse = _call("forward_kvcache", q, k_cache, v_cache, *options, *where, check)

@@ -178,6 +178,27 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "v has shape (2, 1, 2, 48); allowed: (2, 2, 2, 48)",
     ),
+    *(
+        (
+            {"k": torch.zeros(shape)},
+            ValueError,
+            f"k has shape {shape}; allowed: (2, seqlen_new, 2, 64)",
+        )
+        for shape in ((64,), (2, 64), (3, 2, 2, 64), (2, 2, 1, 64))
+    ),
+    *(
+        (
+            {"cache_seqlens": length},
+            ValueError,
+            f"cache_seqlens is {length}; allowed: 0 to 2147483647",
+        )
+        for length in (-1, 2**31)
+    ),
+    (
+        {"rotary_cos": torch.zeros(9, 16), "rotary_sin": torch.zeros(9, 32)[:, :16]},
+        ValueError,
+        "rotary_sin has stride 32 between its rows; allowed: 16, that of rotary_cos",
+    ),
     (
         {"rotary_cos": torch.zeros(9, 16)},
         ValueError,
@@ -228,3 +249,70 @@ def test_a_cache_that_meets_itself_is_refused() -> None:
     call["k_cache"], call["v_cache"] = both, both[..., :48]
     with pytest.raises(RuntimeError, match="k_cache shares memory with v_cache"):
         flashtile.attention_with_kvcache(**call)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "q", "rotary_cos"])
+def test_reading_from_what_is_written_is_refused(name: str) -> None:
+    _, call = arguments()
+    call["k_cache"] = torch.zeros(10, 8, 4, 64)[:, :, :2]
+    call["v_cache"] = torch.zeros(10, 8, 2, 64)
+    call["k"], call["v"] = torch.zeros(2, 2, 2, 64), torch.zeros(2, 2, 2, 64)
+    call["rotary_cos"] = call["rotary_sin"] = torch.zeros(40, 16)
+    if name == "rotary_cos":
+        rows = call["k_cache"].as_strided((40, 16), (16, 1))
+        call["rotary_cos"] = call["rotary_sin"] = rows
+    elif name == "q":
+        call["q"] = call["v_cache"][:2, :4].view(2, 2, 4, 64)
+    else:
+        call[name] = call[f"{name}_cache"][:2, 3:5]
+    sentence = f"[kv]_cache shares memory with {name}; allowed: memory of its own"
+    with pytest.raises(RuntimeError, match=sentence):
+        flashtile.attention_with_kvcache(**call)
+
+
+def test_packed_rows_are_those_of_q() -> None:
+    _, call = arguments(packed=True)
+    for rows in (4, 6):
+        call["k"] = torch.zeros(rows, 2, 64)
+        with pytest.raises(ValueError, match=r"allowed: \(5, 2, 64\)$"):
+            flashtile.attention_with_kvcache(**call)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_no_sequences(packed: bool) -> None:
+    """A rank that has nothing to do: arrays without elements have no memory."""
+    cache, call = arguments(packed)
+    before = cache.k.clone()
+    for name in ("q", "k", "v", "cache_seqlens", "block_table"):
+        call[name] = call[name][:0].clone()
+    if packed:
+        call["cu_seqlens_q"] = int32([0])
+    assert flashtile.attention_with_kvcache(**call).shape[0] == 0
+    assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9))
+
+
+def test_a_block_table_without_columns_has_no_rows() -> None:
+    cache, call = arguments()
+    before = cache.k.clone()
+    call["block_table"] = torch.empty(2, 0, dtype=torch.int32)
+    out, lse = flashtile.attention_with_kvcache(**call, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+    assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9))
+
+
+def test_forward_mode_is_refused() -> None:
+    _, call = arguments()
+    q = call.pop("q")
+    with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+        torch.func.jvp(lambda q: flashtile.attention_with_kvcache(q, **call), (q,), (q,))
+
+
+def test_autograd_sees_the_append() -> None:
+    """A backward pass that saved the cache fails: it would read the new rows."""
+    _, call = arguments()
+    weight = torch.ones_like(call["k_cache"], requires_grad=True)
+    loss = (weight * call["k_cache"]).sum()
+    flashtile.attention_with_kvcache(**call)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
