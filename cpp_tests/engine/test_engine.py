@@ -132,6 +132,7 @@ def test_equal_beginnings_are_shared(folder: Path, reference: Reference) -> None
         ('{"id": 7, "prompt": [1]}', "id is 7; allowed: a string"),
         ('{"cancel": []}', "cancel is []; allowed: a string"),
         ("[1, 2", "the line is no JSON object"),
+        ('{"id": ' + "[" * 200000 + "]" * 200000 + "}", "the line is nested too deep"),
         ("17", "the line is no JSON object"),
     ],
 )

@@ -93,8 +93,9 @@ class EngineClient:
         async for text in self._process.stdout:
             line = json.loads(text)
             if "stats" in line:
-                if self._asking:  # the last one comes unasked
-                    self._asking.popleft().set_result(line["stats"])
+                future = self._asking.popleft() if self._asking else None  # the last is unasked
+                if future and not future.done():  # whoever asked may have gone away
+                    future.set_result(line["stats"])
             elif line["id"] in self._lines:  # else it was cancelled
                 self._lines[line["id"]].put_nowait(line)
         for queue in self._lines.values():

@@ -12,6 +12,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kMostTokens = 1 << 30;
+constexpr int kDeepest = 3;  // values are copied and printed recursively: depth is stack
 
 [[noreturn]] void fail(const std::optional<std::string>& id, const std::string& what) {
   throw ProtocolError(id, what);
@@ -81,7 +82,12 @@ double rounded(double value) { return std::round(value * 1e4) / 1e4; }
 }  // namespace
 
 Message parse_message(const std::string& line, int64_t vocab_size) {
-  const Json json = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+  const auto check_depth = [](int depth, Json::parse_event_t, const Json&) {
+    if (depth > kDeepest)
+      fail(std::nullopt, "the line is nested too deep; allowed: lists of tokens");
+    return true;
+  };
+  const Json json = Json::parse(line, check_depth, /*allow_exceptions=*/false);
   if (!json.is_object()) fail(std::nullopt, "the line is no JSON object");
   if (json.contains("stats")) return AskStats{};
   const bool cancels = json.contains("cancel");

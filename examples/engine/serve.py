@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import uvicorn
 from engine_client import EngineClient, EngineError
@@ -27,6 +27,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from text_stream import TextStream
 from transformers import AutoTokenizer
+
+# Numbers that JSON lines can carry: the engine cannot say whose a line was that it could not read.
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class StreamOptions(BaseModel):
@@ -39,9 +43,9 @@ class CommonBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
+    temperature: Finite = 1.0
+    top_p: Finite = 1.0
+    seed: Int64 | None = None
     stop: str | list[str] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -52,8 +56,8 @@ class CommonBody(BaseModel):
 
 
 class CompletionBody(CommonBody):
-    prompt: str | list[int]
-    max_tokens: int = 16
+    prompt: str | list[Int64]
+    max_tokens: Int64 = 16
 
 
 class Message(BaseModel):
@@ -64,8 +68,8 @@ class Message(BaseModel):
 
 class ChatBody(CommonBody):
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int = 256
-    max_completion_tokens: int | None = None
+    max_tokens: Int64 = 256
+    max_completion_tokens: Int64 | None = None
 
 
 @dataclass
@@ -154,7 +158,8 @@ class Server:
             add_generation_prompt=True,
         )
         tokens = self.tokenizer(text, add_special_tokens=False).input_ids
-        most = body.max_completion_tokens or body.max_tokens
+        most = body.max_completion_tokens
+        most = body.max_tokens if most is None else most
         return await self._answer(Answer(body, chat=True), tokens, most)
 
     async def _answer(self, answer: Answer, prompt: list[int], max_tokens: int) -> Any:

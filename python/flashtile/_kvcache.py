@@ -201,7 +201,7 @@ def _refuse_tangents(tensors: dict[str, Tensor | None]) -> None:
 def _check_new_rows(
     k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], *, is_packed: bool
 ) -> None:
-    """k and v against q, of whose sequences they are, and the cache; the ops do not see q."""
+    """K and v against q, of whose sequences they are, and the cache; the ops do not see q."""
     rows: tuple[_checks.Extent, ...] = (q.shape[0],)
     if not is_packed:
         rows = (q.shape[0], "seqlen_new")
@@ -348,8 +348,8 @@ def attention_with_kvcache(
             ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
             sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
             anything is read. Rows beyond the capacity, on pages that do not exist or of a sequence
-            with a negative length are not written. Two sequences must not append to one page, and k,
-            v and whatever is rotated must not lie in the caches.
+            with a negative length are not written. Two sequences must not append to one page, and
+            k, v and whatever is rotated must not lie in the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it
@@ -389,8 +389,8 @@ def attention_with_kvcache(
     Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
     append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
     where a view begins that any custom op writes to: compile with caches that are tensors of their
-    own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended; making
-    it again writes the same rows. Numerics and errors are those of :func:`attention`.
+    own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended;
+    making it again writes the same rows. Numerics and errors are those of :func:`attention`.
     """
     tensors = {
         "q": q,
