@@ -27,6 +27,8 @@ from sass import Kernel, Loop, find_cuobjdump, hot_loop, many_rows_loop, read_ke
 HERE = pathlib.Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 
+MANY_ROWS = "decode, many rows"  # the second loop of decoding
+
 # Instructions per HMMA, by (pass, head dim, memory class). 64 x 64 tiles, whose warps have 16 rows,
 # need more than 128 x 64 ones: forward 128 and 256, small.
 BUDGETS: dict[tuple[str, int, str], float] = {
@@ -54,6 +56,42 @@ BUDGETS: dict[tuple[str, int, str], float] = {
     ("backward", 192, "small"): 2.75,
     ("backward", 256, "large"): 2.5,
     ("backward", 256, "small"): 3.1,
+    ("decode", 32, "large"): 27.85,
+    ("decode", 32, "small"): 27.85,
+    ("decode", 64, "large"): 16.55,
+    ("decode", 64, "small"): 16.55,
+    ("decode", 96, "large"): 11.3,
+    ("decode", 96, "small"): 11.3,
+    ("decode", 128, "large"): 9.7,
+    ("decode", 128, "small"): 9.7,
+    ("decode", 192, "large"): 7.45,
+    ("decode", 192, "small"): 7.45,
+    ("decode", 256, "large"): 6.35,
+    ("decode", 256, "small"): 6.35,
+    (MANY_ROWS, 32, "large"): 15.15,
+    (MANY_ROWS, 32, "small"): 15.15,
+    (MANY_ROWS, 64, "large"): 9.05,
+    (MANY_ROWS, 64, "small"): 9.05,
+    (MANY_ROWS, 96, "large"): 6.35,
+    (MANY_ROWS, 96, "small"): 6.35,
+    (MANY_ROWS, 128, "large"): 5.5,
+    (MANY_ROWS, 128, "small"): 5.5,
+    (MANY_ROWS, 192, "large"): 4.35,
+    (MANY_ROWS, 192, "small"): 4.35,
+    (MANY_ROWS, 256, "large"): 3.75,
+    (MANY_ROWS, 256, "small"): 3.75,
+    ("prefill", 32, "large"): 8.5,
+    ("prefill", 32, "small"): 8.15,
+    ("prefill", 64, "large"): 5.5,
+    ("prefill", 64, "small"): 5.5,
+    ("prefill", 96, "large"): 3.85,
+    ("prefill", 96, "small"): 3.85,
+    ("prefill", 128, "large"): 3.55,
+    ("prefill", 128, "small"): 4.7,
+    ("prefill", 192, "large"): 3.15,
+    ("prefill", 192, "small"): 3.15,
+    ("prefill", 256, "large"): 2.85,
+    ("prefill", 256, "small"): 3.35,
 }
 DETERMINISTIC_EXTRA = 0.2  # waiting for a turn and passing it on
 
@@ -156,9 +194,6 @@ def shared_bytes(loop: Loop) -> int:
         elif i.opcode in ("LDS", "STS", "LDGSTS") and not i.text.startswith("LDS RZ"):
             total += 32 * width(i.text)
     return total
-
-
-MANY_ROWS = "decode, many rows"  # its second loop
 
 
 def make_many_rows(kernel: Kernel, row: Row, loop: Loop) -> Row:
