@@ -236,6 +236,10 @@ def test_half_precision_chooses_likely_tokens(
         ({"hidden_size": 32}, "has shape [160,64]; allowed: [160,32]"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.2."),
         ({"vocab_size": "many"}, "type must be number"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; allowed: "silu"'),
+        ({"attention_bias": True}, "attention_bias is true; allowed: false"),
+        ({"rope_scaling": {"factor": 8.0}}, 'rope_scaling is {"factor":8.0}; allowed: null'),
+        ({"rope_theta": 0.0}, "rope_theta is 0.000000; allowed: above 0"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(

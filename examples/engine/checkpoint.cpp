@@ -29,6 +29,18 @@ int64_t bytes_of(const StoredTensor& tensor) {
 
 std::string show(const std::vector<int64_t>& shape) { return Json(shape).dump(); }
 
+// What a config.json of another origin may ask for and the engine does not compute.
+void refuse_other_models(const std::filesystem::path& file, const Json& json) {
+  const std::pair<const char*, Json> all[] = {{"hidden_act", "silu"},
+                                              {"attention_bias", false},
+                                              {"mlp_bias", false},
+                                              {"rope_scaling", nullptr}};
+  for (const auto& [name, allowed] : all) {
+    if (json.contains(name) && json[name] != allowed)
+      fail(file, std::string(name) + " is " + json[name].dump() + "; allowed: " + allowed.dump());
+  }
+}
+
 }  // namespace
 
 ModelConfig read_config(const std::filesystem::path& folder) {
@@ -51,6 +63,10 @@ ModelConfig read_config(const std::filesystem::path& folder) {
     json.at("tie_word_embeddings").get_to(config.tie_word_embeddings);
     const auto type = json.at("model_type").get<std::string>();
     if (type != "llama") fail(file, "model_type is " + type + "; allowed: llama");
+    refuse_other_models(file, json);
+    if (!(config.rope_theta > 0.0)) {
+      fail(file, "rope_theta is " + std::to_string(config.rope_theta) + "; allowed: above 0");
+    }
     for (const int64_t size : {config.num_layers, config.hidden_size, config.vocab_size,
                                config.num_heads, config.head_dim, config.max_seqlen}) {
       if (size < 1) fail(file, "a size is " + std::to_string(size) + "; allowed: 1 and more");

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from flashtile import _checks
 from flashtile._options import UNLIMITED
+from flashtile._written import mark_written
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -217,9 +218,7 @@ def _append(name: str, k_cache: Tensor, v_cache: Tensor, *args: Any) -> Any:
     """An op that writes to the caches; torch learns that they have changed."""
     caches = (k_cache, v_cache)
     result = _call(name, *caches, *args)
-    # Backward passes that saved them must fail; the stable ABI has no way to say so in the op.
-    if not torch.compiler.is_compiling():  # compiled graphs do it themselves
-        torch.autograd.graph.increment_version(caches)
+    mark_written(*caches)
     return result
 
 

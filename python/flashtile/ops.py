@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from flashtile import _checks, _functional
 from flashtile._options import UNLIMITED, Options
+from flashtile._written import mark_written
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,6 +128,7 @@ def _attend(
         out, lse = _call(op, (q, k, v), options)
     else:
         lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
+        mark_written(out)
     return (out, lse) if return_lse else out
 
 

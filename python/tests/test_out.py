@@ -26,6 +26,16 @@ def inside_poison(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tu
     return buffer, view
 
 
+def test_a_backward_pass_that_saved_out_fails() -> None:
+    q, k, v = make_inputs(CASE, torch.float32, "cpu")
+    out = torch.randn(2, 37, 4, 48)
+    weight = torch.randn_like(out, requires_grad=True)
+    product = weight * out  # saves out
+    flashtile.attention(q, k, v, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
 def test_dense(device: str, dtype: torch.dtype, return_lse: bool) -> None:

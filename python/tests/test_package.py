@@ -23,6 +23,7 @@ MODULES = [
     "options",
     "registration",
     "vmap",
+    "written",
 ]
 SOURCES = {"__init__.py", "ops.py", "py.typed", *(f"_{name}.py" for name in MODULES)}
 ROOT = Path(__file__).resolve().parents[2]
