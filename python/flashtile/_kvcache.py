@@ -195,7 +195,7 @@ def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
 def _refuse_tangents(tensors: dict[str, Tensor | None]) -> None:
     """A forward-mode tangent would get lost in silence."""
     for tensor in tensors.values():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             _checks.refuse_tangents()
 
 
