@@ -189,7 +189,8 @@ typedef struct {
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
  * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, or on a page that does not
  * exist, is not written, and neither is any row of a sequence whose seqused_k is negative. Two
- * sequences must not append to the same page.
+ * sequences must not append to the same page, and k_new, v_new, q and the tables must not lie in
+ * the caches: pointers do not show it, so nobody checks.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
