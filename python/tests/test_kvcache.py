@@ -186,9 +186,9 @@ def test_heads_in_groups() -> None:
 
 def test_one_length_for_all_and_none() -> None:
     k, v, q = torch.randn(2, 20, 1, 32), torch.randn(2, 20, 1, 32), torch.randn(2, 1, 2, 32)
-    for length in (None, 20, 13, 0, 99, -5):
+    for length in (None, 20, 13, 0, 99):
         out = flashtile.attention_with_kvcache(q, k, v, cache_seqlens=length)
-        used = 20 if length is None else min(max(length, 0), 20)
+        used = 20 if length is None else min(length, 20)
         assert torch.equal(out, flashtile.attention(q, k[:, :used], v[:, :used]))
 
 
