@@ -242,8 +242,9 @@ class FlowGraph:
         for n, next_blocks in enumerate(self.successors):
             for successor in next_blocks:
                 self.predecessors[successor].append(n)
+        self.reachable = self._find_reachable()
 
-    def reachable(self) -> set[int]:
+    def _find_reachable(self) -> set[int]:
         """What only a RET leads to is not: the way back from a slow path."""
         found = {0}
         stack = [0]
@@ -254,15 +255,14 @@ class FlowGraph:
         return found
 
     def dominators(self) -> list[set[int]]:
-        reachable = self.reachable()
         everything = set(range(len(self.blocks)))
         dominators = [everything.copy() for _ in self.blocks]
         dominators[0] = {0}
         changed = True
         while changed:
             changed = False
-            for n in sorted(reachable - {0}):
-                before = [dominators[p] for p in self.predecessors[n] if p in reachable]
+            for n in sorted(self.reachable - {0}):
+                before = [dominators[p] for p in self.predecessors[n] if p in self.reachable]
                 new = {n} | set.intersection(*before)
                 if new != dominators[n]:
                     dominators[n] = new
@@ -272,9 +272,8 @@ class FlowGraph:
     def loops(self) -> dict[int, set[int]]:
         """Header -> blocks of the natural loop."""
         dominators = self.dominators()
-        reachable = self.reachable()
         loops: dict[int, set[int]] = {}
-        for tail in sorted(reachable):
+        for tail in sorted(self.reachable):
             for header in self.successors[tail]:
                 if header not in dominators[tail]:
                     continue
@@ -282,7 +281,7 @@ class FlowGraph:
                 stack = [tail]
                 while stack:
                     block = stack.pop()
-                    if block not in body and block in reachable:
+                    if block not in body and block in self.reachable:
                         body.add(block)
                         stack.extend(self.predecessors[block])
         return loops

@@ -8,6 +8,7 @@ sass_report.py prints it. Loops that wait for an mbarrier count as one look at i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 from sass import Kernel, Loop, mma_loops
@@ -19,16 +20,6 @@ BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
     ("forward", 128): (420, 555),
     ("forward", 192): (410, 530),
     ("forward", 256): (345, 430),
-    ("prefill", 64): (400, 535),
-    ("prefill", 96): (405, 540),
-    ("prefill", 128): (420, 555),
-    ("prefill", 192): (410, 530),
-    ("prefill", 256): (345, 430),
-    ("prefill rows", 64): (400, 535),
-    ("prefill rows", 96): (405, 540),
-    ("prefill rows", 128): (420, 555),
-    ("prefill rows", 192): (410, 530),
-    ("prefill rows", 256): (345, 430),
     ("backward", 64): (540, 735),
     ("backward", 96): (335, 425),
     ("backward", 128): (400, 490),
@@ -40,6 +31,8 @@ FA3 = {("forward", 128): 469}
 
 # Over a key/value cache: the forward's loop with other sources of the keys.
 PREFILL = {"PageBoxKeys": "prefill", "PageRowKeys": "prefill rows"}
+for over_cache, dim in itertools.product(PREFILL.values(), (64, 96, 128, 192, 256)):
+    BUDGETS[over_cache, dim] = BUDGETS["forward", dim]
 
 SYMBOL = re.compile(r"\d(Forward|Backward)Sm90\w*?I\w*?Li(\d+)E")
 

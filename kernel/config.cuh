@@ -95,16 +95,15 @@ FLASHTILE_HOST_DEVICE ForwardSm90Config forward_sm90_config(int head_dim) {
   }
 }
 
-// The same over a cache whose rows four warps copy one by one, for which they take more registers.
-// Keys per step are those of the forward, so that a row's bits are.
+// The same over a cache whose rows four warps copy one by one, for which they take more registers
+// where the computing ones can spare some. Blocks of keys are the forward's, so a row's bits are.
 FLASHTILE_HOST_DEVICE ForwardSm90Config page_rows_config(int head_dim) {
-  switch (head_dim) {
-    case 64: return {128, 2, 2, 2, 104, 200};
-    case 96:
-    case 128: return {128, 2, 2, 2, 56, 224};
-    case 192: return {112, 2, 2, 1, 56, 224};
-    default: return {80, 2, 2, 1, 40, 232};
-  }
+  ForwardSm90Config config = forward_sm90_config(head_dim);
+  config.consumers = 2;
+  if (head_dim > 192) return config;
+  config.producer_registers = head_dim == 64 ? 104 : 56;
+  config.consumer_registers = head_dim == 64 ? 200 : 224;
+  return config;
 }
 
 // One thread block of the backward: block_k keys against blocks of block_q queries. warps_k x

@@ -215,7 +215,7 @@ Status cache_plan(const ForwardParams& params, const Device& device, PlanName& n
 Status prefill(const ForwardParams& params, const Device& device, CUstream_st* stream) {
   if constexpr (kHasSm90) {
     PlanName unused;
-    if (prefill_family(params, device, unused) == Family::kSm90) {
+    if (forward_family(params, device, unused) == Family::kSm90) {
       return visit_head_dim(ForwardSm90HeadDims{}, params.problem, [&](auto dim) {
         return launch_prefill_sm90<dim.value>(params, stream);
       });

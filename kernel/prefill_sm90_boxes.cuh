@@ -113,12 +113,9 @@ struct PageBoxes : PageSource {
   }
 };
 
-struct PageBoxKeys {
+struct PageBoxKeys : TensorKeys90 {
   template <class Tile>
   using Source = PageBoxes<Tile>;
-  static FLASHTILE_HOST_DEVICE ForwardSm90Config config(int head_dim) {
-    return forward_sm90_config(head_dim);
-  }
 };
 
 }  // namespace flashtile
