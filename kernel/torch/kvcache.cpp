@@ -2,7 +2,6 @@
 // ops, so that only the one that writes declares it: a compiler copies no cache to read it.
 #include "kvcache.h"
 
-#include <cmath>
 #include <initializer_list>
 #include <iterator>
 #include <string>
@@ -67,9 +66,7 @@ flashtile_problem cache_problem(const CacheArguments& cache, const Tensor& like,
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
   problem.device = like.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
   problem.device_index = like.is_cuda() ? like.get_device_index() : -1;
-  problem.dtype = to_dtype(like.scalar_type()).value();
-  problem.dtype_kv = problem.dtype;
-  problem.dtype_out = problem.dtype;
+  set_numbers(like.scalar_type(), std::nullopt, problem);
   problem.batch = batch;
   problem.num_heads = like.size(heads_dim);
   problem.num_heads_kv = cache.k_cache.size(2);
@@ -139,8 +136,7 @@ std::tuple<Tensor, Tensor> forward_kvcache(
   problem.seqlen_new = cu_seqlens_new.has_value() ? 0 : seqlen_new;
   problem.total_new = INT32_MAX;  // the new rows are in the cache: any number of them
   problem.num_splits = num_splits;
-  const double head_dim = problem.head_dim > 0 ? static_cast<double>(problem.head_dim) : 1.0;
-  problem.softmax_scale = static_cast<float>(softmax_scale.value_or(1.0 / std::sqrt(head_dim)));
+  set_numbers(q.scalar_type(), softmax_scale, problem);
   problem.window_left = window_left;
   problem.window_right = window_right;
 
@@ -162,7 +158,7 @@ std::tuple<Tensor, Tensor> forward_kvcache(
       torch::stable::new_empty(q,
                                packed ? std::vector<int64_t>{q.size(1), q.size(0)}
                                       : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)},
-                               ScalarType::Float);
+                               lse_dtype(q.scalar_type()));
   const Workspace workspace(q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());

@@ -113,7 +113,7 @@ def _fake_forward(
     *rows, heads, _ = q.shape
     lse_shape = (heads, rows[0]) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    return out, q.new_empty(lse_shape, dtype=_checks.lse_dtype(q.dtype))
 
 
 def _fake_append(
@@ -383,7 +383,7 @@ def attention_with_kvcache(
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
         ``lse`` is ``(batch, num_heads, seqlen_q)``, with cu_seqlens_q ``(num_heads, total_q)``,
-        float32, natural logarithm.
+        float32 (float64 for float64 inputs), natural logarithm.
 
     Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
     append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
