@@ -9,8 +9,8 @@
 
 namespace flashtile {
 
-// A kernel's name, e.g. "forward_sm80_large_d64_bf16_causal" or "forward_cpu_avx2_fp32", and, where it is
-// not the one that the device has for such problems, why.
+// A kernel's name, e.g. "forward_sm80_large_d64_bf16_causal" or "forward_cpu_avx2_fp32", and, where
+// it is not the one that the device has for such problems, why.
 struct PlanName {
   char text[96] = "";
   char note[192] = "";

@@ -54,8 +54,7 @@ Status check_offsets(const Target& target, const Problem& p) {
 }
 
 Status check_tensor(const TensorArgument& argument, const Problem& problem) {
-  const bool empty =
-      argument.rows_per_batch == 0 || argument.batch == 0 || problem.batch == 0;
+  const bool empty = argument.rows_per_batch == 0 || argument.batch == 0 || problem.batch == 0;
   if (!empty && argument.tensor.data == nullptr) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "%s.data is NULL; allowed: a pointer to %lld rows",
                 argument.name, static_cast<I64>(argument.rows_per_batch));
@@ -121,11 +120,14 @@ Status check_backward(const flashtile_backward_params* user, Target& target,
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
-  const TensorArgument tensors[] = {
-      {"q", p.q, q, heads, batch, dim, false},         {"k", p.k, k, heads_kv, batch, dim, false},
-      {"v", p.v, k, heads_kv, batch, dim_v, false},    {"out", p.out, q, heads, batch, dim_v, false},
-      {"dout", p.dout, q, heads, batch, dim_v, false}, {"dq", p.dq, q, heads, batch, dim, true},
-      {"dk", p.dk, k, heads_kv, batch, dim, true},     {"dv", p.dv, k, heads_kv, batch, dim_v, true}};
+  const TensorArgument tensors[] = {{"q", p.q, q, heads, batch, dim, false},
+                                    {"k", p.k, k, heads_kv, batch, dim, false},
+                                    {"v", p.v, k, heads_kv, batch, dim_v, false},
+                                    {"out", p.out, q, heads, batch, dim_v, false},
+                                    {"dout", p.dout, q, heads, batch, dim_v, false},
+                                    {"dq", p.dq, q, heads, batch, dim, true},
+                                    {"dk", p.dk, k, heads_kv, batch, dim, true},
+                                    {"dv", p.dv, k, heads_kv, batch, dim_v, true}};
   const RowArgument rows[] = {
       {"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, false},
       {"dsoftmax_lse", "dlse", p.dsoftmax_lse, p.dlse_stride_batch, p.dlse_stride_head, false}};

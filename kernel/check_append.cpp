@@ -31,9 +31,9 @@ Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem)
   if (Status s = check_range("rotary_rows", p.rotary_rows, 1, INT32_MAX)) return s;
   if (p.q.data == nullptr) return FLASHTILE_OK;
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
-  return check_tensor({"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch,
-                       problem.head_dim, true},
-                      problem);
+  return check_tensor(
+      {"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch, problem.head_dim, true},
+      problem);
 }
 
 // q and q_out, which may be one tensor, beside the other four.

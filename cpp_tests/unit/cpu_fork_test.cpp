@@ -25,8 +25,7 @@ struct Calls {
 
   Calls() {
     const Case spec = {.name = "fork", .heads = 4, .heads_kv = 2, .seqlen_q = 200, .seqlen_k = 230};
-    const RunResult run =
-        Run(make_setup(spec, Dtype::kFloat32, 32, kCausal, 5), cpu_backend())();
+    const RunResult run = Run(make_setup(spec, Dtype::kFloat32, 32, kCausal, 5), cpu_backend())();
     CacheCall cache({.dtype = Dtype::kBFloat16,
                      .heads = 4,
                      .heads_kv = 2,

@@ -122,7 +122,8 @@ Results run(const flashtile_problem& problem, int planned, int used) {
 // Bytes of q, k, v, out, dout.
 double input_bytes(const flashtile_problem& p) {
   const double element = p.dtype == FLASHTILE_FLOAT32 ? 4 : p.dtype == FLASHTILE_FLOAT64 ? 8 : 2;
-  const auto rows = static_cast<double>(p.cu_seqlens_q == nullptr ? p.batch * p.seqlen_q : p.total_q);
+  const auto rows =
+      static_cast<double>(p.cu_seqlens_q == nullptr ? p.batch * p.seqlen_q : p.total_q);
   return element * rows * static_cast<double>(p.head_dim * (3 * p.num_heads + 2 * p.num_heads_kv));
 }
 

@@ -170,7 +170,7 @@ TEST("random strides: a refusal is never wrong") {
   };
   std::vector<float> memory(4096), apart(4096);
   int refused = 0, overlapping = 0;
-  for (int i = 0; i < 20000; ++i) {
+  for (int i = 0; i < 5000; ++i) {
     flashtile_problem p = FLASHTILE_PROBLEM_INIT;
     p.dtype = p.dtype_kv = p.dtype_out = FLASHTILE_FLOAT32;
     p.batch = draw(1, 3);
@@ -205,5 +205,5 @@ TEST("random strides: a refusal is never wrong") {
   }
   std::printf("%d of %d overlaps are refused\n", refused, overlapping);
   CHECK(refused > overlapping / 2);
-  CHECK(overlapping < 19000);
+  CHECK(overlapping < 4750);
 }

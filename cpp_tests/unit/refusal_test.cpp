@@ -145,15 +145,19 @@ const Refusal kCallRefusals[] = {
 
 const Refusal kForwardRefusals[] = {
     {[](SmallCall& c) { c.forward.lse_stride_head = 0; }, kInvalid,
-     "lse_stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "lse_stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.forward.struct_size = 8; }, kInvalid,
      "params.struct_size is 8; allowed: 184 to 4096"},
     {[](SmallCall& c) { c.forward.out.stride_head = 0; }, kInvalid,
-     "out.stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "out.stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.forward.out.stride_seq = 0; }, kInvalid,
-     "out.stride_seq is 0 over 4 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "out.stride_seq is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.forward.out.stride_batch = 0; }, kInvalid,
-     "out.stride_batch is 0 over 2 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "out.stride_batch is 0 over 2 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
 };
 
 const Refusal kBackwardRefusals[] = {
@@ -170,11 +174,14 @@ const Refusal kBackwardRefusals[] = {
     {[](SmallCall& c) { c.backward.softmax_lse = nullptr; }, kInvalid,
      "softmax_lse is NULL; allowed: the softmax_lse of the forward call"},
     {[](SmallCall& c) { c.backward.dq.stride_head = 0; }, kInvalid,
-     "dq.stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "dq.stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.backward.dk.stride_seq = 0; }, kInvalid,
-     "dk.stride_seq is 0 over 6 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "dk.stride_seq is 0 over 6 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.backward.dv.stride_batch = 0; }, kInvalid,
-     "dv.stride_batch is 0 over 2 entries, which share memory; allowed: strides that keep them apart, they are written"},
+     "dv.stride_batch is 0 over 2 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
 };
 
 struct Outcome {

@@ -19,10 +19,10 @@
  * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones.
  *
  * Memory: data is aligned to the size of its numbers. What a call writes has memory of its own: no
- * two of its numbers are one, and none lies in another argument (q_out alone may be q). Slices of one
- * buffer that interleave, q, k, v and out of every token, say, are fine, and what is only read may
- * overlap and repeat. What addresses and strides show to be wrong is refused; what they do not show
- * gives wrong numbers.
+ * two of its numbers are one, and none lies in another argument (q_out alone may be q). Slices of
+ * one buffer that interleave, q, k, v and out of every token, say, are fine, and what is only read
+ * may overlap and repeat. What addresses and strides show to be wrong is refused; what they do not
+ * show gives wrong numbers.
  *
  * Threads: on the CPU a call computes with the OpenMP threads of the thread that makes it
  * (omp_set_num_threads), as many as its workspace has room for. No bit depends on their number. In
@@ -212,8 +212,8 @@ typedef struct {
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
  * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, or on a page that does not
  * exist, is not written, and neither is any row of a sequence whose seqused_k is negative. Two
- * sequences must not append to the same page, and the tables must not lie in the caches: pointers do
- * not show it, so nobody checks.
+ * sequences must not append to the same page, and the tables must not lie in the caches: pointers
+ * do not show it, so nobody checks.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
@@ -286,9 +286,9 @@ FLASHTILE_API flashtile_status flashtile_plan_backward(const flashtile_backward_
                                                        char* name, size_t name_size);
 
 /* Bytes of workspace for the call; from the problem alone, pointers are not read. On the CPU they
- * are for all OpenMP threads of the thread that asks; a call with less uses fewer threads, and needs
- * what one of them needs. The backward's grow with the tensors, up to twice q, k, v, out and dout
- * (with 16-bit numbers up to four times), and hardly with the threads. */
+ * are for all OpenMP threads of the thread that asks; a call with less uses fewer threads, and
+ * needs what one of them needs. The backward's grow with the tensors, up to twice q, k, v, out and
+ * dout (with 16-bit numbers up to four times), and hardly with the threads. */
 FLASHTILE_API flashtile_status flashtile_workspace_size(const flashtile_forward_params* params,
                                                         size_t* bytes);
 FLASHTILE_API flashtile_status

@@ -8,9 +8,9 @@
 // the query heads of the group one by one and adds up all of dk, dv and of a head's dq.
 //
 // Where there are not, the keys of a sequence are cut into parts, its queries into as many chunks,
-// and the work into turns: in turn t, part p meets chunk (p + t) modulo their number. No two tasks of
-// a turn add to the same rows of dq, dk or dv, so one array of each is enough for all threads, and
-// the order of the additions depends on the problem alone: bitwise the same for any number of
+// and the work into turns: in turn t, part p meets chunk (p + t) modulo their number. No two tasks
+// of a turn add to the same rows of dq, dk or dv, so one array of each is enough for all threads,
+// and the order of the additions depends on the problem alone: bitwise the same for any number of
 // threads, without atomics. The memory grows with the lengths, not with the threads.
 //
 // How operands are packed and multiplied is the matter of `Products`: VectorBackward
@@ -25,8 +25,9 @@
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
-// How the keys of a sequence are divided: enough tasks for a large machine, even where a mask leaves
-// some turns few of them, but parts long enough that packing keys once per turn does not show.
+// How the keys of a sequence are divided: enough tasks for a large machine, even where a mask
+// leaves some turns few of them, but parts long enough that packing keys once per turn does not
+// show.
 struct KeySplit {
   int64_t keys;  // per part; the last of a sequence may be shorter
 
@@ -123,9 +124,7 @@ class Backward {
       sums.dv = {arena.take<C>(keys * wide_v), wide_v};
       return sums;
     }
-    Sums from(int64_t key) const {
-      return {{dk.row(key), dk.stride}, {dv.row(key), dv.stride}};
-    }
+    Sums from(int64_t key) const { return {{dk.row(key), dk.stride}, {dv.row(key), dv.stride}}; }
     void clear(int64_t keys) const {
       Backward::clear(dk.data, keys * dk.stride);
       Backward::clear(dv.data, keys * dv.stride);
@@ -156,8 +155,8 @@ class Backward {
     static Shared take(Arena& arena, const Problem& problem) {
       Shared shared;
       shared.packed = Packed::take(arena, problem, problem.num_heads * all_blocks(problem));
-      shared.sums = Sums::take(arena, problem,
-                               problem.num_heads_kv * all_key_blocks(problem) * kBlockK);
+      shared.sums =
+          Sums::take(arena, problem, problem.num_heads_kv * all_key_blocks(problem) * kBlockK);
       return shared;
     }
   };

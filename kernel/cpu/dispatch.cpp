@@ -1,6 +1,6 @@
 // The CPU backend's entry points: choose the instruction set, then the pass, then as many threads
-// as the workspace has room for. Nothing is remembered between calls but that the process is a child
-// of fork().
+// as the workspace has room for. Nothing is remembered between calls but that the process is a
+// child of fork().
 //
 // The environment variable FLASHTILE_CPU_ISA forces an instruction set by its name, for tests and
 // measurements; a name that this build or this machine does not have is an error.
@@ -115,11 +115,11 @@ Status no_instruction_set() {
 }
 
 #if defined(_OPENMP)
-// Threads do not survive fork(), but GNU's OpenMP runtime still counts on those that the parent had,
-// and waits for them for ever. One thread is what works in any child.
+// Threads do not survive fork(), but GNU's OpenMP runtime still counts on those that the parent
+// had, and waits for them for ever. One thread is what works in any child.
 std::atomic<bool> is_forked = false;
-[[maybe_unused]] const int kForkIsWatched = pthread_atfork(
-    nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });
+[[maybe_unused]] const int kForkIsWatched =
+    pthread_atfork(nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });
 #endif
 
 int max_threads() {

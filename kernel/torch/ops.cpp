@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   raise_unless_ok(flashtile_workspace_size(&params, &bytes));
   const Tensor out =
       args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
-  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
+  const Tensor lse =
+      torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
   const Workspace workspace(args.q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
