@@ -21,7 +21,8 @@ size_t backward_workspace_sm90(const Problem& problem) {
 template <class T, int kHeadDim>
 Status launch_backward(const BackwardLaunchSm90& launch_params, CUstream_st* stream) {
   using Shape = BackwardShapeSm90<kHeadDim>;
-  using Delta = BackwardDelta<T, kHeadDim, Shape::kBlockQ, Shape::kWarpgroups>;
+  using Order = DqOrderSm90<kHeadDim>;
+  using Delta = BackwardDelta<T, kHeadDim, Order, Shape::kWarpgroups>;
   const BackwardLaunch& base = launch_params.base;
   const Problem& p = base.params.problem;
   const int64_t query_blocks = base.slots_q * p.num_heads;
@@ -33,7 +34,7 @@ Status launch_backward(const BackwardLaunchSm90& launch_params, CUstream_st* str
               : launch<BackwardSm90<T, kHeadDim, false>>(launch_params, key_blocks, stream)) {
     return s;
   }
-  return launch<BackwardDq<T, kHeadDim, DqOrderSm90<kHeadDim>>>(base, query_blocks, stream);
+  return launch<BackwardDq<T, kHeadDim, Order>>(base, query_blocks, stream);
 }
 
 template <int kHeadDim>

@@ -8,7 +8,8 @@
 
 namespace flashtile {
 
-template <int kHeadDim, class T>
+// kMemory: of the slice. The same code in both classes, but each has its own copy (launch.cuh).
+template <int kHeadDim, Memory kMemory, class T>
 struct DecodeCombine {
   using Params = DecodeParams;
   static constexpr int kThreads = kCombineWarps * 32;

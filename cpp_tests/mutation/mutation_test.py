@@ -90,7 +90,7 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
         header, launch, order, counters = "launch", "Launch", f"DqOrder<{arguments}>", 1
         main = [f"BackwardSm80<__half, {arguments}, {flag}>" for flag in ordered]
     around = [
-        f"BackwardDelta<__half, {dim}, {order}::kBlockQ, {counters}>",
+        f"BackwardDelta<__half, {dim}, {order}, {counters}>",
         f"BackwardDq<__half, {dim}, {order}>",
     ]
     functions = [f"launch<{one}>(const BackwardLaunch&, int64_t, CUstream_st*)" for one in around]
