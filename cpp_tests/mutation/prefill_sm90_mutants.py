@@ -115,8 +115,8 @@ CALLS = [
     mutant(
         "sm_90a: a negative scale",
         "forward_sm90.cuh",
-        "if (params.negate_q) negate_rows<QTile>(shared.q(tile), warpgroup, kOwnBarrier + warpgroup);",
-        "",
+        "if (params.negate_q) negate_rows",
+        "if (false) negate_rows",
         cases="negative",
     ),
     mutant(
