@@ -2,6 +2,7 @@
 // warp per row and head; rows of sequences that decoding does not serve are left alone.
 #pragma once
 
+#include "config.cuh"
 #include "decode_plan.cuh"
 #include "tile/row_format.cuh"
 #include "tile/smem_tile.cuh"

@@ -150,6 +150,9 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     lines = []
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
+        # What brings new rows to a cache.
+        if "/flashtile_append_backend_ptx80.dir/" in line:
+            lines.append(line)
         # What sm_90a leaves to the kernels for sm_80.
         if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
             lines.append(line)
