@@ -5,6 +5,7 @@
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
 #   make model      what a performance model expects of GPUs
+#   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,7 +23,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: demo demo-engine test test-long wheel bench lint format build sass-report model clean
+.PHONY: demo demo-engine test test-long wheel bench lint format build sass-report model gpu-package clean
 .DEFAULT_GOAL := test
 
 # Without a network, an interpreter that already has what we need is used through a .pth file
@@ -99,6 +100,9 @@ sass-report: build
 model: sass-report
 	@$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/model_decode.py
+
+gpu-package: $(VENV)/.stamp
+	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt

@@ -440,6 +440,7 @@ template <int kHeadDim, class T>
 Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
   using Kernel = ForwardSm90<kHeadDim, T>;
   if (query_tile_count(params.problem, Kernel::kQueries) == 0) return FLASHTILE_OK;
+  if (Status s = prepare<Kernel>()) return s;
   TensorBoxesParams p{};
   if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
   if (Status s = set_key_boxes(params, Kernel::kKeys, p)) return s;
@@ -449,7 +450,7 @@ Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stre
     if (Status s = count_multiprocessors(multiprocessors)) return s;
     blocks = std::min<int64_t>(blocks, multiprocessors);
   }
-  return launch<Kernel>(p, blocks, stream);
+  return launch_prepared<Kernel>(p, blocks, stream);
 }
 
 template <int kHeadDim>
