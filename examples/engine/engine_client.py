@@ -19,6 +19,7 @@ from typing import Any
 LONGEST_LINE = 1 << 20  # of the engine; its lines are short, and those that quote cut the quotation
 LONGEST_REQUEST = 1 << 24  # bytes of a line that the engine takes (protocol.h)
 NICENESS = 5  # above the server's: whoever asks hears something while the engine computes
+ENDING_SECONDS = 0.5  # between the end of its output and its own
 KEPT_WORDS = 4096  # bytes of standard error that say why an engine did not start
 
 
@@ -84,12 +85,14 @@ class EngineClient:
         """
         name = str(next(self._ids))
         queue = self._lines[name] = Queue()
-        finished = False
+        running = False
         try:
-            await self._send({"id": name, **request})
-            while not finished:
+            self._write({"id": name, **request})
+            running = True
+            await self._drain()
+            while running:
                 line = await queue.get()
-                finished = "token" not in line
+                running = "token" in line
                 if "end" in line:
                     raise EngineEndedError(line["end"])
                 if "error" in line:
@@ -97,13 +100,15 @@ class EngineClient:
                 yield line
         finally:
             del self._lines[name]
-            if not finished and self.end is None:
-                self._write(json.dumps({"cancel": name}))  # waits for nothing: we may be cancelled
+            if running and self.end is None:
+                self._write({"cancel": name})  # waits for nothing: we may be cancelled
 
     async def stats(self) -> dict[str, Any]:
         """The engine's numbers of now."""
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        await self._send({"stats": True}, future)
+        self._write({"stats": True})
+        self._asking.append(future)
+        await self._drain()
         return await future
 
     async def wait(self) -> str:
@@ -133,25 +138,20 @@ class EngineClient:
             raise EngineEndedError(f"{_how_it_ended(await self._process.wait())}{said}")
         self.ready = json.loads(line)["ready"]
 
-    async def _send(
-        self, message: dict[str, Any], asking: asyncio.Future[dict[str, Any]] | None = None
-    ) -> None:
+    def _write(self, message: dict[str, Any]) -> None:
         line = json.dumps(message)
         if len(line) > LONGEST_REQUEST:
             raise EngineError(f"the request has {len(line)} bytes; allowed: {LONGEST_REQUEST}")
         if self.end is not None:
             raise EngineEndedError(self.end)
-        if asking is not None:
-            self._asking.append(asking)
-        self._write(line)
-        assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # its end is on its way to everybody who waits
-            await self._process.stdin.drain()
-
-    def _write(self, line: str) -> None:
         assert self._process.stdin is not None
         if not self._process.stdin.is_closing():
             self._process.stdin.write(line.encode() + b"\n")
+
+    async def _drain(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # its end is on its way to everybody who waits
+            await self._process.stdin.drain()
 
     async def _read(self) -> None:
         """Hands lines out until the engine ends, then its end to everybody who waits."""
@@ -164,15 +164,25 @@ class EngineClient:
             reason = str(error)
         except (ValueError, KeyError, TypeError):
             reason = f"the engine wrote {text[:80]!r}, which is no line of its protocol"
-        if not self._closing:  # it may have closed its output alone
+        if reason is not None:
             self.kill()
-        status = await self._process.wait()
-        self.end = reason or _how_it_ended(status)
+        self.end = reason or _how_it_ended(await self._status())
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         for queue in self._lines.values():
             queue.put_nowait({"end": self.end})
         for future in self._asking:
             if not future.done():
                 future.set_exception(EngineEndedError(self.end))
+
+    async def _status(self) -> int:
+        """How it ended, after its output has."""
+        if not self._closing:
+            try:
+                return await asyncio.wait_for(self._process.wait(), ENDING_SECONDS)
+            except asyncio.TimeoutError:  # it closed its output alone
+                self.kill()
+        return await self._process.wait()
 
     def _take(self, line: dict[str, Any]) -> None:
         if "stats" in line:

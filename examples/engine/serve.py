@@ -261,12 +261,14 @@ def make_app(
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; ValueError when it has none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}/tokenizer.json: cannot be read")
     from transformers import AutoTokenizer  # noqa: PLC0415, seconds to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{folder}: no tokenizer: {first_line(error)}") from None
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: its tokenizer names no token that ends an answer")
     return tokenizer
