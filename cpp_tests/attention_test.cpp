@@ -64,7 +64,7 @@ struct Inputs {
 Inputs inputs_of(const Setup& setup, at::Device device) {
   const auto tensor = [&](const HostTensor& t) { return to_torch(t, setup.dtype, setup, device); };
   const at::Tensor dlse =
-      to_torch(setup.dlse, Dtype::kFloat32, setup, device);  // (..., seq, heads, 1)
+      to_torch(setup.dlse, lse_dtype_of(setup.dtype), setup, device);  // (..., seq, heads, 1)
   return {tensor(setup.q), tensor(setup.k), tensor(setup.v), tensor(setup.dout),
           dlse.squeeze(-1).transpose(-1, -2)};
 }

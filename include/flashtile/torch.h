@@ -6,8 +6,8 @@
 // Calls the ops of libflashtile_torch.so through the dispatcher and registers nothing, so it lives
 // beside the Python package. Link the CMake target flashtile::torch, which keeps that library.
 //
-// Contract, as in flashtile.h: softmax_lse is a natural logarithm, fp32; a row that sees no key has
-// out 0, softmax_lse -inf and gradients 0.
+// Contract, as in flashtile.h: softmax_lse is a natural logarithm, fp32, or fp64 for fp64 inputs; a
+// row that sees no key has out 0, softmax_lse -inf and gradients 0.
 #pragma once
 
 #include <ATen/Context.h>
@@ -63,8 +63,8 @@ struct Sequences {
 
 struct AttentionResult {
   at::Tensor out;          // shaped like q, with head_dim_v; contiguous if new; in the dtype of q
-  at::Tensor softmax_lse;  // fp32 (batch, num_heads, seqlen_q), varlen (num_heads, total_q);
-                           // undefined unless return_lse
+  at::Tensor softmax_lse;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q), fp32, for
+                           // fp64 inputs fp64; undefined unless return_lse
 };
 
 namespace detail {

@@ -27,6 +27,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp, for q in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def tuple_text(extents: tuple[Extent, ...]) -> str:
     return "(" + ", ".join(str(extent) for extent in extents) + (",)" if len(extents) == 1 else ")")
 

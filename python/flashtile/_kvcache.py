@@ -324,7 +324,7 @@ def attention_with_kvcache(
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
         ``lse`` is ``(batch, num_heads, seqlen_q)``, with cu_seqlens_q ``(num_heads, total_q)``,
-        float32, natural logarithm.
+        float32 (float64 for float64 inputs), natural logarithm.
 
     Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
     append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,

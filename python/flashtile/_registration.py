@@ -20,7 +20,7 @@ Gradients: TypeAlias = tuple[Tensor | None, ...]
 def _new_lse(q: Tensor) -> Tensor:
     """(batch, num_heads, seqlen_q), varlen (num_heads, total_q)."""
     *batch, rows, num_heads, _ = q.shape
-    return q.new_empty((*batch, num_heads, rows), dtype=torch.float32)
+    return q.new_empty((*batch, num_heads, rows), dtype=_checks.lse_dtype(q.dtype))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
