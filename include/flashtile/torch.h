@@ -178,7 +178,7 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   }
   static Gradients backward(AutogradContext*, const Gradients&) {
     throw std::runtime_error(
-        "attention of flashtile was differentiated twice; allowed: first derivatives only "
+        "attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)");
   }
 };
@@ -241,6 +241,15 @@ inline at::Tensor autocast(const at::Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
+// A forward-mode tangent would get lost in silence.
+inline void refuse_tangents(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors) {
+    raise_unless(!tensor->_fw_grad(/*level=*/0).defined(),
+                 "an input carries a forward-mode tangent; allowed: reverse mode (use torch's math "
+                 "attention for forward mode)");
+  }
+}
+
 using Named = std::pair<const char*, const at::Tensor*>;
 
 inline bool wants_gradient(TensorRef tensor) {
@@ -266,6 +275,7 @@ inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v, Call call,
   if (options.causal) call.window_right = 0;
   call.deterministic = options.deterministic;
   call.alignment = static_cast<int64_t>(options.causal_alignment);
+  refuse_tangents({&q, &k, &v});
   AttentionResult result;
   if (options.out.has_value()) {
     result.out = *options.out;

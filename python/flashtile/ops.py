@@ -229,8 +229,11 @@ def attention(
         TypeError: an argument has the wrong type.
         ValueError: shapes, dtypes, devices or strides do not fit. The message names the argument,
             what it was and what is allowed.
-        RuntimeError: this build or this GPU does not serve the problem; see :func:`can_run`. Or out
-            shares memory, or is given where a gradient is wanted.
+        RuntimeError: this build or this GPU does not serve the problem, or out shares memory or is
+            given where a gradient is wanted. :func:`can_run` gives the same sentence.
+
+    numpy's bools, ints and floats stand wherever Python's may; a side of window_size may also be a
+    0-d integer tensor on the CPU.
 
     Source:
         FlashAttention-2, https://arxiv.org/abs/2307.08691
