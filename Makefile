@@ -5,6 +5,7 @@
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
 #   make model      what a performance model expects of GPUs
+#   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
@@ -24,7 +25,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report model clean
+.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command".
@@ -118,6 +119,9 @@ sass-report: build
 model: sass-report
 	@$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/model_decode.py
+
+gpu-package: $(VENV)/.stamp
+	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt
