@@ -33,6 +33,8 @@ SAY := $(PYTHON) $(CURDIR)/examples/progress.py
 CONFIGURE := cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
 BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
 PIP := $(BIN)/python -m pip install --quiet
+# Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist.
+SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null || true)
 
 help:
 	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -68,7 +70,7 @@ test: build
 	grep -hE "^(cells:|traps:|fuzz on|planted |machine .*pages of)" build/Testing/Temporary/LastTest.log
 	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
-	FLASHTILE_MATRIX=build/matrix.json $(BIN)/python -m pytest -q python/tests
+	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) python/tests
 
 test-long: build
 	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
@@ -126,10 +128,12 @@ $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	touch $@
 
 lint: $(VENV)/.stamp-lint
-	@$(BIN)/python -m pre_commit run --all-files --show-diff-on-failure
-	cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) >/dev/null
+	@$(BIN)/python -m mypy &
+	mypy=$$!
+	$(BIN)/python -m pre_commit run --all-files --show-diff-on-failure
+	$(CONFIGURE) >/dev/null
 	$(BIN)/python cmake/run_clang_tidy.py build
-	$(BIN)/python -m mypy
+	wait $$mypy
 
 format: $(VENV)/.stamp-lint
 	@git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
