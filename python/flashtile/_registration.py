@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from flashtile import _checks, _kvcache, _vmap
+from flashtile import _checks, _kvcache_ops, _vmap
 from flashtile._options import Options
 
 _REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
@@ -106,7 +106,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
 def refuse_second_derivative(_ctx: Any, *_grads: Tensor | None) -> NoReturn:
     """The autograd formula of the backward op."""
     raise RuntimeError(
-        "flashtile: attention was differentiated twice; allowed: first derivatives only "
+        "attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)"
     )
 
@@ -122,7 +122,7 @@ def register() -> None:
     library.register_autograd("flashtile::forward", _backward, setup_context=setup_context)
     # Without this a second derivative would only warn and be missing.
     library.register_autograd("flashtile::backward", refuse_second_derivative)
-    _kvcache.register()
+    _kvcache_ops.register()
     library.register_vmap("flashtile::forward", _vmap.forward)
     library.register_vmap("flashtile::backward", _vmap.backward)
     setattr(torch.ops.flashtile, _REGISTERED, True)
