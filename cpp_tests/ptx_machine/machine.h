@@ -105,6 +105,9 @@ struct HostCalls {
   uint64_t others = 0;               // of memory, streams, properties, occupancy
 };
 
+// Whether the calling thread has a current context; a new one has none.
+bool& has_context();
+
 struct Module;
 
 class Machine {

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from flashtile import _checks, _functional, _kvcache, _vmap
+from flashtile import _checks, _functional, _kvcache_ops, _vmap
 from flashtile._options import Options
 
 _library = torch.library.Library("flashtile", "FRAGMENT")  # what it registers goes with it
@@ -104,7 +104,7 @@ def _keep_nothing(_ctx: Any, _inputs: tuple[Any, ...], _output: Any) -> None:
 def refuse_second_derivative(_ctx: Any, *_grads: Tensor | None) -> NoReturn:
     """The autograd formula of the backward op."""
     raise RuntimeError(
-        "flashtile: attention was differentiated twice; allowed: first derivatives only "
+        "attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)"
     )
 
@@ -119,8 +119,7 @@ def register() -> None:
     library.register_fake("flashtile::backward", _fake_backward)
     _functional.register(_library, "forward", setup_context, gradients)
     # Without this a second derivative would only warn and be missing.
-    _functional.register(_library, "backward", _keep_nothing, refuse_second_derivative)
-    _kvcache.register()
+from flashtile import _checks, _functional, _kvcache_ops, _vmap
     library.register_vmap("flashtile::forward", _vmap.forward)
     library.register_vmap("flashtile::backward", _vmap.backward)
     setattr(torch.ops.flashtile, _REGISTERED, True)
