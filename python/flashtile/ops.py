@@ -127,9 +127,7 @@ def _attend(
 ) -> AttentionOutput:
     return_lse = _checks.flag("return_lse", return_lse)
     if out is None:
-        functional = _functional.is_active()
-        op = _functional.Attention.apply if functional else torch.ops.flashtile.forward
-        out, lse = _call(op, (q, k, v), options)
+        out, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
     else:
         lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
         mark_written(out)
