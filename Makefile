@@ -25,7 +25,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report model gpu-package clean
+.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command".
@@ -75,7 +75,7 @@ test: build
 test-long: build
 	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
 	grep -hE "mutants caught|^(fuzz on|planted )" build/Testing/Temporary/LastTest.log
-	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report
+	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report slices
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers
@@ -115,6 +115,12 @@ bench: operators
 sass-report: build
 	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json
+
+# What the linker could merge where the compiler inlines nothing.
+slices: $(VENV)/.stamp
+	@cmake --preset unoptimized -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build --preset unoptimized --parallel $(JOBS)
+	$(BIN)/python cpp_tests/slices_test.py build/unoptimized/kernel/CMakeFiles/*/slices/*.o
 
 model: sass-report
 	@$(BIN)/python benchmarks/model.py
