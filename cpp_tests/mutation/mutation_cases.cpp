@@ -36,7 +36,7 @@ Verdict compare_forward(const Setup& setup, const Truth& truth, const AttentionO
 bool run_once(Pass pass, const Setup& setup, const Truth& truth, const Schedule& schedule,
               AttentionOutput& values) {
   static const Backend backend = cuda_backend();
-  begin(schedule);
+  begin(schedule, setup.spec.deterministic);
   Run run(setup, backend);
   const bool forward = pass == Pass::kForward;
   const RunResult result = forward ? run.forward() : run();
