@@ -40,7 +40,8 @@ Status encode_backward_maps(const BackwardParams& params, BackwardLaunchSm90& la
 template <int kHeadDim, class T, bool kDeterministic>
 Status launch_backward(const BackwardParams& params, CUstream_st* stream) {
   using Shape = BackwardShapeSm90<kHeadDim>;
-  using Delta = BackwardDelta<T, kHeadDim, Shape::kBlockQ, Shape::kWarpgroups>;
+  using Order = DqOrderSm90<kHeadDim>;
+  using Delta = BackwardDelta<T, kHeadDim, Order, Shape::kWarpgroups>;
   using Kernel = BackwardSm90<T, kHeadDim, kDeterministic>;
   const Problem& p = params.problem;
   BackwardLaunchSm90 launch_params;
@@ -53,7 +54,7 @@ Status launch_backward(const BackwardParams& params, CUstream_st* stream) {
   const int64_t key_blocks = base.slots_k * p.num_heads_kv;
   if (Status s = launch<Delta>(base, query_blocks, stream)) return s;
   if (Status s = launch_prepared<Kernel>(launch_params, key_blocks, stream)) return s;
-  return launch<BackwardDq<T, kHeadDim, DqOrderSm90<kHeadDim>>>(base, query_blocks, stream);
+  return launch<BackwardDq<T, kHeadDim, Order>>(base, query_blocks, stream);
 }
 
 template <int kHeadDim, class T>

@@ -1,5 +1,9 @@
 // run<Kernel>: the only __global__ function. A Kernel is a struct with kThreads, kBlocksPerSm,
 // kSharedBytes, Params and `static void run(const Params&, char* shared)`.
+//
+// A Kernel belongs to one slice, which its template arguments tell from every other one. Two slices
+// are compiled for different architectures; if both had the same launch<Kernel>, the linker would
+// keep one, and the devices of the other would find no machine code.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -90,7 +90,7 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
         header, launch, order, counters = "launch", "Launch", f"DqOrder<{arguments}>", 1
         main = [f"BackwardSm80<__half, {arguments}, {flag}>" for flag in ordered]
     around = [
-        f"BackwardDelta<__half, {dim}, {order}::kBlockQ, {counters}>",
+        f"BackwardDelta<__half, {dim}, {order}, {counters}>",
         f"BackwardDq<__half, {dim}, {order}>",
     ]
     functions = [f"launch<{one}>(const BackwardLaunch&, int64_t, CUstream_st*)" for one in around]
@@ -150,6 +150,9 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     lines = []
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
+        # What brings new rows to a cache.
+        if "/flashtile_append_backend_ptx80.dir/" in line:
+            lines.append(line)
         # What sm_90a leaves to the kernels for sm_80.
         if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
             lines.append(line)
