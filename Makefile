@@ -73,9 +73,18 @@ test: build
 	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) python/tests
 
 test-long: build
-	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
+	@if test -f build/ptx_manifest.txt; then # one thread, beside the tests
+	  $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	  $(BIN)/python benchmarks/sass_report.py --json build/sass_report.json >build/sass_report.txt 2>&1 &
+	  sass=$$!
+	fi
+	FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
 	grep -hE "mutants caught|^(fuzz on|planted )" build/Testing/Temporary/LastTest.log
-	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report slices
+	if test -n "$${sass:-}"; then
+	  wait $$sass || { cat build/sass_report.txt; exit 1; }
+	  cat build/sass_report.txt
+	  $(MAKE) slices
+	fi
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers
