@@ -103,7 +103,7 @@ const Refusal kAppendRefusals[] = {
     {[](CacheCall& c) { c.append.v_cache.data = nullptr; }, kInvalid,
      "v_cache.data is NULL; allowed: a pointer to 2 rows"},
     {[](CacheCall& c) { c.append.k_cache.stride_batch = 0; }, kInvalid,
-     "k_cache.stride_batch is 0 over 6 entries; allowed: any other value, it is written"},
+     "k_cache.stride_batch is 0 over 6 entries, which share memory; allowed: strides that keep them apart, they are written"},
     {[](CacheCall& c) { c.append.rotary_sin = nullptr; }, kInvalid,
      "rotary_sin is NULL and rotary_cos is not; allowed: both NULL (no rotation) or both set"},
     {[](CacheCall& c) { c.append.rotary_flags = 4; }, kInvalid,

@@ -61,7 +61,7 @@ std::string append_answer(const AppendArguments& args) {
   const flashtile_problem problem = to_problem(args);
   flashtile_append_kv_params params = to_params(args, problem);
   if (args.rotation.has_value())
-    params.q_out = contiguous_view(args.rotation->q.sizes(), args.rotation->q);
+    params.q_out = contiguous_view(args.rotation->q.sizes(), 0);
   if (problem.device == FLASHTILE_CPU && is_checked(args.check)) text = numbers_refusal(problem);
   char why[512] = "";
   if (text.empty() && flashtile_can_run_append_kv(&params, why, sizeof(why)) != FLASHTILE_OK)
@@ -78,7 +78,7 @@ Answer read_answer(const ReadArguments& args) {
   if (!text.empty()) return {false, "", text};
   flashtile_forward_params params = to_params(args, problem);
   params.out =
-      args.out.has_value() ? write_view(*args.out) : contiguous_view(args.out_sizes(), args.q);
+      args.out.has_value() ? write_view(*args.out) : contiguous_view(args.out_sizes(), 0);
   char name[256] = "", why[512] = "";
   flashtile_status status = flashtile_can_run(&params, why, sizeof(why));
   if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));

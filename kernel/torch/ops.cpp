@@ -123,7 +123,7 @@ Answer answer(const Arguments& args, bool backward) {
   double lse = 0.0;
   const std::vector<int64_t> sizes = out_sizes(args);
   const flashtile_tensor out =
-      args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, args.q);
+      args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, 0);
   flashtile_status status = FLASHTILE_OK;
   if (backward) {
     flashtile_backward_params params;
@@ -133,10 +133,10 @@ Answer answer(const Arguments& args, bool backward) {
     params.k = read_view(args.k);
     params.v = read_view(args.v);
     params.out = out;
-    params.dout = contiguous_view(sizes, args.q);
-    params.dq = contiguous_view(args.q.sizes(), args.q);
-    params.dk = contiguous_view(args.k.sizes(), args.k);
-    params.dv = contiguous_view(args.v.sizes(), args.v);
+    params.dout = contiguous_view(sizes, 1);
+    params.dq = contiguous_view(args.q.sizes(), 2);
+    params.dk = contiguous_view(args.k.sizes(), 3);
+    params.dv = contiguous_view(args.v.sizes(), 4);
     params.softmax_lse = reinterpret_cast<const float*>(&lse);
     status = flashtile_can_run_backward(&params, why, sizeof(why));
     if (status == FLASHTILE_OK) status = flashtile_plan_backward(&params, name, sizeof(name));
