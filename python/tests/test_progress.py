@@ -71,4 +71,4 @@ def test_a_command_keeps_its_output_and_status() -> None:
     assert (done.returncode, done.stdout) == (3, "out\n")
     done = subprocess.run(command[:3], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "COMMAND" in done.stderr
+    assert "examples/progress.py" in done.stderr
