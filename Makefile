@@ -25,7 +25,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report model gpu-package clean
+.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command".
@@ -83,6 +83,7 @@ test-long: build
 	if test -n "$${sass:-}"; then
 	  wait $$sass || { cat build/sass_report.txt; exit 1; }
 	  cat build/sass_report.txt
+	  $(MAKE) slices
 	fi
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
@@ -123,6 +124,12 @@ bench: operators
 sass-report: build
 	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json
+
+# What the linker could merge where the compiler inlines nothing.
+slices: $(VENV)/.stamp
+	@cmake --preset unoptimized -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build --preset unoptimized --parallel $(JOBS)
+	$(BIN)/python cpp_tests/slices_test.py build/unoptimized/kernel/CMakeFiles/*/slices/*.o
 
 model: sass-report
 	@$(BIN)/python benchmarks/model.py

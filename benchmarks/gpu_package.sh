@@ -41,8 +41,11 @@ take() {
 }
 into=$to/build
 core=$(readelf --dynamic "$build/cpp_tests/kernels/gpu" | sed -n 's/.*NEEDED.*\[\(libflashtile[^]]*\)\]/\1/p')
-take "$build" "kernel/$core" matrix.json python/flashtile cpp_tests/kernels/gpu \
-  cpp_tests/traps/traps_gpu cpp_tests/ptx_machine/gpu_conformance
+take "$build" "kernel/$core" matrix.json cpp_tests/kernels/gpu cpp_tests/traps/traps_gpu \
+  cpp_tests/ptx_machine/gpu_conformance
+# Not through the build tree's links to it, which a file that is new has only after cmake.
+take "$root" python/flashtile
+take "$build" python/flashtile/lib
 into=$to
 take "$root" pyproject.toml cpp_tests/ptx_machine/tests/conformance.txt \
   benchmarks/{bench,bench_cases,bench_report,bench_runs,bench_table,bench_timing}.py \

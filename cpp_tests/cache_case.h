@@ -75,13 +75,12 @@ class CacheCall {
   // The problem, to be changed before a call; it points into this object.
   flashtile_problem problem() const {
     flashtile_problem p = FLASHTILE_PROBLEM_INIT;
-    p.dtype = p.dtype_kv = p.dtype_out = static_cast<int32_t>(spec_.dtype);
+    set_numbers(spec_.dtype, softmax_scale(), p);
     p.batch = static_cast<int64_t>(spec_.sequences.size());
     p.num_heads = spec_.heads;
     p.num_heads_kv = spec_.heads_kv;
     p.head_dim = spec_.dims.qk;
     p.head_dim_v = spec_.dims.v;
-    p.softmax_scale = static_cast<float>(softmax_scale());
     p.window_left = spec_.mask.left;
     p.window_right = spec_.mask.right;
     p.alignment = spec_.mask.top_left ? FLASHTILE_TOP_LEFT : FLASHTILE_BOTTOM_RIGHT;
@@ -121,7 +120,7 @@ class CacheCall {
     params.v = view(v);
     HostTensor out(spec_.dtype, {q.extents().batch, q.extents().seq, spec_.heads, spec_.dims.v},
                    spec_.layout_k);
-    HostTensor lse = make_row_tensor(q.extents());
+    HostTensor lse = make_row_tensor(q.extents(), spec_.dtype);
     params.out = view(out);
     params.softmax_lse = reinterpret_cast<float*>(lse.bytes().data() + lse.start_byte());
     params.lse_stride_batch = lse.strides().batch;
@@ -198,8 +197,8 @@ class CacheCall {
     return spec_.packed ? cu_q[b] : static_cast<int64_t>(b) * q.extents().seq;
   }
   double softmax_scale() const {
-    if (spec_.scale != 0.0) return static_cast<float>(spec_.scale);
-    return static_cast<float>(1.0 / std::sqrt(static_cast<double>(spec_.dims.qk)));
+    return spec_.scale != 0.0 ? static_cast<float>(spec_.scale)
+                              : usual_scale(spec_.dtype, spec_.dims.qk);
   }
   bool appends() const { return cu_new.back() > 0; }
   static flashtile_tensor view(HostTensor& t) {

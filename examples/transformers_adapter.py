@@ -50,6 +50,7 @@ IGNORED = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
+        "return_dict",
         "sliding_window",
         "use_cache",
     )
@@ -57,15 +58,18 @@ IGNORED = frozenset(
 FULL = (-1, -1)  # the window without bounds
 
 
+REFUSAL = "flashtile's adapter does not serve {}; use eager attention"
+
+
 def refuse(what: str) -> NoReturn:
     """Raises the one sentence that says what is not served."""
-    raise NotImplementedError(f"flashtile's adapter does not serve {what}; use eager attention")
+    raise NotImplementedError(REFUSAL.format(what))
 
 
 def require(condition: Tensor, otherwise: str) -> None:
     """Refuses unless the condition holds; a compiled graph does so when it runs."""
     if torch.compiler.is_compiling():
-        torch._assert_async(condition, f"flashtile's adapter does not serve {otherwise}")
+        torch._assert_async(condition, REFUSAL.format(otherwise))
     elif not condition:
         refuse(otherwise)
 
@@ -112,6 +116,9 @@ class Mask:
     def contiguous(self) -> Mask:
         """What generate() asks of a mask that it makes ahead."""
         return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(REFUSAL.format(f"a model that computes with its mask (.{name})"))
 
 
 # --- The mask function: once per forward pass ---------------------------------------------------

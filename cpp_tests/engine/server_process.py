@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ENGINE_FOLDER = Path(__file__).resolve().parents[2] / "examples" / "engine"
+JSON = {"Content-Type": "application/json"}
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
 
 
@@ -102,7 +103,7 @@ class ServerProcess:
     def post(self, path: str, body: Any) -> Response:
         """POST of JSON, or of bytes as they are."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self._ask(urllib.request.Request(self.url(path), data))
+        return self._ask(urllib.request.Request(self.url(path), data, JSON))
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -161,7 +162,8 @@ async def connection(
 def http_request(path: str, body: Any) -> bytes:
     """A request whose connection ends with the answer; HTTP 1.0, whose answers have no chunks."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return b"POST %s HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
+    head = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    return head.encode() + b"\r\n\r\n" + data
 
 
 async def read_head(reader: asyncio.StreamReader) -> int:

@@ -210,8 +210,8 @@ def show(result: Result) -> str:
     return (
         f"{len(result.answers)} whole answers, {result.after_kill} of them asked for after the"
         f" kill; {result.left} clients left; {len(result.failed)} requests in flight at the kill,"
-        f" the last error after {max(result.failed):.2f} s; {result.refused} refused while no engine"
-        f" ran, and asked again; {len(result.huge)} prompts of 10 MB;"
+        f" the last error after {max(result.failed):.2f} s; {result.refused} refused without an"
+        f" engine, and asked again; {len(result.huge)} prompts of 10 MB;"
         f" {result.monitor['asked']} questions for /health and /v1/models, the slowest"
         f" {result.monitor['slowest']:.3f} s; memory {result.memory_before / 1e6:.0f} MB before,"
         f" {result.memory_after / 1e6:.0f} MB after; {result.seconds:.0f} s"

@@ -22,7 +22,7 @@ inline CacheResult run_on(const Backend& backend, CacheCall& call,
   const CacheSpec& spec = call.spec();
   const Extents& rows = call.q.extents();
   HostTensor out(spec.dtype, {rows.batch, rows.seq, spec.heads, spec.dims.v}, spec.layout_k);
-  HostTensor lse = make_row_tensor(rows);
+  HostTensor lse = make_row_tensor(rows, spec.dtype);
   Mirror mirror(backend);
   flashtile_problem moved = mirrored(mirror, backend, call, problem);
   if (moved.seqused_q != nullptr)

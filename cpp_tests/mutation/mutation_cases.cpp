@@ -29,14 +29,14 @@ Verdict compare_forward(const Setup& setup, const Truth& truth, const AttentionO
       compare_rows({"out", result.out, truth.exact.out, truth.rounded.out, truth.input.heads,
                     setup.head_dim_v, false, epsilon_of(setup.dtype), truth.out_noise},
                    truth.input);
-  verdict.lse = compare_lse(result.lse, truth.exact.lse);
+  verdict.lse = compare_lse(setup.dtype, result.lse, truth.exact.lse);
   return verdict;
 }
 
 bool run_once(Pass pass, const Setup& setup, const Truth& truth, const Schedule& schedule,
               AttentionOutput& values) {
   static const Backend backend = cuda_backend();
-  begin(schedule);
+  begin(schedule, setup.spec.deterministic);
   Run run(setup, backend);
   const bool forward = pass == Pass::kForward;
   const RunResult result = forward ? run.forward() : run();

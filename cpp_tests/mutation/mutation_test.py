@@ -28,9 +28,10 @@ from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 from prefill_sm90_mutants import PREFILL_SM90_MUTANTS
+from turn_mutants import TURN_MUTANTS
 
 MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
-MUTANTS += DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
+MUTANTS += TURN_MUTANTS + DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
 WITHOUT_SLICES = ("append", "check_cache")  # one source for every head dim and memory class
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60

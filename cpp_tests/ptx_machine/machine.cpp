@@ -77,6 +77,7 @@ const char* name(Error kind) {
     case Error::kWgmma: return "WGMMA";
     case Error::kRegisters: return "REGISTERS";
     case Error::kTensorMap: return "TENSOR MAP";
+    case Error::kUnorderedSum: return "UNORDERED SUM";
   }
   return "?";
 }

@@ -6,8 +6,8 @@
 // Calls the ops of libflashtile_torch.so through the dispatcher and registers nothing, so it lives
 // beside the Python package. Link the CMake target flashtile::torch, which keeps that library.
 //
-// Contract, as in flashtile.h: softmax_lse is a natural logarithm, fp32; a row that sees no key has
-// out 0, softmax_lse -inf and gradients 0.
+// Contract, as in flashtile.h: softmax_lse is a natural logarithm, fp32, or fp64 for fp64 inputs; a
+// row that sees no key has out 0, softmax_lse -inf and gradients 0.
 #pragma once
 
 #include <ATen/Context.h>
@@ -63,8 +63,8 @@ struct Sequences {
 
 struct AttentionResult {
   at::Tensor out;          // shaped like q, with head_dim_v; contiguous if new; in the dtype of q
-  at::Tensor softmax_lse;  // fp32 (batch, num_heads, seqlen_q), varlen (num_heads, total_q);
-                           // undefined unless return_lse
+  at::Tensor softmax_lse;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q), fp32, for
+                           // fp64 inputs fp64; undefined unless return_lse
 };
 
 namespace detail {
@@ -178,7 +178,7 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   }
   static Gradients backward(AutogradContext*, const Gradients&) {
     throw std::runtime_error(
-        "attention of flashtile was differentiated twice; allowed: first derivatives only "
+        "attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)");
   }
 };
@@ -241,6 +241,15 @@ inline at::Tensor autocast(const at::Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
+// A forward-mode tangent would get lost in silence.
+inline void refuse_tangents(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors) {
+    raise_unless(!tensor->_fw_grad(/*level=*/0).defined(),
+                 "an input carries a forward-mode tangent; allowed: reverse mode (use torch's math "
+                 "attention for forward mode)");
+  }
+}
+
 using Named = std::pair<const char*, const at::Tensor*>;
 
 inline bool wants_gradient(TensorRef tensor) {
@@ -266,6 +275,7 @@ inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v, Call call,
   if (options.causal) call.window_right = 0;
   call.deterministic = options.deterministic;
   call.alignment = static_cast<int64_t>(options.causal_alignment);
+  refuse_tangents({&q, &k, &v});
   AttentionResult result;
   if (options.out.has_value()) {
     result.out = *options.out;

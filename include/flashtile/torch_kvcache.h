@@ -196,6 +196,8 @@ inline bool check_gradients(TensorRef q, const KVCache& cache, const KVCacheOpti
 // grad, but going backward throws. Under autocast q, new rows and tables take the cache's dtype.
 inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                               const KVCacheOptions& options = {}) {
+  detail::refuse_tangents({&q, &cache.k, &cache.v});
+  if (options.append.has_value()) detail::refuse_tangents({&options.append->k, &options.append->v});
   const bool differentiable = detail::check_gradients(q, cache, options);
   const auto attend = [&] {
     const at::NoGradGuard guard;

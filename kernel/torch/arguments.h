@@ -50,7 +50,7 @@ struct BackwardArguments {
   Arguments forward;
   Tensor dout;                                        // shaped like out
   Tensor out;                                         // shaped like q, with head_dim_v
-  Tensor softmax_lse;                                 // fp32, see lse_sizes
+  Tensor softmax_lse;                                 // in lse_dtype(q), see lse_sizes
   std::optional<Tensor> dsoftmax_lse = std::nullopt;  // shaped like softmax_lse
 };
 
@@ -59,6 +59,9 @@ std::string refusal(const Arguments& args);
 std::string refusal(const BackwardArguments& args);
 
 flashtile_problem to_problem(const Arguments& args);
+// Scale (unset: 1 / sqrt(head_dim)) and dtypes, for q of a dtype that q_refusal() lets pass.
+void set_numbers(torch::headeronly::ScalarType q, std::optional<double> softmax_scale,
+                 flashtile_problem& problem);
 flashtile_tensor to_view(const Tensor& tensor, void* data);
 inline flashtile_tensor read_view(const Tensor& tensor) {
   return to_view(tensor, const_cast<void*>(tensor.const_data_ptr()));

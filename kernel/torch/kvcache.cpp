@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> read(const ReadArguments& args) {
   raise_unless_ok(flashtile_workspace_size(&params, &bytes), kCacheNames);
   const Tensor out =
       args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, args.out_sizes());
-  const Tensor lse = torch::stable::new_empty(args.q, args.lse_sizes(), ScalarType::Float);
+  const Tensor lse =
+      torch::stable::new_empty(args.q, args.lse_sizes(), lse_dtype(args.q.scalar_type()));
   const Workspace workspace(args.q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());

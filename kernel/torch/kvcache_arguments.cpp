@@ -1,7 +1,6 @@
 #include "kvcache_arguments.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <iterator>
 #include <utility>
@@ -48,9 +47,7 @@ flashtile_problem cache_problem(const CacheArguments& cache, const Tensor& like,
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
   problem.device = like.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
   problem.device_index = like.is_cuda() ? like.get_device_index() : -1;
-  problem.dtype = to_dtype(like.scalar_type()).value();
-  problem.dtype_kv = problem.dtype;
-  problem.dtype_out = problem.dtype;
+  set_numbers(like.scalar_type(), std::nullopt, problem);
   problem.batch = batch;
   problem.num_heads = like.size(heads_dim);
   problem.num_heads_kv = cache.k_cache.size(2);
@@ -191,9 +188,7 @@ flashtile_problem to_problem(const ReadArguments& args) {
   problem.seqlen_new = args.cache.cu_seqlens_new.has_value() ? 0 : args.seqlen_new;
   problem.total_new = INT32_MAX;  // the new rows are in the cache: any number of them
   problem.num_splits = args.num_splits;
-  const double head_dim = problem.head_dim > 0 ? static_cast<double>(problem.head_dim) : 1.0;
-  problem.softmax_scale =
-      static_cast<float>(args.softmax_scale.value_or(1.0 / std::sqrt(head_dim)));
+  set_numbers(args.q.scalar_type(), args.softmax_scale, problem);
   problem.window_left = args.window_left;
   problem.window_right = args.window_right;
   problem.alignment = static_cast<int32_t>(std::clamp<int64_t>(args.alignment, -1, INT32_MAX));

@@ -14,6 +14,7 @@
 #include "arguments.h"
 #include "call.h"
 #include "kvcache.h"
+#include "sentences.h"
 
 namespace flashtile::ops {
 namespace {
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   raise_unless_ok(flashtile_workspace_size(&params, &bytes), args.names());
   const Tensor out =
       args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
-  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), ScalarType::Float);
+  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
   const Workspace workspace(args.q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -119,7 +120,7 @@ Answer answer(const Arguments& args, bool backward) {
   const DeviceScope device(args.q);
   const flashtile_problem problem = to_problem(args);
   char name[256] = "", why[512] = "";
-  float lse = 0.0f;
+  double lse = 0.0;
   const std::vector<int64_t> sizes = out_sizes(args);
   const flashtile_tensor out =
       args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, args.q);
@@ -136,7 +137,7 @@ Answer answer(const Arguments& args, bool backward) {
     params.dq = contiguous_view(args.q.sizes(), args.q);
     params.dk = contiguous_view(args.k.sizes(), args.k);
     params.dv = contiguous_view(args.v.sizes(), args.v);
-    params.softmax_lse = &lse;
+    params.softmax_lse = reinterpret_cast<const float*>(&lse);
     status = flashtile_can_run_backward(&params, why, sizeof(why));
     if (status == FLASHTILE_OK) status = flashtile_plan_backward(&params, name, sizeof(name));
   } else {

@@ -80,6 +80,11 @@ inline std::optional<flashtile_dtype> to_dtype(ScalarType dtype) {
   }
 }
 
+// Of softmax_lse, for q in `dtype`.
+inline ScalarType lse_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // One dimension of an allowed shape: a size, or a name where any size will do.
 struct Extent {
   // NOLINTNEXTLINE(google-explicit-constructor): shapes are written as lists of both kinds

@@ -27,6 +27,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the log-sum-exp, for q in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def tuple_text(extents: tuple[Extent, ...]) -> str:
     return "(" + ", ".join(str(extent) for extent in extents) + (",)" if len(extents) == 1 else ")")
 
@@ -243,7 +248,9 @@ def softmax_scale(value: object) -> float | None:
 
 def check_finite(scale: float | None) -> None:
     """ValueError unless the factor on the scores is a number, as the op refuses it."""
-    if scale is not None and not math.isfinite(scale):
+    if scale is None or torch.compiler.is_compiling():
+        return
+    if not math.isfinite(scale):
         raise ValueError(f"softmax_scale is {scale}; allowed: a finite number")
 
 

@@ -139,6 +139,7 @@ def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any])
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
     scale = _checks.softmax_scale(given["softmax_scale"])
+    _checks.check_finite(scale)  # the op would say so only after the append
     left, right = _checks.window(given["window_size"])
     alignment = _checks.alignment("causal_alignment", given["causal_alignment"])
     splits = _checks.length("num_splits", given["num_splits"], "int")
@@ -276,6 +277,7 @@ def attention_with_kvcache(
     No value of cache_seqlens, cache_batch_idx, cache_leftpad and block_table is waited for or can
     make the call touch memory outside the tensors: lengths are clamped to 0 and the capacity,
     pages to those that exist; check reports such values. Rows that are not in use are never read.
+    A new row that has no place is an error on the CPU, where looking costs nothing.
 
     Args:
         q: ``(batch, seqlen_q, num_heads, head_dim)``, or with cu_seqlens_q
@@ -288,8 +290,9 @@ def attention_with_kvcache(
             ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
             sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
             anything is read. Rows beyond the capacity, on pages that do not exist or of a sequence
-            with a negative length are not written. Two sequences must not append to one page, and
-            k, v and whatever is rotated must not lie in the caches.
+            with a negative length have no place: on the CPU the call raises and writes nothing, on
+            CUDA they are not written (check reports them). Two sequences must not append to one
+            page, and k, v and whatever is rotated must not lie in the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it
@@ -307,7 +310,7 @@ def attention_with_kvcache(
             sequences may have different numbers of queries: prefill and decoding in one call.
         max_seqlen_q: With cu_seqlens_q, the longest; a hint, on which no result depends.
         softmax_scale: None: ``1 / sqrt(head_dim)``.
-        causal: See :func:`attention`, aligned at the bottom right: the last query sees every key.
+        causal: See :func:`attention`: by default the last query sees every key.
         window_size: ``(left, right)``, in keys.
         num_splits: Into how many parts the keys of a sequence are cut at most. 0: chosen from the
             sequence's length. The bits of a sequence's result depend on this and on the sequence
@@ -320,17 +323,23 @@ def attention_with_kvcache(
             :func:`raise_pending_checks`, raises. A CUDA graph may hold such a call when one has
             been made on its device before. ``FLASHTILE_CHECK=1`` in the environment: every call
             checks.
+        causal_alignment: See :func:`attention`: ``"top_left"`` puts query i at key i, left padding
+            not counted. It moves the mask alone: rotation goes by ``cache_seqlens + i``.
+        out: A tensor that out is written into, as in :func:`attention`, sharing no memory with q
+            and the caches. It is returned.
 
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
         ``lse`` is ``(batch, num_heads, seqlen_q)``, with cu_seqlens_q ``(num_heads, total_q)``,
-        float32, natural logarithm.
+        float32 (float64 for float64 inputs), natural logarithm.
 
-    Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
-    append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
+    Not differentiable: tensors may require grad, but going backward raises RuntimeError. A cache
+    that requires grad can be read and not written. Under ``torch.autocast`` q, k, v and the rotary
+    tables are cast to the dtype of the caches, which are never cast. The append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
     where a view begins that any custom op writes to: compile with caches that are tensors of their
     own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended;
-    making it again writes the same rows. Numerics and errors are those of :func:`attention`.
+    making it again writes the same rows. Numerics and errors are those of :func:`attention`;
+    :func:`can_run_with_kvcache` gives the sentence without a call.
     """
     given = {
         "k": k,

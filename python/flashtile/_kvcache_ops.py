@@ -108,7 +108,7 @@ def _fake_forward(
     *rows, heads, _ = q.shape
     lse_shape = (heads, rows[0]) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    return out, q.new_empty(lse_shape, dtype=_checks.lse_dtype(q.dtype))
 
 
 def _fake_forward_out(

@@ -127,9 +127,7 @@ def _attend(
 ) -> AttentionOutput:
     return_lse = _checks.flag("return_lse", return_lse)
     if out is None:
-        functional = _functional.is_active()
-        op = _functional.Attention.apply if functional else torch.ops.flashtile.forward
-        out, lse = _call(op, (q, k, v), options)
+        out, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
     else:
         lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
         mark_written(out)
@@ -198,7 +196,8 @@ def attention(
         window_size: ``(left, right)``, in keys. A query at position p sees key j only if
             ``p - left <= j <= p + right``; its own position counts to neither side. -1: this side
             has no bound. A window of w keys that end at the query is ``(w - 1, 0)``.
-        softmax_scale: Factor on the scores, without unit. None: ``1 / sqrt(head_dim)``.
+        softmax_scale: Factor on the scores, without unit. None: ``1 / sqrt(head_dim)``. A float64
+            for float64 inputs, for others the nearest float32.
         deterministic: Gradients are bitwise equal from run to run. On CUDA this costs time and
             memory; on the CPU it is always so. ``torch.use_deterministic_algorithms(True)`` asks
             for the same.
@@ -210,7 +209,8 @@ def attention(
     Returns:
         ``out``, ``(batch, seqlen_q, num_heads, head_dim_v)``, in the dtype of q, contiguous if it
         is new; with ``return_lse`` the pair ``(out, lse)``, where ``lse`` is
-        ``(batch, num_heads, seqlen_q)``, float32, natural logarithm of the sum of ``exp(scores)``.
+        ``(batch, num_heads, seqlen_q)``, float32 (float64 for float64 inputs), natural logarithm of
+        the sum of ``exp(scores)``.
 
     Differentiable:
         ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
@@ -227,8 +227,11 @@ def attention(
         TypeError: an argument has the wrong type.
         ValueError: shapes, dtypes, devices or strides do not fit. The message names the argument,
             what it was and what is allowed.
-        RuntimeError: this build or this GPU does not serve the problem; see :func:`can_run`. Or out
-            shares memory, or is given where a gradient is wanted.
+        RuntimeError: this build or this GPU does not serve the problem, or out shares memory or is
+            given where a gradient is wanted. :func:`can_run` gives the same sentence.
+
+    numpy's bools, ints and floats stand wherever Python's may; a side of window_size may also be a
+    0-d integer tensor on the CPU.
 
     Source:
         FlashAttention-2, https://arxiv.org/abs/2307.08691
@@ -339,7 +342,8 @@ def attention_varlen(
 
     Returns:
         ``out``, ``(total_q, num_heads, head_dim_v)``; with ``return_lse`` the pair ``(out, lse)``,
-        where ``lse`` is ``(num_heads, total_q)``, float32, natural logarithm.
+        where ``lse`` is ``(num_heads, total_q)``, float32 (float64 for float64 inputs), natural
+        logarithm.
 
     Differentiability, numerics, errors and source are those of :func:`attention`. Neither new
     lengths nor a new ``max_seqlen`` recompile under ``torch.compile(dynamic=True)``. Under
