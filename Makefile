@@ -32,7 +32,8 @@ export PYTHONPATH := $(BUILD)/python
 SAY := $(PYTHON) $(CURDIR)/examples/progress.py
 CONFIGURE := cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
 BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
-PIP := $(BIN)/python -m pip install --quiet
+# What is imported is compiled to bytecode then; most of torch never is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist.
 SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null || true)
 
@@ -41,7 +42,7 @@ help:
 
 # Without a network, an interpreter that already has what we need is used through a .pth file
 # (--system-site-packages would not see the packages of another virtual environment).
-$(VENV)/.stamp: cmake/requirements-dev.txt
+$(VENV)/.stamp: cmake/requirements-dev.txt examples/engine/requirements.txt examples/requirements.txt
 	@if $(SAY) "looking for torch" -- $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
 	    && command -v cmake >/dev/null && command -v ninja >/dev/null; then
 	  echo "using the torch of $(PYTHON)"
@@ -118,11 +119,11 @@ demo-engine: operators
 	  --model build/engine/SmolLM2-135M
 
 bench: operators
-	@$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt || true
+	@$(PIP) --requirement benchmarks/requirements.txt || true
 	$(BIN)/python benchmarks/bench.py
 
 sass-report: build
-	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	@$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json
 
 # What the linker could merge where the compiler inlines nothing.
@@ -139,7 +140,7 @@ gpu-package: $(VENV)/.stamp
 	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
-	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt
+	@$(PIP) --requirement cmake/requirements-lint.txt
 	touch $@
 
 lint: $(VENV)/.stamp-lint

@@ -27,7 +27,7 @@ macro(flashtile_without_cuda reason)
   if(FLASHTILE_CUDA STREQUAL "ON")
     message(
       FATAL_ERROR
-      "FLASHTILE_CUDA is ON and ${reason}. Set CUDACXX to nvcc 13.0 or later, or CUDA_HOME to its toolkit, or: pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'. To build without CUDA: ${switches}"
+      "FLASHTILE_CUDA is ON and ${reason}. Set CUDACXX to nvcc 13.0 or later, or CUDA_HOME to its toolkit. To build without CUDA: ${switches}"
     )
   endif()
   message(STATUS "flashtile: ${reason}: CUDA kernels are left out, CUDA calls will say so (to choose that: ${switches})")

@@ -64,12 +64,11 @@ class progress:  # noqa: N801, reads as a statement
 
 def main() -> int:
     """WHAT -- COMMAND..."""
-    what, separator, *command = sys.argv[1:]
-    if separator != "--" or not command:
+    if len(sys.argv) < 4 or sys.argv[2] != "--":
         print(__doc__, file=sys.stderr)
         return 2
-    with progress(what):
-        return subprocess.run(command, check=False).returncode
+    with progress(sys.argv[1]):
+        return subprocess.run(sys.argv[3:], check=False).returncode
 
 
 if __name__ == "__main__":

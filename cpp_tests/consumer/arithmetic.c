@@ -1,5 +1,5 @@
-/* What -ffast-math breaks: out, LSE and gradients against fp64, a NaN that must be refused, denormals
- * of the process that loads the library. */
+/* What -ffast-math breaks: out, LSE and gradients against fp64, a NaN that must be refused,
+ * denormals of the process that loads the library. */
 #include <flashtile/flashtile.h>
 #include <math.h>
 #include <stdio.h>

@@ -119,7 +119,8 @@ def register() -> None:
     library.register_fake("flashtile::backward", _fake_backward)
     _functional.register(_library, "forward", setup_context, gradients)
     # Without this a second derivative would only warn and be missing.
-from flashtile import _checks, _functional, _kvcache_ops, _vmap
+    library.register_autograd("flashtile::backward", refuse_second_derivative)
+    _kvcache_ops.register()
     library.register_vmap("flashtile::forward", _vmap.forward)
     library.register_vmap("flashtile::backward", _vmap.backward)
     setattr(torch.ops.flashtile, _REGISTERED, True)
