@@ -12,8 +12,8 @@
 //   floor = epsilon / 2 * max |truth in the block| + noise
 //
 // half a unit of the largest value, so that a block whose dtype error happens to be 0 is no trap,
-// and the noise of what is computed in fp32 (fp64: in fp64, but the backward reads an fp32 LSE):
-// 1e-5 (fp64: 1e-12) * the largest value that enters the sums, plus the rounding of the LSE.
+// and the noise of what is computed in fp32 (fp64: in fp64): 1e-5 (fp64: 1e-13) * the largest value
+// that enters the sums, plus the rounding of the LSE.
 #pragma once
 
 #include <algorithm>
@@ -176,14 +176,17 @@ inline Comparison compare_rows(const RowTensor& t, const AttentionInput& in) {
   return worst;
 }
 
-// LSE is fp32 in every dtype, so it is held to fp32: 1e-5 + 2e-6 * max |score| and nothing times 2.
-// The ratio is error / this.
-inline Comparison compare_lse(const std::vector<double>& result, const std::vector<double>& truth) {
+// LSE is fp32 in every dtype but fp64, so it is held to fp32, 1e-5 + 2e-6 * |LSE|, or to fp64,
+// 1e-13 * (1 + |LSE|), and nothing times 2. The ratio is error / this.
+inline Comparison compare_lse(Dtype dtype, const std::vector<double>& result,
+                              const std::vector<double>& truth) {
+  const bool wide = lse_dtype_of(dtype) == Dtype::kFloat64;
+  const double fixed = wide ? 1e-13 : 1e-5, relative = wide ? 1e-13 : 2e-6;
   Comparison worst;
   for (size_t i = 0; i < truth.size(); ++i) {
     const double error = std::fabs(result[i] - truth[i]);
     const bool same = same_kind(result[i], truth[i]);
-    const double allowed = 1e-5 + 2e-6 * std::fabs(truth[i]);
+    const double allowed = fixed + relative * std::fabs(truth[i]);
     const double ratio = !same ? kInfinity : std::isfinite(truth[i]) ? error / allowed : 0.0;
     if (ratio <= worst.ratio) continue;
     worst.ratio = ratio;
@@ -212,8 +215,9 @@ struct Truth {
       for (const double x : values) top = std::max(top, std::isfinite(x) ? std::fabs(x) : 0.0);
       return top;
     };
-    const double relative = setup.dtype == Dtype::kFloat64 ? 1e-12 : 1e-5;
-    const double from_lse = 0x1p-23 * largest(exact.lse);  // relative error of every probability
+    const double relative = setup.dtype == Dtype::kFloat64 ? 1e-13 : 1e-5;
+    const double unit = lse_dtype_of(setup.dtype) == Dtype::kFloat64 ? 0x1p-52 : 0x1p-23;
+    const double from_lse = unit * largest(exact.lse);  // relative error of every probability
     const double dp = std::sqrt(static_cast<double>(setup.head_dim_v)) * largest(input.v);
     const double ds =
         dp * std::fabs(input.softmax_scale) * std::max(largest(input.k), largest(input.q));
@@ -245,7 +249,7 @@ inline Verdict compare(const Setup& setup, const Truth& truth, const AttentionOu
   verdict.forward = compare_rows(
       {"out", result.out, exact.out, rounded.out, heads, dim_v, false, epsilon, truth.out_noise},
       truth.input);
-  verdict.lse = compare_lse(result.lse, exact.lse);
+  verdict.lse = compare_lse(setup.dtype, result.lse, exact.lse);
   if (setup.forward_only()) return verdict;
   const RowTensor gradients[] = {
       {"dq", result.dq, exact.dq, rounded.dq, heads, dim, false, epsilon, truth.dqk_noise},

@@ -100,7 +100,7 @@ class Run {
         v_(backend, setup.v),
         dout_(backend, setup.dout),
         dlse_(backend, setup.dlse),
-        lse_(backend, make_row_tensor(setup.extents_q)),
+        lse_(backend, make_row_tensor(setup.extents_q, setup.dtype)),
         out_(backend, make_tensor(setup, Role::kOut, setup.extents_out)),
         dq_(backend, make_tensor(setup, Role::kGradient, setup.extents_q, 0)),
         dk_(backend, make_tensor(setup, Role::kGradient, setup.extents_k, 1)),
@@ -195,20 +195,18 @@ class Run {
     flashtile_problem_init(&problem_);
     problem_.device = backend_.device;
     problem_.device_index = backend_.device_index;
-    problem_.dtype = problem_.dtype_kv = problem_.dtype_out =
-        static_cast<flashtile_dtype>(setup_.dtype);
     problem_.batch = setup_.batch;
     problem_.num_heads = setup_.extents_q.heads;
     problem_.num_heads_kv = setup_.extents_k.heads;
     problem_.head_dim = setup_.head_dim;
     problem_.head_dim_v = setup_.head_dim_v;
-    problem_.softmax_scale = static_cast<float>(setup_.softmax_scale);
     problem_.window_left = setup_.mask.left;
     problem_.window_right = setup_.mask.right;
     problem_.alignment = setup_.mask.top_left ? FLASHTILE_TOP_LEFT : FLASHTILE_BOTTOM_RIGHT;
     problem_.seqused_q = reinterpret_cast<const int32_t*>(used_q_.data());
     problem_.seqused_k = reinterpret_cast<const int32_t*>(used_k_.data());
     problem_.flags = setup_.spec.deterministic ? FLASHTILE_DETERMINISTIC : 0;
+    set_numbers(setup_.dtype, setup_.softmax_scale, problem_);
     if (setup_.spec.is_varlen()) {
       problem_.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_q_.data());
       problem_.cu_seqlens_k = reinterpret_cast<const int32_t*>(cu_k_.data());

@@ -10,6 +10,7 @@
 #include "case.h"
 #include "host_tensor.h"
 #include "manual_attention.h"
+#include "numbers_of_problem.h"
 #include "random_strides.h"
 
 namespace flashtile::test {
@@ -44,7 +45,7 @@ struct Setup {
   std::vector<int32_t> used_q, used_k;              // rows in use, empty: all of a sequence
   Extents extents_q, extents_k, extents_v, extents_out;
   HostTensor q, k, v, dout;
-  HostTensor dlse;  // fp32, dim 1: seq runs fastest
+  HostTensor dlse;  // dim 1: seq runs fastest
 
   bool forward_only() const {
     return spec.values == Values::kHuge || spec.values == Values::kMixedHuge ||
@@ -94,10 +95,10 @@ inline HostTensor make_tensor(const Setup& setup, Role role, const Extents& exte
   return HostTensor(setup.dtype, extents, layout_of(setup.spec, role));
 }
 
-// softmax_lse and dsoftmax_lse: [batch, heads, seq] with gaps after every head and batch.
-inline HostTensor make_row_tensor(const Extents& q) {
+// softmax_lse and dsoftmax_lse of q in `dtype`: [batch, heads, seq] with gaps after every head and batch.
+inline HostTensor make_row_tensor(const Extents& q, Dtype dtype) {
   const int64_t head = q.seq + 3;
-  return HostTensor(Dtype::kFloat32, {q.batch, q.seq, q.heads, 1},
+  return HostTensor(lse_dtype_of(dtype), {q.batch, q.seq, q.heads, 1},
                     Strides{q.heads * head + 5, 1, head}, 1);
 }
 
@@ -231,8 +232,7 @@ inline Setup make_setup(const Case& spec, Dtype dtype, const HeadDims& head_dims
   setup.head_dim = head_dims.qk;
   setup.head_dim_v = head_dims.v;
   setup.mask = mask;
-  // A float, as the library gets it.
-  setup.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dims.qk)));
+  setup.softmax_scale = usual_scale(dtype, head_dims.qk);
   if (spec.values == Values::kZeroScale) setup.softmax_scale = 0.0;
   if (spec.values == Values::kNegativeScale) setup.softmax_scale *= -1.0;
   set_extents(setup);
@@ -240,7 +240,7 @@ inline Setup make_setup(const Case& spec, Dtype dtype, const HeadDims& head_dims
   setup.k = make_tensor(setup, Role::kK, setup.extents_k);
   setup.v = make_tensor(setup, Role::kV, setup.extents_v);
   setup.dout = make_tensor(setup, Role::kDout, setup.extents_out);
-  setup.dlse = make_row_tensor(setup.extents_q);
+  setup.dlse = make_row_tensor(setup.extents_q, dtype);
   Normal normal(seed * 1000003 + static_cast<uint64_t>(head_dims.qk));
   const double factor = spec.values == Values::kTriple ? 3.0 : 1.0;
   for (HostTensor* tensor : {&setup.q, &setup.k, &setup.v}) fill(*tensor, normal, factor);

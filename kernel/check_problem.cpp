@@ -1,8 +1,10 @@
 // The checks of a problem: what there is before any tensor.
+#include <cfloat>
 #include <cmath>
 #include <cstddef>
 
 #include "check_parts.h"
+#include "ieee.h"
 
 namespace flashtile {
 
@@ -120,11 +122,41 @@ Cache convert_cache(const flashtile_problem& p) {
   return cache;
 }
 
-Status check_options(const flashtile_problem& p) {
-  if (!std::isfinite(p.softmax_scale)) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "softmax_scale is %g; allowed: a finite number",
-                static_cast<double>(p.softmax_scale));
+// Which of the fields that hold the factor on the scores counts; `is_old`: there is only the float.
+Status read_scale(const flashtile_problem& p, bool is_old, double& scale) {
+  scale = p.softmax_scale_f64 != 0 ? p.softmax_scale_f64 : static_cast<double>(p.softmax_scale);
+  if (!std::isfinite(scale)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT, "softmax_scale is %g; allowed: a finite number", scale);
   }
+  if (p.dtype != FLASHTILE_FLOAT64 && std::fabs(scale) > static_cast<double>(FLT_MAX)) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "softmax_scale is %g; allowed: -%g to %g for %s, which computes in float32", scale,
+                static_cast<double>(FLT_MAX), static_cast<double>(FLT_MAX),
+                dtype_name(static_cast<Dtype>(p.dtype)));
+  }
+  if ((p.flags & FLASHTILE_ZERO_SCALE) != 0) {
+    if (scale == 0) return FLASHTILE_OK;
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "softmax_scale is %g; allowed: 0 with FLASHTILE_ZERO_SCALE in flags", scale);
+  }
+  if (scale == 0 && !is_old) scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  return FLASHTILE_OK;
+}
+
+Status check_lse_dtype(const flashtile_problem& p) {
+  if (p.lse_dtype == 0 || p.lse_dtype == FLASHTILE_FLOAT32) return FLASHTILE_OK;
+  if (p.lse_dtype == FLASHTILE_FLOAT64) {
+    // Tensors of other dtypes are refused for those: CUDA has no kernels for them.
+    const bool on_cuda = p.device == FLASHTILE_CUDA && p.dtype <= FLASHTILE_BFLOAT16;
+    if (!on_cuda) return FLASHTILE_OK;
+    return fail(FLASHTILE_UNSUPPORTED, "lse_dtype is float64; allowed on CUDA: float32");
+  }
+  return fail(FLASHTILE_INVALID_ARGUMENT,
+              "lse_dtype is %d; allowed: FLASHTILE_FLOAT32 (or 0) and FLASHTILE_FLOAT64",
+              p.lse_dtype);
+}
+
+Status check_options(const flashtile_problem& p) {
   const struct {
     const char* name;
     int64_t value;
@@ -141,11 +173,12 @@ Status check_options(const flashtile_problem& p) {
                 "alignment is %d; allowed: FLASHTILE_BOTTOM_RIGHT and FLASHTILE_TOP_LEFT",
                 p.alignment);
   }
-  if ((p.flags & ~static_cast<uint32_t>(FLASHTILE_DETERMINISTIC)) != 0) {
-    return fail(FLASHTILE_INVALID_ARGUMENT, "flags is 0x%x; allowed: 0 and FLASHTILE_DETERMINISTIC",
-                p.flags);
+  constexpr uint32_t kFlags = FLASHTILE_DETERMINISTIC | FLASHTILE_ZERO_SCALE;
+  if ((p.flags & ~kFlags) != 0) {
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "flags is 0x%x; allowed: FLASHTILE_DETERMINISTIC, FLASHTILE_ZERO_SCALE", p.flags);
   }
-  return FLASHTILE_OK;
+  return check_lse_dtype(p);
 }
 
 Status check_target(const flashtile_problem& p, Target& target) {
@@ -187,6 +220,9 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   if (Status s = check_lengths(p)) return s;
   if (Status s = check_heads(p)) return s;
   if (Status s = check_cache(p)) return s;
+  double scale = 0;
+  const bool is_old = user->struct_size <= offsetof(flashtile_problem, softmax_scale_f64);
+  if (Status s = read_scale(p, is_old, scale)) return s;
   if (Status s = check_options(p)) return s;
   out.cache = convert_cache(p);
   out.batch = p.batch;
@@ -212,7 +248,12 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   }
   if (out.cache.exists()) out.total_k = p.num_pages * p.page_size;
   if (Status s = check_size(p, out)) return s;
-  out.softmax_scale = p.softmax_scale;
+  if (target.device == FLASHTILE_CPU) {
+    out.exact_scale = scale;
+  } else {
+    out.softmax_scale = static_cast<float>(scale);
+  }
+  out.lse_is_double = p.lse_dtype == FLASHTILE_FLOAT64;
   out.band = {p.window_left, p.window_right, p.alignment == FLASHTILE_TOP_LEFT};
   out.dtype = static_cast<Dtype>(p.dtype);
   out.deterministic = (p.flags & FLASHTILE_DETERMINISTIC) != 0;

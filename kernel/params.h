@@ -20,8 +20,8 @@ struct View {
   int64_t stride_head = 0;
 };
 
-// fp32 per query row: dense [batch, heads, seqlen_q], varlen [heads, total_q] (stride_batch
-// unread).
+// A number per query row: dense [batch, heads, seqlen_q], varlen [heads, total_q] (stride_batch
+// unread). fp32; fp64 where Problem::lse_is_double says so, which it does on the CPU alone.
 struct RowView {
   float* data = nullptr;  // null: absent
   int64_t stride_batch = 0;
@@ -75,10 +75,16 @@ struct Problem {
   const int32_t* seqused_k = nullptr;     // [batch] or null
   int64_t total_q = 0;                    // varlen: rows of q; dense: batch * seqlen_q
   int64_t total_k = 0;                    // varlen: rows of k; dense: batch * seqlen_k
-  float softmax_scale = 0.0f;
+  // The factor on the scores: in memory of CUDA softmax_scale, on the CPU exact_scale. They share
+  // a place, so that the double takes no room in the parameters of a kernel.
+  union {
+    float softmax_scale = 0.0f;
+    double exact_scale;
+  };
   Band band;
   Dtype dtype = Dtype::kFloat16;
   bool deterministic = false;
+  bool lse_is_double = false;
   Cache cache = {};
 
   // Whether q is packed; so are k and v, unless they are a cache.

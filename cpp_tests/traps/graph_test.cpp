@@ -103,7 +103,7 @@ void check_attention(const Schedule& schedule) {
   const flashtile_problem problem = mirrored(mirror, backend, call, call.problem());
   const flashtile_append_kv_params append = append_params(mirror, what, problem);
   HostTensor out(Dtype::kBFloat16, {3, 2, 4, 64}, Layout::kOdd);
-  HostTensor lse = make_row_tensor(call.q.extents());
+  HostTensor lse = make_row_tensor(call.q.extents(), call.spec().dtype);
   flashtile_forward_params forward = forward_params(mirror, call, out, lse);
   forward.problem = &problem;
   forward.k = append.k_cache;

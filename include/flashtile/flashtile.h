@@ -16,7 +16,8 @@
  * Key/value cache (problem.page_size > 0): k and v are pages, and every sequence's rows are found
  * through block_table or cache_batch_idx. Lengths, tables, indices and paddings of a cache are read
  * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
- * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones.
+ * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones. The CPU
+ * looks before an append: see flashtile_append_kv_params.
  *
  * Lifetime: the structs are read during the call alone. The memory that they point to is read and
  * written until the call returns (CPU) or until the stream has passed it (CUDA); a captured graph
@@ -65,7 +66,7 @@ typedef enum {
   FLASHTILE_FLOAT16 = 0,
   FLASHTILE_BFLOAT16 = 1,
   FLASHTILE_FLOAT32 = 2, /* CPU only */
-  FLASHTILE_FLOAT64 = 3  /* CPU only; softmax_lse stays float32 */
+  FLASHTILE_FLOAT64 = 3  /* CPU only */
 } flashtile_dtype;
 
 /* The corner of the score matrix that the mask's diagonal meets, when seqlen_q != seqlen_k. */
@@ -78,7 +79,10 @@ enum {
 };
 
 /* flashtile_problem.flags */
-enum { FLASHTILE_DETERMINISTIC = 1 }; /* backward: bitwise equal gradients from run to run */
+enum {
+  FLASHTILE_DETERMINISTIC = 1, /* backward: bitwise equal gradients from run to run */
+  FLASHTILE_ZERO_SCALE = 2     /* the factor on q k^T is 0; both scales are 0, too */
+};
 
 /* A tensor (batch, seqlen, heads, head_dim). Strides are in elements and may be any value, 0
  * included; head_dim has stride 1. With cu_seqlens the tensor is (total, heads, head_dim) and
@@ -112,11 +116,11 @@ typedef struct {
   const int32_t* cu_seqlens_k;
   int64_t total_q;      /* varlen: rows of q, out, dout, dq */
   int64_t total_k;      /* varlen: rows of k, v, dk, dv */
-  float softmax_scale;  /* factor on q k^T; usually 1 / sqrt(head_dim) */
+  float softmax_scale;  /* factor on q k^T; read where softmax_scale_f64 is 0 */
   int64_t window_left;  /* keys left of the diagonal that a query sees, itself not counted */
   int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED both is full */
   int32_t alignment;    /* flashtile_alignment */
-  uint32_t flags;       /* FLASHTILE_DETERMINISTIC or 0 */
+  uint32_t flags;       /* FLASHTILE_DETERMINISTIC, FLASHTILE_ZERO_SCALE or 0 */
   /* Since 0.2. [batch], int32, on `device`, each may be NULL: the rows of every sequence that are
    * in use, counted from its first; at most its length. The other rows of the tensors are not read;
    * their out, dq, dk, dv are written as 0 and their softmax_lse as -inf. */
@@ -151,6 +155,15 @@ typedef struct {
    * There it bounds the workspace, too, which grows with it and with the rows that may be decoded:
    * of packed queries min(64 * batch, total_q * num_heads / num_heads_kv) for each kv head. */
   int64_t num_splits;
+  /* The factor on q k^T as a double, which float64 tensors need. Unless it is 0 it counts and
+   * softmax_scale is not read. Both 0: 1 / sqrt(head_dim). A caller whose struct ends before this
+   * field has softmax_scale alone, and its 0 is a 0. Other dtypes compute with the nearest float,
+   * which must be finite. */
+  double softmax_scale_f64;
+  /* flashtile_dtype of softmax_lse and dsoftmax_lse: FLASHTILE_FLOAT32, FLASHTILE_FLOAT64 (CPU
+   * only; any dtype of q) or 0, which is FLASHTILE_FLOAT32. With FLASHTILE_FLOAT64 those pointers
+   * are double*, cast. Forward and backward agree on it. */
+  int32_t lse_dtype;
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
@@ -161,7 +174,8 @@ typedef struct {
   flashtile_tensor k;   /* (batch, seqlen_k, num_heads_kv, head_dim) */
   flashtile_tensor v;   /* (batch, seqlen_k, num_heads_kv, head_dim_v) */
   flashtile_tensor out; /* (batch, seqlen_q, num_heads, head_dim_v) */
-  /* dense [batch, num_heads, seqlen_q], varlen [num_heads, total_q]; natural log; may be NULL */
+  /* dense [batch, num_heads, seqlen_q], varlen [num_heads, total_q]; natural log; may be NULL.
+   * In problem.lse_dtype, as in the backward. */
   float* softmax_lse;
   int64_t lse_stride_batch; /* in elements; the last dimension has stride 1 */
   int64_t lse_stride_head;
@@ -187,9 +201,10 @@ typedef struct {
 } flashtile_backward_params;
 
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
- * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, or on a page that does not
- * exist, is not written, and neither is any row of a sequence whose seqused_k is negative. Two
- * sequences must not append to the same page, and k_new, v_new, q and the tables must not lie in
+ * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, on a page that does not exist
+ * or of a sequence whose seqused_k is negative has no place. On the CPU such a call is refused,
+ * with the sentence of flashtile_check_cache, and nothing is written. On CUDA, where the host does
+ * not look, the row is not written, and flashtile_check_cache reports it. Two sequences must not append to the same page, and k_new, v_new, q and the tables must not lie in
  * the caches: pointers do not show it, so nobody checks.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
@@ -235,10 +250,10 @@ typedef struct {
   { (uint32_t)sizeof(flashtile_problem), FLASHTILE_CPU, -1,                                      \
     FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL,    \
     0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0, NULL, NULL,    \
-    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0 }
+    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0, 0.0, 0 }
 /* clang-format on */
 
-/* The same defaults as functions: sizes zero, pointers NULL, full attention. */
+/* The same defaults as functions: sizes zero, pointers NULL, full attention, the usual scale. */
 FLASHTILE_API void flashtile_problem_init(flashtile_problem* problem);
 FLASHTILE_API void flashtile_forward_init(flashtile_forward_params* params);
 FLASHTILE_API void flashtile_backward_init(flashtile_backward_params* params);

@@ -94,7 +94,7 @@ class Backward {
       Memory m;
       m.queries = Products::Queries::take(arena, problem, blocks * kBlockQ);
       m.tile = Products::Tile::take(arena, problem);
-      m.statistics = Statistics<C>::take(arena, blocks * kBlockQ);
+      m.statistics = Statistics<C>::take(arena, blocks * kBlockQ, problem.lse_is_double);
       m.finite = arena.take<uint8_t>(blocks);
       m.dq = arena.take<C>(blocks * dq_size(problem));
       m.dk = {arena.take<C>(keys * wide), wide};
@@ -198,12 +198,12 @@ class Backward {
     const Rows<const T> out = query_rows<const T>(params_.out, seq, head).from(q0);
     const Rows<const T> dout = query_rows<const T>(params_.dout, seq, head).from(q0);
     to.finite[q0 / kBlockQ] = products.pack_queries(q0, queries, q, dout);
-    const float* lse = row_values(params_.lse, seq, head) + q0;
-    const float* dlse = row_values(params_.dlse, seq, head);
+    const RowValues lse = row_values(problem_, params_.lse, seq, head).from(q0);
+    const RowValues dlse = row_values(problem_, params_.dlse, seq, head).from(q0);
     const Statistics<C> statistics = to.statistics.block(q0, queries);
     for (int64_t i = 0; i < queries; ++i) {
       const C slope = dot(out.row(i), dout.row(i), problem_.head_dim_v);
-      statistics.set(i, lse[i], slope - (dlse == nullptr ? C{0} : static_cast<C>(dlse[q0 + i])));
+      statistics.set(i, lse.get(i), slope - (dlse.exists() ? static_cast<C>(dlse.get(i)) : C{0}));
     }
   }
 
@@ -229,7 +229,7 @@ class Backward {
   static void clear(C* numbers, int64_t count) {
     for (int64_t i = 0; i < count; ++i) numbers[i] = 0;
   }
-  C scale() const { return static_cast<C>(problem_.softmax_scale); }
+  C scale() const { return static_cast<C>(problem_.exact_scale); }
 
   const BackwardParams& params_;
   const Problem& problem_;

@@ -1,8 +1,8 @@
 // What the backward pass knows of a query besides its rows: P = 2^(factor (S - base) - rest) and
 // delta. base and rest come from the log-sum-exp that the forward pass left.
 //
-// That log-sum-exp is fp32. Where this is too coarse - logits so large that its rounding would show
-// in P, and everything in fp64 - it is computed again from the same products that P is made of.
+// Where that log-sum-exp is too coarse - so large that its rounding would show in P, or fp32 in a
+// pass in fp64 - it is computed again from the same products that P is made of.
 #pragma once
 
 #include "arena.h"
@@ -23,34 +23,36 @@ struct Statistics {
   C* base;   // a score
   C* rest;   // a logit in base 2; +inf for a query whose log-sum-exp is -inf: P = 0
   C* delta;  // dot(out, dout) - dlse
-  float* lse;
+  C* lse;
   int64_t queries;
+  bool is_narrow;  // the log-sum-exp has fewer digits than C
 
-  // 1e-4 of P: what the rounding of a larger log-sum-exp, 2^-24 of it, would cost.
-  static constexpr float kCoarse = 1024.0f;
+  // What the rounding of a larger log-sum-exp would cost of P: 6e-5 in fp32, 2e-15 in fp64.
+  static constexpr C kCoarse = sizeof(C) == sizeof(double) ? C{16} : C{1024};
 
-  static Statistics take(Arena& arena, int64_t queries) {
+  static Statistics take(Arena& arena, int64_t queries, bool lse_is_double) {
     Statistics s;
     s.base = arena.take<C>(queries);
     s.rest = arena.take<C>(queries);
     s.delta = arena.take<C>(queries);
-    s.lse = arena.take<float>(queries);
+    s.lse = arena.take<C>(queries);
     s.queries = queries;
+    s.is_narrow = sizeof(C) == sizeof(double) && !lse_is_double;
     return s;
   }
   Statistics block(int64_t q0, int64_t count) const {
-    return {base + q0, rest + q0, delta + q0, lse + q0, count};
+    return {base + q0, rest + q0, delta + q0, lse + q0, count, is_narrow};
   }
-  void set(int64_t i, float given, C slope) const {
-    const bool sees_keys = given != -__builtin_inff();
+  void set(int64_t i, double given, C slope) const {
+    const bool sees_keys = given != -__builtin_inf();
     base[i] = 0;
     rest[i] = sees_keys ? static_cast<C>(given) * kLog2E<C> : kInfinity<C>;
     delta[i] = sees_keys ? slope : C{0};
-    lse[i] = given;
+    lse[i] = static_cast<C>(given);
   }
   bool is_coarse(int64_t i) const {
     return __builtin_isfinite(lse[i]) &&
-           (sizeof(C) == sizeof(double) || __builtin_fabsf(lse[i]) >= kCoarse);
+           (is_narrow || __builtin_fabs(static_cast<double>(lse[i])) >= static_cast<double>(kCoarse));
   }
   // A log-sum-exp that is not this softmax's own (but of keys that other calls hold, say) stands.
   // `summands` of a score: the forward pass may have added them in another order.
@@ -58,8 +60,9 @@ struct Statistics {
     const double log_sum = __builtin_log(static_cast<double>(sum));
     const double exact = static_cast<double>(largest) * scale + log_sum;
     const double given = static_cast<double>(lse[i]);
-    const double ulps = sizeof(C) == sizeof(double) ? 2 : 8 + static_cast<double>(summands) / 2;
-    if (!(__builtin_fabs(exact - given) <= ulps * 0x1p-24 * __builtin_fabs(given))) return;
+    const double unit = is_narrow || sizeof(C) == sizeof(float) ? 0x1p-24 : 0x1p-53;
+    const double ulps = is_narrow ? 2 : 8 + static_cast<double>(summands) / 2;
+    if (!(__builtin_fabs(exact - given) <= ulps * unit * __builtin_fabs(given))) return;
     base[i] = largest;
     rest[i] = static_cast<C>(log_sum / kLn2);
   }

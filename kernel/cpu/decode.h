@@ -175,7 +175,7 @@ class Decode {
     const int64_t count = part_keys(problem_, seq.k_len);
     const Range parts = {keys.begin / count, (keys.end + count - 1) / count};
     const Rows<T> out = query_rows<T>(params_.out, seq, head);
-    float* lse = row_values(params_.lse, seq, head);
+    const RowValues lse = row_values(problem_, params_.lse, seq, head);
     for (int64_t i = 0; i < seq.q_len; ++i) {
       const bool sees_keys = !seq.visible.keys_of(i).empty();
       RowState<C> state;
@@ -185,7 +185,7 @@ class Decode {
         sum = share(seq, head_query(head, i), parts.begin).out;
       }
       finish_row<T>({sum, state, sees_keys, scale_.magnitude}, problem_.head_dim_v, out.row(i),
-                    lse == nullptr ? nullptr : lse + i);
+                    lse.from(i));
     }
   }
 

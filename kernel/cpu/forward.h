@@ -150,11 +150,11 @@ class Forward {
       products.attend(block.head, block.at, seq.visible.block(q0, queries, k0, keys));
     }
     const Rows<T> out = query_rows<T>(params_.out, seq, head).from(q0);
-    float* lse = row_values(params_.lse, seq, head);
+    const RowValues lse = row_values(problem_, params_.lse, seq, head);
     for (int64_t r = 0; r < queries; ++r) {
       const bool sees_keys = !seq.visible.keys_of(q0 + r).empty();
       finish_row<T>({products.out(r), products.state(r), sees_keys, products.scale()},
-                    problem_.head_dim_v, out.row(r), lse == nullptr ? nullptr : lse + q0 + r);
+                    problem_.head_dim_v, out.row(r), lse.from(q0 + r));
     }
   }
 

@@ -5,6 +5,7 @@
 
 #include "cache.h"
 #include "params.h"
+#include "storage.h"
 #include "visible.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
@@ -92,10 +93,11 @@ inline void list_keys(const Problem& problem, const View& view, const Sequence& 
   }
 }
 
-// One fp32 per query row of a sequence and head; null when the view is absent.
-inline float* row_values(const RowView& view, const Sequence& seq, int64_t head) {
-  if (view.data == nullptr) return nullptr;
-  return view.data + seq.batch * view.stride_batch + head * view.stride_head + seq.q_begin;
+// Those of one sequence and head.
+inline RowValues row_values(const Problem& problem, const RowView& view, const Sequence& seq,
+                            int64_t head) {
+  const RowValues all = {view.data, problem.lse_is_double};
+  return all.from(seq.batch * view.stride_batch + head * view.stride_head + seq.q_begin);
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

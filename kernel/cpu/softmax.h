@@ -31,9 +31,9 @@ struct Scale {
   C sign;
 
   explicit Scale(const Problem& problem)
-      : magnitude(__builtin_fabs(static_cast<double>(problem.softmax_scale))),
+      : magnitude(__builtin_fabs(problem.exact_scale)),
         log2(static_cast<C>(magnitude) * kLog2E<C>),
-        sign(problem.softmax_scale < 0 ? C{-1} : C{1}) {
+        sign(problem.exact_scale < 0 ? C{-1} : C{1}) {
     constexpr C kSmallest = sizeof(C) == sizeof(float) ? C(1.2e-38) : C(2.3e-308);
     if (log2 < kSmallest) log2 = kSmallest;
   }
@@ -115,18 +115,19 @@ struct FinishedRow {
 // Writes output / sum and the log-sum-exp of one query row. A row that sees no key gets 0 and -inf,
 // one whose keys all score -inf is 0 / 0.
 template <class T>
-inline void finish_row(const FinishedRow<Compute<T>>& row, int64_t dim, T* out, float* lse) {
+inline void finish_row(const FinishedRow<Compute<T>>& row, int64_t dim, T* out,
+                       const RowValues& lse) {
   using C = Compute<T>;
   if (!row.sees_keys) {
     for (int64_t d = 0; d < dim; d += kLanes<C>) write_some(out + d, Vec<C>{}, dim - d);
-    if (lse != nullptr) *lse = -__builtin_inff();
+    if (lse.exists()) lse.set(0, -__builtin_inf());
     return;
   }
   const C sum = row.state.sum == 0 ? static_cast<C>(__builtin_nan("")) : row.state.sum;
   narrow(row.out, dim, C{1} / sum, out);
-  if (lse == nullptr) return;
-  *lse = static_cast<float>(static_cast<double>(row.state.largest) * row.scale +
-                            __builtin_log(static_cast<double>(sum)));
+  if (!lse.exists()) return;
+  lse.set(0, static_cast<double>(row.state.largest) * row.scale +
+                 __builtin_log(static_cast<double>(sum)));
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

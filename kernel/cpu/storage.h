@@ -30,6 +30,28 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::Type;
 
+// Numbers of query rows, fp32 or fp64: log-sum-exps and their gradients.
+struct RowValues {
+  void* data;  // null: absent
+  bool is_double;
+
+  bool exists() const { return data != nullptr; }
+  double get(int64_t i) const {
+    return is_double ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
+  }
+  void set(int64_t i, double value) const {
+    if (is_double) {
+      static_cast<double*>(data)[i] = value;
+    } else {
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+    }
+  }
+  RowValues from(int64_t i) const {
+    if (data == nullptr) return *this;
+    return {static_cast<char*>(data) + i * (is_double ? 8 : 4), is_double};
+  }
+};
+
 typedef uint16_t ShortVec __attribute__((vector_size(kVecBytes / 2)));  // kLanes<float> of 16 bits
 typedef uint32_t WordVec __attribute__((vector_size(kVecBytes)));
 

@@ -59,16 +59,22 @@ inline Result result_of(const View& view, Dtype dtype, int64_t heads, int64_t di
   return {view, heads, static_cast<size_t>(dim) * bytes, bytes};
 }
 
+template <class Number>
+void fill_minus_infinity(Number* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) numbers[i] = -std::numeric_limits<Number>::infinity();
+}
+
 inline void clear_unused(const ForwardParams& params) {
   const Problem& p = params.problem;
   const Result out = result_of(params.out, p.dtype, p.num_heads, p.head_dim_v);
   for_each_unused_query(p, [&](int64_t batch, int64_t first, int64_t rows) {
     out.clear(batch, first, rows);
     for (int64_t h = 0; params.lse.data != nullptr && h < p.num_heads; ++h) {
-      float* const lse =
-          params.lse.data + batch * params.lse.stride_batch + h * params.lse.stride_head;
-      for (int64_t r = first; r < first + rows; ++r) {
-        lse[r] = -std::numeric_limits<float>::infinity();
+      const int64_t at = batch * params.lse.stride_batch + h * params.lse.stride_head + first;
+      if (p.lse_is_double) {
+        fill_minus_infinity(reinterpret_cast<double*>(params.lse.data) + at, rows);
+      } else {
+        fill_minus_infinity(params.lse.data + at, rows);
       }
     }
   });

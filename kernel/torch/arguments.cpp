@@ -3,7 +3,6 @@
 #include "arguments.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "overlap.h"
 #include "sentences.h"
@@ -75,23 +74,13 @@ std::string lse_refusal(const char* name, const Tensor& tensor, const Arguments&
   std::string text = args.is_varlen()
                          ? shape_refusal(name, tensor, {q.size(1), q.size(0)})
                          : shape_refusal(name, tensor, {q.size(0), q.size(2), q.size(1)});
-  return text.empty() ? kind_refusal(name, tensor, q, ScalarType::Float) : text;
+  return text.empty() ? kind_refusal(name, tensor, q, lse_dtype(q.scalar_type())) : text;
 }
 
 std::string written_refusal(const Tensor& out, const Arguments& args) {
-  if (std::string text = like_out_refusal("out", out, args); !text.empty()) return text;
-  const Footprint written(out);
-  if (written.may_meet_itself()) {
-    return sentence("out has strides ", tuple_text(out.strides()), " over shape ",
-                    tuple_text(out.sizes()), "; allowed: strides that keep its elements apart");
-  }
-  for (const auto& [name, tensor] :
-       {std::pair("q", &args.q), std::pair("k", &args.k), std::pair("v", &args.v)}) {
-    if (written.may_meet(Footprint(*tensor))) {
-      return sentence("out shares memory with ", name, "; allowed: memory of its own");
-    }
-  }
-  return {};
+  std::string text = like_out_refusal("out", out, args);
+  if (!text.empty()) return text;
+  return overlap_refusal({"out", &out}, {{"q", &args.q}, {"k", &args.k}, {"v", &args.v}});
 }
 
 }  // namespace
@@ -117,15 +106,23 @@ std::string refusal(const BackwardArguments& args) {
   return text;
 }
 
+void set_numbers(ScalarType q, std::optional<double> softmax_scale, flashtile_problem& problem) {
+  problem.dtype = to_dtype(q).value();
+  problem.dtype_kv = problem.dtype;
+  problem.dtype_out = problem.dtype;
+  problem.lse_dtype = to_dtype(lse_dtype(q)).value();
+  if (!softmax_scale.has_value()) return;
+  problem.softmax_scale_f64 = *softmax_scale;
+  if (*softmax_scale == 0) problem.flags |= FLASHTILE_ZERO_SCALE;
+}
+
 flashtile_problem to_problem(const Arguments& args) {
   const Tensor& q = args.q;
   const int64_t heads_dim = q.dim() - 2;
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
   problem.device = q.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
   problem.device_index = q.is_cuda() ? q.get_device_index() : -1;
-  problem.dtype = to_dtype(q.scalar_type()).value();
-  problem.dtype_kv = problem.dtype;
-  problem.dtype_out = problem.dtype;
+  set_numbers(q.scalar_type(), args.softmax_scale, problem);
   problem.num_heads = q.size(heads_dim);
   problem.num_heads_kv = args.k.size(heads_dim);
   problem.head_dim = q.size(heads_dim + 1);
@@ -144,13 +141,10 @@ flashtile_problem to_problem(const Arguments& args) {
     problem.seqlen_q = q.size(1);
     problem.seqlen_k = args.k.size(1);
   }
-  const double head_dim = problem.head_dim > 0 ? static_cast<double>(problem.head_dim) : 1.0;
-  problem.softmax_scale =
-      static_cast<float>(args.softmax_scale.value_or(1.0 / std::sqrt(head_dim)));
   problem.window_left = args.window_left;
   problem.window_right = args.window_right;
   problem.alignment = static_cast<int32_t>(std::clamp<int64_t>(args.alignment, -1, INT32_MAX));
-  problem.flags = args.deterministic ? FLASHTILE_DETERMINISTIC : 0;
+  if (args.deterministic) problem.flags |= FLASHTILE_DETERMINISTIC;
   return problem;
 }
 

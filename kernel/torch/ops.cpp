@@ -12,14 +12,12 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cache_checks.h"
 #include "call.h"
 #include "kvcache.h"
+#include "sentences.h"
 
 namespace flashtile::ops {
 namespace {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::vector<int64_t> out_sizes(const Arguments& args) {
   std::vector<int64_t> sizes(args.q.sizes().begin(), args.q.sizes().end());
@@ -53,10 +51,10 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   flashtile_forward_params params = forward_params(args, problem);
 
   size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size(&params, &bytes));
+  raise_unless_ok(flashtile_workspace_size(&params, &bytes), args.names());
   const Tensor out =
       args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
-  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), ScalarType::Float);
+  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
   const Workspace workspace(args.q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -64,7 +62,7 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   params.lse_stride_head = lse_stride_head(lse);
   params.workspace = workspace.data;
   params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_forward(&params, device.stream()));
+  raise_unless_ok(flashtile_forward(&params, device.stream()), args.names());
   return {out, lse};
 }
 
@@ -98,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
   flashtile_backward_params params = backward_params(args, problem);
 
   size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes));
+  raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes), forward.names());
   auto gradient_of = [&](const Tensor& tensor) {
     return torch::stable::new_empty(tensor, tensor.sizes());
   };
@@ -111,23 +109,9 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
   params.dv = write_view(dv);
   params.workspace = workspace.data;
   params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_backward(&params, device.stream()));
+  raise_unless_ok(flashtile_backward(&params, device.stream()), forward.names());
   return {dq, dk, dv};
 }
-
-// Stands in for a tensor that does not exist yet: contiguous, with the data of another.
-flashtile_tensor contiguous_view(const IntHeaderOnlyArrayRef& sizes, const Tensor& data) {
-  flashtile_tensor view = read_view(data);
-  const size_t seq_dim = sizes.size() - 3;
-  view.stride_head = sizes[seq_dim + 2];
-  view.stride_seq = view.stride_head * sizes[seq_dim + 1];
-  view.stride_batch = view.stride_seq * sizes[seq_dim];
-  return view;
-}
-
-// Whether a call would run, the kernel's name or "", and why: why not, or why that kernel is not
-// the one that the device has for such problems.
-using Answer = std::tuple<bool, std::string, std::string>;
 
 // The answer of the C API. No data is read.
 Answer answer(const Arguments& args, bool backward) {
@@ -136,7 +120,7 @@ Answer answer(const Arguments& args, bool backward) {
   const DeviceScope device(args.q);
   const flashtile_problem problem = to_problem(args);
   char name[256] = "", why[512] = "";
-  float lse = 0.0f;
+  double lse = 0.0;
   const std::vector<int64_t> sizes = out_sizes(args);
   const flashtile_tensor out =
       args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, args.q);
@@ -153,7 +137,7 @@ Answer answer(const Arguments& args, bool backward) {
     params.dq = contiguous_view(args.q.sizes(), args.q);
     params.dk = contiguous_view(args.k.sizes(), args.k);
     params.dv = contiguous_view(args.v.sizes(), args.v);
-    params.softmax_lse = &lse;
+    params.softmax_lse = reinterpret_cast<const float*>(&lse);
     status = flashtile_can_run_backward(&params, why, sizeof(why));
     if (status == FLASHTILE_OK) status = flashtile_plan_backward(&params, name, sizeof(name));
   } else {
@@ -162,7 +146,7 @@ Answer answer(const Arguments& args, bool backward) {
     status = flashtile_can_run(&params, why, sizeof(why));
     if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));
   }
-  return {status == FLASHTILE_OK, name, why};
+  return {status == FLASHTILE_OK, name, in_words_of_op(why, args.names())};
 }
 
 // From here on one function per op. Their parameters are the op's schema, one to one; the members
@@ -223,7 +207,7 @@ Answer can_run(const Tensor& q, const Tensor& k, const Tensor& v, bool backward,
 std::string build_info() {
   flashtile_build_info info = {};
   info.struct_size = sizeof(info);
-  raise_unless_ok(flashtile_get_build_info(&info));
+  raise_unless_ok(flashtile_get_build_info(&info), {});
   return std::string("version=") + info.version +
          "\ncuda_architectures=" + info.cuda_architectures +
          "\ncuda_head_dims=" + info.cuda_head_dims +
@@ -273,7 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CompositeExplicitAutograd, m) {
   m.impl("can_run", TORCH_BOX(&can_run));
   m.impl("build_info", TORCH_BOX(&build_info));
-  m.impl("raise_pending_checks", TORCH_BOX(&raise_pending_checks));
+  implement_kvcache_questions(m);
 }
 
 }  // namespace flashtile::ops

@@ -64,7 +64,7 @@ def merge(
         outs: The ``out`` of every part: a sequence of tensors, or one tensor with the parts in its
             first dimension. Each ``(batch, seqlen_q, num_heads, head_dim_v)`` or, from varlen,
             ``(total_q, num_heads, head_dim_v)``.
-        lses: The ``lse`` of every part, natural logarithms, float32 (float64 is taken too), each
+        lses: The ``lse`` of every part, natural logarithms, float32 or float64, each
             ``(batch, num_heads, seqlen_q)`` or ``(num_heads, total_q)``.
 
     Returns:

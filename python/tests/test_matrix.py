@@ -141,10 +141,11 @@ def tensors_of(cell: Cell, device: str) -> tuple[Triple, Tensor, Tensor | None]:
 
 
 def noise_floors(inputs: Triple, scale: float, exact: Result) -> dict[str, float]:
-    """What cpp_tests/compare.h allows for sums in fp32 (fp64: in fp64) and for an LSE in fp32."""
-    relative = 1e-12 if inputs[0].dtype == torch.float64 else 1e-5
+    """What cpp_tests/compare.h allows for sums and an LSE in fp32 (fp64: in fp64)."""
+    is_double = inputs[0].dtype == torch.float64
+    relative = 1e-13 if is_double else 1e-5
     q, k, v = (largest(t.double().nan_to_num()) for t in inputs)
-    from_lse = 2.0**-23 * largest(exact.lse.nan_to_num(neginf=0.0))
+    from_lse = 2.0 ** (-52 if is_double else -23) * largest(exact.lse.nan_to_num(neginf=0.0))
     score_gradient = inputs[2].shape[-1] ** 0.5 * v * scale * max(q, k)
     rows = (relative + from_lse) * max(1.0, score_gradient)
     dv = (relative + from_lse) * max(1.0, largest(exact.dv))
@@ -155,7 +156,8 @@ def assert_within(actual: Result, exact: Result, plain: Result, floors: dict[str
     """Twice the error of plain attention, half a unit of the largest value, and the noise."""
     assert torch.equal(torch.isneginf(actual.lse), torch.isneginf(exact.lse))
     lse, exact_lse = (t.double().nan_to_num(neginf=0.0) for t in (actual.lse, exact.lse))
-    assert torch.all((lse - exact_lse).abs() <= 1e-5 + 2e-6 * exact_lse.abs())
+    fixed, relative = (1e-13, 1e-13) if actual.lse.dtype == torch.float64 else (1e-5, 2e-6)
+    assert torch.all((lse - exact_lse).abs() <= fixed + relative * exact_lse.abs())
     for name, floor in floors.items():
         one, truth = getattr(actual, name), getattr(exact, name)
         assert one.shape == truth.shape, name
