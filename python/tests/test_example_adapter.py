@@ -207,6 +207,11 @@ def test_encoders_are_as_in_eager(adapter: Any, name: str, padding: str | None) 
     assert_as_eager(adapter, model, run)
 
 
+def test_a_causal_model_asked_to_look_ahead_does(adapter: Any) -> None:
+    model, tokens = make_model("llama"), make_tokens()
+    assert_as_eager(adapter, model, lambda: (model(tokens, is_causal=False).logits.detach(),))
+
+
 def test_a_vision_model_without_a_mask_is_as_in_eager(adapter: Any) -> None:
     model, images = make_model("vit"), torch.randn(2, 3, 8, 8)
 
@@ -294,7 +299,6 @@ GAP = torch.ones(BATCH, SEQLEN).index_fill(1, torch.tensor([4]), 0)
             "an attention mask that is a Tensor",
             attention_mask=torch.zeros(BATCH, 1, SEQLEN, SEQLEN),
         ),
-        refused("llama", "is_causal=False with a mask that says otherwise", is_causal=False),
         refused("llama", "output_attentions=True", output_attentions=True),
         refused("llama", "temperature=0.5", temperature=0.5),
         refused("llama", "cu_seq_lens_q", cu_seq_lens_q=torch.tensor([0, SEQLEN])),
@@ -316,7 +320,7 @@ def test_right_padding_in_front_of_new_tokens_is_refused(adapter: Any) -> None:
     model = make_model("llama")
     model.set_attn_implementation(adapter.FLASHTILE)
     for cache in (None, "static"):
-        with pytest.raises(NotImplementedError, match="does not serve padding (between|behind)"):
+        with pytest.raises(NotImplementedError, match=r"padding (between|behind)"):
             model.generate(
                 make_tokens(),
                 attention_mask=padding_mask("right"),
@@ -339,9 +343,18 @@ def test_masks_of_ones_own_are_refused(adapter: Any) -> None:
     }.items():
         with pytest.raises(NotImplementedError, match=name):
             adapter.flashtile_mask(1, 4, 4, mask_function=mask)
+        both = masking_utils.and_masks(causal, mask)
         with pytest.raises(NotImplementedError, match=name):
-            both = masking_utils.and_masks(causal, mask)
             adapter.flashtile_mask(1, 4, 4, mask_function=both)
+
+
+def test_packings_that_are_no_sequences_are_refused(adapter: Any) -> None:
+    masking_utils = importlib.import_module("transformers.masking_utils")
+    packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 1, 0, 0]]))
+    with pytest.raises(NotImplementedError, match="packed sequences that lie in parts"):
+        adapter.flashtile_mask(1, 4, 4, mask_function=packed)
+    with pytest.raises(NotImplementedError, match="a packing in a packing"):
+        adapter.flashtile_mask(1, 4, 4, mask_function=masking_utils.and_masks(packed, packed))
 
 
 def test_a_mask_must_fit(adapter: Any) -> None:
