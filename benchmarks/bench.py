@@ -1,7 +1,8 @@
 """What `make bench` runs: flashtile against torch's scaled_dot_product_attention, in one process.
 
 Every case times all contenders in turn (A B A B ...) on the same numbers, on one thread unless
-told otherwise. Writes results.json and results.md under benchmarks/results/<machine kind>/.
+told otherwise. Writes results.json and results.md under benchmarks/results/<machine kind>/ when all
+is done, or with --lines each case to a file as it is done.
 """
 
 from __future__ import annotations
@@ -42,14 +43,24 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     all_cases = bench_cases.cuda_cases if device.type == "cuda" else bench_cases.cpu_cases
     cases = [c for c in all_cases(options.full) if _selected(c, options)]
+    if options.tokens:
+        cases.sort(key=lambda case: options.tokens.index(case.seqlen_k))
     if not cases:
-        print("no case is left; see --dtype, --pass and --kind", file=sys.stderr)
+        print("no case is left; see --dtype, --pass, --kind and --tokens", file=sys.stderr)
         return 2
     seconds = options.seconds or (4.0 if options.full else 1.5)
     if device.type == "cuda":
         seconds = options.seconds or 0.5
     facts = bench_report.machine_facts(device)
-    results = list(_results(cases, device, options, seconds))
+    results = []
+    for result in _results(cases, device, options, seconds):
+        results.append(result)
+        if options.lines:
+            with options.lines.open("a") as lines:
+                lines.write(json.dumps(bench_report.to_row(result)) + "\n")
+            print(bench_report.to_line(result), flush=True)
+    if options.lines:
+        return 0
     memory = []
     if device.type == "cpu" and not (options.no_memory or options.dry_run):
         memory = _memory_rows(options.full, options.threads)
@@ -72,7 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", help="only this one, for example bfloat16")
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"))
-    parser.add_argument("--kind", choices=("dense", "decode", "prefill", "features"))
+    parser.add_argument(
+        "--kind", nargs="+", choices=("dense", "decode", "prefill", "features"), help="only these"
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="only cases of so many keys, those of the first number first",
+    )
     parser.add_argument(
         "--time-limit",
         type=float,
@@ -83,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="time nothing, name every case")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--output", type=Path, help="folder of the two result files")
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        metavar="FILE",
+        help="append every case to it as a line of JSON when it is done; no tables, nothing else",
+    )
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     return parser
 
@@ -91,7 +117,8 @@ def _selected(case: Case, options: argparse.Namespace) -> bool:
     return (
         options.dtype in (None, case.dtype)
         and options.direction in (None, case.direction)
-        and options.kind in (None, case.kind)
+        and (options.kind is None or case.kind in options.kind)
+        and (options.tokens is None or case.seqlen_k in options.tokens)
     )
 
 
@@ -99,7 +126,7 @@ def _results(
     cases: list[Case], device: torch.device, options: argparse.Namespace, seconds: float
 ) -> Iterable[Result]:
     end = time.monotonic() + options.time_limit
-    for case in _progress(cases, "timing"):
+    for case in cases if options.lines else _progress(cases, "timing"):
         if options.dry_run:
             yield untimed(case, device, "dry run")
         elif time.monotonic() > end:

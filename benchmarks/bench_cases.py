@@ -159,7 +159,7 @@ def cuda_cases(full: bool) -> list[Case]:
     """For CUDA: 16384 tokens in all, hidden size 2048, as in the papers; and grouped heads."""
     lengths = [2**i for i in range(9, 16)]
     shapes = [
-        (max(1, 16384 // n), 2048 // d, 2048 // d, n, d) for d in (64, 128, 256) for n in lengths
+        (max(1, 16384 // n), 2048 // d, 2048 // d, n, d) for d in (128, 64, 256) for n in lengths
     ]
     shapes += [(1, 64, 8, n, 128) for n in lengths]
     dtypes = ["bfloat16", "float16"] if full else ["bfloat16"]

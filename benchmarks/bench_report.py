@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from bench_cases import OURS
+from bench_table import table
 from bench_timing import Result, Timing
 
 import flashtile
@@ -77,23 +78,36 @@ def machine_kind(facts: dict[str, Any]) -> str:
 
 def to_json(facts: dict[str, Any], results: list[Result], memory: list[Memory]) -> str:
     """Facts, every timing in seconds (medians and all rounds) and the memory rows."""
-    rows = []
-    for result in results:
-        timings = result.timings | {name: Timing() for name in result.refused}
-        contenders = {
-            name: {
-                "wall_median": statistics.median(timing.wall) if timing.wall else None,
-                "cpu_median": statistics.median(timing.cpu) if timing.cpu else None,
-                "ratio": result.ratio(name),
-                "rounds": len(timing.wall),
-                "compared": timing.compared,
-            }
-            for name, timing in timings.items()
-        }
-        row = dataclasses.asdict(result.case) | {"flops": result.case.flops}
-        rows.append(row | {"contenders": contenders, "refused": result.refused})
+    rows = [to_row(result) for result in results]
     document = {"facts": facts, "cases": rows, "memory": [dataclasses.asdict(m) for m in memory]}
     return json.dumps(document, indent=1)
+
+
+def to_row(result: Result) -> dict[str, Any]:
+    """One case of the JSON: the problem, every contender's timings, and why who refused it."""
+    timings = result.timings | {name: Timing() for name in result.refused}
+    contenders = {
+        name: {
+            "wall_median": statistics.median(timing.wall) if timing.wall else None,
+            "cpu_median": statistics.median(timing.cpu) if timing.cpu else None,
+            "ratio": result.ratio(name),
+            "rounds": len(timing.wall),
+            "compared": timing.compared,
+        }
+        for name, timing in timings.items()
+    }
+    row = dataclasses.asdict(result.case) | {"flops": result.case.flops}
+    return row | {"contenders": contenders, "refused": result.refused}
+
+
+def to_line(result: Result) -> str:
+    """One case in a line: milliseconds of every contender, and ratios to flashtile."""
+    case = result.case
+    times = [
+        f"{n} {_milliseconds(result, n)} ms ({_number(result.ratio(n))})" for n in result.timings
+    ]
+    times += [f"{n}: {reason}" for n, reason in result.refused.items()]
+    return f"{case.direction} {case.mask} {case.label}: {', '.join(times)}"
 
 
 def to_markdown(facts: dict[str, Any], results: list[Result], memory: list[Memory]) -> str:
@@ -147,16 +161,6 @@ def _memory_table(memory: list[Memory]) -> str:
         for m in memory
     ]
     return table(["shape, causal", "dtype", "pass", *names], rows)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table whose columns are also aligned as plain text."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(r) for r in rows)])
 
 
 def _milliseconds(result: Result, name: str) -> str:

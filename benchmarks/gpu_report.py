@@ -1,21 +1,18 @@
 """Last step of gpu_check.sh: one JSON of steps, logs of failures, versions and benchmarks, and what
-it says as tables.
+it says as tables. Needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import bench_report
-import torch
-from bench_cases import OURS
+from bench_table import table
 
+OURS = "flashtile"
 LOG_LINES = 40  # of a step that did not pass; one that passed keeps its last line
 GOOD = ("passed", "skipped")
 SDPA = ("sdpa-flash", "sdpa-cudnn")
@@ -38,18 +35,20 @@ BARS = {
 def main() -> int:
     """Writes the report; exit status 1 when a step neither passed nor was only shown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("work", type=Path, help="folder with steps.tsv, the logs and bench_*/")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("folder", type=Path, help="with what gpu_check.sh wrote")
     parser.add_argument("--dry-run", action="store_true", help="nothing was run: no step passed")
     options = parser.parse_args()
 
-    facts = bench_report.machine_facts(torch.device("cuda")) | {
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": _last_line("nvcc", "--version"),
-        "cmake": _first_line("cmake", "--version"),
-    }
-    steps = [_read_step(line, options.work) for line in _lines(options.work / "steps.tsv")]
-    cases = _cases(options.work)
+    folder: Path = options.folder
+    found = folder / "facts.json"
+    facts = json.loads(found.read_text()) if found.exists() else {}
+    logs = _logs(folder)
+    steps = [_read_step(line, logs) for line in _lines(folder / "steps.tsv")]
+    # A run that was cut short may have left half a line.
+    rows = folder / "bench.jsonl"
+    cases = [
+        json.loads(row) for row in (rows.read_text().split("\n")[:-1] if rows.exists() else ())
+    ]
     good = ("dry run",) if options.dry_run else GOOD
     as_wished = bool(steps) and all(step["status"] in good for step in steps)
     report = {
@@ -58,12 +57,9 @@ def main() -> int:
         "facts": facts,
         "steps": steps,
         "bars": _bars(cases),
-        "benchmark": {"facts": facts, "cases": cases, "memory": []},
+        "cases": cases,
     }
-    folder = "dry-run" if options.dry_run else bench_report.machine_kind(facts)
-    default = Path(__file__).parent / "results" / folder / "gpu_check.json"
-    output: Path = options.output or default
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = folder / "gpu_check.json"
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(to_text(json.loads(output.read_text())))
     print(f"written to {output}")
@@ -75,7 +71,7 @@ def to_text(report: dict[str, Any]) -> str:
     facts = report["facts"]
     verdict = {None: "dry run", True: "every step passed", False: "NOT every step passed"}
     rows = [
-        [s["name"], s["status"], _text(s["seconds"], "{}"), str(s["share"])]
+        [s["name"], s["status"], _text(s["seconds"], "{}"), str(s["limit"])]
         for s in report["steps"]
     ]
     bars = [
@@ -90,19 +86,17 @@ def to_text(report: dict[str, Any]) -> str:
         ]
         for b in report["bars"]
     ]
-    cases = [c for c in report["benchmark"]["cases"] if c["seqlen_q"] == c["seqlen_k"]]
+    cases = [c for c in report["cases"] if c["seqlen_q"] == c["seqlen_k"]]
     names = list(dict.fromkeys(name for case in cases for name in case["contenders"]))
     header = ["pass", "batch", "heads", "tokens", "dim", "mask", *names, "over best SDPA"]
     return "\n\n".join(
         [
-            f"{verdict[report['passed']]}: {facts['gpu'] or 'no GPU'}, commit {facts['commit']}",
-            bench_report.table(["step", "status", "s", "share"], rows),
+            f"{verdict[report['passed']]}: {facts.get('driver')}, commit {facts.get('commit')}",
+            table(["step", "status", "s", "limit"], rows),
             "TFLOP/s of 16384 tokens against the bars for an H200; ratios above 1 are good",
-            bench_report.table(
-                ["pass", "dim", "mask", "bar", "flashtile", "over bar", "over best SDPA"], bars
-            ),
+            table(["pass", "dim", "mask", "bar", "flashtile", "over bar", "over best SDPA"], bars),
             "TFLOP/s, without decode steps",
-            bench_report.table(header, [_case_row(case, names) for case in cases]),
+            table(header, [_case_row(case, names) for case in cases]),
         ]
     )
 
@@ -143,47 +137,37 @@ def _over_sdpa(case: dict[str, Any]) -> float | None:
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
-def _cases(work: Path) -> list[dict[str, Any]]:
-    paths = [work / f"bench_{direction}" / "results.json" for direction in ("forward", "backward")]
-    return [
-        case for path in paths if path.exists() for case in json.loads(path.read_text())["cases"]
-    ]
-
-
 def _text(value: float | None, form: str = "{:.2f}") -> str:
     return "-" if value is None else form.format(value)
 
 
-def _read_step(line: str, work: Path) -> dict[str, Any]:
-    name, status, seconds, share, command = line.split("\t")
-    log = _lines(work / f"{name}.log")
+def _read_step(line: str, logs: dict[str, list[str]]) -> dict[str, Any]:
+    name, status, seconds, limit, command = line.split("\t")
+    log = logs.get(name, [])
     return {
         "name": name,
         "status": status,
         "seconds": int(seconds) if seconds else None,
-        "share": int(share),
+        "limit": int(limit),
         "command": command.strip(),
         "log": log[-1:] if status in (*GOOD, "dry run") else log[-LOG_LINES:],
     }
 
 
+def _logs(folder: Path) -> dict[str, list[str]]:
+    """What every step printed; in log.txt a line "=== name" comes first."""
+    logs: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in _lines(folder / "log.txt"):
+        if line.startswith("=== "):
+            lines = logs.setdefault(line[4:], [])
+        else:
+            lines.append(line)
+    return logs
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines() if path.exists() else []
-
-
-def _output(*command: str) -> list[str]:
-    if shutil.which(command[0]) is None:
-        return ["not found"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines() or ["no answer"]
-
-
-def _first_line(*command: str) -> str:
-    return _output(*command)[0]
-
-
-def _last_line(*command: str) -> str:
-    return _output(*command)[-1]
 
 
 if __name__ == "__main__":

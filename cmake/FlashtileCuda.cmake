@@ -21,8 +21,24 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES "80-real;89-real;90a-real;90-virtual")
 endif()
 
-# check_language tests what CUDACXX names; CMAKE_CUDA_COMPILER would skip the test.
-if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+# Why there are no kernels: AUTO goes on, ON does not.
+macro(flashtile_without_cuda reason)
+  set(switches "-DFLASHTILE_CUDA=OFF for cmake, CUDA=OFF for make, FLASHTILE_CUDA=OFF in pip's environment")
+  if(FLASHTILE_CUDA STREQUAL "ON")
+    message(
+      FATAL_ERROR
+      "FLASHTILE_CUDA is ON and ${reason}. Set CUDACXX to nvcc 13.0 or later, or CUDA_HOME to its toolkit. To build without CUDA: ${switches}"
+    )
+  endif()
+  message(STATUS "flashtile: ${reason}: CUDA kernels are left out, CUDA calls will say so (to choose that: ${switches})")
+  return()
+endmacro()
+
+if(CMAKE_CUDA_COMPILER)
+  set(nvcc "${CMAKE_CUDA_COMPILER}")
+elseif(DEFINED ENV{CUDACXX})
+  set(nvcc "$ENV{CUDACXX}")
+else()
   find_program(
     FLASHTILE_NVCC nvcc
     HINTS ENV CUDA_HOME
@@ -30,30 +46,33 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     PATH_SUFFIXES bin
   )
   mark_as_advanced(FLASHTILE_NVCC)
-  if(FLASHTILE_NVCC)
-    set(ENV{CUDACXX} "${FLASHTILE_NVCC}")
-  endif()
+  set(nvcc "${FLASHTILE_NVCC}")
 endif()
-check_language(CUDA)
+if(NOT nvcc)
+  flashtile_without_cuda("no nvcc was found")
+endif()
 
+# Asked before CMake is: what enable_language has begun cannot be taken back.
+execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE nvcc_version ERROR_QUIET)
+if(nvcc_version MATCHES "release ([0-9]+\\.[0-9]+)" AND CMAKE_MATCH_1 VERSION_LESS 13.0)
+  flashtile_without_cuda("${nvcc} is nvcc ${CMAKE_MATCH_1}, the kernels need 13.0 or later")
+endif()
+
+# check_language tests what CUDACXX names; CMAKE_CUDA_COMPILER would skip the test.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  set(ENV{CUDACXX} "${nvcc}")
+  check_language(CUDA)
+  unset(ENV{CUDACXX}) # a project around this one sees it as it was
+else()
+  check_language(CUDA)
+endif()
 if(NOT CMAKE_CUDA_COMPILER)
-  if(FLASHTILE_CUDA STREQUAL "ON")
-    message(
-      FATAL_ERROR
-      "FLASHTILE_CUDA is ON and no working nvcc was found. Set CUDACXX or CUDA_HOME, or: pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'"
-    )
-  endif()
-  message(STATUS "flashtile: no nvcc, CUDA kernels are left out (CUDA calls will say so)")
-  return()
+  flashtile_without_cuda("${nvcc} does not work")
 endif()
 
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
-if(CUDAToolkit_VERSION VERSION_LESS 13.0)
-  message(FATAL_ERROR "flashtile needs nvcc 13.0 or later, found ${CUDAToolkit_VERSION}. Set CUDACXX, or -DFLASHTILE_CUDA=OFF")
-endif()
 set(FLASHTILE_HAS_CUDA TRUE)
-set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)

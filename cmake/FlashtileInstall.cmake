@@ -30,7 +30,16 @@ endif()
 if(FLASHTILE_HAS_CUDA)
   string(APPEND FLASHTILE_PC_PRIVATE " -L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lpthread -ldl -lrt")
 endif()
-file(RELATIVE_PATH FLASHTILE_PC_PREFIX "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
+# Relative to the file itself, so that an installed tree can be moved; where it lies outside of the
+# prefix, it cannot.
+set(FLASHTILE_PC_PREFIX "${CMAKE_INSTALL_PREFIX}")
+if(NOT IS_ABSOLUTE "${CMAKE_INSTALL_LIBDIR}")
+  file(RELATIVE_PATH FLASHTILE_PC_PREFIX "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
+  string(PREPEND FLASHTILE_PC_PREFIX "\${pcfiledir}/")
+endif()
+foreach(dir IN ITEMS LIBDIR INCLUDEDIR)
+  cmake_path(ABSOLUTE_PATH CMAKE_INSTALL_${dir} BASE_DIRECTORY "\${prefix}" OUTPUT_VARIABLE FLASHTILE_PC_${dir})
+endforeach()
 configure_file(cmake/flashtile.pc.in flashtile.pc @ONLY)
 install(
   FILES "${PROJECT_BINARY_DIR}/flashtile.pc"
@@ -60,6 +69,9 @@ install(
 if(FLASHTILE_TORCH)
   # The torch component: the operator library and the header-only C++ API. The consumer's own torch
   # is found by its find_package(Torch) or by FindTorchLib.
-  install(FILES include/flashtile/torch.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/flashtile" COMPONENT dev)
+  install(
+    FILES include/flashtile/torch.h include/flashtile/torch_kvcache.h
+    DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/flashtile" COMPONENT dev
+  )
   install(FILES $<TARGET_FILE:flashtile_torch> DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT runtime)
 endif()

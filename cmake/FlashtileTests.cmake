@@ -7,6 +7,8 @@
 #
 # MATRIX_REPORT: the tests run cells of cpp_tests/matrix.h, which the test matrix/count counts.
 #
+# What may take longest starts first (COST), so that no long test runs alone at the end.
+#
 # Registers every TEST("name") of the target's sources with ctest as <target>/<name>. Reading the
 # sources needs no run of the executable at build time; editing one reconfigures.
 function(flashtile_add_tests target)
@@ -14,6 +16,7 @@ function(flashtile_add_tests target)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
+  math(EXPR cost "${ARG_TIMEOUT} / 60")
   if(ARG_ERROR_TABLE)
     list(APPEND ARG_ENVIRONMENT "FLASHTILE_ERROR_TABLE=${PROJECT_BINARY_DIR}/error_table")
   endif()
@@ -42,6 +45,7 @@ function(flashtile_add_tests target)
         "${target}/${name}"
         PROPERTIES SKIP_RETURN_CODE 77
                    TIMEOUT ${ARG_TIMEOUT}
+                   COST ${cost}
                    LABELS "${labels}"
                    ENVIRONMENT "${ARG_ENVIRONMENT}"
       )

@@ -15,7 +15,7 @@ SKIPPED = ("kernel/torch/", "cpp_tests/attention_test", "cpp_tests/consumer/", "
 
 
 def prepare(build: Path, folder: Path) -> list[str]:
-    """Writes our C++ files' compile commands to folder, each file once, and returns their names.
+    """Writes our C++ files' compile commands to folder, each file once; their names, large first.
 
     A file that is compiled for several instruction sets would be analysed for each.
     """
@@ -29,7 +29,7 @@ def prepare(build: Path, folder: Path) -> list[str]:
             found.setdefault(name, entry)
     folder.mkdir(exist_ok=True)
     (folder / "compile_commands.json").write_text(json.dumps(list(found.values())))
-    return sorted(found)
+    return sorted(found, key=lambda name: (-(ROOT / name).stat().st_size, name))
 
 
 def main() -> int:

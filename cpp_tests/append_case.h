@@ -165,11 +165,51 @@ inline std::string append_on_cpu(Appending& what, const flashtile_problem& probl
 struct CacheBackend {
   AppendRun append;
   std::function<CacheResult(CacheCall&, const flashtile_problem&)> forward;
+  bool reads_numbers = false;  // on the host: an append without a place is refused
 };
 
 inline CacheBackend cpu_cache_backend() {
   return {append_on_cpu,
-          [](CacheCall& call, const flashtile_problem& problem) { return call.run(problem); }};
+          [](CacheCall& call, const flashtile_problem& problem) { return call.run(problem); },
+          /*reads_numbers=*/true};
+}
+
+// New rows of a dense call whose numbers may be wrong: a row has a place if its page exists.
+struct PossibleRows {
+  int64_t without_place = 0;
+  std::vector<int64_t> places = {};  // page * page_size + row, of the others
+};
+
+// Writes the rows that have a place into k and v.
+inline PossibleRows expect_possible_rows(const CacheCall& call, const flashtile_problem& problem,
+                                         HostTensor& k, HostTensor& v) {
+  PossibleRows rows;
+  const int64_t size = problem.page_size;
+  const int64_t columns = problem.block_table != nullptr ? problem.max_blocks : 1;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    for (int64_t r = 0; r < problem.seqlen_new; ++r) {
+      const int64_t length = call.lengths[static_cast<size_t>(b)], row = length + r;
+      int64_t page = -1;
+      if (length >= 0 && row < columns * size) {
+        const int64_t entry = b * problem.block_table_stride + row / size;
+        page = problem.block_table != nullptr       ? call.table[static_cast<size_t>(entry)]
+               : problem.cache_batch_idx != nullptr ? call.batch_idx[static_cast<size_t>(b)]
+                                                    : b;
+      }
+      if (page < 0 || page >= problem.num_pages) {
+        ++rows.without_place;
+        continue;
+      }
+      rows.places.push_back(page * size + row % size);
+      for (int64_t h = 0; h < problem.num_heads_kv; ++h) {
+        for (int64_t d = 0; d < problem.head_dim; ++d)
+          k.set(page, row % size, h, d, call.k_new.get(b, r, h, d));
+        for (int64_t d = 0; d < problem.head_dim_v; ++d)
+          v.set(page, row % size, h, d, call.v_new.get(b, r, h, d));
+      }
+    }
+  }
+  return rows;
 }
 
 // What the cache should hold: `call`'s own, before it appends, plus the new rows that belong there.

@@ -40,6 +40,10 @@ struct CacheSpec {
   bool packed = false;     // queries and new rows in one tensor, by cu_seqlens
   Mask mask = kCausal;
   int num_splits = 0;
+  double scale = 0.0;  // of the softmax; 0: 1 / sqrt(head_dim)
+  bool lse = true;     // whether a call wants it; on a device
+  bool tight =
+      false;  // without pages: the longest sequence fills its rows, and the tensors end there
   uint64_t layout_seed = 1;
   Layout layout_k =
       Layout::kOdd;  // of k, the new keys, out; kPadded: rows at multiples of 16 bytes
@@ -192,7 +196,11 @@ class CacheCall {
   int64_t first_query(size_t b) const {
     return spec_.packed ? cu_q[b] : static_cast<int64_t>(b) * q.extents().seq;
   }
-  double softmax_scale() const { return usual_scale(spec_.dtype, spec_.dims.qk); }
+  double softmax_scale() const {
+    return spec_.scale != 0.0 ? static_cast<float>(spec_.scale)
+                              : usual_scale(spec_.dtype, spec_.dims.qk);
+  }
+  bool appends() const { return cu_new.back() > 0; }
   static flashtile_tensor view(HostTensor& t) {
     uint8_t* data = t.bytes().empty() ? nullptr : t.bytes().data() + t.start_byte();
     return {data, t.strides().batch, t.strides().seq, t.strides().head};
@@ -211,6 +219,7 @@ class CacheCall {
     for (const CacheSequence& s : spec_.sequences) most = std::max(most, spec_.rows_of(s));
     const bool paged = spec_.page_size > 0;
     page_size_ = paged ? spec_.page_size : most + static_cast<int64_t>(random() % 4);
+    if (!paged && spec_.tight) page_size_ = most;
     columns_ = paged ? (most + page_size_ - 1) / page_size_ + 1 : 1;
     table_stride_ = columns_ + static_cast<int64_t>(random() % 3);
     const auto batch = static_cast<int64_t>(spec_.sequences.size());
@@ -347,6 +356,39 @@ inline std::vector<CacheSequence> mixed_sequences() {
           {.seed = 5, .keys = 9, .queries = 0},
           {.seed = 6, .keys = 5, .queries = 12},
           {.seed = 7, .keys = 700, .queries = 20}};
+}
+
+// A forward right behind an append: decode of few and of many packed rows, and prefill. Packed, of
+// 1, 3, 2 and 70 new rows; dense, of `added` each.
+inline CacheSpec packed_append() {
+  return {.heads = 4,
+          .heads_kv = 2,
+          .sequences = {{.seed = 1, .keys = 61, .added = 1},
+                        {.seed = 2, .keys = 0, .queries = 3, .added = 3},
+                        {.seed = 3, .keys = 190, .queries = 12, .added = 2},
+                        {.seed = 4, .keys = 30, .queries = 70, .added = 70}},
+          .packed = true,
+          .layout_k = Layout::kPadded};
+}
+inline CacheSpec dense_append(int queries, int added) {
+  return {.heads = 4,
+          .heads_kv = 2,
+          .sequences = {{.seed = 1, .keys = 61, .queries = queries, .added = added},
+                        {.seed = 2, .keys = 0, .queries = queries, .added = added},
+                        {.seed = 3, .keys = 190, .queries = queries, .added = added}},
+          .layout_k = Layout::kPadded};
+}
+
+// K and V whose rows end apart, in tensors that end with the last row: V read as far as K reaches
+// over the end, or falls short.
+inline CacheSpec rows_that_end_apart(int queries, const HeadDims& dims) {
+  return {.heads = 2,
+          .heads_kv = 2,
+          .dims = dims,
+          .sequences = {{.seed = 1, .keys = 50, .queries = queries},
+                        {.seed = 2, .keys = 150, .queries = queries}},
+          .tight = true,
+          .layout_k = Layout::kPadded};
 }
 
 }  // namespace flashtile::test

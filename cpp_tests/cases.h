@@ -54,6 +54,11 @@ inline std::vector<Case> option_cases() {
   return {
       {.name = "GQA 4/2", .batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 70, .seqlen_k = 70},
       {.name = "MQA 6/1", .heads = 6, .heads_kv = 1, .seqlen_q = 33, .seqlen_k = 90},
+      {.name = "MQA 17/1, one query, one key: a loader many uses ahead",
+       .heads = 17,
+       .heads_kv = 1,
+       .seqlen_q = 1,
+       .seqlen_k = 1},
       {.name = "without dLSE",
        .heads = 2,
        .heads_kv = 2,

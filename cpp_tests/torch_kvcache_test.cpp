@@ -109,12 +109,52 @@ TEST("flashtile/torch.h names a wrong number of the cache where it checks") {
   };
   CHECK_EQ(said(true), std::string());
   pages.lengths = ints({5, 24});
-  CHECK_EQ(said(false), std::string());
-  const std::string sentence = said(true);
-  CHECK_MESSAGE(sentence.find("cache_seqlens[1] is 24 and 1 new rows follow; allowed: 24 in all") !=
-                    std::string::npos,
-                sentence);
+  for (const bool check : {false, true}) {
+    CHECK_EQ(said(check),
+             std::string("cache_seqlens[1] is 24 and 1 new rows follow; allowed: 24 in all, the "
+                         "capacity"));
+  }
   flashtile::raise_pending_checks();
+}
+
+TEST("flashtile/torch.h over a cache: out, the top-left corner, autocast, and no gradient") {
+  const Pages pages;
+  const at::Tensor q = at::randn({2, 3, 4, 32});
+  const flashtile::KVCache cache = {
+      .k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table};
+  const flashtile::KVCacheOptions top_left = {
+      .causal = true, .causal_alignment = flashtile::CausalAlignment::kTopLeft};
+  const at::Tensor first = flashtile::attention_with_kvcache(q, cache, top_left).out;
+  for (int64_t b = 0; b < 2; ++b) {  // three queries see the first three keys
+    const at::Tensor expected =
+        manual(q[b], pages.rows(pages.k, b, 3), pages.rows(pages.v, b, 3));
+    CHECK((first[b] - expected).abs().max().item<double>() < 1e-5);
+  }
+  at::Tensor buffer = at::full({2, 3, 4, 2, 48}, NAN);
+  flashtile::KVCacheOptions into = top_left;
+  into.out = buffer.select(3, 1);
+  CHECK(flashtile::attention_with_kvcache(q, cache, into).out.is_same(*into.out));
+  CHECK(at::equal(*into.out, first) && buffer.select(3, 0).isnan().all().item<bool>());
+
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const at::Tensor cast =
+      flashtile::attention_with_kvcache(q.to(at::kBFloat16), cache, top_left).out;
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  CHECK(cast.scalar_type() == at::kFloat);
+  const at::Tensor rounded = q.to(at::kBFloat16).to(at::kFloat);
+  CHECK(at::equal(cast, flashtile::attention_with_kvcache(rounded, cache, top_left).out));
+
+  const at::Tensor wanting = q.clone().requires_grad_();
+  const at::Tensor out = flashtile::attention_with_kvcache(wanting, cache, top_left).out;
+  CHECK(out.requires_grad() && at::equal(out, first));
+  std::string said;
+  try {
+    out.sum().backward();
+  } catch (const std::exception& error) {
+    said = error.what();
+  }
+  CHECK_EQ(said, std::string("attention_with_kvcache was differentiated; allowed: its result "
+                             "without a gradient (attention and attention_varlen have one)"));
 }
 
 TEST("flashtile/torch.h refuses a cache call that makes no sense") {
@@ -128,11 +168,19 @@ TEST("flashtile/torch.h refuses a cache call that makes no sense") {
     return std::string();
   };
   const flashtile::NewKeys added = {.k = at::randn({2, 1, 2, 32}), .v = at::randn({2, 1, 2, 48})};
-  const auto contains = [](const std::string& text, const char* part) {
-    CHECK_MESSAGE(text.find(part) != std::string::npos, text);
+  const auto is = [](const std::string& text, const char* sentence) {
+    CHECK_EQ(text, std::string(sentence));
   };
-  contains(said({.k = pages.k, .v = pages.v}, {.append = added}), "cache.seqlens is unset");
-  contains(said({.k = pages.k.clone().requires_grad_(), .v = pages.v}, {}), "requires grad");
-  contains(said({.k = pages.k, .v = pages.v, .seqlens = ints({1})}, {}),
-           "cache_seqlens has shape (1,); allowed: (2,)");
+  is(said({.k = pages.k, .v = pages.v}, {.append = added}),
+     "cache.seqlens is unset; allowed: a tensor, which says where append.k belongs");
+  is(said({.k = pages.k.clone().requires_grad_(), .v = pages.v, .seqlens = pages.lengths},
+          {.append = added}),
+     "append is set and cache.k requires grad; allowed: none, or at::NoGradGuard, as what is "
+     "written into the cache has no gradient");
+  is(said({.k = pages.k, .v = pages.v, .seqlens = ints({1})}, {}),
+     "cache_seqlens has shape (1,); allowed: (2,)");
+  is(said({.k = pages.k, .v = pages.v}, {.num_splits = -1}),
+     "num_splits is -1; allowed: 0 to 2147483647");
+  is(said({.k = pages.k, .v = pages.v}, {.out = pages.v.slice(0, 0, 2).slice(1, 0, 1)}),
+     "out has shape (2, 1, 2, 48); allowed: (2, 1, 4, 48)");
 }

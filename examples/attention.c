@@ -1,5 +1,6 @@
 /* Causal attention of one head through the C interface, checked against the formula.
- *   cc -std=c99 attention.c $(pkg-config --cflags --libs flashtile) -lm && ./a.out */
+ *   rpath=-Wl,-rpath,$(pkg-config --variable=libdir flashtile)
+ *   cc -std=c99 attention.c $(pkg-config --cflags --libs flashtile) -lm $rpath && ./a.out */
 #include <flashtile/flashtile.h>
 #include <math.h>
 #include <stdio.h>

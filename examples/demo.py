@@ -15,6 +15,7 @@ import time
 
 import demo_attention
 import torch
+from progress import progress
 
 import flashtile
 
@@ -40,17 +41,19 @@ class Checks:
 
     def line(self, text: str, passed: bool) -> None:
         """Prints one comparison with its verdict."""
-        print(f"  {text}  {'ok' if passed else 'FAILED'}")
+        print(f"  {text}  {'ok' if passed else 'FAILED'}", flush=True)
         self.failed |= not passed
 
 
 def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None:
     """Parts 1 and 2; ImportError when the model's packages are not installed."""
-    from demo_model import EAGER, FLASHTILE, ChatModel  # noqa: PLC0415, an optional part
+    with progress("loading transformers"):
+        from demo_model import EAGER, FLASHTILE, ChatModel  # noqa: PLC0415, an optional part
 
-    print("\n1. A language model on flashtile attention")
+    print("\n1. A language model on flashtile attention", flush=True)
     start = time.perf_counter()
-    chat = ChatModel(device, dtype)
+    with progress("loading the model"):
+        chat = ChatModel(device, dtype)
     config = chat.model.config
     print(
         f"  {chat.name}: {config.num_hidden_layers} layers, {config.num_attention_heads} query and"
@@ -58,7 +61,8 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
         f" {str(dtype).removeprefix('torch.')}; loaded in {time.perf_counter() - start:.0f} s"
     )
     prompt = chat.chat_prompt(QUESTION)
-    chat.generate(prompt, 1)  # the first call is slower: libraries load
+    with progress("a first token"):
+        chat.generate(prompt, 1)  # the first call is slower: libraries load
     print(f"\n  > {QUESTION}\n  ", end="")
     answer = chat.generate(prompt, NEW_TOKENS, lambda text: print(text, end="", flush=True))
     print(
@@ -66,10 +70,11 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
         f"    decode {len(answer.tokens)} tokens: {answer.decode_rate:.1f} tokens/s"
     )
 
-    print("\n2. The same with eager attention")
+    print("\n2. The same with eager attention", flush=True)
     chat.use(EAGER)
     if dtype == torch.float32:
-        expected = chat.generate(prompt, NEW_TOKENS)
+        with progress("eager attention, tokens", NEW_TOKENS) as bar:
+            expected = chat.generate(prompt, NEW_TOKENS, bar.step)
         equal = sum(a == b for a, b in zip(answer.tokens, expected.tokens, strict=True))
         checks.line(f"tokens equal: {equal}/{NEW_TOKENS}", equal == NEW_TOKENS)
         print(f"  eager decode: {expected.decode_rate:.1f} tokens/s")
@@ -86,10 +91,11 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
         )
 
     ids = chat.encode(PARAGRAPH)
-    chat.use(EAGER)
-    eager = chat.training_step(ids)
-    chat.use(FLASHTILE)
-    tiled = chat.training_step(ids)
+    with progress("training steps"):
+        chat.use(EAGER)
+        eager = chat.training_step(ids)
+        chat.use(FLASHTILE)
+        tiled = chat.training_step(ids)
     print(f"  one training step on a paragraph of {ids.shape[1]} tokens:")
     for name, a, b in zip(("loss", "gradient norm"), tiled, eager, strict=True):
         difference = abs(a - b) / abs(b)
@@ -107,7 +113,8 @@ def show_attention(checks: Checks, device: torch.device, dtype: torch.dtype) -> 
         f" {demo_attention.HEAD_DIM}, {str(dtype).removeprefix('torch.')}"
     )
     attention = demo_attention.tiled
-    errors = demo_attention.relative_errors(attention, TABLE_TOKENS[0], device, dtype)
+    with progress("attention in fp64"):
+        errors = demo_attention.relative_errors(attention, TABLE_TOKENS[0], device, dtype)
     text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
     checks.line(
         f"relative error against fp64 at {TABLE_TOKENS[0]} tokens: {text}",
@@ -116,13 +123,13 @@ def show_attention(checks: Checks, device: torch.device, dtype: torch.dtype) -> 
     print(f"\n  {'tokens':>6}  {'attention':<9}  {'time':>10}  {'peak memory':>12}")
     for tokens in TABLE_TOKENS:
         for name in demo_attention.IMPLEMENTATIONS:
-            print(f"  {tokens:>6}  {name:<9}  ", end="", flush=True)
-            row = demo_attention.measure(name, tokens, device, dtype)
+            with progress(f"{name} attention of {tokens} tokens"):
+                row = demo_attention.measure(name, tokens, device, dtype)
             if isinstance(row, str):
                 cells = row
             else:
                 cells = f"{row.seconds * 1e3:>7.1f} ms  {row.peak_bytes / 2**20:>8.0f} MiB"
-            print(cells)
+            print(f"  {tokens:>6}  {name:<9}  {cells}", flush=True)
 
 
 def main() -> int:
@@ -136,7 +143,7 @@ def main() -> int:
         where = torch.cuda.get_device_name(device)
     else:
         where = f"CPU ({info['cpu_instruction_set_used']}, {torch.get_num_threads()} threads)"
-    print(f"flashtile {info['version']} on {where}, torch {torch.__version__}")
+    print(f"flashtile {info['version']} on {where}, torch {torch.__version__}", flush=True)
 
     checks = Checks()
     try:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from progress import progress
+
 ENGINE = Path(__file__).resolve().parent / "engine"
 ARRIVAL_SECONDS = 0.3  # between two requests
 NEW_TOKENS = 20
@@ -102,14 +104,15 @@ async def running_server(
     server = subprocess.Popen(command)
     client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
     try:
-        while True:
-            try:
-                models = await client.models.list()
-                break
-            except APIConnectionError:
-                if server.poll() is not None:
-                    raise RuntimeError("the server did not start") from None
-                await asyncio.sleep(0.5)
+        with progress("starting the server"):
+            while True:
+                try:
+                    models = await client.models.list()
+                    break
+                except APIConnectionError:
+                    if server.poll() is not None:
+                        raise RuntimeError("the server did not start") from None
+                    await asyncio.sleep(0.5)
         yield client, models.data[0].id
     finally:
         await client.close()
@@ -160,10 +163,12 @@ async def serve_all(
     async def later(i: int) -> None:
         await asyncio.sleep(i * seconds_between)
         await stream(client, model, *requests[i])
+        bar.step()
 
     watcher = asyncio.create_task(watch())
     start = time.perf_counter()
-    await asyncio.gather(*(later(i) for i in range(len(requests))))
+    with progress("the engine answers, requests", len(requests)) as bar:
+        await asyncio.gather(*(later(i) for i in range(len(requests))))
     seconds = time.perf_counter() - start
     watcher.cancel()
     return seconds, pages
@@ -261,10 +266,12 @@ def expect(answers: list[Answer], chat: Any, eager: str) -> float:
 
     chat.use(eager)
     start = time.perf_counter()
-    for answer in answers:
-        tokens = chat.generate(torch.tensor([answer.prompt]), NEW_TOKENS).tokens
-        end = chat.tokenizer.eos_token_id
-        answer.expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+    with progress("eager attention, requests", len(answers)) as bar:
+        for answer in answers:
+            tokens = chat.generate(torch.tensor([answer.prompt]), NEW_TOKENS).tokens
+            end = chat.tokenizer.eos_token_id
+            answer.expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+            bar.step()
     return time.perf_counter() - start
 
 
@@ -275,9 +282,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="where to export the model to")
     arguments = parser.parse_args()
     try:
-        import openai  # noqa: F401, PLC0415, optional parts
-        import torch  # noqa: PLC0415
-        from demo_model import EAGER, ChatModel, model_folder  # noqa: PLC0415
+        with progress("loading transformers"):
+            import openai  # noqa: F401, PLC0415, optional parts
+            import torch  # noqa: PLC0415
+            from demo_model import EAGER, ChatModel, model_folder  # noqa: PLC0415
 
         (source,) = model_folder().glob("*.gguf")
     except ImportError as error:
@@ -294,12 +302,13 @@ def main() -> int:
         )
         return 0
     if not (arguments.model / "tokenizer.json").is_file():
-        print(f"exporting {source.name} to {arguments.model}", flush=True)
         command = [sys.executable, str(ENGINE / "export_model.py"), str(source)]
-        subprocess.run([*command, str(arguments.model)], check=True)
+        with progress(f"exporting {source.name} to {arguments.model}"):
+            subprocess.run([*command, str(arguments.model)], check=True)
 
     checks = Checks()
-    chat = ChatModel(torch.device("cpu"), torch.float32)
+    with progress("loading the model"):
+        chat = ChatModel(torch.device("cpu"), torch.float32)
     requests = requests_of(chat.tokenizer)
     answers = [answer for answer, _ in requests]
     print("\n1. A C++ engine answers the openai client", flush=True)

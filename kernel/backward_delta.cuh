@@ -13,8 +13,8 @@
 
 namespace flashtile {
 
-// kBlockQ: of the main kernel. kTurns: how many of TurnWords a block of keys has.
-template <class T, int kHeadDim, int kBlockQ, int kTurns>
+// Order: the main kernel's of dQ. kTurns: how many of TurnWords a block of keys has.
+template <class T, int kHeadDim, class Order, int kTurns>
 struct BackwardDelta {
   using Params = BackwardLaunch;
   static constexpr int kThreads = 256;
@@ -22,6 +22,7 @@ struct BackwardDelta {
   static constexpr int kSharedBytes = 0;
   static constexpr int kLanes = std::bit_ceil(kHeadDim / 8u);
   static constexpr int kRowsPerPass = kThreads / kLanes;
+  static constexpr int kBlockQ = Order::kBlockQ;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;
 
   static FLASHTILE_DEVICE void run(const Params& launch, char*) {

@@ -24,8 +24,8 @@ Status launch_backward(const BackwardLaunch& launch_params, CUstream_st* stream)
   const int64_t query_blocks = launch_params.slots_q * p.num_heads;
   const int64_t key_blocks = launch_params.slots_k * p.num_heads_kv;
   using Order = DqOrder<kHeadDim, kMemory>;
-  if (Status s = launch<BackwardDelta<T, kHeadDim, Order::kBlockQ, 1>>(launch_params, query_blocks,
-                                                                       stream)) {
+  if (Status s =
+          launch<BackwardDelta<T, kHeadDim, Order, 1>>(launch_params, query_blocks, stream)) {
     return s;
   }
   // Without queries there is no dQ to take turns at, and nobody has set the turns to 0.

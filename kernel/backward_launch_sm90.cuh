@@ -18,31 +18,10 @@ size_t backward_workspace_sm90(const Problem& problem) {
   return backward_workspace_parts_sm90<kHeadDim>(problem).bytes;
 }
 
-template <class T, int kHeadDim>
-Status launch_backward(const BackwardLaunchSm90& launch_params, CUstream_st* stream) {
-  using Shape = BackwardShapeSm90<kHeadDim>;
-  using Delta = BackwardDelta<T, kHeadDim, Shape::kBlockQ, Shape::kWarpgroups>;
-  const BackwardLaunch& base = launch_params.base;
-  const Problem& p = base.params.problem;
-  const int64_t query_blocks = base.slots_q * p.num_heads;
-  const int64_t key_blocks = base.slots_k * p.num_heads_kv;
-  if (Status s = launch<Delta>(base, query_blocks, stream)) return s;
-  if (Status s =
-          p.deterministic
-              ? launch<BackwardSm90<T, kHeadDim, true>>(launch_params, key_blocks, stream)
-              : launch<BackwardSm90<T, kHeadDim, false>>(launch_params, key_blocks, stream)) {
-    return s;
-  }
-  return launch<BackwardDq<T, kHeadDim, DqOrderSm90<kHeadDim>>>(base, query_blocks, stream);
-}
-
 template <int kHeadDim>
-Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
+Status encode_backward_maps(const BackwardParams& params, BackwardLaunchSm90& launch_params) {
   using Shape = BackwardShapeSm90<kHeadDim>;
   const Problem& p = params.problem;
-  BackwardLaunchSm90 launch_params;
-  launch_params.base = backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p));
-  if (launch_params.base.slots_q == 0) return FLASHTILE_OK;  // no batch: no map, nothing to do
   const struct {
     MappedTensor tensor;
     int box_rows;
@@ -55,9 +34,40 @@ Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
   for (const auto& [tensor, box_rows, map] : maps) {
     if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
   }
-  return p.dtype == Dtype::kFloat16
-             ? launch_backward<__half, kHeadDim>(launch_params, stream)
-             : launch_backward<__nv_bfloat16, kHeadDim>(launch_params, stream);
+  return FLASHTILE_OK;
+}
+
+template <int kHeadDim, class T, bool kDeterministic>
+Status launch_backward(const BackwardParams& params, CUstream_st* stream) {
+  using Shape = BackwardShapeSm90<kHeadDim>;
+  using Order = DqOrderSm90<kHeadDim>;
+  using Delta = BackwardDelta<T, kHeadDim, Order, Shape::kWarpgroups>;
+  using Kernel = BackwardSm90<T, kHeadDim, kDeterministic>;
+  const Problem& p = params.problem;
+  BackwardLaunchSm90 launch_params;
+  BackwardLaunch& base = launch_params.base;
+  base = backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p));
+  if (base.slots_q == 0) return FLASHTILE_OK;  // no batch: no map, nothing to do
+  if (Status s = prepare<Kernel>()) return s;
+  if (Status s = encode_backward_maps<kHeadDim>(params, launch_params)) return s;
+  const int64_t query_blocks = base.slots_q * p.num_heads;
+  const int64_t key_blocks = base.slots_k * p.num_heads_kv;
+  if (Status s = launch<Delta>(base, query_blocks, stream)) return s;
+  if (Status s = launch_prepared<Kernel>(launch_params, key_blocks, stream)) return s;
+  return launch<BackwardDq<T, kHeadDim, Order>>(base, query_blocks, stream);
+}
+
+template <int kHeadDim, class T>
+Status launch_backward_sm90_dtype(const BackwardParams& params, CUstream_st* stream) {
+  return params.problem.deterministic ? launch_backward<kHeadDim, T, true>(params, stream)
+                                      : launch_backward<kHeadDim, T, false>(params, stream);
+}
+
+template <int kHeadDim>
+Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
+  return params.problem.dtype == Dtype::kFloat16
+             ? launch_backward_sm90_dtype<kHeadDim, __half>(params, stream)
+             : launch_backward_sm90_dtype<kHeadDim, __nv_bfloat16>(params, stream);
 }
 
 }  // namespace flashtile

@@ -1,8 +1,37 @@
 // The checks of flashtile_append_kv.
+#include "cache_report.h"
 #include "check_parts.h"
 
 namespace flashtile {
 namespace {
+
+// The first new row of a sequence that has no place, as flashtile_check_cache reports it.
+CacheReport find_row_without_place(const Problem& problem, int64_t sequence) {
+  const Cache& cache = problem.cache;
+  const int64_t count = new_rows(cache, sequence).count;
+  if (count == 0) return {};
+  const int64_t before = rows_before(problem, sequence);
+  if (before < 0 || before + count > cache.capacity()) return find_wrong_rows(problem, sequence);
+  const int64_t end = (before + count - 1) / cache.page_size;
+  for (int64_t block = before / cache.page_size; block <= end; ++block) {
+    const int64_t page = named_page(cache, sequence, block);
+    if (is_page(cache, page)) continue;
+    const bool table = cache.block_table != nullptr;
+    return wrong_number(table ? WrongNumber::kPage : WrongNumber::kBatchIdx, sequence,
+                        table ? block : sequence, page, 0, cache.num_pages - 1);
+  }
+  return {};
+}
+
+// On the CPU a new row that has no place is an error: looking costs nothing there, and dropping it
+// would lose a key. On CUDA nobody on the host can look.
+Status check_places(const Problem& problem) {
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const CacheReport report = find_row_without_place(problem, b);
+    if (report.what != 0) return describe(report);
+  }
+  return FLASHTILE_OK;
+}
 
 // The tables, and q, which is read and written only with them.
 Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem) {
@@ -82,6 +111,9 @@ Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
   if (target.device == FLASHTILE_CPU && packed) {
     if (Status s = check_cu_seqlens("cu_seqlens_new", cache.cu_seqlens_new, problem.batch, rows))
       return s;
+  }
+  if (target.device == FLASHTILE_CPU) {
+    if (Status s = check_places(problem)) return s;
   }
   params.k_new = view(p.k_new);
   params.v_new = view(p.v_new);

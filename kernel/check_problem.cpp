@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "check_parts.h"
+#include "ieee.h"
 
 namespace flashtile {
 

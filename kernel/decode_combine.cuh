@@ -2,13 +2,15 @@
 // warp per row and head; rows of sequences that decoding does not serve are left alone.
 #pragma once
 
+#include "config.cuh"
 #include "decode_plan.cuh"
 #include "tile/row_format.cuh"
 #include "tile/smem_tile.cuh"
 
 namespace flashtile {
 
-template <int kHeadDim, class T>
+// kMemory: of the slice. The same code in both classes, but each has its own copy (launch.cuh).
+template <int kHeadDim, Memory kMemory, class T>
 struct DecodeCombine {
   using Params = DecodeParams;
   static constexpr int kThreads = kCombineWarps * 32;

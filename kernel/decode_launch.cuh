@@ -24,7 +24,8 @@ Status launch_decode_kernels(const ForwardParams& params, CUstream_st* stream) {
           kernel_params, kernel_params.plan.blocks(problem), stream)) {
     return s;
   }
-  return launch<DecodeCombine<kHeadDim, T>>(kernel_params, combine_blocks(problem), stream);
+  return launch<DecodeCombine<kHeadDim, kMemory, T>>(kernel_params, combine_blocks(problem),
+                                                     stream);
 }
 
 template <int kHeadDim, Memory kMemory>

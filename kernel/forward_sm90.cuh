@@ -94,6 +94,8 @@ struct ForwardSm90 {
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kConsumers = kConfig.consumers;
+  // Who gives a buffer back: every warp that computes, since its wait for wgmma is for its own.
+  static constexpr int kReaders = 4 * kConsumers;
   static constexpr int kQueries = kConfig.block_q();
   static constexpr int kRows = 64;  // of a warpgroup
   static constexpr int kKeys = kConfig.block_k;
@@ -126,9 +128,9 @@ struct ForwardSm90 {
     const Shared shared(ptx::shared_address(shared_memory));
     const int thread = ptx::thread_index();
     if (thread == 0) {
-      shared.q_ring().init(kConsumers);
-      shared.k_ring().init(kConsumers, Source::kArrivals);
-      shared.v_ring().init(kConsumers, Source::kArrivals);
+      shared.q_ring().init(kReaders);
+      shared.k_ring().init(kReaders, Source::kArrivals);
+      shared.v_ring().init(kReaders, Source::kArrivals);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();  // the mbarriers are there
@@ -229,6 +231,7 @@ struct ForwardSm90 {
       ptx::named_barrier_arrive(kTurnBarrier + next, 256);
     }
     FLASHTILE_DEVICE static bool is_first_thread() { return ptx::thread_index() % 128 == 0; }
+    FLASHTILE_DEVICE static bool is_first_lane() { return ptx::thread_index() % 32 == 0; }
 
     // S = Q K^T of a use of the ring. `q`: descriptor of this warpgroup's rows.
     FLASHTILE_DEVICE void issue_scores(Scores& s, uint32_t q, int use) const {
@@ -246,12 +249,12 @@ struct ForwardSm90 {
     FLASHTILE_DEVICE void finish_scores(Scores& s, int use) const {
       ptx::wgmma_wait<kPending>();
       ptx::keep_in_order(s.d[0]);
-      if (is_first_thread()) shared.k_ring().release(use);
+      if (is_first_lane()) shared.k_ring().release(use);
     }
     FLASHTILE_DEVICE void finish_output(Output& o, int use) const {
       ptx::wgmma_wait<0>();
       ptx::keep_in_order(o.d[0]);
-      if (is_first_thread()) shared.v_ring().release(use);
+      if (is_first_lane()) shared.v_ring().release(use);
     }
 
     FLASHTILE_DEVICE static void hide(Scores& s, const BlockRange& range, const BandEdges& edges,
@@ -332,7 +335,7 @@ struct ForwardSm90 {
         consumer.attend(o, softmax, q, range, edges);
       }
       finish(params, work, o, softmax, shared.q(tile), warpgroup);
-      if (Consumer::is_first_thread()) shared.q_ring().release(tile);
+      if (Consumer::is_first_lane()) shared.q_ring().release(tile);
       ++tile;
     });
   }
@@ -437,6 +440,7 @@ template <int kHeadDim, class T>
 Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
   using Kernel = ForwardSm90<kHeadDim, T>;
   if (query_tile_count(params.problem, Kernel::kQueries) == 0) return FLASHTILE_OK;
+  if (Status s = prepare<Kernel>()) return s;
   TensorBoxesParams p{};
   if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
   if (Status s = set_key_boxes(params, Kernel::kKeys, p)) return s;
@@ -446,7 +450,7 @@ Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stre
     if (Status s = count_multiprocessors(multiprocessors)) return s;
     blocks = std::min<int64_t>(blocks, multiprocessors);
   }
-  return launch<Kernel>(p, blocks, stream);
+  return launch_prepared<Kernel>(p, blocks, stream);
 }
 
 template <int kHeadDim>

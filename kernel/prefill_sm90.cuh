@@ -12,19 +12,21 @@ namespace flashtile {
 template <int kHeadDim, class T>
 Status launch_prefill_boxes(const ForwardParams& params, CUstream_st* stream) {
   using Kernel = ForwardSm90<kHeadDim, T, PageBoxKeys>;
+  if (Status s = prepare<Kernel>()) return s;
   const int box_rows = page_box_rows(params.problem.cache, Kernel::kKeys);
   PageBoxesParams p{{}, PrefillTiles(params.problem), box_rows};
   if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
   if (Status s = set_key_boxes(params, box_rows, p)) return s;
-  return launch<Kernel>(p, p.tiles, stream);
+  return launch_prepared<Kernel>(p, p.tiles, stream);
 }
 
 template <int kHeadDim, class T>
 Status launch_prefill_rows(const ForwardParams& params, CUstream_st* stream) {
   using Kernel = ForwardSm90<kHeadDim, T, PageRowKeys>;
+  if (Status s = prepare<Kernel>()) return s;
   PageRowsParams p{{}, PrefillTiles(params.problem), params.k, params.v};
   if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
-  return launch<Kernel>(p, p.tiles, stream);
+  return launch_prepared<Kernel>(p, p.tiles, stream);
 }
 
 template <int kHeadDim, class T>

@@ -5,6 +5,7 @@ FLASHTILE_ENGINE names the executable; ctest builds it from the installed packag
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -125,15 +126,31 @@ def test_equal_beginnings_are_shared(folder: Path, reference: Reference) -> None
         ('{"id": "a", "prompt": [160]}', "prompt has 160; allowed: tokens, 0 to 159"),
         ('{"id": "a", "prompt": [-1]}', "prompt has -1; allowed: tokens, 0 to 159"),
         ('{"id": "a", "prompt": [1.5]}', "prompt has 1.5; allowed: tokens, 0 to 159"),
-        ('{"id": "a", "prompt": [1], "max_tokens": 0}', "max_tokens is 0; allowed: 1.0 to"),
-        ('{"id": "a", "prompt": [1], "top_p": 1.5}', "top_p is 1.5; allowed: 0.0 to 1.0"),
-        ('{"id": "a", "prompt": [1], "temperature": "hot"}', 'temperature is "hot"; allowed: 0.0'),
+        (
+            '{"id": "a", "prompt": [1], "max_tokens": 0}',
+            "max_tokens is 0; allowed: 1 to 1073741824",
+        ),
+        (
+            '{"id": "a", "prompt": [1], "max_tokens": 1.5}',
+            "max_tokens is 1.5; allowed: whole numbers",
+        ),
+        (
+            '{"id": "a", "prompt": [1], "seed": 0.5}',
+            "seed is 0.5; allowed: whole numbers, 0 to 9007",
+        ),
+        ('{"id": "a", "prompt": [1], "top_p": 1.5}', "top_p is 1.5; allowed: 0 to 1"),
+        (
+            '{"id": "a", "prompt": [1], "temperature": "hot"}',
+            'temperature is "hot"; allowed: 0 to 100',
+        ),
         ('{"id": "a", "prompt": [1], "beams": 4}', "there is no field beams"),
         ('{"id": 7, "prompt": [1]}', "id is 7; allowed: a string"),
         ('{"cancel": []}', "cancel is []; allowed: a string"),
         ("[1, 2", "the line is no JSON object"),
         ('{"id": ' + "[" * 200000 + "]" * 200000 + "}", "the line is nested too deep"),
         ("17", "the line is no JSON object"),
+        ("1" * (2**24 + 1), "the line is too long; allowed: 16777216 bytes"),
+        ('{"id": "%s", "prompt": [1]}' % ("é" * 200), 'id is "éé'),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence(
@@ -146,6 +163,26 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(
     name, said = shared_engine.errors[-1]
     assert said.startswith(sentence)
     assert name == ("a" if line.startswith('{"id": "a"') else None)
+
+
+def test_sentences_quote_a_part_of_a_long_value(shared_engine: EngineProcess) -> None:
+    """Readers of lines need not keep megabytes."""
+    long = "é" * 100_000
+    for line in (
+        {"id": "a", "prompt": [long]},
+        {"id": "a", "prompt": [1], "top_p": long},
+        {"id": "a", "prompt": [1], long: 1},
+        {"id": long, "prompt": [1]},
+        {"cancel": long},
+    ):
+        before = len(shared_engine.errors)
+        shared_engine.send(json.dumps(line, ensure_ascii=False))
+        while len(shared_engine.errors) == before:
+            shared_engine.receive()
+        _, said = shared_engine.errors[-1]
+        assert "éé..." in said
+        assert "\ufffd" not in said
+        assert len(said) < 200
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +267,32 @@ def test_half_precision_chooses_likely_tokens(
 
 
 @pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "--model is missing; allowed: a folder of export_model.py"),
+        (["--model"], "--model lacks its value"),
+        (["--model", "x", "--beams", "4"], "there is no option --beams; try --help"),
+        (["--model", "x", "more"], "there is no option more; try --help"),
+        (["--model", "x", "--pages", "0"], "--pages is 0; allowed: 1 to 2147483647"),
+        (["--model", "x"], "x/config.json: cannot be read"),
+        (["--model", "{folder}", "--pages", "2000000000"], "allocate memory"),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why_in_one_line(
+    folder: Path, options: list[str], sentence: str
+) -> None:
+    result = subprocess.run(
+        [EXECUTABLE, *(option.format(folder=folder) for option in options)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert sentence in line
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"model_type": "gpt"}, "model_type is gpt; allowed: llama"),
@@ -239,7 +302,7 @@ def test_half_precision_chooses_likely_tokens(
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; allowed: "silu"'),
         ({"attention_bias": True}, "attention_bias is true; allowed: false"),
         ({"rope_scaling": {"factor": 8.0}}, 'rope_scaling is {"factor":8.0}; allowed: null'),
-        ({"rope_theta": 0.0}, "rope_theta is 0.000000; allowed: above 0"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0; allowed: above 0"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(

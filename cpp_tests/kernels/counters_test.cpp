@@ -69,7 +69,7 @@ struct Counted {
 };
 
 Counted count(const Setup& setup, const Schedule& schedule, const Backend& backend) {
-  begin(schedule);
+  begin(schedule, setup.spec.deterministic);
   Run run(setup, backend);
   Counted counted;
   CHECK_EQ(run.forward().error, std::string());

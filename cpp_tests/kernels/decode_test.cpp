@@ -193,3 +193,63 @@ TEST("a thread block takes several parts") {
   spec.packed = true;
   check_cache_on_devices(spec);
 }
+
+// New rows are keys as soon as they are appended: by their number in a dense call, by
+// cu_seqlens_new in a packed one.
+TEST("forward right behind an append, packed and dense") {
+  need_device();
+  size_t turn = 0;
+  for (const int page_size : {0, 7, 16}) {
+    CacheSpec spec = packed_append();
+    spec.page_size = page_size;
+    spec.dtype = kDtypes[++turn % 2];
+    check_cache_on_devices(spec);
+    for (const auto& [queries, added] : {std::pair{1, 1}, {3, 3}, {12, 2}, {70, 3}}) {
+      spec = dense_append(queries, added);
+      spec.page_size = page_size;
+      spec.dtype = kDtypes[++turn % 2];
+      check_cache_on_devices(spec);
+    }
+  }
+}
+
+// 1 to 16 packed rows, 17 to 64, and prefill.
+TEST("a negative scale in every form") {
+  need_device();
+  for (const int queries : {3, 20, 70}) {
+    CacheSpec spec = {.dtype = kDtypes[queries == 20], .heads = 2, .heads_kv = 1, .scale = -0.2};
+    spec.sequences = {{.seed = 1, .keys = 140, .queries = queries},
+                      {.seed = 2, .keys = 90, .queries = queries}};
+    spec.page_size = queries == 3 ? 0 : 16;
+    spec.layout_k = Layout::kPadded;
+    check_cache_on_devices(spec);
+  }
+}
+
+TEST("a call that wants no LSE, in every form") {
+  need_device();
+  for (const int queries : {3, 20, 70}) {
+    for (const Layout layout : {Layout::kPadded, Layout::kOdd}) {
+      CacheSpec spec = {.dtype = Dtype::kFloat16, .heads = 2, .heads_kv = 1, .lse = false};
+      spec.sequences = {{.seed = 1, .keys = 140, .queries = queries},
+                        {.seed = 2, .keys = 0, .queries = queries}};
+      spec.page_size = 16;
+      spec.layout_k = layout;
+      check_cache_on_devices(spec);
+    }
+  }
+}
+
+TEST("rows of V that end before those of K, and behind them, at the end of the tensors") {
+  need_device();
+  for (const HeadDims& dims : {HeadDims(64, 40), HeadDims(40, 64), HeadDims(64, 33)}) {
+    for (const int queries : {3, 20, 70}) {
+      for (const int leftpad : {0, 3}) {
+        CacheSpec spec = rows_that_end_apart(queries, dims);
+        spec.dtype = kDtypes[queries == 20];
+        for (CacheSequence& sequence : spec.sequences) sequence.leftpad = leftpad;
+        check_cache_on_devices(spec);
+      }
+    }
+  }
+}

@@ -25,7 +25,8 @@ std::string device_unavailable();
 // The schedules that every case runs under: on the machine 3 seeds with each device model.
 std::vector<Schedule> schedules();
 
-void begin(const Schedule& schedule);
+// `deterministic`: the machine demands order among all floating-point additions to one place.
+void begin(const Schedule& schedule, bool deterministic = false);
 
 // Waits for the device. Returns what it reported since begin(), "" if nothing.
 std::string finish();

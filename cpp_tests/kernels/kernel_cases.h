@@ -84,7 +84,7 @@ inline std::string expected_plan(const std::string& pass, const Setup& setup,
 
 inline Attempt attempt_under(const Schedule& schedule, const Setup& setup, const Truth& truth,
                              const Backend& backend) {
-  begin(schedule);
+  begin(schedule, setup.spec.deterministic);
   Attempt attempt;
   attempt.result = Run(setup, backend)();
   attempt.wrong = finish() + attempt.result.error;

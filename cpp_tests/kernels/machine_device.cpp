@@ -82,12 +82,13 @@ std::vector<Schedule> schedules() {
 }
 
 // Most seeds have several blocks side by side, as blocks that take turns at dQ need.
-void begin(const Schedule& schedule) {
+void begin(const Schedule& schedule, bool deterministic) {
   for (const Model& model : models()) {
     if (schedule.device == model.name) ptx::machine().configure(model.device);
   }
   ptx::machine().set_seed(schedule.seed);
   ptx::machine().set_resident_blocks(schedule.seed % 5 == 0 ? 1 : 4);
+  ptx::machine().set_ordered_sums(deterministic);
   ptx::machine().clear_reports();
   ptx::machine().reset_counters();
 }

@@ -368,11 +368,13 @@ PRODUCTS = [
     ),
 ]
 
-# The machine runs thread blocks one after another, so tickets alone put them in order there: a turn
-# that is not waited for, or passed on too early, shows only without them.
+# Where thread blocks run one after another, tickets alone put them in order: a turn that is not
+# waited for shows in the bits only without them. The machine sees it anyway: nothing orders the
+# additions.
 TICKET = "const int taken = ticket;"
 NO_TICKET = "const int taken = ptx::block_index();"
 DETERMINISTIC = [
+    mutant("no turn waited for", MAIN, WAIT, "", cases="turns"),
     Mutant(
         "neither turns nor tickets",
         "backward",

@@ -63,6 +63,17 @@ BARRIERS = [
         "Ring{smem + Shape::kDoutRing}.init(Shape::kConsumers / 32);",
         "Ring{smem + Shape::kDoutRing}.init(1);",
     ),
+    *(
+        mutant(
+            f"{ring}: {name} empty a buffer",
+            MAIN,
+            f"Ring{{smem + Shape::k{ring}}}.init(Shape::kConsumers / 32);",
+            f"Ring{{smem + Shape::k{ring}}}.init(Shape::kConsumers / 32 {change});",
+            cases="many uses",
+        )
+        for ring in ("QRing", "DoutRing")
+        for name, change in (("all warps but one", "- 1"), ("half the warps", "/ 2"))
+    ),
     mutant(
         "statistics not counted among the bytes",
         LOAD,

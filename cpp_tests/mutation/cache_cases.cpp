@@ -107,8 +107,52 @@ std::vector<CacheSpec> parts() {
   return specs;
 }
 
+std::vector<CacheSpec> new_rows() {
+  std::vector<CacheSpec> specs = {packed_append(), dense_append(3, 2), dense_append(12, 3),
+                                  dense_append(70, 1)};
+  for (CacheSpec& spec : specs) spec.dims = slice();
+  return specs;
+}
+
+// By the row, too, where keys are padded.
+std::vector<CacheSpec> ends() {
+  std::vector<CacheSpec> specs;
+  for (const HeadDims& dims : {HeadDims(slice(), slice() - 24), HeadDims(slice() - 24, slice())}) {
+    for (const int queries : {3, 70}) {
+      for (const int leftpad : {0, 3}) {
+        specs.push_back(rows_that_end_apart(queries, dims));
+        for (CacheSequence& sequence : specs.back().sequences) sequence.leftpad = leftpad;
+      }
+    }
+  }
+  return specs;
+}
+
+std::vector<CacheSpec> negative() {
+  std::vector<CacheSpec> specs;
+  for (const int queries : {3, 20, 70}) {
+    specs.push_back({.heads = 2,
+                     .heads_kv = 1,
+                     .dims = slice(),
+                     .sequences = {{.seed = 1, .keys = 140, .queries = queries}},
+                     .scale = -0.2,
+                     .layout_k = Layout::kPadded});
+  }
+  return specs;
+}
+
+std::vector<CacheSpec> without_lse() {
+  std::vector<CacheSpec> specs = negative();
+  for (CacheSpec& spec : specs) spec.lse = false;
+  return specs;
+}
+
 }  // namespace
 
+TEST("cache new rows") { run_specs(new_rows()); }
+TEST("cache ends") { run_specs(ends()); }
+TEST("cache negative") { run_specs(negative()); }
+TEST("cache no lse") { run_specs(without_lse()); }
 TEST("cache pages") { run_specs(pages()); }
 TEST("cache masks") { run_specs(masks()); }
 TEST("cache loads") { run_specs(loads()); }

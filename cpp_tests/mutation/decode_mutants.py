@@ -258,6 +258,82 @@ ROWS_SHARED = [
     ),
 ]
 
+CACHE = "cache.h"
+NEW_ROWS = "before < 0 ? 0 : new_rows(cache, sequence).count;"
+PACKED = "if (cache.cu_seqlens_new == nullptr) return {0, cache.seqlen_new};"
+FORWARD = "forward_sm80.cuh"
+
+# What a call brings or leaves out: new rows, an LSE, rows of V that end elsewhere, a scale below 0.
+CALLS = [
+    *(
+        mutant(f"{kernel}: {name}", CACHE, old, new, cases="new rows", kernel=kernel)
+        for kernel in ("decode", "prefill")
+        for name, old, new in (
+            ("new rows are no keys", NEW_ROWS, "0;"),
+            ("packed new rows read as dense ones", PACKED, "return {0, cache.seqlen_new};"),
+        )
+    ),
+    mutant(
+        "few rows: a negative scale",
+        FEW,
+        "if (params.negate_q &&",
+        "if (false &&",
+        cases="negative",
+    ),
+    mutant(
+        "many rows: a negative scale",
+        MANY,
+        "if (params.negate_q) {",
+        "if (false) {",
+        cases="negative",
+    ),
+    mutant(
+        "prefill: a negative scale",
+        FORWARD,
+        "if (params.negate_q) negate(q_target);",
+        "",
+        cases="negative",
+        kernel="prefill",
+    ),
+    mutant(
+        "an LSE that nobody wants",
+        COMBINE,
+        "lse.data != nullptr && lane == 0",
+        "lane == 0",
+        cases="no lse",
+    ),
+    mutant(
+        "prefill: an LSE that nobody wants",
+        FORWARD,
+        "lse.data != nullptr && lane % 4 == 0",
+        "lane % 4 == 0",
+        cases="no lse",
+        kernel="prefill",
+    ),
+    mutant(
+        "rows of V end as those of K",
+        STREAM,
+        "copy(v, params.forward.v, params.v)",
+        "copy(v, params.forward.v, params.k)",
+        cases="ends",
+    ),
+    mutant(
+        "rows of K end as those of V",
+        STREAM,
+        "copy(k, params.forward.k, params.k)",
+        "copy(k, params.forward.k, params.v)",
+        cases="ends",
+    ),
+    mutant(
+        "prefill: rows of V end as those of K",
+        PREFILL,
+        "params.forward.v, params.v, keys",
+        "params.forward.v, params.k, keys",
+        cases="ends",
+        kernel="prefill",
+    ),
+]
+
 CONTROLS = [
     Mutant(
         "control: another page where there is no row",
@@ -281,4 +357,4 @@ CONTROLS = [
     ),
 ]
 
-DECODE_MUTANTS = ORDER + SUMS + KEYS + ROWS_SHARED + CONTROLS
+DECODE_MUTANTS = ORDER + SUMS + KEYS + ROWS_SHARED + CALLS + CONTROLS

@@ -14,8 +14,8 @@ ALL_CASES = ("shapes", "masks", "used rows", "row formats", "values", "many tile
 
 FENCE = "ptx::wgmma_fence();"
 FIRST_SCORES = "shared.k_ring().wait(use); ptx::wgmma_fence(); issue_scores(s, q, use);"
-RELEASE_K = "if (is_first_thread()) shared.k_ring().release(use);"
-RELEASE_V = "if (is_first_thread()) shared.v_ring().release(use);"
+RELEASE_K = "if (is_first_lane()) shared.k_ring().release(use);"
+RELEASE_V = "if (is_first_lane()) shared.v_ring().release(use);"
 ROWS_THERE = (
     "ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there"
 )
@@ -66,6 +66,18 @@ BARRIERS = [
         RING,
         "ptx::mbarrier_init(empty(i), consumers);",
         "ptx::mbarrier_init(empty(i), 1);",
+    ),
+    mutant(
+        "one warp of a warpgroup releases K",
+        FORWARD,
+        RELEASE_K,
+        "if (is_first_thread()) shared.k_ring().release(use);",
+    ),
+    mutant(
+        "a warpgroup's first warp empties a buffer",
+        FORWARD,
+        "kReaders = 4 * kConsumers;",
+        "kReaders = kConsumers;",
     ),
     mutant(
         "all threads release K",

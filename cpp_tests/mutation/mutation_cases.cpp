@@ -36,7 +36,7 @@ Verdict compare_forward(const Setup& setup, const Truth& truth, const AttentionO
 bool run_once(Pass pass, const Setup& setup, const Truth& truth, const Schedule& schedule,
               AttentionOutput& values) {
   static const Backend backend = cuda_backend();
-  begin(schedule);
+  begin(schedule, setup.spec.deterministic);
   Run run(setup, backend);
   const bool forward = pass == Pass::kForward;
   const RunResult result = forward ? run.forward() : run();
@@ -234,6 +234,17 @@ std::vector<Sample> many_tiles() {
            slice()}};
 }
 
+// A ring turns over many times, with a use so short that loader and consumers drift apart.
+std::vector<Sample> many_uses() {
+  const Case spec = {.name = "one query, one key",
+                     .heads = 17,
+                     .heads_kv = 1,
+                     .seqlen_q = 1,
+                     .seqlen_k = 1,
+                     .masks = {kFull}};
+  return {{spec, slice()}};
+}
+
 std::vector<Sample> turns() {
   const int d = slice();
   return {
@@ -289,4 +300,5 @@ TEST("backward masks") { run_samples(Pass::kBackward, masks()); }
 TEST("backward used rows") { run_samples(Pass::kBackward, used_rows()); }
 TEST("backward row formats") { run_samples(Pass::kBackward, row_formats()); }
 TEST("backward values") { run_samples(Pass::kBackward, values()); }
+TEST("backward many uses") { run_samples(Pass::kBackward, many_uses()); }
 TEST("backward turns") { run_samples(Pass::kBackward, turns()); }

@@ -28,9 +28,10 @@ from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
 from prefill_sm90_mutants import PREFILL_SM90_MUTANTS
+from turn_mutants import TURN_MUTANTS
 
 MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
-MUTANTS += DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
+MUTANTS += TURN_MUTANTS + DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
 WITHOUT_SLICES = ("append", "check_cache")  # one source for every head dim and memory class
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
@@ -90,7 +91,7 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
         header, launch, order, counters = "launch", "Launch", f"DqOrder<{arguments}>", 1
         main = [f"BackwardSm80<__half, {arguments}, {flag}>" for flag in ordered]
     around = [
-        f"BackwardDelta<__half, {dim}, {order}::kBlockQ, {counters}>",
+        f"BackwardDelta<__half, {dim}, {order}, {counters}>",
         f"BackwardDq<__half, {dim}, {order}>",
     ]
     functions = [f"launch<{one}>(const BackwardLaunch&, int64_t, CUstream_st*)" for one in around]
@@ -150,6 +151,9 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     lines = []
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
+        # What brings new rows to a cache.
+        if "/flashtile_append_backend_ptx80.dir/" in line:
+            lines.append(line)
         # What sm_90a leaves to the kernels for sm_80.
         if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
             lines.append(line)

@@ -8,10 +8,10 @@ BOXES = "prefill_sm90_boxes.cuh"
 ROWS = "prefill_sm90_rows.cuh"
 
 
-def mutant(name: str, *patch: str, head_dim: int = 64) -> Mutant:
+def mutant(name: str, *patch: str, cases: str = "loads", head_dim: int = 64) -> Mutant:
     """A mutant of one patch: file, old text, new text."""
     file, old, new = patch
-    return Mutant(name, "prefill", ((file, old, new),), ("cache loads",), head_dim, "sm90")
+    return Mutant(name, "prefill", ((file, old, new),), (f"cache {cases}",), head_dim, "sm90")
 
 
 def control(name: str, *patch: str) -> Mutant:
@@ -96,6 +96,45 @@ BY_ROWS = [
     ),
 ]
 
+# What a call brings or leaves out.
+CALLS = [
+    mutant(
+        "sm_90a: new rows are no keys",
+        "cache.h",
+        "before < 0 ? 0 : new_rows(cache, sequence).count;",
+        "0;",
+        cases="new rows",
+    ),
+    mutant(
+        "sm_90a: packed new rows read as dense ones",
+        "cache.h",
+        "if (cache.cu_seqlens_new == nullptr) return {0, cache.seqlen_new};",
+        "return {0, cache.seqlen_new};",
+        cases="new rows",
+    ),
+    mutant(
+        "sm_90a: a negative scale",
+        "forward_sm90.cuh",
+        "if (params.negate_q) negate_rows",
+        "if (false) negate_rows",
+        cases="negative",
+    ),
+    mutant(
+        "sm_90a: an LSE that nobody wants",
+        "forward_sm90.cuh",
+        "lse.data != nullptr && lane % 4 == 0",
+        "lane % 4 == 0",
+        cases="no lse",
+    ),
+    mutant(
+        "rows: those of V end as those of K",
+        ROWS,
+        "copy(params.v, static_cast<int>(params.problem.head_dim_v)",
+        "copy(params.v, static_cast<int>(params.problem.head_dim)",
+        cases="ends",
+    ),
+]
+
 CONTROLS = [
     control(
         "control: another place where there is no row", ROWS, "return {0, -1};", "return {1, -1};"
@@ -105,4 +144,4 @@ CONTROLS = [
     ),
 ]
 
-PREFILL_SM90_MUTANTS = [*BY_TMA, *BY_ROWS, *CONTROLS]
+PREFILL_SM90_MUTANTS = [*BY_TMA, *BY_ROWS, *CALLS, *CONTROLS]

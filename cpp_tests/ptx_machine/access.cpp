@@ -5,13 +5,11 @@
 #include <cstdio>
 #include <cstring>
 
+#include "global_shadow.h"
+
 namespace ptx {
 
 namespace {
-
-const char* verb(Access access) {
-  return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
-}
 
 std::string text(const char* format, auto... args) {
   char buffer[512];
@@ -49,108 +47,10 @@ unsigned long long ull(uint64_t x) { return x; }
                         verb(access), bytes, space, ull(address), bytes));
 }
 
-struct Word {  // one word of one access
-  Warp& warp;
-  Block& block;
-  uint32_t pc;
-  int lane;
-  uint64_t address;
-  Access access;
-  bool bulk;    // by the async proxy
-  bool strong;  // not weak
-  int thread = warp.first_thread() + lane;
-  uint32_t stamp = block.clocks.own(thread);
-};
-
-[[noreturn]] void fail_word(const Word& at, Error kind, const char* relation, const char* earlier,
-                            uint32_t agent, uint32_t earlier_pc) {
-  Block& block = at.block;
-  const Allocation* range = global_memory().find(at.address);
-  block.fail(
-      kind, at.warp, at.pc, at.lane,
-      text("%s of global memory (%s + %llu) %s the %s by thread %d of %s at %s", verb(at.access),
-           range->label.c_str(), ull(at.address - range->begin), relation, earlier,
-           thread_of(agent), block_of(agent) == block.number ? "this block" : "another block",
-           block.where(earlier_pc).c_str()));
-}
-
-bool is_ordered(const Block& block, int thread, uint32_t agent, uint32_t stamp) {
-  return block_of(agent) == block.number
-             ? block.clocks.knows(thread, thread_of(agent), stamp)
-             : block.clocks.knows_foreign(thread, block_of(agent), thread_of(agent), stamp);
-}
-
-// The last write of the word is visible to this access, or it is an error.
-void check_last_write(const Word& at, const WordShadow& w) {
-  const Block& block = at.block;
-  const int thread = at.thread;
-  if ((at.access == Access::kAtomic || at.strong) && w.atomic) return;
-  const char* const what = w.atomic ? "atomic update" : "write";
-  if (w.in_flight)
-    fail_word(at, Error::kInFlight, "is not ordered after", "bulk copy, which is in flight,",
-              w.write_agent, w.write_pc);
-  if (!is_ordered(block, thread, w.write_agent, w.write_stamp))
-    fail_word(at, Error::kRace, "is not ordered after", what, w.write_agent, w.write_pc);
-  if (!at.bulk || w.async) return;
-  const uint32_t writer = block_of(w.write_agent);
-  const int other = thread_of(w.write_agent);
-  const bool shown =
-      writer == block.number
-          ? block.clocks.shows(kGlobalProxy, thread, other, w.write_stamp)
-          : block.clocks.shows_foreign(kGlobalProxy, thread, writer, other, w.write_stamp);
-  if (!shown)
-    fail_word(at, Error::kProxy, "by the async proxy, without a fence.proxy.async behind", what,
-              w.write_agent, w.write_pc);
-}
-
-void note_read(WordShadow& w, const Block& block, uint32_t stamp, uint32_t agent, uint32_t pc) {
-  if (w.read_stamp >= block.launch_stamp && block_of(w.read_agent) != block.number) {
-    w.foreign_read_stamp = w.read_stamp;
-    w.foreign_read_agent = w.read_agent;
-  }
-  w.read_stamp = stamp;
-  w.read_agent = agent;
-  w.read_pc = pc;
-}
-
-// One word of an access against its shadow; `covered`: which of its bytes.
-inline void check_word(const Word& at, WordShadow& w, uint8_t covered) {
-  const Block& block = at.block;
-  const int thread = at.thread;
-  if (w.write_stamp >= block.launch_stamp && (w.write_bytes & covered) != 0)
-    check_last_write(at, w);
-  const uint32_t agent = agent_of(block.number, thread);
-  if (at.access == Access::kRead && at.strong) return;
-  if (at.access == Access::kRead) return note_read(w, block, at.stamp, agent, at.pc);
-  if (covered == 0xF && w.read_stamp >= block.launch_stamp) {
-    if (!is_ordered(block, thread, w.read_agent, w.read_stamp))
-      fail_word(at, Error::kRace, "is not ordered after", "read", w.read_agent, w.read_pc);
-    if (w.foreign_read_stamp >= block.launch_stamp &&
-        !is_ordered(block, thread, w.foreign_read_agent, w.foreign_read_stamp)) {
-      fail_word(at, Error::kRace, "is not ordered after", "read", w.foreign_read_agent, w.read_pc);
-    }
-  }
-  w.write_stamp = at.stamp;
-  w.write_agent = agent;
-  w.write_pc = at.pc;
-  w.write_bytes = covered;
-  w.atomic = at.access == Access::kAtomic || at.strong;
-  w.in_flight = w.async = at.bulk;
-}
-
-// The 4-byte words of one lane's access against the shadow of their allocation.
-inline void check_global(Word at, Allocation& range, uint32_t bytes) {
-  const uint64_t begin = at.address;
-  const uint64_t end = begin + bytes;
-  for (at.address = begin & ~uint64_t{3}; at.address < end; at.address += 4) {
-    uint8_t covered = 0xF;
-    if (at.address < begin || at.address + 4 > end) {
-      covered = 0;
-      for (int b = 0; b < 4; ++b)
-        covered |= static_cast<uint8_t>((at.address + b >= begin && at.address + b < end) << b);
-    }
-    check_word(at, *range.word(at.address), covered);
-  }
+void check_writable(Warp& warp, uint32_t pc, int lane, const Allocation& range, Access access) {
+  if (!range.read_only || access == Access::kRead) return;
+  warp.block->fail(Error::kOutOfBounds, warp, pc, lane,
+                   text("%s of %s, which is read-only", verb(access), range.label.c_str()));
 }
 
 char* resolve_shared(Request& r, int lane, uint64_t address) {
@@ -221,6 +121,10 @@ uint32_t max_words_per_bank(const uint32_t* words, int count) {
 
 }  // namespace
 
+const char* verb(Access access) {
+  return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
+}
+
 void read_addresses(Warp& warp, const int32_t* operand, uint64_t (&address)[kLanes]) {
   const int64_t displacement = operand[1];
   if (operand[2] != 0) {
@@ -246,7 +150,7 @@ uint32_t shared_offset(Warp& warp, uint32_t pc, int lane, uint64_t address, uint
 }
 
 const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                           Access access, bool strong) {
+                           Access access, uint8_t how) {
   Block& block = *warp.block;
   Allocation*& range = block.range_cache[pc];
   if (range == nullptr || address < range->begin || address + bytes > range->end) {
@@ -256,40 +160,21 @@ const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, 
     range = found;
   }
   if (address & (bytes - 1)) fail_alignment(warp, pc, lane, "global", address, bytes, access);
-  if (range->read_only && access != Access::kRead) {
-    block.fail(Error::kOutOfBounds, warp, pc, lane,
-               text("%s of %s, which is read-only", verb(access), range->label.c_str()));
-  }
-  if (block.checks)
-    check_global({warp, block, pc, lane, address, access, false, strong}, *range, bytes);
+  check_writable(warp, pc, lane, *range, access);
+  if (block.checks) check_global({warp, pc, lane, address, bytes, access, how}, *range);
   return reinterpret_cast<const char*>(address);
 }
 
-void check_bulk_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                       Access access) {
-  Block& block = *warp.block;
-  Allocation* range = global_memory().find(address);
-  if (range == nullptr || address + bytes > range->end)
-    fail_bounds(warp, pc, lane, address, bytes, access);
-  if (range->read_only && access != Access::kRead) {
-    block.fail(Error::kOutOfBounds, warp, pc, lane,
-               text("%s of %s, which is read-only", verb(access), range->label.c_str()));
-  }
-  if (block.checks)
-    check_global({warp, block, pc, lane, address, access, true, false}, *range, bytes);
+void check_bulk_global(const GlobalAccess& at) {
+  Block& block = *at.warp.block;
+  Allocation* range = global_memory().find(at.address);
+  if (range == nullptr || at.address + at.bytes > range->end)
+    fail_bounds(at.warp, at.pc, at.lane, at.address, at.bytes, at.access);
+  check_writable(at.warp, at.pc, at.lane, *range, at.access);
+  if (block.checks) check_global(at, *range);
   Counters& counters = *block.counters;
-  (access == Access::kRead ? counters.global_read_bytes : counters.global_written_bytes) += bytes;
-}
-
-void end_bulk_write(Block& block, int thread, uint64_t address, uint32_t bytes) {
-  Allocation* range = global_memory().find(address);
-  const uint32_t agent = agent_of(block.number, thread);
-  for (uint64_t at = address & ~uint64_t{3}; at < address + bytes; at += 4) {
-    WordShadow& w = *range->word(at);
-    if (w.write_agent != agent || !w.async) continue;
-    w.in_flight = false;
-    w.write_stamp = block.clocks.own(thread);
-  }
+  (at.access == Access::kRead ? counters.global_read_bytes : counters.global_written_bytes) +=
+      at.bytes;
 }
 
 void resolve(Request& r, Space space) {
@@ -315,7 +200,7 @@ void resolve(Request& r, Space space) {
       case Space::kParam: r.host[l] = resolve_param(r, l, inside); break;
       default:
         r.host[l] = const_cast<char*>(
-            resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access, r.strong));
+            resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access, r.how));
     }
   }
   if (global) {

@@ -15,7 +15,7 @@ struct Request {
   uint32_t mask = 0;
   uint32_t bytes = 0;
   Access access = Access::kRead;
-  bool strong = false;  // relaxed, acquire, release, volatile: no race with atomic updates
+  uint8_t how = 0;  // flags of How
   alignas(64) uint64_t address[kLanes];
   char* host[kLanes];
 };
@@ -28,12 +28,8 @@ void resolve(Request& request, Space space);
 
 // Global part of a cp.async: `bytes` of lane `lane` at `address`, already counted by count_global.
 const char* resolve_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                           Access access, bool strong = false);
-// A contiguous range that a bulk copy of this lane reads or writes: bounds, shadows, counters. A
-// write stays in flight until end_bulk_write.
-void check_bulk_global(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes,
-                       Access access);
-void end_bulk_write(Block& block, int thread, uint64_t address, uint32_t bytes);
+                           Access access, uint8_t how = 0);
+const char* verb(Access access);
 
 // Shared part: bounds and alignment only; the byte offset in the block's shared memory.
 uint32_t shared_offset(Warp& warp, uint32_t pc, int lane, uint64_t address, uint32_t bytes);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "access.h"
+#include "global_shadow.h"
 #include "half.h"
 #include "warp.h"
 

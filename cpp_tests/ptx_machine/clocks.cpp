@@ -54,12 +54,13 @@ bool Clocks::shows_foreign(Layer layer, int thread, uint32_t block, int other,
   return it != foreign->end() && it->second[layer].covers(other, stamp);
 }
 
-void Clocks::merge_foreign(std::shared_ptr<const Foreign>& to, const Foreign& from) const {
+void Clocks::merge_foreign(std::shared_ptr<const Foreign>& to, const Foreign& from,
+                           int layers) const {
   auto merged = to ? std::make_shared<Foreign>(*to) : std::make_shared<Foreign>();
   for (const auto& [block, view] : from) {
     if (block == block_) continue;
     View& mine = (*merged)[block];
-    for (int layer = 0; layer < kLayers; ++layer) mine[layer].merge(view[layer]);
+    for (int layer = 0; layer < layers; ++layer) mine[layer].merge(view[layer]);
   }
   to = std::move(merged);
 }
@@ -198,7 +199,7 @@ void Clocks::acquire_foreign(const Foreign& foreign, int first, uint32_t mask) {
   const auto mine = foreign.find(block_);
   if (mine != foreign.end()) acquire({mine->second, nullptr}, first, mask);
   for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
-    merge_foreign(foreign_[first + __builtin_ctz(lanes)], foreign);
+    merge_foreign(foreign_[first + __builtin_ctz(lanes)], foreign, kOrder + 1);
   }
   any_foreign_ = true;
 }

@@ -37,6 +37,15 @@ using View = std::array<Horizon, kLayers>;
 // What a thread knows of the threads of other blocks, by the block's number.
 using Foreign = std::map<uint32_t, View>;
 
+// What was released to a word of global memory: to everybody, and to the threads of one block
+// (scope .cta).
+struct Published {
+  std::shared_ptr<const Foreign> all;
+  std::shared_ptr<const Foreign> inside;
+  uint32_t block = 0;  // of `inside`
+  bool is_empty() const { return !all && !inside; }
+};
+
 // All that a release hands over.
 struct Release {
   View view;
@@ -75,12 +84,14 @@ class Clocks {
   void add_release(Release& release, int first, uint32_t mask);
   // The lanes of `mask` take over what a release of this block handed out.
   void acquire(const Release& release, int first, uint32_t mask);
-  // Releases of other blocks, by block.
+  // Releases by block. Proxy fences of other blocks do not serve this one: one stands in the block
+  // of the asynchronous operation.
   void acquire_foreign(const Foreign& foreign, int first, uint32_t mask);
 
  private:
   void renew_warp(int first);
-  void merge_foreign(std::shared_ptr<const Foreign>& to, const Foreign& from) const;
+  void merge_foreign(std::shared_ptr<const Foreign>& to, const Foreign& from,
+                     int layers = kLayers) const;
 
   uint32_t block_ = 0;
   bool proxies_ = false;  // some thread has executed a proxy fence

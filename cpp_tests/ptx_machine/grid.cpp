@@ -86,6 +86,7 @@ bool Machine::run_grid(const Launch& launch, const Kernel& kernel) {
     block.counters = &counters_;
     block.grid = &grid;
     block.checks = checks_;
+    block.ordered_sums = ordered_sums_;
     block.threads = launch.block[0] * launch.block[1] * launch.block[2];
     block.shared_bytes = kernel.static_shared + static_cast<uint32_t>(launch.dynamic_shared);
     block.launch_stamp = launch_stamp;

@@ -77,6 +77,7 @@ const char* name(Error kind) {
     case Error::kWgmma: return "WGMMA";
     case Error::kRegisters: return "REGISTERS";
     case Error::kTensorMap: return "TENSOR MAP";
+    case Error::kUnorderedSum: return "UNORDERED SUM";
   }
   return "?";
 }
@@ -97,6 +98,11 @@ std::string Report::to_string() const {
 Machine& machine() {
   static Machine instance;
   return instance;
+}
+
+bool& has_context() {
+  thread_local bool has = false;
+  return has;
 }
 
 void Machine::configure(const Device& device) { device_ = device; }

@@ -49,6 +49,7 @@ enum class Error {
   kWgmma,        // registers or descriptors of a wgmma
   kRegisters,    // misuse of setmaxnreg
   kTensorMap,    // not a tensor map, or not of the instruction's rank
+  kUnorderedSum,  // two floating-point additions to one word, and no order: see set_ordered_sums
 };
 const char* name(Error kind);
 
@@ -105,6 +106,9 @@ struct HostCalls {
   uint64_t others = 0;               // of memory, streams, properties, occupancy
 };
 
+// Whether the calling thread has a current context; a new one has none.
+bool& has_context();
+
 struct Module;
 
 class Machine {
@@ -144,6 +148,11 @@ class Machine {
   // Blocks that wait for each other need as many as the GPU would have resident.
   void set_resident_blocks(int count) { resident_blocks_ = count; }
   int resident_blocks() const { return resident_blocks_; }
+
+  // On: floating-point additions to one word of global memory (atom, red, bulk reductions) must be
+  // ordered among each other, as in kernels that promise the same bits every time.
+  void set_ordered_sums(bool on) { ordered_sums_ = on; }
+  bool ordered_sums() const { return ordered_sums_; }
 
   // Off: no race, in-flight or uninitialised-read check (bounds stay); for timing only.
   void set_checks(bool on) { checks_ = on; }
@@ -195,6 +204,7 @@ class Machine {
   uint64_t launches_ = 0;  // since set_seed
   uint64_t budget_ = 20'000'000;
   bool checks_ = true;
+  bool ordered_sums_ = false;
   bool executes_ = true;
   int resident_blocks_ = 1;
   std::vector<Report> reports_;

@@ -10,6 +10,15 @@
 
 namespace ptx {
 
+// How a word was accessed.
+enum How : uint8_t {
+  kStrong = 1,      // relaxed, acquire, release, volatile, atomic
+  kBlockScope = 2,  // strong for its own block only
+  kSum = 4,         // a floating-point addition: its result depends on the order
+  kAsync = 8,       // by a bulk copy
+  kInFlight = 16,   // by a bulk copy whose thread has not waited for it
+};
+
 // Of one 4-byte word. Stamps grow over the whole life of the process (see race.h), so a stamp from
 // an earlier launch never conflicts and the shadow is never cleared.
 struct WordShadow {
@@ -18,13 +27,14 @@ struct WordShadow {
   uint32_t foreign_read_stamp = 0;  // of the last read by a block that is not the last reader's
   uint32_t write_pc = 0;
   uint32_t read_pc = 0;
+  uint32_t foreign_read_pc = 0;
   uint32_t write_agent = 0;  // see agent_of
   uint32_t read_agent = 0;
   uint32_t foreign_read_agent = 0;
+  uint32_t read_load = 0;   // of a bulk load: its AsyncWrite
   uint8_t write_bytes = 0;  // which of the 4 bytes
-  bool atomic = false;      // the write was an atom, a red or a bulk reduction
-  bool in_flight = false;   // by a bulk copy whose thread has not waited for it
-  bool async = false;       // by a bulk copy
+  uint8_t write_how = 0;    // flags of How
+  uint8_t read_how = 0;
 };
 
 // A thread of a launch: its block's number, and its index there.

@@ -15,6 +15,25 @@ void update(char* at, T operand, T& old) {
   std::memcpy(at, &next, sizeof(T));
 }
 
+template <class H>
+struct AddPacked {
+  static uint32_t one(uint32_t x, uint32_t y) {
+    return H::narrow(H::widen(static_cast<uint16_t>(x)) + H::widen(static_cast<uint16_t>(y)));
+  }
+  uint32_t operator()(uint32_t a, uint32_t b) const {
+    return one(a, b) | one(a >> 16, b >> 16) << 16;
+  }
+};
+
+// Floating-point updates are additions, which round: their order matters.
+template <class F>
+inline constexpr bool kRounds = false;
+template <class H>
+inline constexpr bool kRounds<AddPacked<H>> = true;
+template <auto kFunction, class T>
+inline constexpr bool kIsSum =
+    std::is_floating_point_v<T> || kRounds<std::remove_cv_t<decltype(kFunction)>>;
+
 template <Space kSpace>
 void order_update(Warp& warp, const uint64_t (&address)[kLanes], uint32_t mask, int32_t order) {
   if (kSpace == Space::kShared) return;
@@ -34,6 +53,7 @@ void atomic(Warp& warp, const Inst& inst, uint32_t mask) {
   r.bytes = sizeof(T) * kVector;
   r.access = Access::kAtomic;
   const int32_t* o = inst.operand + (kResult ? 1 : 0);
+  r.how = static_cast<uint8_t>(how_of(o[3 + kVector]) | (kIsSum<kFunction, T> ? kSum : 0));
   read_addresses(warp, o, r.address);
   resolve(r, kSpace);
   order_update<kSpace>(warp, r.address, mask, o[3 + kVector]);
@@ -56,6 +76,7 @@ void compare_and_swap(Warp& warp, const Inst& inst, uint32_t mask) {
   r.mask = mask;
   r.bytes = sizeof(T);
   r.access = Access::kAtomic;
+  r.how = how_of(inst.operand[6]);
   read_addresses(warp, inst.operand + 1, r.address);
   resolve(r, kSpace);
   order_update<kSpace>(warp, r.address, mask, inst.operand[6]);
@@ -71,16 +92,8 @@ void compare_and_swap(Warp& warp, const Inst& inst, uint32_t mask) {
   }
 }
 
-template <class H>
-uint32_t add_packed(uint32_t a, uint32_t b) {
-  const auto one = [](uint32_t x, uint32_t y) -> uint32_t {
-    return H::narrow(H::widen(static_cast<uint16_t>(x)) + H::widen(static_cast<uint16_t>(y)));
-  };
-  return one(a, b) | one(a >> 16, b >> 16) << 16;
-}
-
 template <Space kSpace, auto kFunction, class T>
-void add_one(OpTable& t, const std::string& prefix, const std::string& name, Order order) {
+void add_one(OpTable& t, const std::string& prefix, const std::string& name, int32_t order) {
   const char l = letter_of<T>();
   t.add("atom" + prefix + name, std::string{l, '=', 'M', l, '#'},
         atomic<kSpace, kFunction, T, true, 1>, order);
@@ -89,7 +102,7 @@ void add_one(OpTable& t, const std::string& prefix, const std::string& name, Ord
 }
 
 template <Space kSpace, class T>
-void add_integer(OpTable& t, const std::string& p, const std::string& type, Order order) {
+void add_integer(OpTable& t, const std::string& p, const std::string& type, int32_t order) {
   add_one<kSpace,
           [](T a, T b) {
             return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) +
@@ -101,7 +114,7 @@ void add_integer(OpTable& t, const std::string& p, const std::string& type, Orde
 }
 
 template <Space kSpace, class T>
-void add_bits(OpTable& t, const std::string& p, const std::string& type, Order order) {
+void add_bits(OpTable& t, const std::string& p, const std::string& type, int32_t order) {
   add_one<kSpace, [](T a, T b) { return a & b; }, T>(t, p, ".and" + type, order);
   add_one<kSpace, [](T a, T b) { return a | b; }, T>(t, p, ".or" + type, order);
   add_one<kSpace, [](T a, T b) { return a ^ b; }, T>(t, p, ".xor" + type, order);
@@ -112,7 +125,7 @@ void add_bits(OpTable& t, const std::string& p, const std::string& type, Order o
 }
 
 template <Space kSpace>
-void add_space(OpTable& t, const std::string& p, Order order) {
+void add_space(OpTable& t, const std::string& p, int32_t order) {
   using U = uint32_t;
   constexpr auto plus = [](auto a, auto b) { return a + b; };
   add_integer<kSpace, int32_t>(t, p, ".s32", order);
@@ -127,8 +140,8 @@ void add_space(OpTable& t, const std::string& p, Order order) {
   add_one<kSpace, plus, float>(t, p, ".add.f32", order);
   add_one<kSpace, plus, float>(t, p, ".add.ftz.f32", order);
   add_one<kSpace, plus, double>(t, p, ".add.f64", order);
-  add_one<kSpace, add_packed<Fp16>, U>(t, p, ".add.noftz.f16x2", order);
-  add_one<kSpace, add_packed<Bf16>, U>(t, p, ".add.noftz.bf16x2", order);
+  add_one<kSpace, AddPacked<Fp16>{}, U>(t, p, ".add.noftz.f16x2", order);
+  add_one<kSpace, AddPacked<Bf16>{}, U>(t, p, ".add.noftz.bf16x2", order);
   if constexpr (kSpace == Space::kGlobal) {
     t.add("red" + p + ".add.v2.f32", "Mrr#", atomic<kSpace, plus, float, false, 2>, order);
     t.add("red" + p + ".add.v4.f32", "Mrrrr#", atomic<kSpace, plus, float, false, 4>, order);
@@ -138,18 +151,20 @@ void add_space(OpTable& t, const std::string& p, Order order) {
 }  // namespace
 
 void add_atomic_ops(OpTable& t) {
-  const auto add = [&](const std::string& o, Order order) {
+  const auto add = [&](const std::string& o, int32_t order) {
     add_space<Space::kGlobal>(t, o + ".global", order);
     add_space<Space::kGeneric>(t, o, order);
     add_space<Space::kShared>(t, o + ".shared", order);
     add_space<Space::kShared>(t, o + ".shared::cta", order);
   };
-  for (const char* scope : {"", ".gpu", ".cta", ".sys"}) add(scope, kRelaxed);
-  for (const std::string scope : {".cta", ".gpu", ".sys"}) {
-    add(".relaxed" + scope, kRelaxed);
-    add(".acquire" + scope, kAcquire);
-    add(".release" + scope, kRelease);
-    add(".acq_rel" + scope, kAcquireRelease);
+  add("", kRelaxed);
+  for (const auto& [scope, in_block] : kScopes) {
+    const std::string end = scope;
+    add(end, kRelaxed | in_block);
+    add(".relaxed" + end, kRelaxed | in_block);
+    add(".acquire" + end, kAcquire | in_block);
+    add(".release" + end, kRelease | in_block);
+    add(".acq_rel" + end, kAcquireRelease | in_block);
   }
 }
 

@@ -1,13 +1,11 @@
 // cp.async.bulk and cp.reduce.async.bulk, with and without a tensor map, their groups, and the
 // hints around them.
-#include "access.h"
+#include "global_shadow.h"
 #include "ops.h"
 
 namespace ptx {
 
 namespace {
-
-constexpr Access kRead = Access::kRead;
 
 // The tensor map at a generic address: a kernel parameter or global memory.
 TensorMap read_map(Warp& warp, uint32_t pc, int lane, uint64_t address) {
@@ -59,14 +57,31 @@ uint32_t shared_range(const Place& p, uint64_t address, uint32_t bytes, uint32_t
   return static_cast<uint32_t>(offset);
 }
 
+void start_load(const Place& p, BulkCopy& copy) {
+  copy.thread = p.thread();
+  copy.pc = p.pc;
+  copy.write = p.block().async.add_write(copy.thread, p.pc);
+}
+
+// Global memory that a load reads.
+void check_load(const Place& p, const BulkCopy& copy, uint64_t address, uint32_t bytes) {
+  check_bulk_global({p.warp, p.pc, p.lane, address, bytes, Access::kRead, kAsync, copy.write});
+}
+
+// Global memory that a store or a reduction writes. A reduction is relaxed, of the device's scope.
+void check_target(const Place& p, const BulkCopy& copy, uint64_t address, uint32_t bytes) {
+  uint8_t how = kAsync;
+  if (copy.adds) how |= kStrong;
+  if (copy.adds && copy.element != Element::kInteger) how |= kSum;
+  const Access access = copy.adds ? Access::kAtomic : Access::kWrite;
+  check_bulk_global({p.warp, p.pc, p.lane, address, bytes, access, how});
+}
+
 void begin_load(const Place& p, BulkCopy copy, uint64_t barrier) {
   Block& block = p.block();
   Mbarrier& b = block.mbarrier(p.warp, p.pc, p.lane, barrier & ~kWindowMask);
   block.mbarrier_for_copy(p.warp, p.pc, p.lane, b);
   copy.barrier = b.offset;
-  copy.thread = p.thread();
-  copy.pc = p.pc;
-  copy.write = block.async.add_write(copy.thread, p.pc);
   if (block.checks &&
       !block.shadow->async_write(block.clocks, copy.thread, copy.offset, copy.bytes, copy.write))
     fail_shadow(p.warp, p.pc, p.lane, "write by a bulk copy");
@@ -120,8 +135,9 @@ void load_box(Warp& warp, const Inst& inst, uint32_t mask) {
     const Place place{warp, pc, l};
     BulkCopy copy = box_at<kRank>(warp, pc, l, map[l], o + 6);
     copy.offset = shared_range(place, to[l], copy.bytes, 128);
+    start_load(place, copy);
     copy.map.for_rows(copy.at, [&](uint32_t, uint64_t address, uint32_t from, uint32_t end) {
-      if (from < end) check_bulk_global(warp, pc, l, address + from, end - from, kRead);
+      if (from < end) check_load(place, copy, address + from, end - from);
     });
     begin_load(place, std::move(copy), barrier[l]);
   }
@@ -151,8 +167,7 @@ void store_box(Warp& warp, const Inst& inst, uint32_t mask) {
         const uint32_t stop = std::min(end - chunk, 16u);
         check_source(place, at - static_cast<uint32_t>(kSharedBase) + skip, stop - skip);
       }
-      check_bulk_global(warp, pc, l, address + first, end - first,
-                        kAdd ? Access::kAtomic : Access::kWrite);
+      check_target(place, copy, address + first, end - first);
     });
     begin_store(place, std::move(copy));
   }
@@ -182,7 +197,8 @@ void load_linear(Warp& warp, const Inst& inst, uint32_t mask) {
     copy.global = from[l];
     copy.offset = shared_range(place, to[l], copy.bytes, 16);
     if (copy.bytes == 0) continue;
-    check_bulk_global(warp, place.pc, l, copy.global, copy.bytes, kRead);
+    start_load(place, copy);
+    check_load(place, copy, copy.global, copy.bytes);
     begin_load(place, std::move(copy), barrier[l]);
   }
 }
@@ -206,8 +222,7 @@ void store_linear(Warp& warp, const Inst& inst, uint32_t mask) {
     copy.offset = shared_range(place, from[l], copy.bytes, 16);
     if (copy.bytes == 0) continue;
     check_source(place, copy.offset, copy.bytes);
-    check_bulk_global(warp, place.pc, l, copy.global, copy.bytes,
-                      kAdd ? Access::kAtomic : Access::kWrite);
+    check_target(place, copy, copy.global, copy.bytes);
     begin_store(place, std::move(copy));
   }
 }

@@ -17,7 +17,7 @@ void load(Warp& warp, const Inst& inst, uint32_t mask) {
   r.bytes = sizeof(T) * kVector;
   read_addresses(warp, inst.operand + kVector, r.address);
   const int32_t order = inst.operand[kVector + 3];
-  r.strong = order != kWeak;
+  r.how = how_of(order);
   resolve(r, kSpace);
   if (order != kWeak) {
     if (kSpace != Space::kShared) acquire_words(warp, r.address, mask, order);
@@ -56,7 +56,7 @@ void store(Warp& warp, const Inst& inst, uint32_t mask) {
   r.access = Access::kWrite;
   read_addresses(warp, inst.operand, r.address);
   const int32_t order = inst.operand[3 + kVector];
-  r.strong = order != kWeak;
+  r.how = how_of(order);
   resolve(r, kSpace);
   if (kSpace != Space::kShared && order != kWeak)
     release_words(warp, r.address, mask, order, false);
@@ -72,7 +72,7 @@ void store(Warp& warp, const Inst& inst, uint32_t mask) {
 
 template <Space kSpace, class T, int kVector>
 void add_type(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
-              const std::string& type, Order order) {
+              const std::string& type, int32_t order) {
   const std::string vector = kVector == 1 ? "." : kVector == 2 ? ".v2." : ".v4.";
   const auto letters = [](char c) { return std::string(kVector, c); };
   if constexpr (sizeof(T) <= 2) {
@@ -103,7 +103,7 @@ void add_type(OpTable& t, const std::string& load_prefix, const std::string& sto
 
 template <Space kSpace, int kVector>
 void add_types(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
-               Order order) {
+               int32_t order) {
   const auto add = [&]<class T>(std::type_identity<T>, const char* type) {
     if constexpr (sizeof(T) * kVector <= 16)
       add_type<kSpace, T, kVector>(t, load_prefix, store_prefix, type, order);
@@ -119,7 +119,7 @@ void add_types(OpTable& t, const std::string& load_prefix, const std::string& st
 
 template <Space kSpace>
 void add_space(OpTable& t, const std::string& load_prefix, const std::string& store_prefix,
-               Order order = kWeak) {
+               int32_t order = kWeak) {
   add_types<kSpace, 1>(t, load_prefix, store_prefix, order);
   add_types<kSpace, 2>(t, load_prefix, store_prefix, order);
   add_types<kSpace, 4>(t, load_prefix, store_prefix, order);
@@ -128,7 +128,7 @@ void add_space(OpTable& t, const std::string& load_prefix, const std::string& st
 }  // namespace
 
 void add_memory_ops(OpTable& t) {
-  const auto add_all = [&](const std::string& load, const std::string& store, Order order) {
+  const auto add_all = [&](const std::string& load, const std::string& store, int32_t order) {
     const auto both = [&]<Space kSpace>(std::integral_constant<Space, kSpace>, const char* space) {
       add_space<kSpace>(t, load.empty() ? "" : load + space, store.empty() ? "" : store + space,
                         order);
@@ -141,12 +141,12 @@ void add_memory_ops(OpTable& t) {
   for (const char* weak : {"", ".weak"}) {
     add_all(std::string("ld") + weak, std::string("st") + weak, kWeak);
   }
-  for (const char* strong : {".volatile", ".relaxed.cta", ".relaxed.gpu", ".relaxed.sys"}) {
-    add_all(std::string("ld") + strong, std::string("st") + strong, kRelaxed);
-  }
-  for (const char* scope : {".cta", ".gpu", ".sys"}) {
-    add_all(std::string("ld.acquire") + scope, "", kAcquire);
-    add_all("", std::string("st.release") + scope, kRelease);
+  add_all("ld.volatile", "st.volatile", kRelaxed);
+  for (const auto& [scope, in_block] : kScopes) {
+    const std::string end = scope;
+    add_all("ld.relaxed" + end, "st.relaxed" + end, kRelaxed | in_block);
+    add_all("ld.acquire" + end, "", kAcquire | in_block);
+    add_all("", "st.release" + end, kRelease | in_block);
   }
   add_space<Space::kLocal>(t, "ld.local", "st.local");
   add_space<Space::kParam>(t, "ld.param", "");

@@ -1,7 +1,9 @@
 // The CUDA runtime entry points, answered by the machine. Linked in place of libcudart.
 //
 // "Device" memory is host memory with registered bounds; streams are done when a call returns. The
-// machine knows no threads: calls that touch it take turns.
+// machine knows no threads: calls that touch it take turns. As in the real library, a thread has no
+// context until a call that needs one makes it current; asking what the device and the driver are
+// needs none.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -38,6 +40,13 @@ class Turn {
   std::lock_guard<std::mutex> lock_{ptx::machine().turns()};
 };
 
+// The turn of a call that needs the context of the current device.
+class ContextTurn : public Turn {
+ public:
+  ContextTurn() { ptx::has_context() = true; }
+  explicit ContextTurn(uint64_t ptx::HostCalls::* kind) : Turn(kind) { ptx::has_context() = true; }
+};
+
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int current_device = 0;
 
@@ -59,7 +68,7 @@ struct Configuration {
 thread_local Configuration pushed;
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared) {
-  const Turn turn;
+  const ContextTurn turn;
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   ptx::Machine::Launch l;
@@ -154,7 +163,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   return launch(function, config->gridDim, config->blockDim, args, config->dynamicSmemBytes);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attr, int value) {
-  const Turn turn(&ptx::HostCalls::function_attributes);
+  const ContextTurn turn(&ptx::HostCalls::function_attributes);
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   if (attr != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -163,7 +172,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attr, i
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   const auto it = functions().find(function);
   if (it == functions().end()) return result(cudaErrorInvalidDeviceFunction);
   std::memset(out, 0, sizeof(*out));
@@ -176,7 +185,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function)
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*,
                                                                    int threads, size_t shared,
                                                                    unsigned) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   const ptx::Device& d = ptx::machine().device();
   const int by_threads = threads > 0 ? (d.cc_minor == 9 ? 1536 : 2048) / threads : 0;
   const int by_shared = d.smem_per_sm / static_cast<int>(shared + 1024);
@@ -204,6 +213,7 @@ cudaError_t cudaSetDevice(int device) {
   const Turn turn(&ptx::HostCalls::current_devices);
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
   current_device = device;
+  ptx::has_context() = true;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int device) {
@@ -290,7 +300,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 
 // Memory.
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   *pointer = ptx::global_memory().allocate(bytes, current_device);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
 }
@@ -301,13 +311,13 @@ cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) {
   return cudaMalloc(pointer, bytes);
 }
 cudaError_t cudaFree(void* pointer) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   if (pointer == nullptr || ptx::global_memory().release(pointer)) return cudaSuccess;
   return result(cudaErrorInvalidValue);
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }
@@ -316,7 +326,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaMemcpy(to, from, bytes, kind);
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
@@ -324,23 +334,24 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaMemset(to, value, bytes);
 }
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   *pointer = std::malloc(bytes);
   return *pointer != nullptr ? cudaSuccess : result(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeHost(void* pointer) {
+  const ContextTurn turn(&ptx::HostCalls::others);
   std::free(pointer);
   return cudaSuccess;
 }
 
 // Streams and events: everything is done when the call that started it returns.
 cudaError_t cudaDeviceSynchronize() {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   *stream = reinterpret_cast<cudaStream_t>(new char);
   return cudaSuccess;
 }
@@ -348,11 +359,12 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaStreamCreate(stream);
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const ContextTurn turn(&ptx::HostCalls::others);
   delete reinterpret_cast<char*>(stream);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  const Turn turn(&ptx::HostCalls::others);
+  const ContextTurn turn(&ptx::HostCalls::others);
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

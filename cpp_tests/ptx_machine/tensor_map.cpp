@@ -124,6 +124,7 @@ extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(
     const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
     const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
     CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  if (!ptx::has_context()) return CUDA_ERROR_INVALID_CONTEXT;
   if (ptx::machine().device().compute_capability() < 90) return CUDA_ERROR_NOT_SUPPORTED;
   // Interleaved layouts are legal on a GPU; the machine does not know them.
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;

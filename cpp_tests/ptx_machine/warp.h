@@ -141,6 +141,7 @@ struct Block {
   Counters* counters = nullptr;
   Grid* grid = nullptr;
   bool checks = true;
+  bool ordered_sums = false;
   uint32_t index[3] = {};
   uint32_t number = 0;  // of the block in the launch
   uint32_t threads = 0;
@@ -159,10 +160,10 @@ struct Block {
   std::unique_ptr<char[]> register_files;
   std::vector<char> local_memory;
   std::vector<Allocation*> range_cache;  // [instructions], the allocation last used there
-  // Of each thread, empty until there is one: what its last fence published, and what it has read
-  // from other blocks without an acquire.
-  std::vector<std::shared_ptr<const Foreign>> fenced;
-  std::vector<std::shared_ptr<const Foreign>> observed;
+  // Of each thread, empty until there is one: what its last fences published, and what it has read
+  // without an acquire.
+  std::vector<Published> fenced;
+  std::vector<Published> observed;
   int64_t register_pool = 0;  // free registers of the block, for setmaxnreg
   uint64_t progress = 0;      // grows with every event that waiting threads can see
 

@@ -94,6 +94,14 @@ const Refusal kProblemRefusals[] = {
 };
 
 const Refusal kAppendRefusals[] = {
+    {[](CacheCall& c) { c.append.v_cache.data = c.k; }, kInvalid,
+     "k_cache shares memory with v_cache; allowed: memory of its own"},
+    {[](CacheCall& c) { c.append.v_new.data = c.v; }, kInvalid,
+     "v_cache shares memory with v_new; allowed: memory of its own"},
+    {[](CacheCall& c) { c.append.q_out.data = c.v; }, kInvalid,
+     "v_cache shares memory with q_out; allowed: memory of its own"},
+    {[](CacheCall& c) { c.append.q_out.data = c.q + SmallCall::kDim; }, kInvalid,
+     "q_out shares memory with q; allowed: memory of its own"},
     {[](CacheCall& c) { c.append.problem = nullptr; }, kInvalid,
      "problem is NULL; allowed: a pointer to the struct"},
     {[](CacheCall& c) { c.problem.page_size = 0; }, kInvalid,
@@ -124,6 +132,18 @@ const Refusal kAppendRefusals[] = {
        c.problem.total_new = 1;
      },
      kInvalid, "cu_seqlens_new[2] is 2; allowed: up to 1, the number of rows"},
+    {[](CacheCall& c) { c.lengths[1] = 6; }, kInvalid,
+     "seqused_k[1] is 6 and 1 new rows follow; allowed: 6 in all, the capacity"},
+    {[](CacheCall& c) { c.lengths[0] = 7; }, kInvalid, "seqused_k[0] is 7; allowed: 0 to 6"},
+    {[](CacheCall& c) { c.lengths[1] = -1; }, kInvalid, "seqused_k[1] is -1; allowed: 0 to 6"},
+    {[](CacheCall& c) { c.table[5] = 6; }, kInvalid, "block_table[1][2] is 6; allowed: 0 to 5"},
+    {[](CacheCall& c) {
+       c.problem.block_table = nullptr;
+       c.problem.cache_batch_idx = c.index;
+       c.lengths[0] = c.lengths[1] = 1;
+       c.index[0] = -1;
+     },
+     kInvalid, "cache_batch_idx[0] is -1; allowed: 0 to 5"},
 };
 
 bool all_zero(const CacheCall& call) {

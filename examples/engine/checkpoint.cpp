@@ -65,7 +65,7 @@ ModelConfig read_config(const std::filesystem::path& folder) {
     if (type != "llama") fail(file, "model_type is " + type + "; allowed: llama");
     refuse_other_models(file, json);
     if (!(config.rope_theta > 0.0)) {
-      fail(file, "rope_theta is " + std::to_string(config.rope_theta) + "; allowed: above 0");
+      fail(file, "rope_theta is " + Json(config.rope_theta).dump() + "; allowed: above 0");
     }
     for (const int64_t size : {config.num_layers, config.hidden_size, config.vocab_size,
                                config.num_heads, config.head_dim, config.max_seqlen}) {

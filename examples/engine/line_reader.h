@@ -2,8 +2,10 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstddef>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -11,7 +13,8 @@ namespace engine {
 
 class LineReader {
  public:
-  LineReader();
+  // Of a line with more than `longest` bytes, the first longest + 1 are kept: enough to refuse it.
+  explicit LineReader(size_t longest);
   ~LineReader();
   LineReader(const LineReader&) = delete;
   LineReader& operator=(const LineReader&) = delete;
@@ -24,8 +27,10 @@ class LineReader {
 
  private:
   void read();
-  void add(const std::string& text);
+  void extend(std::string& line, std::string_view more) const;
+  void add(std::vector<std::string> lines);
 
+  const size_t longest_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::string> lines_;

@@ -29,6 +29,7 @@ constexpr const char* kUsage =
     "  --max-step-tokens N  that a step computes\n";
 
 struct Options {
+  bool help = false;
   ModelOptions model;
   Limits limits;
 };
@@ -57,7 +58,8 @@ Options parse_options(int argc, char** argv) {
       {"max-seqlen", &options.limits.max_seqlen},
       {"max-sequences", &options.limits.max_sequences},
       {"max-step-tokens", &options.limits.max_step_tokens}};
-  std::vector<option> known = {{"model", required_argument, nullptr, 0}};
+  std::vector<option> known = {{"help", no_argument, nullptr, 0},
+                               {"model", required_argument, nullptr, 0}};
   for (const auto& [name, value] : texts) {
     known.push_back({name.c_str(), required_argument, nullptr, 0});
   }
@@ -66,10 +68,15 @@ Options parse_options(int argc, char** argv) {
   }
   known.push_back({});
   int index = 0;
-  for (int found; (found = getopt_long(argc, argv, "", known.data(), &index)) != -1;) {
-    if (found != 0) throw std::invalid_argument(kUsage);
+  opterr = 0;  // one sentence is enough
+  for (int found; (found = getopt_long(argc, argv, ":", known.data(), &index)) != -1;) {
+    const std::string given = argv[optind - 1];
+    if (found == ':') throw std::invalid_argument(given + " lacks its value");
+    if (found != 0) throw std::invalid_argument("there is no option " + given + "; try --help");
     const std::string name = known[index].name;
-    if (name == "model") {
+    if (name == "help") {
+      options.help = true;
+    } else if (name == "model") {
       options.model.folder = optarg;
     } else if (const auto text = texts.find(name); text != texts.end()) {
       *text->second = optarg;
@@ -77,7 +84,12 @@ Options parse_options(int argc, char** argv) {
       *numbers.at(name) = whole_number(name, optarg);
     }
   }
-  if (options.model.folder.empty() || optind != argc) throw std::invalid_argument(kUsage);
+  if (optind != argc) {
+    throw std::invalid_argument(std::string("there is no option ") + argv[optind] + "; try --help");
+  }
+  if (options.model.folder.empty() && !options.help) {
+    throw std::invalid_argument("--model is missing; allowed: a folder of export_model.py");
+  }
   options.limits.page_size = options.model.page_size;
   return options;
 }
@@ -119,7 +131,7 @@ void serve(Options options) {
                    .pages = options.model.num_pages,
                    .page_size = options.model.page_size,
                    .cache_bytes = model.cache_bytes()}));
-  LineReader reader;
+  LineReader reader(kLongestLine);
   Progress progress;
   bool busy = false;
   while (busy || !reader.ended()) {
@@ -135,10 +147,17 @@ void serve(Options options) {
 
 int main(int argc, char** argv) {
   try {
-    engine::serve(engine::parse_options(argc, argv));
+    const engine::Options options = engine::parse_options(argc, argv);
+    if (options.help) {
+      std::cout << engine::kUsage;
+    } else {
+      engine::serve(options);
+    }
     return EXIT_SUCCESS;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
+    // torch appends where it was thrown, line by line.
+    const std::string text = error.what();
+    std::fprintf(stderr, "%s\n", text.substr(0, text.find('\n')).c_str());
     return EXIT_FAILURE;
   }
 }

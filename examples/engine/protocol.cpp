@@ -12,10 +12,27 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kMostTokens = 1 << 30;
-constexpr int kDeepest = 3;  // values are copied and printed recursively: depth is stack
+constexpr size_t kLongestQuote = 100;  // bytes of a value that a sentence shows
+constexpr int kDeepest = 3;            // values are copied and printed recursively: depth is stack
 
 [[noreturn]] void fail(const std::optional<std::string>& id, const std::string& what) {
   throw ProtocolError(id, what);
+}
+
+// A text as a sentence shows it: long ones are cut, between two characters.
+std::string quote(const std::string& text) {
+  if (text.size() <= kLongestQuote) return text;
+  size_t end = kLongestQuote;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
+std::string show(const Json& value) { return quote(value.dump()); }
+
+// A whole number without a fraction: 1, not 1.0.
+std::string show(double value) {
+  const bool whole = std::abs(value) <= 0x1p53 && std::trunc(value) == value;
+  return whole ? std::to_string(static_cast<int64_t>(value)) : Json(value).dump();
 }
 
 // The values of one request, each checked and named.
@@ -28,17 +45,17 @@ class RequestParser {
     static const std::set<std::string> known = {"id",    "prompt", "max_tokens", "temperature",
                                                 "top_p", "seed",   "stop"};
     for (const auto& [name, value] : json_.items()) {
-      if (!known.contains(name)) fail(id_, "there is no field " + name);
+      if (!known.contains(name)) fail(id_, "there is no field " + quote(name));
     }
     if (!json_.contains("prompt")) fail(id_, "prompt is missing; allowed: a list of tokens");
     Request request;
     request.id = id_;
     request.prompt = tokens("prompt");
     request.stop = tokens("stop");
-    request.max_tokens = static_cast<int64_t>(number("max_tokens", 16, 1, kMostTokens));
+    request.max_tokens = static_cast<int64_t>(whole_number("max_tokens", 16, 1, kMostTokens));
     request.sampling.temperature = static_cast<float>(number("temperature", 0, 0, 100));
     request.sampling.top_p = static_cast<float>(number("top_p", 1, 0, 1));
-    request.sampling.seed = static_cast<uint64_t>(number("seed", 0, 0, 0x1p53));
+    request.sampling.seed = static_cast<uint64_t>(whole_number("seed", 0, 0, 0x1p53));
     return request;
   }
 
@@ -49,7 +66,7 @@ class RequestParser {
     std::vector<int32_t> result;
     for (const Json& token : list) {
       if (!token.is_number_integer() || token < 0 || token >= vocab_size_) {
-        fail(id_, std::string(name) + " has " + token.dump() + "; allowed: tokens, 0 to " +
+        fail(id_, std::string(name) + " has " + show(token) + "; allowed: tokens, 0 to " +
                       std::to_string(vocab_size_ - 1));
       }
       result.push_back(token.get<int32_t>());
@@ -60,10 +77,19 @@ class RequestParser {
   double number(const char* name, double otherwise, double least, double most) const {
     const Json value = json_.value(name, Json(otherwise));
     if (!value.is_number() || !(value.get<double>() >= least && value.get<double>() <= most)) {
-      fail(id_, std::string(name) + " is " + value.dump() + "; allowed: " + Json(least).dump() +
-                    " to " + Json(most).dump());
+      fail(id_, std::string(name) + " is " + show(value) + "; allowed: " + show(least) + " to " +
+                    show(most));
     }
     return value.get<double>();
+  }
+
+  double whole_number(const char* name, double otherwise, double least, double most) const {
+    const double value = number(name, otherwise, least, most);
+    if (std::trunc(value) != value) {
+      fail(id_, std::string(name) + " is " + show(value) + "; allowed: whole numbers, " +
+                    show(least) + " to " + show(most));
+    }
+    return value;
   }
 
   const Json& json_;
@@ -82,6 +108,9 @@ double rounded(double value) { return std::round(value * 1e4) / 1e4; }
 }  // namespace
 
 Message parse_message(const std::string& line, int64_t vocab_size) {
+  if (line.size() > kLongestLine) {
+    fail(std::nullopt, "the line is too long; allowed: " + std::to_string(kLongestLine) + " bytes");
+  }
   const auto check_depth = [](int depth, Json::parse_event_t, const Json&) {
     if (depth > kDeepest)
       fail(std::nullopt, "the line is nested too deep; allowed: lists of tokens");
@@ -92,9 +121,10 @@ Message parse_message(const std::string& line, int64_t vocab_size) {
   if (json.contains("stats")) return AskStats{};
   const bool cancels = json.contains("cancel");
   const Json id = json.value(cancels ? "cancel" : "id", Json());
-  if (!id.is_string()) {
-    fail(std::nullopt,
-         std::string(cancels ? "cancel" : "id") + " is " + id.dump() + "; allowed: a string");
+  if (!id.is_string() || id.get_ref<const std::string&>().size() > kLongestId) {
+    fail(std::nullopt, std::string(cancels ? "cancel" : "id") + " is " + show(id) +
+                           "; allowed: a string of at most " + std::to_string(kLongestId) +
+                           " bytes");
   }
   if (cancels) return Cancel{id};
   return RequestParser(json, id, vocab_size).parse();

@@ -5,6 +5,8 @@
 //        {"cancel": "a"}
 //        {"stats": true}
 //
+//        A line has at most kLongestLine bytes, an id kLongestId.
+//
 //   out  {"ready": {...}}             once, when the model is loaded
 //        {"id": "a", "token": 17, "index": 0}
 //        {"id": "a", "finished": "stop" | "length" | "cancelled", "usage": {...}}
@@ -12,6 +14,7 @@
 //        {"stats": {...}}             when asked, and at the end
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -21,6 +24,9 @@
 #include "sequence.h"
 
 namespace engine {
+
+constexpr size_t kLongestLine = size_t{1} << 24;
+constexpr size_t kLongestId = 256;
 
 struct Cancel {
   std::string id;
@@ -35,7 +41,8 @@ struct ProtocolError : std::runtime_error {
   std::optional<std::string> id;
 };
 
-// Throws ProtocolError. Tokens must be below vocab_size.
+// Throws ProtocolError. Tokens must be below vocab_size. A sentence quotes a part of a long value,
+// so that every line that goes out is short.
 Message parse_message(const std::string& line, int64_t vocab_size);
 
 // All since the start.

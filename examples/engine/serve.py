@@ -3,204 +3,194 @@
     python examples/engine/serve.py --engine build/engine/flashtile_engine --model FOLDER
         [--port 8000] [-- --pages 512 ...]
 
-/v1/completions, /v1/chat/completions (both with streaming), /v1/models, and /stats with the
-engine's numbers. What is not served is refused with a sentence; no field is ignored.
+/v1/completions, /v1/chat/completions (both with streaming), /v1/models, /health, and /stats with
+the engine's numbers. What is not served is refused with a sentence; no field is ignored. An engine
+that dies is started again, at most 3 times a minute; then the server ends with status 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
+import functools
+import logging
 import secrets
-import time
-from collections.abc import AsyncIterator
+import socket
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import uvicorn
-from engine_client import EngineClient, EngineError
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from api_error import ApiError
+from engine_client import EngineEndedError, EngineError
+from engine_supervisor import EngineSupervisor
+from http_limits import PatientProtocol, QueueLimit, error_response, read_body, unless_gone
+from openai_answers import Answer, Piece, error_event
+from openai_requests import Body, ChatBody, CommonBody, CompletionBody, parse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from text_stream import TextStream
-from transformers import AutoTokenizer
 
-# Numbers that JSON lines can carry: the engine cannot say whose a line was that it could not read.
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Events = AsyncGenerator[str, None]
+Pieces = AsyncGenerator[Piece, None]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
+class EventStream(StreamingResponse):
+    """Server-sent events. However it ends, the request behind it has ended, too."""
+
+    def __init__(self, events: Events, pieces: Pieces) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._generators: tuple[Events, Pieces] = (events, pieces)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for generator in self._generators:
+                await generator.aclose()
 
 
-class CommonBody(BaseModel):
-    """Fields of both kinds of request, named as OpenAI names them."""
+class Prompts:
+    """Prompts of requests, in a thread: what takes long keeps nobody else waiting."""
 
-    model_config = ConfigDict(extra="forbid")
-    model: str
-    temperature: Finite = 1.0
-    top_p: Finite = 1.0
-    seed: Int64 | None = None
-    stop: str | list[str] = Field(default_factory=list)
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    n: Literal[1] = 1
-    return_token_ids: bool = (
-        False  # not OpenAI's: every choice then has the token_ids it stands for
-    )
+    def __init__(self, tokenizer: Any, max_seqlen: int) -> None:
+        self._tokenizer = tokenizer
+        # No token stands for more characters than it has in the vocabulary.
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._most_characters = max_seqlen * longest
+        self._thread = ThreadPoolExecutor(1)
 
+    async def read(self, kind: type[Body], data: bytes) -> tuple[Body, list[int]]:
+        """A request and the tokens of its prompt."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._read, kind, data)
 
-class CompletionBody(CommonBody):
-    prompt: str | list[Int64]
-    max_tokens: Int64 = 16
+    def _read(self, kind: type[Body], data: bytes) -> tuple[Body, list[int]]:
+        body = parse(kind, data)
+        if isinstance(body, ChatBody):
+            messages = body.conversation()
+            self._check(sum(len(message["content"]) for message in messages), "messages")
+            text = self._render(messages)
+            self._check(len(text), "messages")
+            return body, self._tokenizer(text, add_special_tokens=False).input_ids
+        assert isinstance(body, CompletionBody)
+        if not isinstance(body.prompt, str):
+            return body, body.prompt
+        self._check(len(body.prompt), "prompt")
+        return body, self._tokenizer(body.prompt).input_ids
 
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # of jinja's, or whatever a template raises
+            message = f"messages do not fit the model's chat template: {first_line(error)}"
+            raise ApiError(400, message, param="messages") from None
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class ChatBody(CommonBody):
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: Int64 = 256
-    max_completion_tokens: Int64 | None = None
-
-
-@dataclass
-class Piece:
-    """Text of one or several tokens; the last one of an answer says why it ended."""
-
-    text: str
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    usage: dict[str, int] | None = None
-
-
-@dataclass
-class Answer:
-    """How an answer is written down: as a completion or as a chat, whole or in chunks."""
-
-    body: CommonBody
-    chat: bool
-    created: int = field(default_factory=lambda: int(time.time()))
-    name: str = field(default_factory=lambda: secrets.token_hex(12))
-
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        """The response without streaming."""
-        kind = "chat.completion" if self.chat else "text_completion"
-        content = {"message": {"role": "assistant", "content": piece.text}}
-        choice = content if self.chat else {"text": piece.text}
-        return {**self._frame(kind), "choices": [self._choice(choice, piece)], "usage": piece.usage}
-
-    def chunk(self, piece: Piece) -> str:
-        """One event of a stream."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        delta = {"delta": {"role": "assistant", "content": piece.text}}
-        choice = delta if self.chat else {"text": piece.text}
-        return self._event({**self._frame(kind), "choices": [self._choice(choice, piece)]})
-
-    def end(self, usage: dict[str, int] | None) -> str:
-        """The last events of a stream."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        asked = self.body.stream_options.include_usage
-        event = {**self._frame(kind), "choices": [], "usage": usage}
-        return (self._event(event) if asked else "") + "data: [DONE]\n\n"
-
-    def _frame(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        return {
-            "id": f"{prefix}-{self.name}",
-            "object": kind,
-            "created": self.created,
-            "model": self.body.model,
-        }
-
-    def _choice(self, content: dict[str, Any], piece: Piece) -> dict[str, Any]:
-        ids = {"token_ids": piece.tokens} if self.body.return_token_ids else {}
-        return {
-            "index": 0,
-            "finish_reason": piece.finish_reason,
-            "logprobs": None,
-            **content,
-            **ids,
-        }
-
-    @staticmethod
-    def _event(data: dict[str, Any]) -> str:
-        return f"data: {json.dumps(data)}\n\n"
+    def _check(self, characters: int, name: str) -> None:
+        most = self._most_characters
+        if characters > most:
+            message = f"{name} has {characters} characters; allowed: {most}, more never fit"
+            raise ApiError(400, message, param=name, code="context_length_exceeded")
 
 
 class Server:
     """The routes' work, over one engine and one tokenizer."""
 
-    def __init__(self, engine: EngineClient, tokenizer: Any, model: str) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.model = model
+    def __init__(
+        self, arguments: argparse.Namespace, supervisor: EngineSupervisor, tokenizer: Any
+    ) -> None:
+        self._arguments = arguments
+        self._supervisor = supervisor
+        self._tokenizer = tokenizer
+        self._prompts = Prompts(tokenizer, int(str(supervisor.ready["max_seqlen"])))
+        self._model = arguments.model.resolve().name
 
-    async def complete(self, body: CompletionBody) -> Any:
+    async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        text = body.prompt
-        tokens = self.tokenizer(text).input_ids if isinstance(text, str) else text
-        return await self._answer(Answer(body, chat=False), tokens, body.max_tokens)
+        return await self._complete(request, CompletionBody)
 
-    async def chat(self, body: ChatBody) -> Any:
+    async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        text = self.tokenizer.apply_chat_template(
-            [message.model_dump() for message in body.messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        tokens = self.tokenizer(text, add_special_tokens=False).input_ids
-        most = body.max_completion_tokens
-        most = body.max_tokens if most is None else most
-        return await self._answer(Answer(body, chat=True), tokens, most)
+        return await self._complete(request, ChatBody)
 
-    async def _answer(self, answer: Answer, prompt: list[int], max_tokens: int) -> Any:
-        body = answer.body
-        if body.model != self.model:
-            raise EngineError(f"model is {body.model}; allowed: {self.model}")
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._entry()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/ID."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._entry())
+
+    async def health(self, _: Request) -> Response:
+        """GET /health: 200 while an engine runs."""
+        self._supervisor.engine()
+        return JSONResponse({"status": "ok"})
+
+    async def stats(self, _: Request) -> Response:
+        """GET /stats."""
+        return JSONResponse({**self._supervisor.ready, **await self._supervisor.engine().stats()})
+
+    def _entry(self) -> dict[str, Any]:
+        return {"id": self._model, "object": "model", "created": 0, "owned_by": "local"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            message = f"model is {name[:100]}; allowed: {self._model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def _complete(self, request: Request, kind: type[CommonBody]) -> Response:
+        arguments = self._arguments
+        data = await read_body(request, arguments.max_body, arguments.body_seconds)
+        return await unless_gone(request, self._answer(kind, data))
+
+    async def _answer(self, kind: type[CommonBody], data: bytes) -> Response:
+        self._supervisor.engine()  # without one nothing needs to be tokenized
+        body, prompt = await self._prompts.read(kind, data)
+        self._check_model(body.model)
+        pieces = self._pieces(body, prompt)
+        answer = Answer(body)
+        if body.stream:
+            first = await anext(pieces)  # a request that is refused is refused here, by its status
+            return EventStream(self._events(answer, first, pieces), pieces)
+        async with aclosing(pieces):
+            return JSONResponse(answer.whole([piece async for piece in pieces]))
+
+    async def _events(self, answer: Answer, first: Piece, rest: Pieces) -> Events:
+        yield answer.chunk(first)
+        last = first
+        try:
+            async for last in rest:
+                yield answer.chunk(last)
+        except EngineEndedError as error:
+            yield error_event(unavailable(error))
+        else:
+            yield answer.end(last.usage)
+
+    async def _pieces(self, body: CommonBody, prompt: list[int]) -> Pieces:
         request = {
             "prompt": prompt,
-            "max_tokens": max_tokens,
+            "max_tokens": body.most_tokens(),
             "temperature": body.temperature,
             "top_p": body.top_p,
             "seed": secrets.randbits(32) if body.seed is None else body.seed,
-            "stop": [self.tokenizer.eos_token_id],
+            "stop": [self._tokenizer.eos_token_id],
         }
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop
-        pieces = self._pieces(request, stops)
-        first = await anext(pieces)  # a request that is refused is refused here, with its status
-        if body.stream:
-            return StreamingResponse(
-                self._events(answer, first, pieces), media_type="text/event-stream"
-            )
-        whole = first
-        async for piece in pieces:
-            text, tokens = whole.text + piece.text, whole.tokens + piece.tokens
-            whole = Piece(text, tokens, piece.finish_reason, piece.usage)
-        return answer.whole(whole)
-
-    async def _events(
-        self, answer: Answer, first: Piece, rest: AsyncIterator[Piece]
-    ) -> AsyncIterator[str]:
-        yield answer.chunk(first)
-        last = first
-        async with aclosing(rest):  # a client that goes away cancels the request
-            async for last in rest:
-                yield answer.chunk(last)
-        yield answer.end(last.usage)
-
-    async def _pieces(self, request: dict[str, Any], stops: list[str]) -> AsyncIterator[Piece]:
-        text = TextStream(self.tokenizer, stops)
+        text = TextStream(self._tokenizer, body.stop)
         count, reason = 0, "stop"
-        async with aclosing(self.engine.generate(request)) as lines:
+        async with aclosing(self._supervisor.engine().generate(request)) as lines:
             async for line in lines:
                 if "token" not in line:
                     reason = line["finished"]
@@ -209,82 +199,167 @@ class Server:
                 yield Piece(text.push(line["token"]), [line["token"]])
                 if text.stopped:
                     break
-        prompt = len(request["prompt"])
         usage = {
-            "prompt_tokens": prompt,
+            "prompt_tokens": len(prompt),
             "completion_tokens": count,
-            "total_tokens": prompt + count,
+            "total_tokens": len(prompt) + count,
         }
         yield Piece(text.end(), [], reason, usage)
 
 
-def error_response(message: str) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status_code=400)
+def unavailable(error: EngineEndedError) -> ApiError:
+    """What requests get that have no engine any more, or not yet."""
+    return ApiError(503, str(error), code="engine_ended")
 
 
-def make_app(arguments: argparse.Namespace) -> FastAPI:
-    """The application; the engine lives as long as it."""
+def first_line(error: Exception) -> str:
+    """One sentence of an exception that may say more."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """Every exception as an error of OpenAI's shape."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, EngineEndedError):
+        return error_response(unavailable(error))
+    if isinstance(error, EngineError):
+        return error_response(ApiError(400, str(error)))
+    if isinstance(error, HTTPException):
+        asked = f"{request.method} {request.url.path[:100]}"
+        return error_response(ApiError(error.status_code, f"there is no {asked}"))
+    if isinstance(error, ApiError):
+        return error_response(error)
+    return error_response(ApiError(500, f"the server failed: {type(error).__name__}"))
+
+
+def make_app(
+    server: Server, supervisor: EngineSupervisor, arguments: argparse.Namespace
+) -> Starlette:
+    """The application."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = await EngineClient.start(
-            arguments.engine, arguments.model, arguments.engine_options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        app.state.server = Server(engine, tokenizer, arguments.model.resolve().name)
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await engine.close()
+        await supervisor.close()
 
-    app = FastAPI(title="flashtile engine", lifespan=lifespan)
-
-    @app.exception_handler(EngineError)
-    async def refused(_: Request, error: EngineError) -> JSONResponse:
-        return error_response(str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return error_response(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionBody) -> Any:
-        return await app.state.server.complete(body)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatBody) -> Any:
-        return await app.state.server.chat(body)
-
-    @app.get("/v1/models")
-    async def models() -> Any:
-        entry = {"id": app.state.server.model, "object": "model", "created": 0, "owned_by": "local"}
-        return {"object": "list", "data": [entry]}
-
-    @app.get("/stats")
-    async def stats() -> Any:
-        return {**app.state.server.engine.ready, **await app.state.server.engine.stats()}
-
-    return app
+    expected = (ApiError, EngineError, EngineEndedError, ClientDisconnect, HTTPException, Exception)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", server.completions, methods=["POST"]),
+            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+            Route("/v1/models", server.models),
+            Route("/v1/models/{name:path}", server.model),
+            Route("/health", server.health),
+            Route("/stats", server.stats),
+        ],
+        middleware=[Middleware(QueueLimit, most=arguments.max_queue)],
+        exception_handlers=dict.fromkeys(expected, refused),
+        lifespan=lifespan,
+    )
 
 
-def main() -> None:
-    """Serves until it is interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; ValueError when it has none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}/tokenizer.json: cannot be read")
+    from transformers import AutoTokenizer  # noqa: PLC0415, seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: its tokenizer names no token that ends an answer")
+    return tokenizer
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that will listen there; ValueError when it cannot."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{host}:{port} cannot be listened at: {said}") from None
+    return listener
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Serves until it is interrupted or no engine stays alive; the exit status."""
+    if not arguments.model.is_dir():
+        raise ValueError(f"--model is {arguments.model}; allowed: a folder of export_model.py")
+    listener = bind(arguments.host, arguments.port)
+    supervisor = EngineSupervisor(arguments.engine, arguments.model, arguments.engine_options)
+    uvicorn_server: uvicorn.Server | None = None
+
+    def give_up() -> None:
+        if uvicorn_server is not None:
+            uvicorn_server.config.timeout_graceful_shutdown = 5
+            uvicorn_server.should_exit = True
+
+    try:
+        await supervisor.start(give_up)
+        tokenizer = await asyncio.to_thread(load_tokenizer, arguments.model)
+        server = Server(arguments, supervisor, tokenizer)
+        config = uvicorn.Config(
+            make_app(server, supervisor, arguments),
+            http=functools.partial(PatientProtocol, header_seconds=arguments.header_seconds),  # type: ignore[arg-type]
+            log_level=arguments.log_level,
+        )
+        uvicorn_server = uvicorn.Server(config)
+        host, port = listener.getsockname()[:2]
+        logging.getLogger("uvicorn.error").info("http://%s:%d, Ctrl-C ends it", host, port)
+        uvicorn_server.should_exit = supervisor.gave_up
+        await uvicorn_server.serve(sockets=[listener])
+        return 1 if supervisor.gave_up else 0
+    finally:
+        supervisor.kill()
+
+
+def positive(text: str) -> float:
+    """An argument that is a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def whole(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", type=Path, required=True, help="the executable")
     parser.add_argument("--model", type=Path, required=True, help="a folder of export_model.py")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-level", default="info", choices=uvicorn.config.LOG_LEVELS)
+    parser.add_argument("--max-queue", type=whole, default=256, help="requests that run or wait")
+    parser.add_argument("--max-body", type=whole, default=1 << 20, help="bytes of a request")
+    parser.add_argument("--header-seconds", type=positive, default=10.0, help="for its header")
+    parser.add_argument("--body-seconds", type=positive, default=60.0, help="for its body")
     parser.add_argument("engine_options", nargs="*", help="behind --: options of the engine")
-    arguments = parser.parse_args()
-    uvicorn.run(
-        make_app(arguments),
-        host=arguments.host,
-        port=arguments.port,
-        log_level=arguments.log_level,
-    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Exit status 1 with a sentence when it cannot serve, or no longer."""
+    try:
+        return asyncio.run(run(parse_arguments()))
+    except (EngineEndedError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # after everything has ended
+        return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,8 @@
  * Key/value cache (problem.page_size > 0): k and v are pages, and every sequence's rows are found
  * through block_table or cache_batch_idx. Lengths, tables, indices and paddings of a cache are read
  * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
- * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones.
+ * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones. The CPU
+ * looks before an append: see flashtile_append_kv_params.
  *
  * Memory: data is aligned to the size of its numbers. What a call writes has memory of its own: no
  * two of its numbers are one, and none lies in another argument (q_out alone may be q). Slices of
@@ -210,10 +211,12 @@ typedef struct {
 } flashtile_backward_params;
 
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
- * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, or on a page that does not
- * exist, is not written, and neither is any row of a sequence whose seqused_k is negative. Two
- * sequences must not append to the same page, and the tables must not lie in the caches: pointers
- * do not show it, so nobody checks.
+ * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, on a page that does not exist
+ * or of a sequence whose seqused_k is negative has no place. On the CPU such a call is refused,
+ * with the sentence of flashtile_check_cache, and nothing is written. On CUDA, where the host does
+ * not look, the row is not written, and flashtile_check_cache reports it. Two sequences must not
+ * append to the same page, and the tables must not lie in the caches: pointers do not show it, so
+ * nobody checks.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -

@@ -20,7 +20,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -58,46 +61,6 @@ struct Sequences {
   bool check = false;
 };
 
-// A key/value cache, and what a call appends to it. New members are added at the end.
-//
-// k and v are (batch_cache, seqlen_cache, num_heads_kv, head_dim), where sequence b owns entry
-// batch_idx[b] (unset: b), or with block_table pages, (num_pages, page_size, ...): row j of
-// sequence b is row j % page_size of page block_table[b][j / page_size]. All numbers are int32 on
-// the cache's device; none is waited for, and none, however wrong, makes a call touch memory
-// outside the tensors.
-struct KVCache {
-  at::Tensor k, v;
-  std::optional<at::Tensor> seqlens = std::nullopt;      // (batch): rows in use; unset: all
-  std::optional<at::Tensor> batch_idx = std::nullopt;    // (batch)
-  std::optional<at::Tensor> leftpad = std::nullopt;      // (batch): first rows that nobody sees
-  std::optional<at::Tensor> block_table = std::nullopt;  // (batch, max_blocks)
-};
-
-// Rows that attention_with_kvcache writes into the cache, behind those in use, before it reads.
-struct NewKeys {
-  at::Tensor k, v;  // (batch, seqlen_new, num_heads_kv, head_dim); (total_q, ...) with packed q
-  // Both or neither: (seqlen_rotary, rotary_dim / 2); q and k are rotated by their position.
-  std::optional<at::Tensor> rotary_cos = std::nullopt;
-  std::optional<at::Tensor> rotary_sin = std::nullopt;
-  bool rotary_interleaved = true;  // pairs (2 d, 2 d + 1); else (d, d + rotary_dim / 2)
-};
-
-struct KVCacheOptions {
-  std::optional<NewKeys> append = std::nullopt;
-  std::optional<at::Tensor> cu_seqlens_q = std::nullopt;  // (batch + 1): q is packed
-  int64_t max_seqlen_q = 0;                               // then a hint
-  bool causal = false;                                    // aligned at the bottom right
-  std::pair<int64_t, int64_t> window_size = {-1, -1};
-  std::optional<double> softmax_scale = std::nullopt;
-  int64_t num_splits = 0;  // parts of a sequence's keys at most; 0: from its length
-  bool return_lse = false;
-  // Report wrong numbers of the cache: on the CPU by throwing at once, on CUDA, for which the host
-  // does not wait, by throwing from a later call that checks or from raise_pending_checks(); the
-  // first such call on a device allocates what the device writes to, so make it before a capture.
-  // FLASHTILE_CHECK=1 in the environment: every call over a cache checks.
-  bool check = false;
-};
-
 struct AttentionResult {
   at::Tensor out;          // shaped like q, with head_dim_v; contiguous if new; in the dtype of q
   at::Tensor softmax_lse;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q), fp32, for
@@ -123,6 +86,12 @@ struct Call {
 
 using TensorRef = const at::Tensor&;
 using OptionalRef = const std::optional<at::Tensor>&;
+
+// Refusals are the sentence and nothing else, as those of the ops are: what() of TORCH_CHECK's
+// exception would go on with a backtrace.
+inline void raise_unless(bool allowed, const std::string& sentence) {
+  if (!allowed) throw std::runtime_error(sentence);
+}
 using Forward = std::tuple<at::Tensor, at::Tensor>;
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
@@ -143,10 +112,11 @@ class Op {
                            OptionalRef);
   static c10::TypedOperatorHandle<Signature> find(const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
-    TORCH_CHECK(
-        op.has_value(), "flashtile: the op ", name,
-        " is not registered; allowed: a process with libflashtile_torch.so, which the CMake "
-        "target flashtile::torch links");
+    raise_unless(op.has_value(),
+                 std::string("the op ") + name +
+                     " is not registered; allowed: a process with libflashtile_torch.so, which "
+                     "the CMake target flashtile::torch links");
+    // NOLINTNEXTLINE(bugprone-unchecked-optional-access)
     return op->typed<Signature>();
   }
   c10::TypedOperatorHandle<Signature> handle_;
@@ -207,9 +177,9 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     return {dq, dk, dv};
   }
   static Gradients backward(AutogradContext*, const Gradients&) {
-    TORCH_CHECK(false,
-                "flashtile: attention was differentiated twice; allowed: first derivatives only "
-                "(use torch's math attention for second derivatives)");
+    throw std::runtime_error(
+        "attention was differentiated twice; allowed: first derivatives only "
+        "(use torch's math attention for second derivatives)");
   }
 };
 
@@ -271,13 +241,30 @@ inline at::Tensor autocast(const at::Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
-inline void refuse_gradients(TensorRef q, TensorRef k, TensorRef v) {
-  for (const auto& [name, tensor] : {std::pair("q", &q), std::pair("k", &k), std::pair("v", &v)}) {
-    TORCH_CHECK(
-        !at::GradMode::is_enabled() || !tensor->requires_grad(), "flashtile: out is a tensor and ",
-        name,
-        " requires grad; allowed: none, or at::NoGradGuard, as what is written into out has "
-        "no gradient");
+// A forward-mode tangent would get lost in silence.
+inline void refuse_tangents(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors) {
+    raise_unless(!tensor->_fw_grad(/*level=*/0).defined(),
+                 "an input carries a forward-mode tangent; allowed: reverse mode (use torch's math "
+                 "attention for forward mode)");
+  }
+}
+
+using Named = std::pair<const char*, const at::Tensor*>;
+
+inline bool wants_gradient(TensorRef tensor) {
+  return at::GradMode::is_enabled() && tensor.requires_grad();
+}
+
+// Of a call that writes: `why`, like "out is a tensor", and `where`, like "out".
+inline void refuse_gradients(const std::string& why, const std::string& where,
+                             std::initializer_list<Named> tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    if (!wants_gradient(*tensor)) continue;
+    throw std::runtime_error(why + " and " + name +
+                             " requires grad; allowed: none, or at::NoGradGuard, as what is "
+                             "written into " +
+                             where + " has no gradient");
   }
 }
 
@@ -288,10 +275,12 @@ inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v, Call call,
   if (options.causal) call.window_right = 0;
   call.deterministic = options.deterministic;
   call.alignment = static_cast<int64_t>(options.causal_alignment);
+  refuse_tangents({&q, &k, &v});
   AttentionResult result;
   if (options.out.has_value()) {
-    refuse_gradients(q, k, v);
     result.out = *options.out;
+    refuse_gradients("out is a tensor", "out",
+                     {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &result.out}});
     result.softmax_lse = call_forward_out(autocast(q), autocast(k), autocast(v), result.out, call);
   } else {
     const Gradients both = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call);
@@ -316,54 +305,6 @@ inline void assert_sequence(int64_t rows, TensorRef cu_seqlens, OptionalRef sequ
                     "allowed: 0 to the rows of the sequence");
 }
 
-// An op of the cache by its name and signature.
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// cache.seqlens is set.
-inline void append_kv(const KVCache& cache, const NewKeys& added, const KVCacheOptions& options) {
-  using Signature = void(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, OptionalRef,
-                         OptionalRef, OptionalRef, bool);
-  static const auto op = find_op<Signature>("flashtile::append_kv");
-  at::Tensor k = cache.k, v = cache.v;
-  // NOLINTNEXTLINE(bugprone-unchecked-optional-access)
-  op.call(k, v, added.k, added.v, *cache.seqlens, cache.batch_idx, cache.block_table,
-          options.cu_seqlens_q, options.check);
-}
-
-// Returns q, rotated. cache.seqlens and both tables are set.
-inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewKeys& added,
-                                   const KVCacheOptions& options) {
-  using Signature =
-      at::Tensor(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
-                 bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef, bool);
-  static const auto op = find_op<Signature>("flashtile::append_kv_rotary");
-  const bool q_fixed =
-      !options.causal && options.window_size == std::pair<int64_t, int64_t>(-1, -1);
-  at::Tensor k = cache.k, v = cache.v;
-  // NOLINTBEGIN(bugprone-unchecked-optional-access)
-  return op.call(k, v, added.k, added.v, q, *added.rotary_cos, *added.rotary_sin,
-                 added.rotary_interleaved, q_fixed, *cache.seqlens, cache.batch_idx,
-                 cache.block_table, options.cu_seqlens_q, options.check);
-  // NOLINTEND(bugprone-unchecked-optional-access)
-}
-
-inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
-  using Signature = Forward(TensorRef, TensorRef, TensorRef, std::optional<double>, c10::SymInt,
-                            c10::SymInt, c10::SymInt, c10::SymInt, c10::SymInt, OptionalRef,
-                            OptionalRef, OptionalRef, OptionalRef, OptionalRef, OptionalRef, bool);
-  static const auto op = find_op<Signature>("flashtile::forward_kvcache");
-  const bool appended = options.append.has_value(), packed = options.cu_seqlens_q.has_value();
-  const int64_t seqlen_new = appended && !packed ? options.append->k.size(1) : 0;
-  return op.call(q, cache.k, cache.v, options.softmax_scale, options.window_size.first,
-                 options.causal ? 0 : options.window_size.second, seqlen_new, options.num_splits,
-                 options.max_seqlen_q, options.cu_seqlens_q,
-                 appended ? options.cu_seqlens_q : std::nullopt, cache.seqlens, cache.batch_idx,
-                 cache.leftpad, cache.block_table, options.check);
-}
-
 }  // namespace detail
 
 // out = softmax(softmax_scale * q k^T + mask) v, per batch and head, in memory linear in the
@@ -375,8 +316,8 @@ inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOpti
 // on CUDA; any strides, 1 in the last dimension; nothing is copied. CUDA work goes to the current
 // stream and is not waited for.
 //
-// Differentiable once in q, k and v, through out and softmax_lse. Throws c10::Error or
-// std::runtime_error with a sentence that names the argument, its value and what is allowed.
+// Differentiable once in q, k and v, through out and softmax_lse. Throws std::runtime_error, whose
+// what() is one sentence that names the argument, its value and what is allowed.
 inline AttentionResult attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const AttentionOptions& options = {}) {
   return detail::attend(q, k, v, {}, options);
@@ -401,40 +342,6 @@ inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k
   return detail::attend(q, k, v, call, options);
 }
 
-// Attention of new queries over a cache, into which options.append is written first, in place. q is
-// (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q,
-// which serves prefill and decoding in one call. A row beyond the capacity is not written. The bits
-// of a sequence's result depend on num_splits and on the sequence alone. Without gradients.
-inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
-                                              const KVCacheOptions& options = {}) {
-  for (const at::Tensor* tensor : {&q, &cache.k, &cache.v}) {
-    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor->requires_grad(),
-                "flashtile: q, cache.k or cache.v requires grad; allowed: none, or "
-                "at::NoGradGuard, as attention over a cache has no gradient");
-  }
-  at::Tensor queries = q;
-  if (options.append.has_value()) {
-    const NewKeys& added = *options.append;
-    TORCH_CHECK(cache.seqlens.has_value(),
-                "flashtile: cache.seqlens is unset; allowed: a tensor, which says where "
-                "append.k belongs");
-    TORCH_CHECK(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
-                "flashtile: one of rotary_cos and rotary_sin is unset; allowed: both or neither");
-    if (added.rotary_cos.has_value()) {
-      queries = detail::append_kv_rotary(q, cache, added, options);
-    } else {
-      detail::append_kv(cache, added, options);
-    }
-  }
-  const auto [out, lse] = detail::read_kvcache(queries, cache, options);
-  return {out, options.return_lse ? lse : at::Tensor()};
-}
-
-// Throws what a call with `check` has found on a CUDA device since the last look. Does not wait:
-// synchronise the stream before, to hear of everything that was enqueued.
-inline void raise_pending_checks() {
-  static const auto op = detail::find_op<void()>("flashtile::raise_pending_checks");
-  op.call();
-}
-
 }  // namespace flashtile
+
+#include "torch_kvcache.h"

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "ieee.h"
+
 #ifndef FLASHTILE_CPU_ISA
 #error "compile this file with -DFLASHTILE_CPU_ISA=<namespace>"
 #endif

@@ -1,4 +1,4 @@
-// A ring of buffers in shared memory between one loading thread and several consuming warpgroups.
+// A ring of buffers in shared memory between one loading thread and several consuming warps.
 //
 // Every buffer has two mbarriers: `full` completes when its bytes have landed (where several warps
 // load: when each has arrived once), `empty` when each consumer has arrived once. Use n of the ring
@@ -46,7 +46,7 @@ struct Ring {
   }
   // Consumers: the bytes have landed.
   FLASHTILE_DEVICE void wait(int use) const { ptx::mbarrier_wait(full(use), parity(use)); }
-  // One thread of each consumer, which has read the buffer.
+  // One lane of each consumer, a warp that has read the buffer.
   FLASHTILE_DEVICE void release(int use) const { ptx::mbarrier_arrive(empty(use)); }
 };
 

@@ -78,19 +78,9 @@ std::string lse_refusal(const char* name, const Tensor& tensor, const Arguments&
 }
 
 std::string written_refusal(const Tensor& out, const Arguments& args) {
-  if (std::string text = like_out_refusal("out", out, args); !text.empty()) return text;
-  const Footprint written(out);
-  if (written.may_meet_itself()) {
-    return sentence("out has strides ", tuple_text(out.strides()), " over shape ",
-                    tuple_text(out.sizes()), "; allowed: strides that keep its elements apart");
-  }
-  for (const auto& [name, tensor] :
-       {std::pair("q", &args.q), std::pair("k", &args.k), std::pair("v", &args.v)}) {
-    if (written.may_meet(Footprint(*tensor))) {
-      return sentence("out shares memory with ", name, "; allowed: memory of its own");
-    }
-  }
-  return {};
+  std::string text = like_out_refusal("out", out, args);
+  if (!text.empty()) return text;
+  return overlap_refusal({"out", &out}, {{"q", &args.q}, {"k", &args.k}, {"v", &args.v}});
 }
 
 }  // namespace

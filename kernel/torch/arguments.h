@@ -8,12 +8,14 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
 
 #include "flashtile/flashtile.h"
+#include "sentences.h"
 
 namespace flashtile::ops {
-
-using torch::stable::Tensor;
 
 // Dense: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_kv, head_dim), v
 // and out the same with head_dim_v. Varlen: q and out (total_q, ...), k and v (total_k, ...). From
@@ -36,6 +38,12 @@ struct Arguments {
   bool is_varlen() const { return cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_varlen() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
   int64_t head_dim_v() const { return v.size(v.dim() - 1); }
+  // Lengths are arguments of varlen alone; in dense they are sizes.
+  OpNames names() const {
+    static constexpr std::pair<std::string_view, std::string_view> kVarlen[] = {
+        {"seqlen_q", "max_seqlen_q"}, {"seqlen_k", "max_seqlen_k"}};
+    return is_varlen() ? OpNames(kVarlen) : OpNames();
+  }
 };
 
 struct BackwardArguments {
@@ -61,5 +69,22 @@ inline flashtile_tensor read_view(const Tensor& tensor) {
 inline flashtile_tensor write_view(const Tensor& tensor) {
   return to_view(tensor, tensor.mutable_data_ptr());
 }
+
+// Stands in for a tensor that does not exist yet: contiguous, at an address where no tensor lies;
+// `number` tells such tensors apart.
+inline flashtile_tensor contiguous_view(const IntHeaderOnlyArrayRef& sizes, uintptr_t number) {
+  flashtile_tensor view = {};
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): nobody reads there
+  view.data = reinterpret_cast<void*>((number + 1) << 59);
+  const size_t seq_dim = sizes.size() - 3;
+  view.stride_head = sizes[seq_dim + 2];
+  view.stride_seq = view.stride_head * sizes[seq_dim + 1];
+  view.stride_batch = view.stride_seq * sizes[seq_dim];
+  return view;
+}
+
+// Whether a call would run, the kernel's name or "", and why: why not, or why that kernel is not
+// the one that the device has for such problems.
+using Answer = std::tuple<bool, std::string, std::string>;
 
 }  // namespace flashtile::ops

@@ -30,12 +30,7 @@ flashtile_cache_report* new_report() {
 std::string sentence_of(const flashtile_cache_report& report) {
   char text[256] = "";
   flashtile_describe_report(&report, text, sizeof text);
-  std::string sentence = text;
-  for (const auto& [core, here] :
-       {std::pair("seqused_k", "cache_seqlens"), std::pair("cu_seqlens_new", "cu_seqlens_q")}) {
-    if (sentence.starts_with(core)) sentence.replace(0, std::string(core).size(), here);
-  }
-  return sentence;
+  return in_words_of_op(text, kCacheNames);
 }
 
 // The caller holds the mutex. `what` tells that the rest is there.
@@ -54,18 +49,23 @@ bool is_checked(bool check) {
   return value != nullptr && std::string(value) == "1";
 }
 
+std::string numbers_refusal(const flashtile_problem& problem) {
+  flashtile_cache_report report = {};
+  if (flashtile_check_cache(&problem, &report, nullptr) != FLASHTILE_OK)
+    return in_words_of_op(flashtile_last_error(), kCacheNames);
+  return report.what == 0 ? std::string() : sentence_of(report);
+}
+
 void check_numbers(const flashtile_problem& problem, CUstream_st* stream) {
   if (problem.device == FLASHTILE_CPU) {
-    flashtile_cache_report report = {};
-    raise_unless_ok(flashtile_check_cache(&problem, &report, nullptr));
-    if (report.what != 0) raise_unless_empty(sentence_of(report));
+    raise_unless_empty(numbers_refusal(problem));
     return;
   }
   const std::lock_guard lock(reports().mutex);
   flashtile_cache_report*& report = reports().of_device[problem.device_index];
   if (report == nullptr) report = new_report();
   raise_reported(*report);
-  raise_unless_ok(flashtile_check_cache(&problem, report, stream));
+  raise_unless_ok(flashtile_check_cache(&problem, report, stream), kCacheNames);
 }
 
 void raise_pending_checks() {

@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "flashtile/flashtile.h"
+#include "sentences.h"
 
 // Lives in libtorch_cuda.so, which a CPU-only torch does not have: hence weak, and asked for below.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -18,16 +20,16 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace flashtile::ops {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
+// The sentence and nothing before it: STD_TORCH_CHECK would begin with this file and line, and
+// can_run could not give the same.
 inline void raise_unless_empty(const std::string& sentence) {
-  STD_TORCH_CHECK(sentence.empty(), "flashtile: ", sentence);
+  if (!sentence.empty()) throw std::runtime_error(sentence);
 }
 
-inline void raise_unless_ok(flashtile_status status) {
-  STD_TORCH_CHECK(status == FLASHTILE_OK, "flashtile: ", flashtile_last_error());
+inline void raise_unless_ok(flashtile_status status, OpNames names) {
+  if (status != FLASHTILE_OK) raise_unless_empty(in_words_of_op(flashtile_last_error(), names));
 }
 
 // Makes the tensor's device current for its lifetime and names torch's current stream on it.
@@ -35,8 +37,9 @@ class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor) {
     if (!tensor.is_cuda()) return;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "flashtile: this torch was built without CUDA");
+    if (aoti_torch_get_current_cuda_stream == nullptr) {
+      raise_unless_empty("this torch was built without CUDA; allowed: tensors on cpu");
+    }
     guard_.emplace(tensor.get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

@@ -12,15 +12,12 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cache_checks.h"
 #include "call.h"
 #include "kvcache.h"
 #include "sentences.h"
 
 namespace flashtile::ops {
 namespace {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::vector<int64_t> out_sizes(const Arguments& args) {
   std::vector<int64_t> sizes(args.q.sizes().begin(), args.q.sizes().end());
@@ -54,7 +51,7 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   flashtile_forward_params params = forward_params(args, problem);
 
   size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size(&params, &bytes));
+  raise_unless_ok(flashtile_workspace_size(&params, &bytes), args.names());
   const Tensor out =
       args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
   const Tensor lse =
@@ -66,7 +63,7 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   params.lse_stride_head = lse_stride_head(lse);
   params.workspace = workspace.data;
   params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_forward(&params, device.stream()));
+  raise_unless_ok(flashtile_forward(&params, device.stream()), args.names());
   return {out, lse};
 }
 
@@ -100,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
   flashtile_backward_params params = backward_params(args, problem);
 
   size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes));
+  raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes), forward.names());
   auto gradient_of = [&](const Tensor& tensor) {
     return torch::stable::new_empty(tensor, tensor.sizes());
   };
@@ -113,26 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
   params.dv = write_view(dv);
   params.workspace = workspace.data;
   params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_backward(&params, device.stream()));
+  raise_unless_ok(flashtile_backward(&params, device.stream()), forward.names());
   return {dq, dk, dv};
 }
-
-// Stands in for a tensor that does not exist yet: contiguous, at an address where no tensor lies;
-// `number` tells such tensors apart.
-flashtile_tensor contiguous_view(const IntHeaderOnlyArrayRef& sizes, uintptr_t number) {
-  flashtile_tensor view = {};
-  // NOLINTNEXTLINE(performance-no-int-to-ptr): nobody reads there
-  view.data = reinterpret_cast<void*>((number + 1) << 59);
-  const size_t seq_dim = sizes.size() - 3;
-  view.stride_head = sizes[seq_dim + 2];
-  view.stride_seq = view.stride_head * sizes[seq_dim + 1];
-  view.stride_batch = view.stride_seq * sizes[seq_dim];
-  return view;
-}
-
-// Whether a call would run, the kernel's name or "", and why: why not, or why that kernel is not
-// the one that the device has for such problems.
-using Answer = std::tuple<bool, std::string, std::string>;
 
 // The answer of the C API. No data is read.
 Answer answer(const Arguments& args, bool backward) {
@@ -167,7 +147,7 @@ Answer answer(const Arguments& args, bool backward) {
     status = flashtile_can_run(&params, why, sizeof(why));
     if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));
   }
-  return {status == FLASHTILE_OK, name, why};
+  return {status == FLASHTILE_OK, name, in_words_of_op(why, args.names())};
 }
 
 // From here on one function per op. Their parameters are the op's schema, one to one; the members
@@ -228,7 +208,7 @@ Answer can_run(const Tensor& q, const Tensor& k, const Tensor& v, bool backward,
 std::string build_info() {
   flashtile_build_info info = {};
   info.struct_size = sizeof(info);
-  raise_unless_ok(flashtile_get_build_info(&info));
+  raise_unless_ok(flashtile_get_build_info(&info), {});
   return std::string("version=") + info.version +
          "\ncuda_architectures=" + info.cuda_architectures +
          "\ncuda_head_dims=" + info.cuda_head_dims +
@@ -278,7 +258,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CompositeExplicitAutograd, m) {
   m.impl("can_run", TORCH_BOX(&can_run));
   m.impl("build_info", TORCH_BOX(&build_info));
-  m.impl("raise_pending_checks", TORCH_BOX(&raise_pending_checks));
+  implement_kvcache_questions(m);
 }
 
 }  // namespace flashtile::ops

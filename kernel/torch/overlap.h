@@ -7,7 +7,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "sentences.h"
 
 namespace flashtile::ops {
 
@@ -67,5 +72,28 @@ class Footprint {
   bool empty_;
   std::vector<Dim> dims_;  // ascending strides, without dimensions of one entry
 };
+
+using NamedTensor = std::pair<const char*, const Tensor*>;
+
+inline std::string itself_refusal(const NamedTensor& written) {
+  const auto& [name, tensor] = written;
+  return sentence(name, " has strides ", tuple_text(tensor->strides()), " over shape ",
+                  tuple_text(tensor->sizes()), "; allowed: strides that keep its elements apart");
+}
+
+inline std::string sharing_refusal(const char* written, const char* other) {
+  return sentence(written, " shares memory with ", other, "; allowed: memory of its own");
+}
+
+// That a tensor can be written while others are read.
+inline std::string overlap_refusal(const NamedTensor& written,
+                                   std::initializer_list<NamedTensor> read) {
+  const Footprint footprint(*written.second);
+  if (footprint.may_meet_itself()) return itself_refusal(written);
+  for (const auto& [name, tensor] : read) {
+    if (footprint.may_meet(Footprint(*tensor))) return sharing_refusal(written.first, name);
+  }
+  return {};
+}
 
 }  // namespace flashtile::ops

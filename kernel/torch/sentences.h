@@ -1,5 +1,5 @@
-// What the refusals of all torch ops are written with: names of dtypes and devices, shapes, and the
-// checks of one tensor against q.
+// What the refusals of all torch ops are written with: names of arguments, dtypes and devices,
+// shapes, and the checks of one tensor against q.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,8 +7,11 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <string>
+#include <string_view>
+#include <utility>
 
 #include "flashtile/flashtile.h"
 
@@ -24,6 +27,18 @@ std::string sentence(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   return text.str();
+}
+
+// Arguments that an op does not call what the C API calls them: name there, name here.
+using OpNames = std::span<const std::pair<std::string_view, std::string_view>>;
+
+// A sentence of the C API, which begins with an argument, in the words of an op.
+inline std::string in_words_of_op(std::string text, OpNames names) {
+  const size_t end = text.find_first_of(" [");
+  for (const auto& [core, here] : names) {
+    if (text.substr(0, end) == core) return text.replace(0, core.size(), here);
+  }
+  return text;
 }
 
 // The name torch prints in Python, without "torch.".

@@ -10,7 +10,11 @@ from flashtile import _loader, _registration
 _loader.load(__path__)
 _registration.register()
 
-from flashtile._kvcache import attention_with_kvcache, raise_pending_checks  # noqa: E402
+from flashtile._kvcache import (  # noqa: E402
+    attention_with_kvcache,
+    can_run_with_kvcache,
+    raise_pending_checks,
+)
 from flashtile._merging import merge  # noqa: E402
 from flashtile.ops import attention, attention_varlen, build_info, can_run  # noqa: E402
 
@@ -23,6 +27,7 @@ __all__ = [
     "attention_with_kvcache",
     "build_info",
     "can_run",
+    "can_run_with_kvcache",
     "merge",
     "raise_pending_checks",
 ]

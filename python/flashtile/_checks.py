@@ -5,6 +5,9 @@ and kernel/torch/arguments.cpp.
 """
 
 import math
+import numbers
+import operator
+from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
 import torch
@@ -16,6 +19,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")  # meta: shapes only, for tracing
 _MAX_HEAD_DIM = 65536
 _ALIGNMENTS = ("bottom_right", "top_left")  # in the order of flashtile_alignment
+_MAX_INT = 2**31 - 1
+_MAX_SIDE = 2**63 - 1  # of a window
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -135,13 +140,53 @@ def check_tensors(
     check_heads(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
 
 
-def check_max_seqlen(name: str, value: object) -> None:
-    """TypeError or ValueError unless `value` is a length."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} is a {type(value).__name__}; allowed: int or a 0-d integer tensor")
+def is_bool(value: object) -> bool:
+    """Whether `value` is a bool, numpy's included. Tells them by name: numpy may not be there."""
+    kind = type(value)
+    return isinstance(value, bool) or (
+        kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+    )
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` as a bool, or TypeError: an int is none."""
+    if not is_bool(value):
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed: bool")
+    return value if isinstance(value, bool) else bool(value)
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether it is one whole number: a 0-d integer tensor."""
+    dtype = tensor.dtype
+    return tensor.dim() == 0 and not (
+        dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
+    )
+
+
+def _int(value: object) -> int | None:
+    """`value` as an int: numpy's, and whatever else says that it is an index; None: it is none.
+
+    A tensor must be 0-d and on the CPU: for another one the host would wait.
+    """
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor) and not (is_whole(value) and value.device.type == "cpu"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def length(name: str, value: object, allowed: str) -> int:
+    """`value` as an int32 that is not negative; or TypeError, which says `allowed`, or ValueError."""
+    number = _int(value)
+    if number is None:
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed: {allowed}")
     # While tracing the value may be a symbol without a known sign; the op checks it when it runs.
-    if not torch.compiler.is_compiling() and not 0 <= value <= 2**31 - 1:
-        raise ValueError(f"{name} is {value}; allowed: 0 to 2147483647")
+    if not torch.compiler.is_compiling() and not 0 <= number <= _MAX_INT:
+        raise ValueError(f"{name} is {number}; allowed: 0 to {_MAX_INT}")
+    return number
 
 
 def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
@@ -150,8 +195,7 @@ def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
     A value on CUDA is not waited for; a tensor on meta, or one that is being traced, has none.
     """
     if isinstance(value, Tensor):
-        whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-        if value.dim() != 0 or not whole:
+        if not is_whole(value):
             shape = tuple_text(tuple(value.shape))
             raise TypeError(
                 f"{name} is a {dtype_name(value.dtype)} tensor of shape {shape}; "
@@ -160,21 +204,22 @@ def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
         readable = type(value) is Tensor and value.device.type == "cpu"
         if torch.compiler.is_compiling() or not readable:
             return tensor.shape[0] if tensor.dim() > 0 else 0
-        value = int(value)
-    check_max_seqlen(name, value)
-    return value  # type: ignore[return-value]
+    return length(name, value, "int or a 0-d integer tensor")
 
 
-def check_window(window: object) -> tuple[int, int]:
+def window(sides: object) -> tuple[int, int]:
     """The two sides of window_size, or TypeError or ValueError."""
-    sides = tuple(window) if isinstance(window, (tuple, list)) else ()
-    whole = (int, torch.SymInt)
-    if len(sides) != 2 or not all(isinstance(s, whole) and not isinstance(s, bool) for s in sides):
-        raise TypeError(f"window_size is {window!r}; allowed: (left, right), two ints")
-    left, right = sides
+    whole = [_int(side) for side in sides] if isinstance(sides, (tuple, list)) else []
+    left, right = whole if len(whole) == 2 else (None, None)
+    if left is None or right is None:
+        raise TypeError(f"window_size is {sides!r}; allowed: (left, right), two ints")
+    if torch.compiler.is_compiling():  # symbols; the op checks them when it runs
+        return left, right
     for name, side in (("window_left", left), ("window_right", right)):
-        if not torch.compiler.is_compiling() and side < -1:
+        if side < -1:
             raise ValueError(f"{name} is {side}; allowed: 0 and more keys, or -1 (unlimited)")
+        if side > _MAX_SIDE:
+            raise ValueError(f"{name} is {side}; allowed: at most {_MAX_SIDE}, or -1 (unlimited)")
     return left, right
 
 
@@ -188,26 +233,53 @@ def alignment(name: str, value: object) -> int:
     return _ALIGNMENTS.index(value)
 
 
-def check_flag(name: str, value: object) -> None:
-    """TypeError unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is a {type(value).__name__}; allowed: bool")
+def softmax_scale(value: object) -> float | None:
+    """`value` as a float, or TypeError; whether it is finite the op says."""
+    if value is None or isinstance(value, (float, torch.SymFloat)):
+        return value
+    # The op would take a bool, and a tensor as a number without a gradient.
+    if isinstance(value, (int, torch.SymInt, numbers.Real)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"softmax_scale is {value}; allowed: a finite number") from None
+    raise TypeError(f"softmax_scale is a {type(value).__name__}; allowed: float or None")
 
 
-def check_softmax_scale(value: object) -> None:
-    """TypeError or ValueError unless `value` is None or a finite number."""
-    if value is None:
+def check_finite(scale: float | None) -> None:
+    """ValueError unless the factor on the scores is a number, as the op refuses it."""
+    if scale is None or torch.compiler.is_compiling():
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"softmax_scale is a {type(value).__name__}; allowed: float or None")
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
-        raise ValueError(f"softmax_scale is {value}; allowed: a finite number")
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale is {scale}; allowed: a finite number")
+
+
+def are_foreign(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether no kernel sees them: on meta, of which shapes are all there is, or elsewhere."""
+    devices = [tensor.device.type for tensor in tensors if tensor is not None]
+    return devices[0] not in ("cpu", "cuda") or "meta" in devices
+
+
+def refused(error: RuntimeError, check: Callable[[], None]) -> Exception:
+    """What a call raises for an op that refused with `error`; `check` raises ValueError if it can.
+
+    Tensors that do not fit together are a ValueError. The sentence stays the op's, which is that
+    of can_run, where the op spoke: not for a dispatcher that found no kernel, and not under
+    torch.func, where the op sees other shapes than the caller.
+    """
+    try:
+        check()
+    except ValueError as found:
+        spoken = "; allowed: " in str(error)
+        spoken = spoken and not torch._C._are_functorch_transforms_active()
+        return ValueError(str(error)) if spoken else found
+    return error
 
 
 def refuse_tangents(*_tangents: object) -> NoReturn:
     """Forward-mode AD is refused, not answered with zeros."""
     raise NotImplementedError(
-        "flashtile: an input carries a forward-mode tangent; allowed: reverse mode "
+        "an input carries a forward-mode tangent; allowed: reverse mode "
         "(use torch's math attention for forward mode)"
     )
 

@@ -1,55 +1,72 @@
-"""Gradients under ``torch.func``: grad, vjp, jacrev and vmap, in any nesting.
+"""Gradients of the ops, eagerly, compiled and under torch.func: grad, vjp, jacrev, any nesting.
 
-torch.func asks for ``torch.autograd.Function`` with setup_context, which the autograd formula of an
-op is not. These two call the ops and share their formula.
+``torch.library.register_autograd`` builds a formula that torch.func refuses. A formula that acts on
+one level at a time, as those of torch's own ops do, serves all of them: the dispatcher calls it once
+per level, and whoever traces sees the op.
 """
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from flashtile import _checks, _registration
-
-
-class _Backward(torch.autograd.Function):
-    """The op ``flashtile::backward``, which has no derivative."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.flashtile.backward(*args)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(_ctx: Any, _inputs: tuple[Any, ...], _output: Any) -> None:
-        """Nothing is kept: there is no second derivative."""
-
-    jvp = staticmethod(_checks.refuse_tangents)  # type: ignore[assignment]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        _registration.refuse_second_derivative(ctx, *grads)
-
-
-class Attention(torch.autograd.Function):
-    """The op ``flashtile::forward``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.flashtile.forward(*args)  # type: ignore[no-any-return]
-
-    setup_context = staticmethod(_registration.setup_context)
-
-    jvp = staticmethod(_checks.refuse_tangents)  # type: ignore[assignment]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> _registration.Gradients:
-        return _registration.gradients(_Backward.apply, ctx, *grads)
+from flashtile import _checks
 
 
 def is_active() -> bool:
-    """Whether a torch.func transform is running, eagerly: compilers trace the op itself."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a torch.func transform is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _below(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
+    """The op as it is without gradients."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def register(
+    library: torch.library.Library,
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Registers a formula as ``torch.library.register_autograd`` takes it."""
+    op = getattr(torch.ops.flashtile, name).default
+    parameters = op._schema.arguments
+
+    def with_defaults(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The dispatcher leaves out arguments that are equal to their defaults."""
+        return args + tuple(parameter.default_value for parameter in parameters[len(args) :])
+
+    class Formula(_SingleLevelFunction):
+        @staticmethod
+        def forward(keyset: Any, *args: Any) -> Any:
+            if not is_active():
+                return _below(op, keyset, args)
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the levels below
+                return _below(op, keyset, args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, with_defaults(inputs[1:]), output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None, *backward(ctx, *grads))
+
+        jvp = staticmethod(_checks.refuse_tangents)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if requires_grad or forward_ad._current_level >= 0:
+            if not is_active():
+                return Formula.apply(keyset, *args)
+            with enable_single_level_autograd_function():
+                return Formula.apply(keyset, *args)
+        return _below(op, keyset, args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)

@@ -1,251 +1,189 @@
-"""Attention over a key/value cache: checks, fake kernels and the function."""
+"""Attention over a key/value cache."""
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashtile import _checks
+from flashtile import _checks, _functional, _kvcache_ops
 from flashtile._options import UNLIMITED
 from flashtile._written import mark_written
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_INTS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
+_LOW = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 
 
-def _check_int(name: str, tensor: Tensor, q: Tensor, shape: tuple[_checks.Extent, ...]) -> None:
-    _checks.check_shape(name, tensor, shape)
-    _checks.check_kind(name, tensor, q, torch.int32)
+_CACHES = ("k_cache", "v_cache")
+_TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad",
+            "block_table", "cu_seqlens_q")  # fmt: skip
+_FLAGS = ("causal", "rotary_interleaved", "return_lse", "check")
 
 
-def _check_cache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: int,
-    numbers: dict[str, Tensor | None],
-    block_table: Tensor | None,
-) -> None:
-    _checks.check_shape("k_cache", k_cache, ("num_pages", "page_size", "num_heads_kv", q.shape[-1]))
-    _checks.check_kind("k_cache", k_cache, q)
-    if k_cache.shape[1] == 0:
-        raise ValueError("page_size is 0; allowed: 1 and more")
-    _checks.check_shape("v_cache", v_cache, (*k_cache.shape[:-1], "head_dim_v"))
-    _checks.check_kind("v_cache", v_cache, q)
-    for name, tensor in numbers.items():
-        if tensor is not None:
-            _check_int(name, tensor, q, (batch,))
-    if block_table is not None:
-        _check_int("block_table", block_table, q, (batch, "max_blocks"))
-        if numbers.get("cache_batch_idx") is not None:
-            raise ValueError("cache_batch_idx and block_table are set; allowed: one of the two")
-    elif numbers.get("cache_batch_idx") is None and k_cache.shape[0] < batch:
-        raise ValueError(
-            f"num_pages is {k_cache.shape[0]}; allowed: at least batch, {batch}, without "
-            "block_table and cache_batch_idx"
-        )
-    _checks.check_heads(q.shape[-2], k_cache.shape[2], q.shape[-1], v_cache.shape[-1])
+class _Call(NamedTuple):
+    """Arguments that are checked, as far as that is done before the ops."""
+
+    tensors: dict[str, Any]  # with q and the caches, by name
+    wanting: tuple[Tensor, ...]  # those of them that require grad
+    seqlens: Tensor | None
+    out: Tensor | None
+    flags: dict[str, bool]
+    mask: tuple[float | None, int, int]  # softmax_scale, window_left, window_right
+    numbers: tuple[int, int]  # num_splits, max_seqlen_q
+    alignment: int
 
 
-def _check_queries(name: str, q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences."""
-    _checks.check_q(q, is_varlen=cu_seqlens is not None, name=name)
-    if cu_seqlens is None:
-        return q.shape[0]
-    _checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens, q)
-    return cu_seqlens.shape[0] - 1
-
-
-def _check_new(
-    k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], cu_seqlens: Tensor | None
-) -> None:
-    rows: tuple[_checks.Extent, ...] = ("total_new",)
-    if cu_seqlens is None:
-        rows = (q.shape[0], "seqlen_new")
-    _checks.check_shape("k", k, (*rows, *cache[0].shape[2:]))
-    _checks.check_kind("k", k, q)
-    _checks.check_shape("v", v, (*k.shape[:-2], *cache[1].shape[2:]))
-    _checks.check_kind("v", v, q)
-
-
-def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
-    _checks.check_shape("rotary_cos", cos, ("seqlen_rotary", "rotary_dim / 2"))
-    _checks.check_kind("rotary_cos", cos, q)
-    _checks.check_shape("rotary_sin", sin, tuple(cos.shape))
-    _checks.check_kind("rotary_sin", sin, q)
-    dim = 2 * cos.shape[1]
-    if not 2 <= dim <= q.shape[-1]:
-        raise ValueError(f"rotary_dim is {dim}; allowed: even, 2 to head_dim, {q.shape[-1]}")
-    if cos.shape[0] < 1:
-        raise ValueError("rotary_rows is 0; allowed: 1 to 2147483647")
-    if cos.shape[0] > 1 and cos.stride(0) != sin.stride(0):
-        raise ValueError(
-            f"rotary_sin has stride {sin.stride(0)} between its rows; allowed: {cos.stride(0)}, "
-            "that of rotary_cos"
-        )
-
-
-def _fake_forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    _softmax_scale: float | None,
-    _window_left: int,
-    _window_right: int,
-    _seqlen_new: int,
-    _num_splits: int,
-    _max_seqlen_q: int,
-    cu_seqlens_q: Tensor | None,
-    _cu_seqlens_new: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    _check: bool = False,
-) -> tuple[Tensor, Tensor]:
-    batch = _check_queries("q", q, cu_seqlens_q)
-    numbers = dict(zip(_INTS, (cache_seqlens, cache_batch_idx, cache_leftpad), strict=True))
-    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
-    *rows, heads, _ = q.shape
-    lse_shape = (heads, rows[0]) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
-    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
-    return out, q.new_empty(lse_shape, dtype=_checks.lse_dtype(q.dtype))
-
-
-def _fake_append(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_seqlens: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    _check: bool = False,
-) -> None:
-    batch = _check_queries("k", k, cu_seqlens)
-    numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
-    _check_cache(k, k_cache, v_cache, batch, numbers, block_table)
-    _check_new(k, v, k, (k_cache, v_cache), cu_seqlens)
-
-
-def _fake_append_rotary(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q: Tensor,
-    rotary_cos: Tensor,
-    rotary_sin: Tensor,
-    _interleaved: bool,
-    _q_fixed: bool,
-    cache_seqlens: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-    cu_seqlens: Tensor | None,
-    _check: bool = False,
-) -> Tensor:
-    batch = _check_queries("q", q, cu_seqlens)
-    numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
-    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
-    _check_new(k, v, q, (k_cache, v_cache), cu_seqlens)
-    _check_rotary(rotary_cos, rotary_sin, q)
-    return q.new_empty(q.shape)
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "forward_kvcache": _fake_forward,
-    "append_kv": _fake_append,
-    "append_kv_rotary": _fake_append_rotary,
+# Of the ops that write: which of their arguments.
+_WRITTEN = {
+    "append_kv": slice(0, 2),
+    "append_kv_rotary": slice(0, 2),
+    "forward_kvcache_out": slice(3, 4),
 }
 
 
-def register() -> None:
-    """Tells torch what the ops make of shapes. Once per process."""
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"flashtile::{name}", fake)
-
-
-def _call(name: str, *args: Any) -> Any:
-    """An op, whose refusals become ValueError: its fake kernel makes the same checks."""
+def _run(name: str, *args: Any) -> Any:
+    """An op, whose refusals become ValueError where its fake kernel refuses, too."""
     op = getattr(torch.ops.flashtile, name)
     if torch.compiler.is_compiling():
         return op(*args)
     try:
-        return op(*args)
+        result = op(*args)
     except RuntimeError as error:
         refusal = error
-    _FAKES[name](*args)
-    raise refusal
+    else:
+        if name in _WRITTEN:
+            mark_written(*args[_WRITTEN[name]])
+        return result
+    raise _checks.refused(refusal, lambda: _ask_fake(name, *args))
 
 
-def _refuse_gradients(tensors: dict[str, Tensor | None]) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+def _ask_fake(name: str, *args: Any) -> Any:
+    """The fake kernel of an op, which knows shapes alone."""
+    return _kvcache_ops.FAKES[name](*args)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The node of a result: whoever goes backward through it hears that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, result: tuple[Tensor, Tensor], *wanting: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.shapes = [tensor.shape for tensor in wanting]
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        # An op: compilers trace it, and it raises when it runs.
+        nothing = torch.ops.flashtile.gradient_of_kvcache(dout)
+        return (None, *(nothing.expand(shape) for shape in ctx.shapes))
+
+
+def _seqlens(value: object, q: Tensor, batch: int) -> Tensor | None:
+    """cache_seqlens as a tensor."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    length = _checks.length("cache_seqlens", value, "Tensor, int or None")
+    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
+
+
+def _wanting(tensors: dict[str, Any], out: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors that require grad, of which none may be written or go into what is written."""
+    named = [(n, t) for n, t in (*tensors.items(), ("out", out)) if t is not None]
+    wanting = [(name, tensor) for name, tensor in named if tensor.requires_grad]
+    for name, _ in wanting:
+        why, where = ("out", "out") if out is not None else ("k", "the cache")
+        if out is not None or (tensors["k"] is not None and name.endswith("_cache")):
             raise RuntimeError(
-                f"{name} requires grad; allowed: none, or torch.no_grad(), as attention over a "
-                "cache has no gradient"
+                f"{why} is a tensor and {name} requires grad; allowed: None, or torch.no_grad(), "
+                f"as what is written into {where} has no gradient"
             )
+    return tuple(tensor for _, tensor in wanting)
 
 
-def _refuse_tangents(tensors: dict[str, Tensor | None]) -> None:
+def _refuse_tangents(tensors: dict[str, Any]) -> None:
     """A forward-mode tangent would get lost in silence."""
     for tensor in tensors.values():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             _checks.refuse_tangents()
 
 
-def _check_new_rows(
-    k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], *, is_packed: bool
-) -> None:
-    """K and v against q, of whose sequences they are, and the cache; the ops do not see q."""
-    rows: tuple[_checks.Extent, ...] = (q.shape[0],)
-    if not is_packed:
-        rows = (q.shape[0], "seqlen_new")
-    heads = "num_heads_kv" if cache[0].dim() != 4 else cache[0].shape[2]
-    _checks.check_shape("k", k, (*rows, heads, q.shape[-1]))
-    dim_v = "head_dim_v" if cache[1].dim() != 4 else cache[1].shape[3]
-    _checks.check_shape("v", v, (*k.shape[:-1], dim_v))
-    for name, tensor in (("k", k), ("v", v)):
-        _checks.check_kind(name, tensor, q)
+def _autocast(tensors: dict[str, Any], cache: Tensor) -> None:
+    """Under ``torch.autocast`` what meets a cache takes its dtype: a cache is never cast."""
+    device = cache.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return
+    for name in ("q", "k", "v", "rotary_cos", "rotary_sin"):
+        tensor = tensors[name]
+        if tensor is not None and tensor.dtype in _LOW and cache.dtype in _LOW:
+            tensors[name] = tensor.to(cache.dtype)
 
 
-def _append(name: str, k_cache: Tensor, v_cache: Tensor, *args: Any) -> Any:
-    """An op that writes to the caches; torch learns that they have changed."""
-    caches = (k_cache, v_cache)
-    result = _call(name, *caches, *args)
-    mark_written(*caches)
-    return result
+def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any]) -> _Call:
+    """The arguments of a call, all of them; or TypeError, ValueError or RuntimeError."""
+    tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    for name in _TENSORS:
+        tensors[name] = given[name]
+    _kvcache_ops.check_together(tensors, given["cache_seqlens"])
+    for name in ("q", *_CACHES):
+        _checks.check_tensor_type(name, tensors[name])
+    out = given["out"]
+    if out is not None:
+        _checks.check_tensor_type("out", out)
+        if _functional.is_active():
+            raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
+    flags = {name: _checks.flag(name, given[name]) for name in _FLAGS}
+    wanting = _wanting(tensors, out) if torch.is_grad_enabled() else ()
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
+    scale = _checks.softmax_scale(given["softmax_scale"])
+    _checks.check_finite(scale)  # the op would say so only after the append
+    left, right = _checks.window(given["window_size"])
+    alignment = _checks.alignment("causal_alignment", given["causal_alignment"])
+    splits = _checks.length("num_splits", given["num_splits"], "int")
+    longest = given["max_seqlen_q"]
+    longest = 0 if longest is None else _checks.max_seqlen("max_seqlen_q", longest, q)
+    _autocast(tensors, k_cache)
+    q = tensors["q"]
+    batch = _kvcache_ops.check_queries("q", q, tensors["cu_seqlens_q"])
+    seqlens = _seqlens(given["cache_seqlens"], q, batch)
+    if tensors["k"] is not None:
+        is_packed = tensors["cu_seqlens_q"] is not None
+        new, caches = (tensors["k"], tensors["v"]), (k_cache, v_cache)
+        _kvcache_ops.check_new_rows(*new, q, caches, is_packed=is_packed)
+    mask = (scale, left, 0 if flags["causal"] else right)
+    return _Call(tensors, wanting, seqlens, out, flags, mask, (splits, longest), alignment)
 
 
-def _seqlens(value: Tensor | int | None, q: Tensor, batch: int) -> Tensor | None:
-    """cache_seqlens as a tensor."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"cache_seqlens is a {type(value).__name__}; allowed: Tensor, int or None")
-    if not torch.compiler.is_compiling() and not 0 <= value <= 2**31 - 1:
-        raise ValueError(f"cache_seqlens is {value}; allowed: 0 to 2147483647")
-    return torch.full((batch,), value, dtype=torch.int32, device=q.device)
+def _append(call: _Call, run: Callable[..., Any]) -> Tensor:
+    """Writes the new rows to the caches. Returns q, rotated if that is asked for."""
+    t, q = call.tensors, call.tensors["q"]
+    new = (t["k_cache"], t["v_cache"], t["k"], t["v"])
+    where = (call.seqlens, t["cache_batch_idx"], t["block_table"], t["cu_seqlens_q"])
+    if t["rotary_cos"] is None:
+        run("append_kv", *new, *where, call.flags["check"])
+        return q  # type: ignore[no-any-return]
+    q_fixed = call.mask[1:] == (UNLIMITED, UNLIMITED)
+    rotation = (t["rotary_cos"], t["rotary_sin"], call.flags["rotary_interleaved"], q_fixed)
+    return run("append_kv_rotary", *new, q, *rotation, *where, call.flags["check"])  # type: ignore[no-any-return]
 
 
-def _check_together(tensors: dict[str, Tensor | None], cache_seqlens: object) -> None:
-    """What must come together, and that tensors are tensors."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _checks.check_tensor_type(name, tensor)
-    for one, other in (("k", "v"), ("v", "k"), ("rotary_cos", "rotary_sin"),
-                       ("rotary_sin", "rotary_cos"), ("rotary_cos", "k")):  # fmt: skip
-        if tensors[one] is not None and tensors[other] is None:
-            raise ValueError(f"{other} is None; allowed: a tensor, as {one} is one")
-    if tensors["k"] is not None and cache_seqlens is None:
-        raise ValueError(
-            "cache_seqlens is None; allowed: a tensor or an int, which says where k and v belong"
-        )
+def _attend(call: _Call, run: Callable[..., Any] = _run) -> tuple[Tensor, Tensor]:
+    """Appends, if there is something to append, and attends, by ops that `run` runs. Out and LSE."""
+    t, cu_seqlens_q = call.tensors, call.tensors["cu_seqlens_q"]
+    q, seqlen_new, cu_seqlens_new = t["q"], 0, None
+    if t["k"] is not None:
+        q, cu_seqlens_new = _append(call, run), cu_seqlens_q
+        seqlen_new = 0 if cu_seqlens_q is not None else t["k"].shape[1]
+    tensors = (q, t["k_cache"], t["v_cache"])
+    options = (*call.mask, seqlen_new, *call.numbers, cu_seqlens_q, cu_seqlens_new, call.seqlens)
+    where = (t["cache_batch_idx"], t["cache_leftpad"], t["block_table"])
+    options = (*options, *where, call.flags["check"], call.alignment)
+    if call.out is None:
+        return run("forward_kvcache", *tensors, *options)  # type: ignore[no-any-return]
+    return call.out, run("forward_kvcache_out", *tensors, call.out, *options)
 
 
 class KVCacheOptions(TypedDict, total=False):
@@ -267,6 +205,8 @@ class KVCacheOptions(TypedDict, total=False):
     window_size: tuple[int, int]
     num_splits: int
     check: bool
+    causal_alignment: Literal["bottom_right", "top_left"]
+    out: Tensor | None
 
 
 @overload
@@ -324,6 +264,8 @@ def attention_with_kvcache(
     num_splits: int = 0,
     return_lse: bool = False,
     check: bool = False,
+    causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a cache of keys and values, appending to it first if asked.
 
@@ -335,6 +277,7 @@ def attention_with_kvcache(
     No value of cache_seqlens, cache_batch_idx, cache_leftpad and block_table is waited for or can
     make the call touch memory outside the tensors: lengths are clamped to 0 and the capacity,
     pages to those that exist; check reports such values. Rows that are not in use are never read.
+    A new row that has no place is an error on the CPU, where looking costs nothing.
 
     Args:
         q: ``(batch, seqlen_q, num_heads, head_dim)``, or with cu_seqlens_q
@@ -347,8 +290,9 @@ def attention_with_kvcache(
             ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
             sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
             anything is read. Rows beyond the capacity, on pages that do not exist or of a sequence
-            with a negative length are not written. Two sequences must not append to one page, and
-            k, v and whatever is rotated must not lie in the caches.
+            with a negative length have no place: on the CPU the call raises and writes nothing, on
+            CUDA they are not written (check reports them). Two sequences must not append to one
+            page, and k, v and whatever is rotated must not lie in the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it
@@ -366,7 +310,7 @@ def attention_with_kvcache(
             sequences may have different numbers of queries: prefill and decoding in one call.
         max_seqlen_q: With cu_seqlens_q, the longest; a hint, on which no result depends.
         softmax_scale: None: ``1 / sqrt(head_dim)``.
-        causal: See :func:`attention`, aligned at the bottom right: the last query sees every key.
+        causal: See :func:`attention`: by default the last query sees every key.
         window_size: ``(left, right)``, in keys.
         num_splits: Into how many parts the keys of a sequence are cut at most. 0: chosen from the
             sequence's length. The bits of a sequence's result depend on this and on the sequence
@@ -379,70 +323,106 @@ def attention_with_kvcache(
             :func:`raise_pending_checks`, raises. A CUDA graph may hold such a call when one has
             been made on its device before. ``FLASHTILE_CHECK=1`` in the environment: every call
             checks.
+        causal_alignment: See :func:`attention`: ``"top_left"`` puts query i at key i, left padding
+            not counted. It moves the mask alone: rotation goes by ``cache_seqlens + i``.
+        out: A tensor that out is written into, as in :func:`attention`, sharing no memory with q
+            and the caches. It is returned.
 
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
         ``lse`` is ``(batch, num_heads, seqlen_q)``, with cu_seqlens_q ``(num_heads, total_q)``,
         float32 (float64 for float64 inputs), natural logarithm.
 
-    Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
-    append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
+    Not differentiable: tensors may require grad, but going backward raises RuntimeError. A cache
+    that requires grad can be read and not written. Under ``torch.autocast`` q, k, v and the rotary
+    tables are cast to the dtype of the caches, which are never cast. The append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
     where a view begins that any custom op writes to: compile with caches that are tensors of their
     own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended;
-    making it again writes the same rows. Numerics and errors are those of :func:`attention`.
+    making it again writes the same rows. Numerics and errors are those of :func:`attention`;
+    :func:`can_run_with_kvcache` gives the sentence without a call.
     """
-    tensors = {
-        "q": q,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
+    given = {
         "k": k,
         "v": v,
         "rotary_cos": rotary_cos,
         "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+        "cache_seqlens": cache_seqlens,
         "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad,
         "block_table": block_table,
         "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "num_splits": num_splits,
+        "return_lse": return_lse,
+        "check": check,
+        "causal_alignment": causal_alignment,
+        "out": out,
     }
-    _check_together(tensors, cache_seqlens)
-    for name in ("q", "k_cache", "v_cache"):
-        _checks.check_tensor_type(name, tensors[name])
-    for name, flag in (
-        ("causal", causal),
-        ("rotary_interleaved", rotary_interleaved),
-        ("return_lse", return_lse),
-        ("check", check),
-    ):
-        _checks.check_flag(name, flag)
-    if torch.is_grad_enabled():
-        _refuse_gradients(tensors)
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
-    _checks.check_softmax_scale(softmax_scale)
-    left, right = _checks.check_window(window_size)
-    if causal:
-        right = 0
-    _checks.check_max_seqlen("num_splits", num_splits)
-    longest = _checks.max_seqlen("max_seqlen_q", 0 if max_seqlen_q is None else max_seqlen_q, q)
-    batch = _check_queries("q", q, cu_seqlens_q)
-    seqlens = _seqlens(cache_seqlens, q, batch)
-    seqlen_new, cu_seqlens_new = 0, None
-    if k is not None and v is not None:
-        is_packed = cu_seqlens_q is not None
-        _check_new_rows(k, v, q, (k_cache, v_cache), is_packed=is_packed)
-        seqlen_new = 0 if is_packed else k.shape[1]
-        cu_seqlens_new = cu_seqlens_q
-        places = (seqlens, cache_batch_idx, block_table, cu_seqlens_q)
-        if rotary_cos is None:
-            _append("append_kv", k_cache, v_cache, k, v, *places, check)
-        else:
-            q_fixed = left == UNLIMITED and right == UNLIMITED
-            rotation = (rotary_cos, rotary_sin, rotary_interleaved, q_fixed)
-            q = _append("append_kv_rotary", k_cache, v_cache, k, v, q, *rotation, *places, check)
-    options = (softmax_scale, left, right, seqlen_new, num_splits, longest)
-    where = (cu_seqlens_q, cu_seqlens_new, seqlens, cache_batch_idx, cache_leftpad, block_table)
-    out, lse = _call("forward_kvcache", q, k_cache, v_cache, *options, *where, check)
-    return (out, lse) if return_lse else out
+    call = _checked(q, k_cache, v_cache, given)
+    if call.wanting:
+        with torch.no_grad():
+            result = _attend(call)
+        result = _NoGradient.apply(result, *call.wanting)
+    else:
+        result = _attend(call)
+    return result if call.flags["return_lse"] else result[0]
+
+
+def can_run_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: bool = False,
+    **options: "Unpack[KVCacheOptions]",
+) -> tuple[bool, str]:
+    """Whether :func:`attention_with_kvcache` would run.
+
+    Makes the checks and the choice of kernel that the call makes, of its append and of what it
+    reads, and neither writes nor computes anything. Values of lengths, tables and indices are
+    looked at where the call itself would raise for them, on the CPU.
+
+    Args:
+        q: Queries.
+        k_cache: Keys.
+        v_cache: Values.
+        return_lse: Changes nothing.
+        options: The keywords of the call that is asked about.
+
+    Returns:
+        ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise;
+        ``(True, reason)`` as in :func:`can_run`.
+    """
+    names = inspect.signature(attention_with_kvcache).parameters
+    given = {name: parameter.default for name, parameter in names.items()}
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{name} is no keyword; allowed: those of attention_with_kvcache")
+    given.update(options, return_lse=return_lse)
+    try:
+        call = _checked(q, k_cache, v_cache, given)
+        tensors = call.tensors
+        if _checks.are_foreign((*tensors.values(), call.seqlens, call.out)):
+            _attend(call, _ask_fake)
+            return True, ""
+    except (TypeError, ValueError, RuntimeError) as error:
+        return False, str(error)
+    ok, _, why = torch.ops.flashtile.can_run_kvcache(
+        *(tensors[name] for name in ("q", *_CACHES, "k", "v", "rotary_cos", "rotary_sin")),
+        call.out,
+        *call.mask,
+        *call.numbers,
+        tensors["cu_seqlens_q"],
+        call.seqlens,
+        *(tensors[name] for name in ("cache_batch_idx", "cache_leftpad", "block_table")),
+        call.flags["check"],
+        call.alignment,
+    )
+    return ok, why
 
 
 def raise_pending_checks() -> None:

@@ -3,15 +3,15 @@
 A fake kernel answers from shapes alone, so lengths stay symbolic under ``torch.compile``.
 """
 
-from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flashtile import _checks, _kvcache, _vmap
+from flashtile import _checks, _functional, _kvcache_ops, _vmap
 from flashtile._options import Options
 
+_library = torch.library.Library("flashtile", "FRAGMENT")  # what it registers goes with it
 _REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
@@ -83,9 +83,7 @@ def _incoming(
     return dout, dlse
 
 
-def gradients(
-    op: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None
-) -> Gradients:
+def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     """The gradients of all inputs of the forward op, by way of the backward op."""
     none_of_options = (None,) * len(Options._fields)
     if dout is None and dlse is None:
@@ -95,18 +93,18 @@ def gradients(
     options = Options(*ctx.numbers, *tensors)
     if _torch_is_deterministic():
         options = options._replace(deterministic=True)
-    dq, dk, dv = op(dout, q, k, v, out, lse, dlse, *options)
+    dq, dk, dv = torch.ops.flashtile.backward(dout, q, k, v, out, lse, dlse, *options)
     return (dq, dk, dv, *none_of_options)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
-    return gradients(torch.ops.flashtile.backward, ctx, dout, dlse)
+def _keep_nothing(_ctx: Any, _inputs: tuple[Any, ...], _output: Any) -> None:
+    """There is no second derivative."""
 
 
 def refuse_second_derivative(_ctx: Any, *_grads: Tensor | None) -> NoReturn:
     """The autograd formula of the backward op."""
     raise RuntimeError(
-        "flashtile: attention was differentiated twice; allowed: first derivatives only "
+        "attention was differentiated twice; allowed: first derivatives only "
         "(use torch's math attention for second derivatives)"
     )
 
@@ -119,10 +117,10 @@ def register() -> None:
     library.register_fake("flashtile::forward", _fake_forward)
     library.register_fake("flashtile::forward_out", _fake_forward_out)
     library.register_fake("flashtile::backward", _fake_backward)
-    library.register_autograd("flashtile::forward", _backward, setup_context=setup_context)
+    _functional.register(_library, "forward", setup_context, gradients)
     # Without this a second derivative would only warn and be missing.
     library.register_autograd("flashtile::backward", refuse_second_derivative)
-    _kvcache.register()
+    _kvcache_ops.register()
     library.register_vmap("flashtile::forward", _vmap.forward)
     library.register_vmap("flashtile::backward", _vmap.backward)
     setattr(torch.ops.flashtile, _REGISTERED, True)

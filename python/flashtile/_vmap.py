@@ -42,7 +42,7 @@ def _fold_options(options: Options, in_dims: InDims, size: int) -> Options:
             folded[name] = _fold(tensor, in_dim, size, 0)
         elif in_dim is not None:
             raise RuntimeError(
-                f"flashtile: {name} is mapped by vmap; allowed: one for all entries "
+                f"{name} is mapped by vmap; allowed: one for all entries "
                 "(sequences of different lengths can be packed into one call)"
             )
     return options._replace(**folded)

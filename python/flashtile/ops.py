@@ -55,8 +55,7 @@ def _call(op: Callable[..., Any], tensors: tuple[Tensor, ...], options: Options)
     The op makes every check itself before anything runs. Only when it refuses are they made here
     again, so a call that runs pays once. While tracing, the fake kernel makes them.
     """
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors[:3]):  # type: ignore[no-untyped-call]
-        _checks.refuse_tangents()  # torch would drop them in silence
+    _refuse_tangents(tensors[:3])
     if torch.compiler.is_compiling():
         return op(*tensors, *options)
     try:
@@ -64,9 +63,21 @@ def _call(op: Callable[..., Any], tensors: tuple[Tensor, ...], options: Options)
     except RuntimeError as error:
         refusal = error
     q, k, v, *out = tensors
-    _checks.check_tensors(q, k, v, *options.tensors(), *out)
-    _checks.check_softmax_scale(options.softmax_scale)  # not finite
-    raise refusal
+    raise _checks.refused(refusal, lambda: _check(q, k, v, options, *out))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None = None) -> None:
+    """ValueError where the op and its fake kernel would refuse for shapes, dtypes or the scale."""
+    _checks.check_tensors(q, k, v, *options.tensors(), out)
+    _checks.check_finite(options.softmax_scale)
+
+
+def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
+    """Torch would drop a forward-mode tangent in silence."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
+        _checks.refuse_tangents()
 
 
 def _tensors(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,19 +104,12 @@ def _options(
     softmax_scale: float | None,
     deterministic: bool,
 ) -> Options:
-    _checks.check_flag("causal", causal)
-    _checks.check_flag("deterministic", deterministic)
-    # The op would take a bool, and a tensor as a number without a gradient.
-    if not isinstance(softmax_scale, float):
-        _checks.check_softmax_scale(softmax_scale)
-    left, right = _checks.check_window(window_size)
-    return Options(
-        softmax_scale,
-        left,
-        0 if causal else right,
-        deterministic,
-        _checks.alignment("causal_alignment", causal_alignment),
-    )
+    causal = _checks.flag("causal", causal)
+    deterministic = _checks.flag("deterministic", deterministic)
+    scale = _checks.softmax_scale(softmax_scale)
+    left, right = _checks.window(window_size)
+    alignment = _checks.alignment("causal_alignment", causal_alignment)
+    return Options(scale, left, 0 if causal else right, deterministic, alignment)
 
 
 def _with_sequences(options: Options, q: Tensor, k: Tensor, sequences: dict[str, Any]) -> Options:
@@ -121,11 +125,9 @@ def _with_sequences(options: Options, q: Tensor, k: Tensor, sequences: dict[str,
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool
 ) -> AttentionOutput:
-    _checks.check_flag("return_lse", return_lse)
+    return_lse = _checks.flag("return_lse", return_lse)
     if out is None:
-        functional = _functional.is_active()
-        op = _functional.Attention.apply if functional else torch.ops.flashtile.forward
-        out, lse = _call(op, (q, k, v), options)
+        out, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
     else:
         lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
         mark_written(out)
@@ -225,8 +227,11 @@ def attention(
         TypeError: an argument has the wrong type.
         ValueError: shapes, dtypes, devices or strides do not fit. The message names the argument,
             what it was and what is allowed.
-        RuntimeError: this build or this GPU does not serve the problem; see :func:`can_run`. Or out
-            shares memory, or is given where a gradient is wanted.
+        RuntimeError: this build or this GPU does not serve the problem, or out shares memory or is
+            given where a gradient is wanted. :func:`can_run` gives the same sentence.
+
+    numpy's bools, ints and floats stand wherever Python's may; a side of window_size may also be a
+    0-d integer tensor on the CPU.
 
     Source:
         FlashAttention-2, https://arxiv.org/abs/2307.08691
@@ -357,7 +362,7 @@ def attention_varlen(
         "seqused_k": seqused_k,
     }
     options = _with_sequences(options, q, k, sequences)
-    _checks.check_flag("check", check)
+    check = _checks.flag("check", check)
     if check and q.is_cuda:
         _checks.check_tensors(q, k, v, *options.tensors(), out)
         _checks.assert_sequences(q.shape[0], k.shape[0], *options.tensors())
@@ -425,15 +430,22 @@ def can_run(
     }
     try:
         q, k, v = _tensors(q, k, v, out)
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            if sequences[name] is not None:
+                _checks.check_tensor_type(name, sequences[name])
         options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
         options = _with_sequences(options, q, k, sequences)
-        for name, flag in (("return_lse", return_lse), ("check", check), ("backward", backward)):
-            _checks.check_flag(name, flag)
-        _checks.check_softmax_scale(softmax_scale)
+        for name, flag in (("check", check), ("return_lse", return_lse), ("backward", backward)):
+            _checks.flag(name, flag)
+        _refuse_tangents((q, k, v))
+        if backward and out is not None:
+            return False, "out is a tensor and gradients are asked for; allowed: None"
+        tensors = (q, k, v, out, *options.tensors())
+        if _checks.are_foreign(tensors):
+            _checks.check_tensors(q, k, v, *options.tensors(), out)  # as the fake kernel does
+            return True, ""
     except (TypeError, ValueError, RuntimeError) as error:
         return False, str(error)
-    if backward and out is not None:
-        return False, "out is a tensor and gradients are asked for; allowed: None"
     ok, _, why = torch.ops.flashtile.can_run(q, k, v, backward, out, *options)
     return ok, why
 

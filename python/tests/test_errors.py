@@ -322,7 +322,7 @@ def test_dense_op(refusal: Refusal) -> None:
     call = changed(dense_call(), refusal)
     scale = refusal.options.get("softmax_scale")
     # With a meta tensor among the inputs torch asks the fake kernel, which raises ValueError.
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(refusal.sentence)):
+    with pytest.raises((RuntimeError, ValueError), match="^" + has(refusal.sentence)):
         torch.ops.flashtile.forward(*call.values(), scale, -1, -1)
 
 
@@ -339,7 +339,7 @@ def test_varlen(refusal: Refusal) -> None:
 def test_varlen_op(refusal: Refusal) -> None:
     call = changed(varlen_call(), refusal)
     options = {name: call.pop(name) for name in Options._fields if name in call}
-    with pytest.raises((RuntimeError, ValueError), match=re.escape(refusal.sentence)):
+    with pytest.raises((RuntimeError, ValueError), match="^" + has(refusal.sentence)):
         torch.ops.flashtile.forward(*call.values(), *Options(**options))
 
 
@@ -347,7 +347,7 @@ def test_varlen_op(refusal: Refusal) -> None:
 def test_offsets(values: list[int], sentence: str) -> None:
     call = varlen_call()
     call["cu_seqlens_q"] = torch.tensor(values, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+    with pytest.raises(RuntimeError, match="^" + has(sentence)):
         flashtile.attention_varlen(**call)
     assert flashtile.can_run(**call) == (False, sentence)
 
@@ -391,18 +391,18 @@ BACKWARD = [
 def test_backward_op(name: str, change: Any, sentence: str) -> None:
     call = backward_call()
     call[name] = change(call[name]) if callable(change) else change
-    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+    with pytest.raises(RuntimeError, match="^" + has(sentence)):
         torch.ops.flashtile.backward(*call.values(), None, -1, -1)
 
 
-def test_errors_name_no_build_path() -> None:
-    """The text of a C++ error names its source file, relative to the project."""
+def test_an_error_of_an_op_is_the_sentence_alone() -> None:
+    """No function, file or line of C++ in front of it."""
     call = dense_call()
     call["k"] = call["k"][:1]
     with pytest.raises(RuntimeError) as raised:
         torch.ops.flashtile.forward(*call.values(), None, -1, -1)
-    assert "kernel/torch/call.h" in str(raised.value)
-    assert "/kernel/torch/call.h" not in str(raised.value)
+    sentence = "k has shape (1, 7, 3, 8); allowed: (2, seqlen_k, num_heads_kv, 8)"
+    assert str(raised.value) == sentence
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def check(q: Tensor, out: Tensor, lse: Tensor, kv: tuple[Tensor, Tensor], **mask
 @pytest.mark.parametrize("leftpad", [None, (3, 0, 17)], ids=["", "leftpad"])
 def test_dense_queries(dtype: torch.dtype, page_size: int, leftpad: tuple[int, ...] | None) -> None:
     cache = Cache((140, 0, 64), page_size, 150, dtype=dtype, leftpad=leftpad)
-    masks: tuple[Mask, ...] = ({}, {"causal": True}, {"window_size": (20, 2)})
+    top_left: Mask = {"causal_alignment": "top_left"}
+    masks: list[Mask] = [{}, {"causal": True}, {"window_size": (20, 2)}]
+    masks += [{**masks[1], **top_left}, {**masks[2], **top_left}]
     for mask in masks:
         for seqlen_q in (1, 3, 20):
             q = torch.randn(3, seqlen_q, 6, 64).to(dtype)

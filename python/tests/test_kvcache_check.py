@@ -45,6 +45,14 @@ def change(call: dict[str, Any], name: str, index: int, value: int) -> None:
     call[name].view(-1)[index] = value
 
 
+def no_place_is_an_error(call: dict[str, Any], sentence: str) -> None:
+    """New rows without a place, on the CPU: without being asked to look."""
+    assert flashtile.can_run_with_kvcache(**call) == (False, sentence)
+    with pytest.raises(RuntimeError) as caught:
+        flashtile.attention_with_kvcache(**call)
+    assert str(caught.value) == sentence
+
+
 WRONG: list[tuple[str, int, int, str]] = [
     ("cache_seqlens", 1, -1, "cache_seqlens[1] is -1; allowed: 0 to 32"),
     ("cache_seqlens", 0, 33, "cache_seqlens[0] is 33; allowed: 0 to 32"),
@@ -68,12 +76,19 @@ def test_a_wrong_number_is_named(
     cache, call = arguments()
     change(call, name, index, value)
     before = cache.k.clone()
+    if by == "environment":
+        monkeypatch.setenv("FLASHTILE_CHECK", "1")
+    assert flashtile.can_run_with_kvcache(**call, check=by == "keyword") == (False, sentence)
     with pytest.raises(RuntimeError) as caught:
         ask(call, by, monkeypatch)
-    assert sentence in str(caught.value)
+    assert str(caught.value) == sentence
     if name != "cache_leftpad":  # of which the append knows nothing
         assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9)), "appended although wrong"
     monkeypatch.delenv("FLASHTILE_CHECK", raising=False)
+    if name != "cache_leftpad":
+        no_place_is_an_error(call, sentence)
+        assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9)), "appended although wrong"
+        del call["k"], call["v"]
     flashtile.attention_with_kvcache(**call)  # clamped
 
 
@@ -89,6 +104,7 @@ def test_right_numbers_give_the_same_bits(by: str, monkeypatch: pytest.MonkeyPat
 
 def test_the_environment_may_say_no(monkeypatch: pytest.MonkeyPatch) -> None:
     _, call = arguments()
+    del call["k"], call["v"]
     change(call, "cache_seqlens", 1, -1)
     for value in ("", "0"):
         monkeypatch.setenv("FLASHTILE_CHECK", value)

@@ -97,14 +97,6 @@ def test_compile_once_for_all_lengths() -> None:
     assert counter.frame_count == 1
 
 
-def test_gradients_are_refused() -> None:
-    _, call = arguments()
-    for name in ("q", "k_cache", "k"):
-        grad = {**call, name: call[name].detach().requires_grad_()}
-        with pytest.raises(RuntimeError, match=f"^{name} requires grad; allowed: none"):
-            flashtile.attention_with_kvcache(**grad)
-    with torch.no_grad():
-        flashtile.attention_with_kvcache(**grad)
 
 
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -295,10 +287,13 @@ def test_a_block_table_without_columns_has_no_rows() -> None:
     cache, call = arguments()
     before = cache.k.clone()
     call["block_table"] = torch.empty(2, 0, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"^cache_seqlens\[0\] is 20; allowed: 0 to 0$"):
+        flashtile.attention_with_kvcache(**call)
+    assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9))
+    del call["k"], call["v"]
     out, lse = flashtile.attention_with_kvcache(**call, return_lse=True)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
-    assert torch.equal(cache.k.nan_to_num(9), before.nan_to_num(9))
 
 
 def test_forward_mode_is_refused() -> None:

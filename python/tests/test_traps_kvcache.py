@@ -3,6 +3,7 @@
 Each test bears the trap's letter and number.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -26,12 +27,15 @@ def ones(batch: int, rows: int) -> dict[str, Any]:
 def test_trap_k1_append_beyond_the_capacity(page_size: int) -> None:
     cache = Cache((16, 14), page_size, 16)
     before = cache.k.clone().nan_to_num(9)
-    q = torch.randn(2, 1, 4, 64)
-    out = flashtile.attention_with_kvcache(q, cache.k, cache.v, **ones(2, 4), **cache.where())
-    changed = (cache.k.nan_to_num(9) != before).any(-1).any(-1)
-    assert int(changed.sum()) == 2  # rows 14 and 15 of the second sequence
-    keys, _ = cache.rows(1, 16)
-    assert (keys[0, 14:] == 1).all()
+    q, where = torch.randn(2, 1, 4, 64), cache.where()
+    sentence = "cache_seqlens[0] is 16 and 4 new rows follow; allowed: 16 in all, the capacity"
+    with pytest.raises(RuntimeError, match="^" + re.escape(sentence) + "$"):
+        flashtile.attention_with_kvcache(q, cache.k, cache.v, **ones(2, 4), **where)
+    assert torch.equal(cache.k.nan_to_num(9), before), "written although refused"
+    where["cache_seqlens"] = int32([12, 10])
+    out = flashtile.attention_with_kvcache(q, cache.k, cache.v, **ones(2, 4), **where)
+    keys, _ = cache.rows(0, 16)
+    assert (keys[0, 12:] == 1).all()
     assert torch.isfinite(out).all()
 
 

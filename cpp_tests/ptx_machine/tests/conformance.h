@@ -1,5 +1,6 @@
 // The conformance set: what the machine made of every primitive, kept in conformance.txt, so that a
-// GPU can be compared with it bit for bit, and so that the machine cannot change unnoticed.
+// GPU can be compared with it bit for bit, and so that the machine cannot change unnoticed. The
+// environment variable FLASHTILE_CONFORMANCE names it where it is not at its place in the checkout.
 #pragma once
 
 #include <cstdint>

@@ -15,6 +15,7 @@ struct Expected {
   ptx::Device device = ptx::kSm90;
   int resident_blocks = 1;
   uint64_t budget = 20000;
+  bool ordered_sums = false;
 };
 
 inline void check_report(const Expected& expected) {
@@ -35,7 +36,9 @@ void expect(const Expected& expected, Launch launch) {
     ptx::Machine& machine = fresh_machine(seed, expected.device);
     machine.set_budget(expected.budget);
     machine.set_resident_blocks(expected.resident_blocks);
+    machine.set_ordered_sums(expected.ordered_sums);
     launch();
+    machine.set_ordered_sums(false);
     machine.set_resident_blocks(1);
     const bool failed = cudaGetLastError() != cudaSuccess;
     if (expected.kinds.empty()) {

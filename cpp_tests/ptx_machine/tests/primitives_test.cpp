@@ -44,7 +44,7 @@ Lanes run(const std::string& name, const Lanes& in) {
   uint32_t* target = to.get();
   ptx_test::begin_text(1);
   ptx_test::launch_text(name, 32, 1024, {static_cast<void*>(&source), static_cast<void*>(&target)});
-  return Lanes(to.get(), to.get() + to.size());
+  return to.fetch();
 }
 
 // Words [0, count) of every lane.

@@ -39,7 +39,7 @@ uint32_t run_on(const ptx::Device& device) {
   ptx_test::begin_text(1);
   ptx::machine().configure(device);
   CHECK(launch(out) == cudaSuccess);
-  return out[0];
+  return out.fetch()[0];
 }
 
 }  // namespace
@@ -89,7 +89,7 @@ TEST("two devices: a kernel sees the memory of its own, and an attribute is of o
   CHECK(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) ==
         cudaSuccess);
   CHECK(launch(out, kShared) == cudaSuccess);
-  CHECK_EQ(out[0], 801u);
+  CHECK_EQ(out.fetch()[0], 801u);
   CHECK(cudaSetDevice(0) == cudaSuccess);
   CHECK(launch(out, kShared) == cudaErrorInvalidValue);
   CHECK(ptx::machine().reports().size() == 1);

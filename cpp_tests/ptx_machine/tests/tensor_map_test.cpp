@@ -2,6 +2,7 @@
 #include <array>
 #include <cstring>
 #include <random>
+#include <thread>
 
 #include "conformance.h"
 #include "text_kernel.h"
@@ -149,6 +150,7 @@ void check_box(const Box& box, uint64_t seed) {
           {&in_map, &out_map, at.data(), &bytes, static_cast<void*>(&copy_pointer), &adds}))
     return;
   ptx_test::check_bulk_loads(bytes);
+  const std::vector<char> loaded = copy.fetch(), stored = out.fetch();
   std::vector<char> expected(host);
   const int span = r.swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 7
                    : r.swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 3
@@ -172,12 +174,12 @@ void check_box(const Box& box, uint64_t seed) {
   }
   const std::string name =
       "box" + std::to_string(r.rank) + (size == 4 ? "f" : "h") + "_" + std::to_string(span);
-  ptx_test::check_stored(name + "_loaded", seed, ptx_test::as_words(copy.get(), bytes),
+  ptx_test::check_stored(name + "_loaded", seed, ptx_test::as_words(loaded.data(), bytes),
                          ptx_test::as_words(tile.data(), bytes));
-  ptx_test::check_stored(name + "_stored", seed, ptx_test::as_words(out.get(), total),
+  ptx_test::check_stored(name + "_stored", seed, ptx_test::as_words(stored.data(), total),
                          ptx_test::as_words(expected.data(), total));
-  CHECK(std::memcmp(copy.get(), tile.data(), bytes) == 0);
-  CHECK(std::memcmp(out.get(), expected.data(), total) == 0);
+  CHECK(loaded == tile);
+  CHECK(stored == expected);
 }
 
 void load_box_kernels() {
@@ -192,6 +194,24 @@ void load_box_kernels() {
 
 }  // namespace
 
+// Asking what the device and the driver are leaves a thread without a context; what the launchers
+// of flashtile call first gives it one.
+TEST("the encoder wants a current context, which a thread has not from the start") {
+  SKIP_WITHOUT_HOPPER();
+  ptx_test::load_text(".visible .entry nothing()\n{\nret;\n}\n");
+  ptx_test::begin_text(1);
+  Buffer<char> memory(1024);
+  std::thread([&] {
+    CUtensorMap map;
+    int device = -1, major = 0, driver = 0;
+    CHECK(cudaGetDevice(&device) == cudaSuccess);
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess);
+    CHECK(cudaDriverGetVersion(&driver) == cudaSuccess);
+    CHECK(encode(&map, Request{}, memory.get()) == CUDA_ERROR_INVALID_CONTEXT);
+    ptx_test::allow_shared("nothing", 100 * 1024);
+    CHECK(encode(&map, Request{}, memory.get()) == CUDA_SUCCESS);
+  }).join();
+}
 TEST("the encoder refuses what the driver refuses") {
   SKIP_WITHOUT_HOPPER();
   ptx_test::begin_text(1);

@@ -6,7 +6,6 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -22,6 +21,9 @@ void begin_text(uint64_t seed);
 // False, and a failed check, when it could not run.
 bool launch_text(const std::string& name, unsigned threads, size_t shared, std::vector<void*> args);
 
+// As before a launch with so much dynamic shared memory.
+void allow_shared(const std::string& name, size_t bytes);
+
 // Checks what was done since begin_text, where it can be counted.
 void check_wgmma(uint64_t count, uint64_t flops);
 void check_bulk_loads(uint64_t bytes);
@@ -32,24 +34,27 @@ bool order_is_known();
 // Why kernels cannot run here, or "". Begins with "no GPU" where there is none at all.
 std::string text_unavailable();
 
-// Memory that host and kernels see.
+// Plain memory of the device: what a host vector has goes in, and what kernels left comes out.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(size_t size) : size_(size) {
     void* p = nullptr;
-    CHECK(cudaMallocManaged(&p, size * sizeof(T), cudaMemAttachGlobal) == cudaSuccess);
+    CHECK(cudaMalloc(&p, size * sizeof(T)) == cudaSuccess);
     data_ = static_cast<T*>(p);
   }
   explicit Buffer(const std::vector<T>& host) : Buffer(host.size()) {
-    std::copy(host.begin(), host.end(), data_);
+    CHECK(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice) == cudaSuccess);
   }
   ~Buffer() { cudaFree(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
-  T& operator[](size_t i) const { return data_[i]; }
-  size_t size() const { return size_; }
+  std::vector<T> fetch() const {
+    std::vector<T> host(size_);
+    CHECK(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost) == cudaSuccess);
+    return host;
+  }
 
  private:
   size_t size_;

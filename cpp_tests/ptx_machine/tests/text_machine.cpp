@@ -8,14 +8,23 @@ namespace {
 
 std::vector<cudaLibrary_t> libraries;
 
-bool launch(const std::string& name, unsigned threads, size_t shared, std::vector<void*>& args) {
+cudaKernel_t find(const std::string& name) {
   cudaKernel_t kernel = nullptr;
   for (const cudaLibrary_t library : libraries) {
     if (cudaLibraryGetKernel(&kernel, library, name.c_str()) == cudaSuccess) break;
   }
+  return kernel;
+}
+
+bool set_shared(cudaKernel_t kernel, size_t shared) {
   return kernel != nullptr &&
          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared)) == cudaSuccess &&
+                              static_cast<int>(shared)) == cudaSuccess;
+}
+
+bool launch(const std::string& name, unsigned threads, size_t shared, std::vector<void*>& args) {
+  const cudaKernel_t kernel = find(name);
+  return set_shared(kernel, shared) &&
          cudaLaunchKernel(kernel, dim3(1), dim3(threads), args.data(), shared, nullptr) ==
              cudaSuccess &&
          cudaDeviceSynchronize() == cudaSuccess;
@@ -37,6 +46,8 @@ void begin_text(uint64_t seed) {
   ptx::machine().clear_reports();
   ptx::machine().reset_counters();
 }
+
+void allow_shared(const std::string& name, size_t bytes) { CHECK(set_shared(find(name), bytes)); }
 
 bool launch_text(const std::string& name, unsigned threads, size_t shared,
                  std::vector<void*> args) {

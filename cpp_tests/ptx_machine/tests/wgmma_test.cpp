@@ -1,5 +1,6 @@
 // wgmma of every N, format, major-ness and swizzle, A from shared memory and from registers,
 // against plain C++.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -32,8 +33,14 @@ struct Layout {
   int rows;
   bool mn;
   Mode mode;
-  int bytes() const { return rows * kDepth * 2 + padding(); }
-  int padding() const { return mode == k128 && !mn ? rows * 64 : 0; }  // half of each row is unused
+  int bytes() const {
+    if (mode == kNone) return rows * kDepth * 2;
+    const int width = span(mode);
+    // The last panel of MN-major rows, and the rows of K-major ones, may be wider than what they
+    // hold.
+    return mn ? (rows * 2 + width - 1) / width * kDepth * width
+              : rows * std::max(kDepth * 2, width);
+  }
 
   int offset(int row, int k) const {  // of an element, before the swizzle
     const int width = span(mode);
@@ -147,21 +154,21 @@ int count_wrong(const Shape& s, uint64_t seed, Values values, uint64_t spoiled =
   const Layout la{64, s.a_mn, s.a_mode}, lb{s.n, s.b_mn, s.b_mode};
   const int b_at = (la.bytes() + 1023) / 1024 * 1024;
   const int bytes = b_at + lb.bytes();
-  Buffer<uint16_t> image(std::vector<uint16_t>(bytes / 2));
+  std::vector<uint16_t> image(bytes / 2), fragments(128 * 16);
   for (int m = 0; m < 64; ++m)
     for (int k = 0; k < kDepth; ++k) image[la.physical(m, k) / 2] = a[m * kDepth + k];
   for (int n = 0; n < s.n; ++n)
     for (int k = 0; k < kDepth; ++k) image[(b_at + lb.physical(n, k)) / 2] = b[n * kDepth + k];
-  Buffer<uint16_t> fragments(128 * 16);
   for (int t = 0; t < 128; ++t)
     for (int i = 0; i < 16; ++i) {  // step i / 8, register i / 2 % 4
       const int row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2);
       fragments[t * 16 + i] = a[row * kDepth + i / 8 * 16 + i / 4 % 2 * 8 + t % 4 * 2 + i % 2];
     }
-  Buffer<float> result(static_cast<size_t>(64) * s.n);
+  const Buffer<uint16_t> image_there(image), fragments_there(fragments);
+  const Buffer<float> result(static_cast<size_t>(64) * s.n);
 
   ptx_test::begin_text(seed);
-  void* pointers[] = {image.get(), fragments.get(), result.get()};
+  void* pointers[] = {image_there.get(), fragments_there.get(), result.get()};
   uint32_t words = static_cast<uint32_t>(bytes / 4);
   uint64_t da = la.descriptor(1024), db = lb.descriptor(1024 + b_at) ^ spoiled;
   uint64_t sa = static_cast<uint64_t>(la.step() / 16), sb = static_cast<uint64_t>(lb.step() / 16);
@@ -170,7 +177,8 @@ int count_wrong(const Shape& s, uint64_t seed, Values values, uint64_t spoiled =
                               static_cast<void*>(&pointers[1]), static_cast<void*>(&pointers[2])}))
     return -1;
   ptx_test::check_wgmma(2, 2ull * 64 * s.n * kDepth);
-  std::vector<float> expected(result.size());
+  const std::vector<float> products = result.fetch();
+  std::vector<float> expected(products.size());
   for (int m = 0; m < 64; ++m) {
     for (int n = 0; n < s.n; ++n) {
       float sum = 0;
@@ -182,7 +190,7 @@ int count_wrong(const Shape& s, uint64_t seed, Values values, uint64_t spoiled =
       expected[static_cast<size_t>(thread) * (s.n / 2) + i] = sum;
     }
   }
-  const Words got = ptx_test::as_words(result.get(), result.size() * sizeof(float));
+  const Words got = ptx_test::as_words(products.data(), products.size() * sizeof(float));
   const Words plain = ptx_test::as_words(expected.data(), expected.size() * sizeof(float));
   if (values == Values::kIntegers && spoiled == 0)
     ptx_test::check_stored("wgmma_" + full_name(s), seed, got, plain);
@@ -234,6 +242,20 @@ TEST("wgmma of every major-ness and swizzle") {
       }
   ptx_test::load_text(text);
   for (const Shape& s : shapes) check_shape(s, 7);
+}
+// B as the kernels have it in products with V, dO, Q and K: its N in whole 128-byte panels, in half
+// of one, and in one and a half.
+TEST("wgmma of MN-major B of every width that kernels have") {
+  SKIP_WITHOUT_HOPPER();
+  std::string text;
+  std::vector<Shape> shapes;
+  for (const int n : {32, 64, 96, 128, 192, 256})
+    for (const bool bf16 : {false, true})
+      for (const bool registers : {false, true})
+        shapes.push_back({n, bf16, registers, false, true, k128, k128});
+  for (const Shape& s : shapes) text += kernel_text(s);
+  ptx_test::load_text(text);
+  for (const Shape& s : shapes) check_shape(s, static_cast<uint64_t>(s.n) + 1);
 }
 TEST("wgmma with negated operands") {
   SKIP_WITHOUT_HOPPER();

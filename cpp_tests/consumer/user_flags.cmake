@@ -1,0 +1,13 @@
+# Every compilation of BUILD, which small.cmake made, has the flags that the user asked for.
+file(READ "${BUILD}/compile_commands.json" commands)
+string(JSON count LENGTH "${commands}")
+if(count LESS 5)
+  message(FATAL_ERROR "${count} compilations in ${BUILD}/compile_commands.json")
+endif()
+math(EXPR last "${count} - 1")
+foreach(i RANGE ${last})
+  string(JSON command GET "${commands}" ${i} command)
+  if(NOT command MATCHES " -O1 -DOF_THE_USER " OR command MATCHES " -O[23] ")
+    message(FATAL_ERROR "not with CMAKE_CXX_FLAGS_RELEASE of the user, -O1 -DOF_THE_USER: ${command}")
+  endif()
+endforeach()

@@ -1,0 +1,210 @@
+"""The ops of a key/value cache: what is checked before them, and their fake kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import _checks
+
+_INTS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
+
+
+def _check_int(name: str, tensor: Tensor, q: Tensor, shape: tuple[_checks.Extent, ...]) -> None:
+    _checks.check_shape(name, tensor, shape)
+    _checks.check_kind(name, tensor, q, torch.int32)
+
+
+def _check_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: int,
+    numbers: dict[str, Tensor | None],
+    block_table: Tensor | None,
+) -> None:
+    _checks.check_shape("k_cache", k_cache, ("num_pages", "page_size", "num_heads_kv", q.shape[-1]))
+    _checks.check_kind("k_cache", k_cache, q)
+    if k_cache.shape[1] == 0:
+        raise ValueError("page_size is 0; allowed: 1 and more")
+    _checks.check_shape("v_cache", v_cache, (*k_cache.shape[:-1], "head_dim_v"))
+    _checks.check_kind("v_cache", v_cache, q)
+    for name, tensor in numbers.items():
+        if tensor is not None:
+            _check_int(name, tensor, q, (batch,))
+    if block_table is not None:
+        _check_int("block_table", block_table, q, (batch, "max_blocks"))
+        if numbers.get("cache_batch_idx") is not None:
+            raise ValueError("cache_batch_idx and block_table are set; allowed: one of the two")
+    elif numbers.get("cache_batch_idx") is None and k_cache.shape[0] < batch:
+        raise ValueError(
+            f"num_pages is {k_cache.shape[0]}; allowed: at least batch, {batch}, without "
+            "block_table and cache_batch_idx"
+        )
+    _checks.check_heads(q.shape[-2], k_cache.shape[2], q.shape[-1], v_cache.shape[-1])
+
+
+def check_queries(name: str, q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences."""
+    _checks.check_q(q, is_varlen=cu_seqlens is not None, name=name)
+    if cu_seqlens is None:
+        return q.shape[0]
+    _checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens, q)
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_new(
+    k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], cu_seqlens: Tensor | None
+) -> None:
+    rows: tuple[_checks.Extent, ...] = ("total_new",)
+    if cu_seqlens is None:
+        rows = (q.shape[0], "seqlen_new")
+    _checks.check_shape("k", k, (*rows, *cache[0].shape[2:]))
+    _checks.check_kind("k", k, q)
+    _checks.check_shape("v", v, (*k.shape[:-2], *cache[1].shape[2:]))
+    _checks.check_kind("v", v, q)
+
+
+def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
+    _checks.check_shape("rotary_cos", cos, ("seqlen_rotary", "rotary_dim / 2"))
+    _checks.check_kind("rotary_cos", cos, q)
+    _checks.check_shape("rotary_sin", sin, tuple(cos.shape))
+    _checks.check_kind("rotary_sin", sin, q)
+    dim = 2 * cos.shape[1]
+    if not 2 <= dim <= q.shape[-1]:
+        raise ValueError(f"rotary_dim is {dim}; allowed: even, 2 to head_dim, {q.shape[-1]}")
+    if cos.shape[0] < 1:
+        raise ValueError("rotary_rows is 0; allowed: 1 to 2147483647")
+    if cos.shape[0] > 1 and cos.stride(0) != sin.stride(0):
+        raise ValueError(
+            f"rotary_sin has stride {sin.stride(0)} between its rows; allowed: {cos.stride(0)}, "
+            "that of rotary_cos"
+        )
+
+
+def _fake_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    _softmax_scale: float | None,
+    _window_left: int,
+    _window_right: int,
+    _seqlen_new: int,
+    _num_splits: int,
+    _max_seqlen_q: int,
+    cu_seqlens_q: Tensor | None,
+    _cu_seqlens_new: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    _check: bool = False,
+    _alignment: int = 0,
+) -> tuple[Tensor, Tensor]:
+    batch = check_queries("q", q, cu_seqlens_q)
+    numbers = dict(zip(_INTS, (cache_seqlens, cache_batch_idx, cache_leftpad), strict=True))
+    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
+    *rows, heads, _ = q.shape
+    lse_shape = (heads, rows[0]) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
+    out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+    return out, q.new_empty(lse_shape, dtype=_checks.lse_dtype(q.dtype))
+
+
+def _fake_forward_out(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, *options: Any
+) -> Tensor:
+    _, lse = _fake_forward(q, k_cache, v_cache, *options)
+    _checks.check_shape("out", out, (*q.shape[:-1], v_cache.shape[-1]))
+    _checks.check_kind("out", out, q)
+    return lse
+
+
+def _fake_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    _check: bool = False,
+) -> None:
+    batch = check_queries("k", k, cu_seqlens)
+    numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
+    _check_cache(k, k_cache, v_cache, batch, numbers, block_table)
+    _check_new(k, v, k, (k_cache, v_cache), cu_seqlens)
+
+
+def _fake_append_rotary(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    _interleaved: bool,
+    _q_fixed: bool,
+    cache_seqlens: Tensor,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    _check: bool = False,
+) -> Tensor:
+    batch = check_queries("q", q, cu_seqlens)
+    numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
+    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
+    _check_new(k, v, q, (k_cache, v_cache), cu_seqlens)
+    _check_rotary(rotary_cos, rotary_sin, q)
+    return q.new_empty(q.shape)
+
+
+def _fake_gradient(dout: Tensor) -> Tensor:
+    return dout.new_empty(())
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "forward_kvcache": _fake_forward,
+    "forward_kvcache_out": _fake_forward_out,
+    "append_kv": _fake_append,
+    "append_kv_rotary": _fake_append_rotary,
+    "gradient_of_kvcache": _fake_gradient,
+}
+
+
+def register() -> None:
+    """Tells torch what the ops make of shapes. Once per process."""
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"flashtile::{name}", fake)
+
+
+def check_new_rows(
+    k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], *, is_packed: bool
+) -> None:
+    """K and v against q, of whose sequences they are, and the cache; the ops do not see q."""
+    rows: tuple[_checks.Extent, ...] = (q.shape[0],)
+    if not is_packed:
+        rows = (q.shape[0], "seqlen_new")
+    heads = "num_heads_kv" if cache[0].dim() != 4 else cache[0].shape[2]
+    _checks.check_shape("k", k, (*rows, heads, q.shape[-1]))
+    dim_v = "head_dim_v" if cache[1].dim() != 4 else cache[1].shape[3]
+    _checks.check_shape("v", v, (*k.shape[:-1], dim_v))
+    for name, tensor in (("k", k), ("v", v)):
+        _checks.check_kind(name, tensor, q)
+
+
+def check_together(tensors: dict[str, Tensor | None], cache_seqlens: object) -> None:
+    """What must come together, and that tensors are tensors."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _checks.check_tensor_type(name, tensor)
+    for one, other in (("k", "v"), ("v", "k"), ("rotary_cos", "rotary_sin"),
+                       ("rotary_sin", "rotary_cos"), ("rotary_cos", "k")):  # fmt: skip
+        if tensors[one] is not None and tensors[other] is None:
+            raise ValueError(f"{other} is None; allowed: a tensor, as {one} is one")
+    if tensors["k"] is not None and cache_seqlens is None:
+        raise ValueError(
+            "cache_seqlens is None; allowed: a tensor or an int, which says where k and v belong"
+        )
