@@ -171,7 +171,7 @@ def _append(call: _Call, run: Callable[..., Any]) -> Tensor:
 
 
 def _attend(call: _Call, run: Callable[..., Any] = _run) -> tuple[Tensor, Tensor]:
-    """Appends, if there is something to append, and attends, by ops that `run` runs. Out and LSE."""
+    """Appends, if there is something to append, and attends: by ops, through `run`. Out and LSE."""
     t, cu_seqlens_q = call.tensors, call.tensors["cu_seqlens_q"]
     q, seqlen_new, cu_seqlens_new = t["q"], 0, None
     if t["k"] is not None:
@@ -335,10 +335,11 @@ def attention_with_kvcache(
 
     Not differentiable: tensors may require grad, but going backward raises RuntimeError. A cache
     that requires grad can be read and not written. Under ``torch.autocast`` q, k, v and the rotary
-    tables are cast to the dtype of the caches, which are never cast. The append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
-    where a view begins that any custom op writes to: compile with caches that are tensors of their
-    own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended;
-    making it again writes the same rows. Numerics and errors are those of :func:`attention`;
+    tables are cast to the dtype of the caches, which are never cast. The append is declared, so
+    ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes, where a view begins
+    that any custom op writes to: compile with caches that are tensors of their own, not
+    ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended; making it
+    again writes the same rows. Numerics and errors are those of :func:`attention`;
     :func:`can_run_with_kvcache` gives the sentence without a call.
     """
     given = {
