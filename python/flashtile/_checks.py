@@ -151,9 +151,11 @@ def is_bool(value: object) -> bool:
 
 def flag(name: str, value: object) -> bool:
     """`value` as a bool, or TypeError: an int is none."""
+    if isinstance(value, bool):
+        return value
     if not is_bool(value):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: bool")
-    return value if isinstance(value, bool) else bool(value)
+    return bool(value)
 
 
 def is_whole(tensor: Tensor) -> bool:
