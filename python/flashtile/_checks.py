@@ -172,7 +172,7 @@ def _int(value: object) -> int | None:
     A tensor must be 0-d and on the CPU: for another one the host would wait.
     """
     if isinstance(value, (int, torch.SymInt)):
-        return None if isinstance(value, bool) else value
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
     if isinstance(value, Tensor) and not (is_whole(value) and value.device.type == "cpu"):
         return None
     try:
@@ -239,7 +239,7 @@ def alignment(name: str, value: object) -> int:
 def softmax_scale(value: object) -> float | None:
     """`value` as a float, or TypeError; whether it is finite the op says."""
     if value is None or isinstance(value, (float, torch.SymFloat)):
-        return value
+        return value  # type: ignore[return-value]
     # The op would take a bool, and a tensor as a number without a gradient.
     if isinstance(value, (int, torch.SymInt, numbers.Real)) and not isinstance(value, bool):
         try:

@@ -178,9 +178,10 @@ def _attend(call: _Call, run: Callable[..., Any] = _run) -> tuple[Tensor, Tensor
         q, cu_seqlens_new = _append(call, run), cu_seqlens_q
         seqlen_new = 0 if cu_seqlens_q is not None else t["k"].shape[1]
     tensors = (q, t["k_cache"], t["v_cache"])
-    options = (*call.mask, seqlen_new, *call.numbers, cu_seqlens_q, cu_seqlens_new, call.seqlens)
-    where = (t["cache_batch_idx"], t["cache_leftpad"], t["block_table"])
-    options = (*options, *where, call.flags["check"], call.alignment)
+    how = (*call.mask, seqlen_new, *call.numbers)
+    where = (cu_seqlens_q, cu_seqlens_new, call.seqlens, t["cache_batch_idx"])
+    rest = (t["cache_leftpad"], t["block_table"], call.flags["check"], call.alignment)
+    options: tuple[Any, ...] = (*how, *where, *rest)
     if call.out is None:
         return run("forward_kvcache", *tensors, *options)  # type: ignore[no-any-return]
     return call.out, run("forward_kvcache_out", *tensors, call.out, *options)
@@ -367,7 +368,7 @@ def attention_with_kvcache(
     if call.wanting:
         with torch.no_grad():
             result = _attend(call)
-        result = _NoGradient.apply(result, *call.wanting)
+        result = _NoGradient.apply(result, *call.wanting)  # type: ignore[no-untyped-call]
     else:
         result = _attend(call)
     return result if call.flags["return_lse"] else result[0]
