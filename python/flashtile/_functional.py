@@ -14,7 +14,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from flashtile import _checks
+from flashtile import _checks, _sharding
 
 
 def is_active() -> bool:
@@ -61,6 +61,8 @@ def register(
         jvp = staticmethod(_checks.refuse_tangents)
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if type(args[0]) is not Tensor:
+            _sharding.prepare(args[0])
         requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if requires_grad or forward_ad._current_level >= 0:
             if not is_active():
