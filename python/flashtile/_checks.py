@@ -21,6 +21,7 @@ _MAX_HEAD_DIM = 65536
 _ALIGNMENTS = ("bottom_right", "top_left")  # in the order of flashtile_alignment
 _MAX_INT = 2**31 - 1
 _MAX_SIDE = 2**63 - 1  # of a window
+_MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -262,12 +263,17 @@ def softmax_scale(value: object) -> float | None:
     raise TypeError(f"softmax_scale is a {type(value).__name__}; allowed: float or None")
 
 
-def check_finite(scale: float | None) -> None:
-    """ValueError unless the factor on the scores is a number, as the op refuses it."""
+def check_finite(scale: float | None, q: Tensor) -> None:
+    """ValueError unless the factor on the scores is one that q computes with, as the op says it."""
     if scale is None or torch.compiler.is_compiling():
         return
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale is {scale}; allowed: a finite number")
+    if q.dtype in _DTYPES[:3] and abs(scale) > _MAX_FLOAT:
+        raise ValueError(
+            f"softmax_scale is {scale:g}; allowed: -{_MAX_FLOAT:g} to {_MAX_FLOAT:g} for "
+            f"{dtype_name(q.dtype)}, which computes in float32"
+        )
 
 
 def are_foreign(tensors: tuple[Tensor | None, ...]) -> bool:

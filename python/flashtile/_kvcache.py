@@ -141,7 +141,6 @@ def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any])
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
     scale = _checks.softmax_scale(given["softmax_scale"])
-    _checks.check_finite(scale)  # the op would say so only after the append
     left, right = _checks.window(given["window_size"])
     alignment = _checks.alignment("causal_alignment", given["causal_alignment"])
     splits = _checks.length("num_splits", given["num_splits"], "int")
@@ -149,6 +148,7 @@ def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any])
     longest = 0 if longest is None else _checks.max_seqlen("max_seqlen_q", longest, q)
     _autocast(tensors, k_cache)
     q = tensors["q"]
+    _checks.check_finite(scale, q)  # the op would say so only after the append
     batch = _kvcache_ops.check_queries("q", q, tensors["cu_seqlens_q"])
     seqlens = _seqlens(given["cache_seqlens"], q, batch)
     if tensors["k"] is not None:

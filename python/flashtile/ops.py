@@ -69,7 +69,7 @@ def _call(op: Callable[..., Any], tensors: tuple[Tensor, ...], options: Options)
 def _check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None = None) -> None:
     """ValueError where the op and its fake kernel would refuse for shapes, dtypes or the scale."""
     _checks.check_tensors(q, k, v, *options.tensors(), out)
-    _checks.check_finite(options.softmax_scale)
+    _checks.check_finite(options.softmax_scale, q)
 
 
 def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:

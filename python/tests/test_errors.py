@@ -172,6 +172,13 @@ DENSE = [
         options={"softmax_scale": float("inf")},
     ),
     Refusal(
+        "scale that no float holds",
+        {},
+        "softmax_scale is 1e+300; allowed: -3.40282e+38 to 3.40282e+38 for float32, which "
+        "computes in float32",
+        options={"softmax_scale": 1e300},
+    ),
+    Refusal(
         "scale str",
         {},
         "softmax_scale is a str; allowed: float or None",

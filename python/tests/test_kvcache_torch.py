@@ -215,6 +215,12 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "softmax_scale is nan; allowed: a finite number",
     ),
     (
+        {"softmax_scale": 1e300},
+        ValueError,
+        "softmax_scale is 1e+300; allowed: -3.40282e+38 to 3.40282e+38 for float32, which "
+        "computes in float32",
+    ),
+    (
         {"window_size": (-2, 0)},
         ValueError,
         "window_left is -2; allowed: 0 and more keys, or -1 (unlimited)",
