@@ -326,27 +326,29 @@ TEST("cpu: flashtile/torch.h writes into out and refuses what has no meaning") {
   CHECK(at::equal(written.softmax_lse, expected.softmax_lse));
   CHECK(!flashtile::attention(q, k, v, {.out = out}).softmax_lse.defined());
 
-  says("out has shape (9, 4, 24); allowed: (1, 9, 4, 24)", [&] { flashtile::attention(q, k, v, {.out = out[0]}); });
-  says("window_left is -2; allowed: 0 and more keys, or -1 (unlimited)", [&] { flashtile::attention(q, k, v, {.window_size = {-2, 0}}); });
+  says("out has shape (9, 4, 24); allowed: (1, 9, 4, 24)",
+       [&] { flashtile::attention(q, k, v, {.out = out[0]}); });
+  says("window_left is -2; allowed: 0 and more keys, or -1 (unlimited)",
+       [&] { flashtile::attention(q, k, v, {.window_size = {-2, 0}}); });
   const at::Tensor trained = q.clone().requires_grad_();
-  says("out is a tensor and q requires grad; allowed: none, or at::NoGradGuard, as what is written "
-       "into out has no gradient",
-       [&] { flashtile::attention(trained, k, v, {.out = out}); });
+  says(
+      "out is a tensor and q requires grad; allowed: none, or at::NoGradGuard, as what is written "
+      "into out has no gradient",
+      [&] { flashtile::attention(trained, k, v, {.out = out}); });
   const at::Tensor offsets = at::tensor({0, 9}, at::kInt);
   says("max_seqlen_q is -1; allowed: 0 to 2147483647", [&] {
-    flashtile::attention_varlen(q[0], k[0], v[0],
-                                {.cu_seqlens_q = offsets,
-                                 .cu_seqlens_k = offsets,
-                                 .max_seqlen_q = -1,
-                                 .max_seqlen_k = 9});
+    flashtile::attention_varlen(
+        q[0], k[0], v[0],
+        {.cu_seqlens_q = offsets, .cu_seqlens_k = offsets, .max_seqlen_q = -1, .max_seqlen_k = 9});
   });
-  says("attention was differentiated twice; allowed: first derivatives only (use torch's math "
-       "attention for second derivatives)",
-       [&] {
-    const at::Tensor sum = flashtile::attention(trained, k, v).out.sum();
-    const auto first = torch::autograd::grad({sum}, {trained}, {}, true, /*create_graph=*/true);
-    first[0].sum().backward();
-  });
+  says(
+      "attention was differentiated twice; allowed: first derivatives only (use torch's math "
+      "attention for second derivatives)",
+      [&] {
+        const at::Tensor sum = flashtile::attention(trained, k, v).out.sum();
+        const auto first = torch::autograd::grad({sum}, {trained}, {}, true, /*create_graph=*/true);
+        first[0].sum().backward();
+      });
   const auto level = torch::autograd::forward_ad::enter_dual_level();
   const at::Tensor dual = at::_make_dual(q, q, level);
   const std::string tangent =

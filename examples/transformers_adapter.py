@@ -13,8 +13,8 @@ window and the rows of every sequence), and refuses a rule for which there is no
 
 Served, forward and backward: causal, bidirectional and sliding-window attention, with padding on
 either side or with sequences packed by position_ids; cross attention; GQA; any scaling. Without
-gradients also: padding on the left in front of a cache, and static caches. A query that is padding
-in front of its sequence gives 0 where it sees no key; eager gives an average without a meaning.
+gradients also: padding on the left in front of a cache, and static caches. A causal query that is
+padding in front of its sequence gives 0; eager gives an average that has no meaning.
 
 Refused with NotImplementedError: dropout, softcap, sinks, biases, masks that are tensors, chunks,
 blocks and prefixes, gaps in the padding, attention weights, and every keyword not known here.
@@ -42,22 +42,10 @@ FLASHTILE = "tiled"
 
 # Keywords that models hand through to their attention and that change nothing in it.
 # sliding_window is in the mask already.
-IGNORED = frozenset(
-    (
-        "cache_position",
-        "deterministic",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",
-        "return_dict",
-        "sliding_window",
-        "use_cache",
-    )
-)
+IGNORED = {"cache_position", "deterministic", "num_items_in_batch", "output_hidden_states",
+           "output_router_logits", "position_ids", "return_dict", "sliding_window",
+           "use_cache"}  # fmt: skip
 FULL = (-1, -1)  # the window without bounds
-
-
 REFUSAL = "flashtile's adapter does not serve {}; use eager attention"
 
 
@@ -75,7 +63,7 @@ def require(condition: Tensor, otherwise: str) -> None:
 
 
 class Rule(NamedTuple):
-    """Which keys a query sees: from `left` before its position to `right` behind it; -1: all.
+    """Which keys a query sees: from `left` before its position to `right` after it; -1: all.
 
     With `sequences`, (batch, seqlen), only those keys that have the number of the query there.
     """
@@ -130,32 +118,33 @@ def read_rule(mask: Callable[..., Any]) -> Rule:
     name = mask.__qualname__.partition(".")[0]
     if mask.__module__ != masking_utils.__name__:
         refuse(f"the mask function {name}")
-    names, cells = mask.__code__.co_freevars, mask.__closure__ or ()
-    bound: dict[str, Any] = {n: c.cell_contents for n, c in zip(names, cells, strict=True)}
+    cells = (cell.cell_contents for cell in mask.__closure__ or ())
+    bound: dict[str, Any] = dict(zip(mask.__code__.co_freevars, cells, strict=True))
     if name == "causal_mask_function":
-        return Rule(right=0)
-    if name == "bidirectional_mask_function":
-        return Rule()
-    if name == "sliding_window_overlay":
-        return Rule(left=bound["sliding_window"] - 1)
-    if name == "sliding_window_bidirectional_overlay":
-        return Rule(bound["sliding_window"], bound["sliding_window"])
-    if name == "packed_sequence_mask_function":
-        return Rule(sequences=bound["packed_sequence_mask"])
-    if name == "remap_positions_for_packed_sequence":  # in a sequence positions rise as rows do
-        return read_rule(bound["mask_function"])
-    if name == "and_masks":
+        rule = Rule(right=0)
+    elif name == "bidirectional_mask_function":
+        rule = Rule()
+    elif name == "sliding_window_overlay":
+        rule = Rule(left=bound["sliding_window"] - 1)
+    elif name == "sliding_window_bidirectional_overlay":
+        rule = Rule(bound["sliding_window"], bound["sliding_window"])
+    elif name == "packed_sequence_mask_function":
+        rule = Rule(sequences=bound["packed_sequence_mask"])
+    elif name == "remap_positions_for_packed_sequence":  # in a sequence positions rise as rows do
+        rule = read_rule(bound["mask_function"])
+    elif name == "and_masks":
         left, right, sequences = zip(*map(read_rule, bound["mask_functions"]), strict=True)
-        return Rule(
-            min((n for n in left if n != -1), default=-1),
-            min((n for n in right if n != -1), default=-1),
-            next((ids for ids in sequences if ids is not None), None),
-        )
-    refuse(f"a mask made by {name}")
+        left, right = (min((n for n in side if n != -1), default=-1) for side in (left, right))
+        packed = [ids for ids in sequences if ids is not None]
+        rule = Rule(left, right, *packed) if len(packed) < 2 else refuse("a packing in a packing")
+    else:
+        refuse(f"a mask made by {name}")
+    return rule
 
 
 def packed_rows(sequences: Tensor) -> Rows | None:
     """Sequences that follow each other in every entry of the batch; None: each entry is one."""
+    require((sequences.diff() >= 0).all(), "packed sequences that lie in parts")
     begins = torch.ones_like(sequences, dtype=torch.bool)
     begins[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
     cu_seqlens = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
@@ -181,12 +170,8 @@ def padded_rows(
         begins = pairs(entry * length, entry * length + first)
         return F.pad(begins, (0, 1), value=len(first) * length)
 
-    return Rows(
-        offsets(q_length, first_q),
-        offsets(kv_length, first),
-        pairs(zero, q_length - first_q),
-        pairs(zero, count),
-    )
+    cu_seqlens = offsets(q_length, first_q), offsets(kv_length, first)
+    return Rows(*cu_seqlens, pairs(zero, q_length - first_q), pairs(zero, count))
 
 
 def flashtile_mask(
@@ -303,17 +288,10 @@ def flashtile_attention(
     k, v = k[:, : mask.kv_used], v[:, : mask.kv_used]
     if mask.rows is None:
         return flashtile.attention(q, k, v, window_size=mask.window, softmax_scale=scaling), None
-    out = flashtile.attention_varlen(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        max_seqlen_q=q_length,
-        max_seqlen_k=kv_length,
-        causal_alignment="top_left",
-        window_size=mask.window,
-        softmax_scale=scaling,
-        **mask.rows._asdict(),
-    )
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    options = {"max_seqlen_q": q_length, "max_seqlen_k": kv_length, "window_size": mask.window}
+    options |= {"softmax_scale": scaling, "causal_alignment": "top_left", **mask.rows._asdict()}
+    out = flashtile.attention_varlen(q, k, v, **options)
     return out.unflatten(0, (-1, q_length)), None
 
 

@@ -9,16 +9,23 @@
 
 namespace flashtile {
 
-// A kernel's name, e.g. "forward_sm90_d64_bf16_causal" or "forward_cpu_avx2_fp32", and, where it is
-// not the one that the device has for such problems, why.
+// A kernel's name, e.g. "forward_sm80_large_d64_bf16_causal" or "forward_cpu_avx2_fp32", and, where
+// it is not the one that the device has for such problems, why.
 struct PlanName {
   char text[96] = "";
   char note[192] = "";
 };
 
+// Bytes of workspace: without `least` a call is refused, with less than `wanted` it uses fewer
+// threads.
+struct WorkspaceSize {
+  size_t wanted = 0;
+  size_t least = 0;
+};
+
 namespace cpu {
-Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes);
-Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes);
+Status forward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace);
+Status backward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace);
 Status forward(const ForwardParams& params);
 Status backward(const BackwardParams& params);
 Status append_kv(const AppendParams& params);

@@ -37,24 +37,6 @@ Status check_seqused(const char* name, const int32_t* used, const int32_t* cu, i
   return FLASHTILE_OK;
 }
 
-// A stride that was never set would put every head into the same rows.
-Status check_lse(const flashtile_forward_params& p, const Problem& problem) {
-  if (p.softmax_lse == nullptr || problem.rows_q() == 0 || problem.batch == 0) return FLASHTILE_OK;
-  const struct {
-    const char* name;
-    int64_t stride, extent;
-  } dims[] = {{"lse_stride_batch", p.lse_stride_batch, problem.is_varlen() ? 1 : problem.batch},
-              {"lse_stride_head", p.lse_stride_head, problem.num_heads}};
-  for (const auto& dim : dims) {
-    if (dim.stride == 0 && dim.extent > 1) {
-      return fail(FLASHTILE_INVALID_ARGUMENT,
-                  "%s is 0 over %lld entries; allowed: any other value, it is written", dim.name,
-                  static_cast<I64>(dim.extent));
-    }
-  }
-  return FLASHTILE_OK;
-}
-
 }  // namespace
 
 Status check_offsets(const Target& target, const Problem& p) {
@@ -72,24 +54,10 @@ Status check_offsets(const Target& target, const Problem& p) {
 }
 
 Status check_tensor(const TensorArgument& argument, const Problem& problem) {
-  const auto& [name, tensor, rows, heads, batch, written] = argument;
-  const bool empty = rows == 0 || batch == 0 || problem.batch == 0;
-  if (!empty && tensor.data == nullptr) {
+  const bool empty = argument.rows_per_batch == 0 || argument.batch == 0 || problem.batch == 0;
+  if (!empty && argument.tensor.data == nullptr) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "%s.data is NULL; allowed: a pointer to %lld rows",
-                name, static_cast<I64>(rows));
-  }
-  const struct {
-    const char* name;
-    int64_t stride, extent;
-  } dims[] = {{"stride_batch", tensor.stride_batch, batch},
-              {"stride_seq", tensor.stride_seq, rows},
-              {"stride_head", tensor.stride_head, heads}};
-  for (const auto& dim : dims) {
-    if (written && dim.stride == 0 && dim.extent > 1 && !empty) {
-      return fail(FLASHTILE_INVALID_ARGUMENT,
-                  "%s.%s is 0 over %lld entries; allowed: any other value, it is written", name,
-                  dim.name, static_cast<I64>(dim.extent));
-    }
+                argument.name, static_cast<I64>(argument.rows_per_batch));
   }
   return FLASHTILE_OK;
 }
@@ -123,12 +91,15 @@ Status check_forward(const flashtile_forward_params* user, Target& target, Forwa
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const int64_t batch_k = problem.cache.exists() ? problem.cache.num_pages : batch;
-  const TensorArgument arguments[] = {{"q", p.q, q, problem.num_heads, batch, false},
-                                      {"k", p.k, k, problem.num_heads_kv, batch_k, false},
-                                      {"v", p.v, k, problem.num_heads_kv, batch_k, false},
-                                      {"out", p.out, q, problem.num_heads, batch, true}};
-  if (Status s = check_tensors(arguments, problem)) return s;
-  if (Status s = check_lse(p, problem)) return s;
+  const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
+  const TensorArgument tensors[] = {{"q", p.q, q, problem.num_heads, batch, dim, false},
+                                    {"k", p.k, k, problem.num_heads_kv, batch_k, dim, false},
+                                    {"v", p.v, k, problem.num_heads_kv, batch_k, dim_v, false},
+                                    {"out", p.out, q, problem.num_heads, batch, dim_v, true}};
+  const RowArgument rows[] = {
+      {"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, true}};
+  if (Status s = check_tensors(tensors, problem)) return s;
+  if (Status s = check_memory(tensors, rows, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   params.q = view(p.q);
   params.k = view(p.k);
@@ -148,16 +119,24 @@ Status check_backward(const flashtile_backward_params* user, Target& target,
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
-  const TensorArgument arguments[] = {
-      {"q", p.q, q, heads, batch, false},       {"k", p.k, k, heads_kv, batch, false},
-      {"v", p.v, k, heads_kv, batch, false},    {"out", p.out, q, heads, batch, false},
-      {"dout", p.dout, q, heads, batch, false}, {"dq", p.dq, q, heads, batch, true},
-      {"dk", p.dk, k, heads_kv, batch, true},   {"dv", p.dv, k, heads_kv, batch, true}};
-  if (Status s = check_tensors(arguments, problem)) return s;
+  const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
+  const TensorArgument tensors[] = {{"q", p.q, q, heads, batch, dim, false},
+                                    {"k", p.k, k, heads_kv, batch, dim, false},
+                                    {"v", p.v, k, heads_kv, batch, dim_v, false},
+                                    {"out", p.out, q, heads, batch, dim_v, false},
+                                    {"dout", p.dout, q, heads, batch, dim_v, false},
+                                    {"dq", p.dq, q, heads, batch, dim, true},
+                                    {"dk", p.dk, k, heads_kv, batch, dim, true},
+                                    {"dv", p.dv, k, heads_kv, batch, dim_v, true}};
+  const RowArgument rows[] = {
+      {"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, false},
+      {"dsoftmax_lse", "dlse", p.dsoftmax_lse, p.dlse_stride_batch, p.dlse_stride_head, false}};
+  if (Status s = check_tensors(tensors, problem)) return s;
   if (p.softmax_lse == nullptr && q > 0 && problem.batch > 0) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "softmax_lse is NULL; allowed: the softmax_lse of the forward call");
   }
+  if (Status s = check_memory(tensors, rows, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   params.q = view(p.q);
   params.k = view(p.k);
@@ -180,15 +159,22 @@ Status check_stream(const Target& target, CUstream_st* stream) {
               static_cast<void*>(stream));
 }
 
-Status check_workspace(const void* workspace, size_t bytes, size_t needed) {
-  if (bytes < needed) {
+Status check_workspace(const void* workspace, size_t bytes, const WorkspaceSize& size) {
+  const size_t needed = size.least;
+  if (bytes < needed && needed == size.wanted) {
     return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
                 "workspace_bytes is %zu; allowed: %zu (flashtile_workspace_size) and more", bytes,
                 needed);
   }
+  if (bytes < needed) {
+    return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
+                "workspace_bytes is %zu; allowed: %zu, enough for one thread, and more; "
+                "flashtile_workspace_size: %zu",
+                bytes, needed, size.wanted);
+  }
   if (needed > 0 && workspace == nullptr) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is NULL; allowed: a pointer to %zu bytes",
-                needed);
+                size.wanted);
   }
   if (needed > 0 && reinterpret_cast<uintptr_t>(workspace) % 64 != 0) {
     return fail(FLASHTILE_INVALID_ARGUMENT, "workspace is %p; allowed: a multiple of 64",

@@ -1,6 +1,7 @@
 // From the caller's structs to the kernels' structs: every check that needs no device.
 #pragma once
 
+#include "backend.h"
 #include "flashtile/flashtile.h"
 #include "params.h"
 #include "status.h"
@@ -30,7 +31,7 @@ Status check_cache(const flashtile_problem* user, flashtile_cache_report* report
 Status describe(const flashtile_cache_report& report);
 
 Status check_stream(const Target& target, CUstream_st* stream);
-Status check_workspace(const void* workspace, size_t bytes, size_t needed);
+Status check_workspace(const void* workspace, size_t bytes, const WorkspaceSize& needed);
 
 // "float16", "bfloat16", ...
 const char* dtype_name(Dtype dtype);

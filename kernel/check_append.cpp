@@ -60,8 +60,25 @@ Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem)
   if (Status s = check_range("rotary_rows", p.rotary_rows, 1, INT32_MAX)) return s;
   if (p.q.data == nullptr) return FLASHTILE_OK;
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
-  return check_tensor({"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch, true},
-                      problem);
+  return check_tensor(
+      {"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch, problem.head_dim, true},
+      problem);
+}
+
+// q and q_out, which may be one tensor, beside the other four.
+Status check_q_memory(const flashtile_append_kv_params& p, const TensorArgument (&others)[4],
+                      const Problem& problem) {
+  if (p.rotary_cos == nullptr || p.q.data == nullptr) return FLASHTILE_OK;
+  const int64_t rows = problem.rows_q(), heads = problem.num_heads, dim = problem.head_dim;
+  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+  const TensorArgument all[] = {others[0],
+                                others[1],
+                                others[2],
+                                others[3],
+                                {"q_out", p.q_out, rows, heads, batch, dim, true},
+                                {"q", p.q, rows, heads, batch, dim, false}};
+  const size_t count = p.q.data == p.q_out.data ? 5 : 6;
+  return check_memory(std::span(all).first(count), {}, problem);
 }
 
 }  // namespace
@@ -82,12 +99,14 @@ Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
   const int64_t batch = packed ? 1 : problem.batch;
   const int64_t heads = problem.num_heads_kv;
   const TensorArgument arguments[] = {
-      {"k_new", p.k_new, rows, heads, batch, false},
-      {"v_new", p.v_new, rows, heads, batch, false},
-      {"k_cache", p.k_cache, cache.page_size, heads, cache.num_pages, true},
-      {"v_cache", p.v_cache, cache.page_size, heads, cache.num_pages, true}};
+      {"k_new", p.k_new, rows, heads, batch, problem.head_dim, false},
+      {"v_new", p.v_new, rows, heads, batch, problem.head_dim_v, false},
+      {"k_cache", p.k_cache, cache.page_size, heads, cache.num_pages, problem.head_dim, true},
+      {"v_cache", p.v_cache, cache.page_size, heads, cache.num_pages, problem.head_dim_v, true}};
   if (Status s = check_tensors(arguments, problem)) return s;
   if (Status s = check_rotary(p, problem)) return s;
+  if (Status s = check_memory(arguments, {}, problem)) return s;
+  if (Status s = check_q_memory(p, arguments, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   if (target.device == FLASHTILE_CPU && packed) {
     if (Status s = check_cu_seqlens("cu_seqlens_new", cache.cu_seqlens_new, problem.batch, rows))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <span>
 
 #include "check.h"
 
@@ -16,8 +17,23 @@ struct TensorArgument {
   int64_t rows_per_batch;  // seqlen; varlen: total; cache: page_size
   int64_t heads;
   int64_t batch;  // entries that stride_batch runs over: 1 when varlen; cache: num_pages
+  int64_t dim;
   bool written;
 };
+
+// A number per query row: softmax_lse, dsoftmax_lse.
+struct RowArgument {
+  const char* name;
+  const char* short_name;  // as in lse_stride_head
+  const void* data;        // may be null
+  int64_t stride_batch, stride_head;
+  bool written;
+};
+
+constexpr int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+constexpr int64_t bytes_of_lse(const Problem& problem) { return problem.lse_is_double ? 8 : 4; }
 
 // No later version's struct will be larger: a larger size was never initialised.
 inline constexpr uint32_t kLargestStruct = 4096;
@@ -67,6 +83,10 @@ Status check_tensors(const TensorArgument (&arguments)[kCount], const Problem& p
   }
   return FLASHTILE_OK;
 }
+
+// Alignment, and what is written where: check_memory.cpp. At most ten arguments.
+Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
+                    const Problem& problem);
 
 inline View view(const flashtile_tensor& t) {
   return {t.data, t.stride_batch, t.stride_seq, t.stride_head};

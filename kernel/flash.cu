@@ -31,19 +31,25 @@ namespace {
 
 struct Plan {
   PlanName name;
-  size_t workspace_bytes = 0;
+  WorkspaceSize workspace;
 };
 
 Status plan(const Target& target, const ForwardParams& params, Plan& plan) {
-  return target.device == FLASHTILE_CPU
-             ? cpu::forward_plan(params.problem, plan.name, plan.workspace_bytes)
-             : cuda::forward_plan(params, target.device_index, plan.name, plan.workspace_bytes);
+  if (target.device == FLASHTILE_CPU)
+    return cpu::forward_plan(params.problem, plan.name, plan.workspace);
+  size_t& bytes = plan.workspace.wanted;
+  const Status status = cuda::forward_plan(params, target.device_index, plan.name, bytes);
+  plan.workspace.least = bytes;
+  return status;
 }
 
 Status plan(const Target& target, const BackwardParams& params, Plan& plan) {
-  return target.device == FLASHTILE_CPU
-             ? cpu::backward_plan(params.problem, plan.name, plan.workspace_bytes)
-             : cuda::backward_plan(params, target.device_index, plan.name, plan.workspace_bytes);
+  if (target.device == FLASHTILE_CPU)
+    return cpu::backward_plan(params.problem, plan.name, plan.workspace);
+  size_t& bytes = plan.workspace.wanted;
+  const Status status = cuda::backward_plan(params, target.device_index, plan.name, bytes);
+  plan.workspace.least = bytes;
+  return status;
 }
 
 Status check(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
@@ -118,7 +124,7 @@ Status workspace_size(const UserParams* user, size_t* bytes) {
   Plan chosen;
   if (Status s = check_problem(user, target, params)) return s;
   if (Status s = plan(target, params, chosen)) return s;
-  *bytes = chosen.workspace_bytes;
+  *bytes = chosen.workspace.wanted;
   return FLASHTILE_OK;
 }
 
@@ -128,7 +134,7 @@ Status execute(const UserParams* user, CUstream_st* stream) {
   Params params;
   Plan chosen;
   if (Status s = checked_plan(user, target, params, chosen)) return s;
-  if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace_bytes))
+  if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace))
     return s;
   if (Status s = check_stream(target, stream)) return s;
   return run(target, params, stream);

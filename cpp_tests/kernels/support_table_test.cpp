@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int kMostHeadDim = 256;
+constexpr int kMostHeadDim = 256;    // of the kernels
+constexpr int kLastHeadDim = 65536;  // of anything
 constexpr int32_t kNoRows[2] = {};
 
 struct Asked {
@@ -87,6 +88,8 @@ std::string head_dims(flashtile_device device, flashtile_dtype dtype, Runs runs)
     if (!runs(Asked{device, dtype, first}, {})) continue;
     int last = first;
     while (last < kMostHeadDim && runs(Asked{device, dtype, last + 1}, {})) ++last;
+    // What goes beyond the slices of the kernels goes to the end.
+    if (last == kMostHeadDim && runs(Asked{device, dtype, kLastHeadDim}, {})) last = kLastHeadDim;
     if (!text.empty()) text += ", ";
     text +=
         last == first ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(last);

@@ -120,7 +120,16 @@ TEST("plan names the kernel") {
   CHECK_EQ(flashtile_plan(&call->forward, name, sizeof name), FLASHTILE_OK);
   CHECK_EQ(std::string(name).rfind("decode_cpu_", 0), size_t{0});  // few rows of queries
   CHECK(std::string(name).find("fp32") != std::string::npos);
+  call->problem.batch = 1;
   call->problem.seqlen_q = 1000;
+  std::vector<std::vector<float>> rows(5, std::vector<float>(32000));
+  call->forward.q.data = call->backward.q.data = rows[0].data();
+  call->forward.out.data = call->backward.out.data = rows[1].data();
+  call->forward.softmax_lse = rows[2].data();
+  call->forward.lse_stride_head = call->backward.lse_stride_head = 1000;
+  call->backward.softmax_lse = rows[2].data();
+  call->backward.dout.data = rows[3].data();
+  call->backward.dq.data = rows[4].data();
   CHECK_EQ(flashtile_plan(&call->forward, name, sizeof name), FLASHTILE_OK);
   CHECK_EQ(std::string(name).rfind("forward_cpu_", 0), size_t{0});
   CHECK_EQ(flashtile_plan_backward(&call->backward, name, sizeof name), FLASHTILE_OK);

@@ -94,6 +94,14 @@ const Refusal kProblemRefusals[] = {
 };
 
 const Refusal kAppendRefusals[] = {
+    {[](CacheCall& c) { c.append.v_cache.data = c.k; }, kInvalid,
+     "k_cache shares memory with v_cache; allowed: memory of its own"},
+    {[](CacheCall& c) { c.append.v_new.data = c.v; }, kInvalid,
+     "v_cache shares memory with v_new; allowed: memory of its own"},
+    {[](CacheCall& c) { c.append.q_out.data = c.v; }, kInvalid,
+     "v_cache shares memory with q_out; allowed: memory of its own"},
+    {[](CacheCall& c) { c.append.q_out.data = c.q + SmallCall::kDim; }, kInvalid,
+     "q_out shares memory with q; allowed: memory of its own"},
     {[](CacheCall& c) { c.append.problem = nullptr; }, kInvalid,
      "problem is NULL; allowed: a pointer to the struct"},
     {[](CacheCall& c) { c.problem.page_size = 0; }, kInvalid,
@@ -103,7 +111,8 @@ const Refusal kAppendRefusals[] = {
     {[](CacheCall& c) { c.append.v_cache.data = nullptr; }, kInvalid,
      "v_cache.data is NULL; allowed: a pointer to 2 rows"},
     {[](CacheCall& c) { c.append.k_cache.stride_batch = 0; }, kInvalid,
-     "k_cache.stride_batch is 0 over 6 entries; allowed: any other value, it is written"},
+     "k_cache.stride_batch is 0 over 6 entries, which share memory; allowed: strides that keep "
+     "them apart, they are written"},
     {[](CacheCall& c) { c.append.rotary_sin = nullptr; }, kInvalid,
      "rotary_sin is NULL and rotary_cos is not; allowed: both NULL (no rotation) or both set"},
     {[](CacheCall& c) { c.append.rotary_flags = 4; }, kInvalid,

@@ -62,18 +62,21 @@ std::vector<Case> few_cases() {
   };
 }
 
-// Forward and backward of one head under a window of 301 keys; k and v are the same memory, the
-// rest is zeros.
+// Forward and backward of one head under a window of 301 keys; k and v are the same memory, what is
+// read besides is zeros.
 struct WindowCall {
-  std::vector<float> q, lse, dk;
+  std::vector<float> q, out, dq, lse, dk, dv;
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
   flashtile_forward_params forward = {};
   flashtile_backward_params backward = {};
 
   WindowCall(Dtype dtype, int64_t queries, int64_t keys, int64_t dim, void* kv)
       : q(static_cast<size_t>(queries * dim)),
+        out(q.size()),
+        dq(q.size()),
         lse(static_cast<size_t>(queries)),
-        dk(static_cast<size_t>(keys * dim)) {
+        dk(static_cast<size_t>(keys * dim)),
+        dv(dk.size()) {
     problem.dtype = problem.dtype_kv = problem.dtype_out = static_cast<flashtile_dtype>(dtype);
     problem.batch = problem.num_heads = problem.num_heads_kv = 1;
     problem.head_dim = dim;
@@ -85,10 +88,12 @@ struct WindowCall {
     flashtile_forward_init(&forward);
     flashtile_backward_init(&backward);
     forward.problem = backward.problem = &problem;
-    forward.q = forward.out = backward.q = backward.out = backward.dout =
-        backward.dq = {q.data(), 0, dim, dim};
+    forward.q = backward.q = backward.dout = {q.data(), 0, dim, dim};
+    forward.out = backward.out = {out.data(), 0, dim, dim};
+    backward.dq = {dq.data(), 0, dim, dim};
     forward.k = forward.v = backward.k = backward.v = {kv, 0, dim, dim};
-    backward.dk = backward.dv = {dk.data(), 0, dim, dim};
+    backward.dk = {dk.data(), 0, dim, dim};
+    backward.dv = {dv.data(), 0, dim, dim};
     forward.softmax_lse = lse.data();
     backward.softmax_lse = lse.data();
   }
@@ -175,14 +180,15 @@ TEST("less workspace means fewer threads, too little is refused") {
                     .seqlen_k = 64,
                     .total_q = 64,
                     .total_k = 64,
-                    .softmax_scale = 1.0f,
+                    .exact_scale = 1.0,
                     .band = {},
                     .dtype = flashtile::Dtype::kFloat32};
   params.q = params.k = params.v = {qkv.data(), 0, 32, 32};
   params.out = {large.data(), 0, 32, 32};
   flashtile::PlanName name;
-  size_t bytes = 0;
-  CHECK_EQ(flashtile::cpu::forward_plan(params.problem, name, bytes), FLASHTILE_OK);
+  flashtile::WorkspaceSize size;
+  CHECK_EQ(flashtile::cpu::forward_plan(params.problem, name, size), FLASHTILE_OK);
+  const size_t bytes = size.wanted;
   void* const workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   params.workspace = workspace;
   params.workspace_bytes = bytes;
@@ -195,6 +201,7 @@ TEST("less workspace means fewer threads, too little is refused") {
   size_t enough = 1000;
   while (flashtile::cpu::forward(params) != FLASHTILE_OK) params.workspace_bytes = enough += 1000;
   CHECK(enough < bytes);
+  CHECK(enough >= size.least && enough < size.least + 1000);
   CHECK(small == large);
   std::free(workspace);
   set_threads(2);
@@ -231,11 +238,11 @@ TEST("a workspace is no larger than the tensors") {
   for (const int64_t longest : {0, 1, 1000, 1000000}) {
     problem.seqlen_q = problem.seqlen_k = longest;
     flashtile::PlanName name;
-    size_t bytes = 0;
-    CHECK_EQ(flashtile::cpu::forward_plan(problem, name, bytes), FLASHTILE_OK);
-    CHECK_MESSAGE(bytes < tensors / 4, "forward " + std::to_string(bytes));
-    CHECK_EQ(flashtile::cpu::backward_plan(problem, name, bytes), FLASHTILE_OK);
-    CHECK_MESSAGE(bytes < tensors / 4, "backward " + std::to_string(bytes));
+    flashtile::WorkspaceSize size;
+    CHECK_EQ(flashtile::cpu::forward_plan(problem, name, size), FLASHTILE_OK);
+    CHECK_MESSAGE(size.wanted < tensors / 4, "forward " + std::to_string(size.wanted));
+    CHECK_EQ(flashtile::cpu::backward_plan(problem, name, size), FLASHTILE_OK);
+    CHECK_MESSAGE(size.wanted < tensors / 4, "backward " + std::to_string(size.wanted));
   }
 }
 

@@ -155,7 +155,9 @@ class Call {
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
 
  private:
-  flashtile_tensor rows(std::vector<Number>& data) const { return {data.data(), 0, p_.dim, p_.dim}; }
+  flashtile_tensor rows(std::vector<Number>& data) const {
+    return {data.data(), 0, p_.dim, p_.dim};
+  }
 
   flashtile_status forward() {
     flashtile_forward_params params;
@@ -200,7 +202,7 @@ class Call {
 };
 
 void expect(const Result& result, const Truth& truth, double allowed, double allowed_lse,
-           const std::string& name) {
+            const std::string& name) {
   CHECK_MESSAGE(result.status == FLASHTILE_OK, name + ": " + flashtile_last_error());
   const struct {
     const char* name;
@@ -211,8 +213,8 @@ void expect(const Result& result, const Truth& truth, double allowed, double all
                 {"dk", error_of(result.dk, truth.dk), allowed},
                 {"dv", error_of(result.dv, truth.dv), allowed}};
   for (const auto& e : errors) {
-    CHECK_MESSAGE(e.error <= e.allowed, name + ": " + e.name + " is off by " +
-                                            std::to_string(e.error * 1e15) + "e-15");
+    CHECK_MESSAGE(e.error <= e.allowed,
+                  name + ": " + e.name + " is off by " + std::to_string(e.error * 1e15) + "e-15");
   }
 }
 
@@ -227,8 +229,7 @@ TEST("fp64 is right to 1e-13 at every head dim") {
     for (const bool causal : {false, true}) {
       Problem p(dim, usual_scale(dim));
       p.causal = causal;
-      expect(WideCall(p)(), truth_of(p), kPromised, kPromised,
-            "d " + std::to_string(dim));
+      expect(WideCall(p)(), truth_of(p), kPromised, kPromised, "d " + std::to_string(dim));
     }
   }
 }
@@ -236,9 +237,16 @@ TEST("fp64 is right to 1e-13 at every head dim") {
 TEST("fp64 is right to 1e-13 at every scale") {
   const struct {
     double scale, size_q, size_k;
-  } scales[] = {{0.1, 1, 1},   {-0.3, 1, 1},       {3e-46, 1e22, 1e23}, {1e40, 1e-20, 1e-20},
-                {7.3, 1, 1},   {1e-30, 1, 1},      {1.0 / 3, 9, 9},     {2e-39, 1e19, 1e20},
-                {1e-200, 1e100, 1e100}, {1e200, 1e-100, 1e-100}};
+  } scales[] = {{0.1, 1, 1},
+                {-0.3, 1, 1},
+                {3e-46, 1e22, 1e23},
+                {1e40, 1e-20, 1e-20},
+                {7.3, 1, 1},
+                {1e-30, 1, 1},
+                {1.0 / 3, 9, 9},
+                {2e-39, 1e19, 1e20},
+                {1e-200, 1e100, 1e100},
+                {1e200, 1e-100, 1e-100}};
   for (const auto& [scale, size_q, size_k] : scales) {
     for (const int dim : {2, 64}) {
       const Problem p(dim, scale, size_q, size_k);
@@ -306,9 +314,10 @@ TEST("scales and dtypes that are refused") {
   call.problem.softmax_scale_f64 = NAN;
   CHECK_EQ(said(FLASHTILE_INVALID_ARGUMENT), "softmax_scale is nan; allowed: a finite number");
   call.problem.softmax_scale_f64 = 1e40;
-  CHECK_EQ(said(FLASHTILE_INVALID_ARGUMENT),
-           "softmax_scale is 1e+40; allowed: -3.40282e+38 to 3.40282e+38 for float32, which computes "
-           "in float32");
+  CHECK_EQ(
+      said(FLASHTILE_INVALID_ARGUMENT),
+      "softmax_scale is 1e+40; allowed: -3.40282e+38 to 3.40282e+38 for float32, which computes "
+      "in float32");
   call.problem.softmax_scale_f64 = 0;
   call.problem.flags = FLASHTILE_ZERO_SCALE;
   CHECK_EQ(said(FLASHTILE_INVALID_ARGUMENT),

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -90,7 +91,7 @@ const Refusal kProblemRefusals[] = {
     {[](SmallCall& c) { c.problem.alignment = -1; }, kInvalid,
      "alignment is -1; allowed: FLASHTILE_BOTTOM_RIGHT and FLASHTILE_TOP_LEFT"},
     {[](SmallCall& c) { c.problem.flags = 0x30; }, kInvalid,
-     "flags is 0x30; allowed: 0 and FLASHTILE_DETERMINISTIC"},
+     "flags is 0x30; allowed: FLASHTILE_DETERMINISTIC, FLASHTILE_ZERO_SCALE"},
     {[](SmallCall& c) { c.problem.cu_seqlens_q = c.cu_q; }, kInvalid,
      "cu_seqlens_k is NULL and cu_seqlens_q is not; allowed: both NULL (dense) or both set "
      "(varlen)"},
@@ -144,15 +145,19 @@ const Refusal kCallRefusals[] = {
 
 const Refusal kForwardRefusals[] = {
     {[](SmallCall& c) { c.forward.lse_stride_head = 0; }, kInvalid,
-     "lse_stride_head is 0 over 4 entries; allowed: any other value, it is written"},
+     "lse_stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.forward.struct_size = 8; }, kInvalid,
      "params.struct_size is 8; allowed: 184 to 4096"},
     {[](SmallCall& c) { c.forward.out.stride_head = 0; }, kInvalid,
-     "out.stride_head is 0 over 4 entries; allowed: any other value, it is written"},
+     "out.stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.forward.out.stride_seq = 0; }, kInvalid,
-     "out.stride_seq is 0 over 4 entries; allowed: any other value, it is written"},
+     "out.stride_seq is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.forward.out.stride_batch = 0; }, kInvalid,
-     "out.stride_batch is 0 over 2 entries; allowed: any other value, it is written"},
+     "out.stride_batch is 0 over 2 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
 };
 
 const Refusal kBackwardRefusals[] = {
@@ -169,11 +174,14 @@ const Refusal kBackwardRefusals[] = {
     {[](SmallCall& c) { c.backward.softmax_lse = nullptr; }, kInvalid,
      "softmax_lse is NULL; allowed: the softmax_lse of the forward call"},
     {[](SmallCall& c) { c.backward.dq.stride_head = 0; }, kInvalid,
-     "dq.stride_head is 0 over 4 entries; allowed: any other value, it is written"},
+     "dq.stride_head is 0 over 4 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.backward.dk.stride_seq = 0; }, kInvalid,
-     "dk.stride_seq is 0 over 6 entries; allowed: any other value, it is written"},
+     "dk.stride_seq is 0 over 6 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
     {[](SmallCall& c) { c.backward.dv.stride_batch = 0; }, kInvalid,
-     "dv.stride_batch is 0 over 2 entries; allowed: any other value, it is written"},
+     "dv.stride_batch is 0 over 2 entries, which share memory; allowed: strides that keep them "
+     "apart, they are written"},
 };
 
 struct Outcome {
@@ -328,11 +336,24 @@ TEST("a workspace that is too small, absent or misaligned") {
   CHECK_EQ(flashtile_workspace_size(&call->forward, &forward_bytes), FLASHTILE_OK);
   CHECK_EQ(flashtile_workspace_size_backward(&call->backward, &backward_bytes), FLASHTILE_OK);
   CHECK(backward_bytes > 0);
-  call->backward.workspace_bytes = backward_bytes - 1;
+  // The sentence names the least that a call runs with; one thread needs less than all of them.
+  call->backward.workspace_bytes = 1;
   CHECK_EQ(flashtile_backward(&call->backward, nullptr), FLASHTILE_WORKSPACE_TOO_SMALL);
-  CHECK_EQ(std::string(flashtile_last_error()),
-           "workspace_bytes is " + std::to_string(backward_bytes - 1) + "; allowed: " +
-               std::to_string(backward_bytes) + " (flashtile_workspace_size) and more");
+  const std::string said = flashtile_last_error(), before = "workspace_bytes is 1; allowed: ";
+  CHECK_EQ(said.substr(0, before.size()), before);
+  const size_t least = std::strtoull(said.c_str() + before.size(), nullptr, 10);
+  CHECK(least <= backward_bytes);
+  if (least < backward_bytes) {
+    CHECK_EQ(said, before + std::to_string(least) +
+                       ", enough for one thread, and more; flashtile_workspace_size: " +
+                       std::to_string(backward_bytes));
+  } else {
+    CHECK_EQ(said, before + std::to_string(least) + " (flashtile_workspace_size) and more");
+  }
+  call->backward.workspace_bytes = least - 1;
+  CHECK_EQ(flashtile_backward(&call->backward, nullptr), FLASHTILE_WORKSPACE_TOO_SMALL);
+  call->backward.workspace_bytes = least;
+  CHECK_EQ(flashtile_backward(&call->backward, nullptr), FLASHTILE_OK);
   call->backward.workspace_bytes = backward_bytes;
   CHECK_EQ(flashtile_backward(&call->backward, nullptr), FLASHTILE_OK);
   call->backward.workspace = nullptr;
@@ -342,7 +363,7 @@ TEST("a workspace that is too small, absent or misaligned") {
   call->backward.workspace = call->workspace + 4;
   CHECK_EQ(flashtile_backward(&call->backward, nullptr), kInvalid);
   if (forward_bytes > 0) {
-    call->forward.workspace_bytes = forward_bytes - 1;
+    call->forward.workspace_bytes = 1;
     CHECK_EQ(flashtile_forward(&call->forward, nullptr), FLASHTILE_WORKSPACE_TOO_SMALL);
   }
 }

@@ -19,6 +19,16 @@
  * outside the tensors, and none is waited for; flashtile_check_cache finds wrong ones. The CPU
  * looks before an append: see flashtile_append_kv_params.
  *
+ * Memory: data is aligned to the size of its numbers. What a call writes has memory of its own: no
+ * two of its numbers are one, and none lies in another argument (q_out alone may be q). Slices of
+ * one buffer that interleave, q, k, v and out of every token, say, are fine, and what is only read
+ * may overlap and repeat. What addresses and strides show to be wrong is refused; what they do not
+ * show gives wrong numbers.
+ *
+ * Threads: on the CPU a call computes with the OpenMP threads of the thread that makes it
+ * (omp_set_num_threads), as many as its workspace has room for. No bit depends on their number. In
+ * a child of fork() it is one: the parent's threads are gone, and OpenMP runtimes wait for them.
+ *
  * Lifetime: the structs are read during the call alone. The memory that they point to is read and
  * written until the call returns (CPU) or until the stream has passed it (CUDA); a captured graph
  * keeps the pointers and sizes, and reads what lies there at every replay.
@@ -106,8 +116,8 @@ typedef struct {
   int64_t batch;        /* sequences; >= 0 */
   int64_t num_heads;    /* query heads; >= 1 */
   int64_t num_heads_kv; /* key/value heads; divides num_heads (GQA, MQA) */
-  int64_t head_dim;     /* of q and k */
-  int64_t head_dim_v;   /* of v and out; 0: as head_dim */
+  int64_t head_dim;     /* of q and k; 1 to 256 on CUDA, to 65536 on the CPU */
+  int64_t head_dim_v;   /* of v and out, in the same range; 0: as head_dim */
   int64_t seqlen_q;     /* varlen: the longest sequence, a hint */
   int64_t seqlen_k;     /* varlen: the longest sequence, a hint */
   /* [batch + 1], int32, on `device`, ascending from 0: sequence b has rows cu[b] to cu[b + 1] - 1;
@@ -180,7 +190,7 @@ typedef struct {
   int64_t lse_stride_batch; /* in elements; the last dimension has stride 1 */
   int64_t lse_stride_head;
   void* workspace;        /* on `device`, 64-byte aligned, holds nothing between calls */
-  size_t workspace_bytes; /* flashtile_workspace_size, or more */
+  size_t workspace_bytes; /* flashtile_workspace_size or more; on the CPU also less */
 } flashtile_forward_params;
 
 /* Reads q, k, v, out, softmax_lse, dout and, unless NULL, dsoftmax_lse. Writes dq, dk, dv. */
@@ -197,15 +207,16 @@ typedef struct {
   int64_t dlse_stride_batch; /* in elements; the last dimension has stride 1 */
   int64_t dlse_stride_head;
   void* workspace;        /* as in forward: on `device`, 64-byte aligned, not kept */
-  size_t workspace_bytes; /* flashtile_workspace_size_backward, or more */
+  size_t workspace_bytes; /* flashtile_workspace_size_backward or more; on the CPU also less */
 } flashtile_backward_params;
 
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
  * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, on a page that does not exist
  * or of a sequence whose seqused_k is negative has no place. On the CPU such a call is refused,
  * with the sentence of flashtile_check_cache, and nothing is written. On CUDA, where the host does
- * not look, the row is not written, and flashtile_check_cache reports it. Two sequences must not append to the same page, and k_new, v_new, q and the tables must not lie in
- * the caches: pointers do not show it, so nobody checks.
+ * not look, the row is not written, and flashtile_check_cache reports it. Two sequences must not
+ * append to the same page, and the tables must not lie in the caches: pointers do not show it, so
+ * nobody checks.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
@@ -270,13 +281,17 @@ FLASHTILE_API flashtile_status flashtile_can_run_backward(const flashtile_backwa
 FLASHTILE_API flashtile_status flashtile_can_run_append_kv(const flashtile_append_kv_params* params,
                                                            char* why, size_t why_size);
 
-/* The name of the kernel that the call would run, e.g. "forward_sm80_d64_bf16_causal". */
+/* The name of the kernel that the call would run, e.g. "forward_sm80_large_d64_bf16_causal",
+ * "forward_sm90_d64_bf16_causal" or "forward_cpu_avx2_fp32". */
 FLASHTILE_API flashtile_status flashtile_plan(const flashtile_forward_params* params, char* name,
                                               size_t name_size);
 FLASHTILE_API flashtile_status flashtile_plan_backward(const flashtile_backward_params* params,
                                                        char* name, size_t name_size);
 
-/* Bytes of workspace the call needs; from the problem alone, pointers are not read. */
+/* Bytes of workspace for the call; from the problem alone, pointers are not read. On the CPU they
+ * are for all OpenMP threads of the thread that asks; a call with less uses fewer threads, and
+ * needs what one of them needs. The backward's grow with the tensors, up to twice q, k, v, out and
+ * dout (with 16-bit numbers up to four times), and hardly with the threads. */
 FLASHTILE_API flashtile_status flashtile_workspace_size(const flashtile_forward_params* params,
                                                         size_t* bytes);
 FLASHTILE_API flashtile_status

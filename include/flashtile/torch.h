@@ -89,7 +89,7 @@ using OptionalRef = const std::optional<at::Tensor>&;
 
 // Refusals are the sentence and nothing else, as those of the ops are: what() of TORCH_CHECK's
 // exception would go on with a backtrace.
-inline void raise_unless(bool allowed, const std::string& sentence) {
+inline void raise_unless(bool allowed, const char* sentence) {
   if (!allowed) throw std::runtime_error(sentence);
 }
 using Forward = std::tuple<at::Tensor, at::Tensor>;
@@ -112,12 +112,10 @@ class Op {
                            OptionalRef);
   static c10::TypedOperatorHandle<Signature> find(const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
-    raise_unless(op.has_value(),
-                 std::string("the op ") + name +
-                     " is not registered; allowed: a process with libflashtile_torch.so, which "
-                     "the CMake target flashtile::torch links");
-    // NOLINTNEXTLINE(bugprone-unchecked-optional-access)
-    return op->typed<Signature>();
+    if (op.has_value()) return op->typed<Signature>();
+    throw std::runtime_error(std::string("the op ") + name +
+                             " is not registered; allowed: a process with libflashtile_torch.so, "
+                             "which the CMake target flashtile::torch links");
   }
   c10::TypedOperatorHandle<Signature> handle_;
 };

@@ -87,10 +87,9 @@ inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewK
 template <class Result, class... Tensors>
 Result read_with(const char* name, const KVCache& cache, const KVCacheOptions& options,
                  Tensors&... tensors) {
-  using Signature =
-      Result(Tensors&..., std::optional<double>, c10::SymInt, c10::SymInt, c10::SymInt, c10::SymInt,
-             c10::SymInt, OptionalRef, OptionalRef, OptionalRef, OptionalRef, OptionalRef,
-             OptionalRef, bool, int64_t);
+  using Signature = Result(Tensors & ..., std::optional<double>, c10::SymInt, c10::SymInt,
+                           c10::SymInt, c10::SymInt, c10::SymInt, OptionalRef, OptionalRef,
+                           OptionalRef, OptionalRef, OptionalRef, OptionalRef, bool, int64_t);
   static const auto op = find_op<Signature>(name);
   const bool appended = options.append.has_value(), packed = options.cu_seqlens_q.has_value();
   const int64_t seqlen_new = appended && !packed ? options.append->k.size(1) : 0;
@@ -207,10 +206,10 @@ inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache
   auto [out, lse] = attend();
   if (differentiable) {
     const auto& added = options.append;
-    const detail::Gradients both = detail::CacheFunction::apply(
-        detail::Forward{out, lse}, q, cache.k, cache.v,
-        added.has_value() ? std::optional(added->k) : std::nullopt,
-        added.has_value() ? std::optional(added->v) : std::nullopt);
+    const detail::Gradients both =
+        detail::CacheFunction::apply(detail::Forward{out, lse}, q, cache.k, cache.v,
+                                     added.has_value() ? std::optional(added->k) : std::nullopt,
+                                     added.has_value() ? std::optional(added->v) : std::nullopt);
     out = both[0];
     lse = both[1];
   }

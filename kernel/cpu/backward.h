@@ -4,10 +4,14 @@
 //   S^T = K Q^T              P^T  = exp(scale S^T - lse)     dV += P^T dO
 //   dP^T = V dO^T            dS^T = P^T (dP^T - delta)       dK += dS^T Q      dQ += dS K
 //
-// A task owns a range of keys of one (sequence, key/value head), accumulates their dk and dv over
-// the query heads of the group, and all of dq that comes from its keys. Where there are too few
-// heads to go round, the keys are split into ranges that depend on the problem alone; their shares
-// of dq are added in order afterwards. No atomics: bitwise the same for any number of threads.
+// Where there are enough heads to go round, a task is a (sequence, key/value head): it goes through
+// the query heads of the group one by one and adds up all of dk, dv and of a head's dq.
+//
+// Where there are not, the keys of a sequence are cut into parts, its queries into as many chunks,
+// and the work into turns: in turn t, part p meets chunk (p + t) modulo their number. No two tasks
+// of a turn add to the same rows of dq, dk or dv, so one array of each is enough for all threads,
+// and the order of the additions depends on the problem alone: bitwise the same for any number of
+// threads, without atomics. The memory grows with the lengths, not with the threads.
 //
 // How operands are packed and multiplied is the matter of `Products`: VectorBackward
 // (backward_vector.h) or TileBackward (backward_tiles.h).
@@ -21,16 +25,17 @@
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
-// How the keys of a sequence are divided: enough tasks for a large machine, but ranges long enough
-// that packing the queries once per range does not show.
+// How the keys of a sequence are divided: enough tasks for a large machine, even where a mask
+// leaves some turns few of them, but parts long enough that packing keys once per turn does not
+// show.
 struct KeySplit {
-  int64_t keys;  // per range; the last of a sequence may be shorter
+  int64_t keys;  // per part; the last of a sequence may be shorter
 
   static KeySplit of(const Problem& problem, int64_t block) {
-    constexpr int64_t kTasks = 32;
+    constexpr int64_t kTasks = 64, kManyHeads = 16;
     constexpr int64_t kMinKeys = 1024;
     const int64_t heads = larger_of(problem.batch * problem.num_heads_kv, 1);
-    const int64_t wanted = larger_of(kTasks / heads, 1);
+    const int64_t wanted = heads > kManyHeads ? 1 : kTasks / heads;
     const int64_t even = (problem.rows_k() + wanted - 1) / wanted;
     return {round_up(larger_of(kMinKeys, even), block)};
   }
@@ -47,152 +52,269 @@ class Backward {
       : params_(params),
         problem_(params.problem),
         extent_(extent),
-        threads_(threads),
+        threads_(useful_threads(params.problem, extent, threads)),
         split_(KeySplit::of(params.problem, kBlockK)),
-        parts_(split_.count(extent.max_k)) {}
+        parts_(split_.count(extent.max_k)),
+        group_(problem_.num_heads / problem_.num_heads_kv) {}
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
-    const size_t bytes =
-        static_cast<size_t>(threads) * thread_bytes(problem, extent) + share_bytes(problem, extent);
+    const auto useful = static_cast<size_t>(useful_threads(problem, extent, threads));
+    const size_t bytes = shared_bytes(problem, extent) + useful * thread_bytes(problem, extent);
     return {bytes, bytes};
   }
 
   void run() {
     const int64_t pairs = problem_.batch * problem_.num_heads_kv;
-    const bool flush = sizeof(C) == sizeof(float);
-    parallel_for(threads_, pairs * parts_, flush, [&](int64_t task, int thread) {
-      differentiate(task / parts_, task % parts_, thread);
-    });
-    if (parts_ == 1) return;
-    const int64_t blocks = blocks_of(extent_.max_q);
-    parallel_for(threads_, problem_.batch * problem_.num_heads * blocks, flush,
-                 [&](int64_t task, int) {
-                   add_shares(task / blocks / problem_.num_heads,
-                              task / blocks % problem_.num_heads, task % blocks);
-                 });
+    if (parts_ == 1) {
+      parallel_for(threads_, pairs, kFlush,
+                   [&](int64_t pair, int thread) { differentiate(pair, thread); });
+      return;
+    }
+    for_each_block([&](const Place& at, int64_t q0, int thread) { pack_block(at, q0, thread); });
+    for (int64_t turn = 0; turn < parts_; ++turn) {
+      parallel_for(threads_, pairs * parts_, kFlush, [&](int64_t task, int thread) {
+        take_turn(turn, task / parts_, task % parts_, thread);
+      });
+    }
+    for_each_block([&](const Place& at, int64_t q0, int) { store_dq(packed_of(at), at, q0); });
   }
 
  private:
   static constexpr int64_t kBlockQ = Products::kBlockQ;
   static constexpr int64_t kBlockK = Products::kBlockK;
+  static constexpr bool kFlush = sizeof(C) == sizeof(float);
 
-  // What one thread needs for a task. The queries are those of one head, block behind block.
-  struct Memory {
+  // A query head of a sequence.
+  struct Place {
+    Sequence seq;
+    int64_t head;
+  };
+
+  // Queries, block behind block, and what is known of them.
+  struct Packed {
     typename Products::Queries queries;
-    typename Products::Tile tile;
     Statistics<C> statistics;
-    uint8_t* finite;   // per query block: no inf or NaN in q and dout
-    C* dq;             // per query block dq_size numbers; unused when the keys are split
-    Matrix<C> dk, dv;  // [keys of the range, head_dim or head_dim_v]
+    uint8_t* finite;  // per block: no inf or NaN in q and dout
+    C* dq;            // per block dq_size numbers
 
-    static Memory take(Arena& arena, const Problem& problem, const Extent& extent) {
-      const int64_t blocks = blocks_of(larger_of(extent.max_q, 1));
-      const int64_t keys =
-          smaller_of(KeySplit::of(problem, kBlockK).keys, round_up(extent.max_k, kBlockK));
-      const int64_t wide = Products::padded(problem.head_dim);
-      const int64_t wide_v = Products::padded(problem.head_dim_v);
-      Memory m;
-      m.queries = Products::Queries::take(arena, problem, blocks * kBlockQ);
-      m.tile = Products::Tile::take(arena, problem);
-      m.statistics = Statistics<C>::take(arena, blocks * kBlockQ, problem.lse_is_double);
-      m.finite = arena.take<uint8_t>(blocks);
-      m.dq = arena.take<C>(blocks * dq_size(problem));
-      m.dk = {arena.take<C>(keys * wide), wide};
-      m.dv = {arena.take<C>(keys * wide_v), wide_v};
-      return m;
+    static Packed take(Arena& arena, const Problem& problem, int64_t blocks) {
+      Packed packed;
+      packed.queries = Products::Queries::take(arena, problem, blocks * kBlockQ);
+      packed.statistics = Statistics<C>::take(arena, blocks * kBlockQ, problem.lse_is_double);
+      packed.finite = arena.take<uint8_t>(blocks);
+      packed.dq = arena.take<C>(blocks * dq_size(problem));
+      return packed;
+    }
+    Packed from(const Problem& problem, int64_t block) const {
+      return {queries.from(problem, block * kBlockQ),
+              statistics.block(block * kBlockQ, statistics.queries - block * kBlockQ),
+              finite + block, dq + block * dq_size(problem)};
     }
   };
 
+  // dk and dv of some keys: [keys, head_dim or head_dim_v].
+  struct Sums {
+    Matrix<C> dk, dv;
+
+    static Sums take(Arena& arena, const Problem& problem, int64_t keys) {
+      const int64_t wide = Products::padded(problem.head_dim);
+      const int64_t wide_v = Products::padded(problem.head_dim_v);
+      Sums sums;
+      sums.dk = {arena.take<C>(keys * wide), wide};
+      sums.dv = {arena.take<C>(keys * wide_v), wide_v};
+      return sums;
+    }
+    Sums from(int64_t key) const { return {{dk.row(key), dk.stride}, {dv.row(key), dv.stride}}; }
+    void clear(int64_t keys) const {
+      Backward::clear(dk.data, keys * dk.stride);
+      Backward::clear(dv.data, keys * dv.stride);
+    }
+  };
+
+  // What a thread needs: a tile and, unless the keys are split, all else for the longest sequence.
+  struct Memory {
+    typename Products::Tile tile;
+    Packed packed;
+    Sums sums;
+
+    static Memory take(Arena& arena, const Problem& problem, const Extent& extent) {
+      Memory memory = {};
+      memory.tile = Products::Tile::take(arena, problem);
+      if (is_split(problem, extent)) return memory;
+      memory.packed = Packed::take(arena, problem, blocks_of(larger_of(extent.max_q, 1)));
+      memory.sums = Sums::take(arena, problem, round_up(extent.max_k, kBlockK));
+      return memory;
+    }
+  };
+
+  // What all threads share where the keys are split: every query head and key/value head.
+  struct Shared {
+    Packed packed;
+    Sums sums;
+
+    static Shared take(Arena& arena, const Problem& problem) {
+      Shared shared;
+      shared.packed = Packed::take(arena, problem, problem.num_heads * all_blocks(problem));
+      shared.sums =
+          Sums::take(arena, problem, problem.num_heads_kv * all_key_blocks(problem) * kBlockK);
+      return shared;
+    }
+  };
+
+  static int64_t parts_of(const Problem& problem, const Extent& extent) {
+    return KeySplit::of(problem, kBlockK).count(extent.max_k);
+  }
+  static bool is_split(const Problem& problem, const Extent& extent) {
+    return parts_of(problem, extent) > 1;
+  }
+  static int useful_threads(const Problem& problem, const Extent& extent, int threads) {
+    const int64_t tasks = problem.batch * problem.num_heads_kv * parts_of(problem, extent);
+    return static_cast<int>(larger_of(smaller_of(threads, tasks), 1));
+  }
   static int64_t blocks_of(int64_t queries) { return (queries + kBlockQ - 1) / kBlockQ; }
   static int64_t dq_size(const Problem& problem) {
     return kBlockQ * Products::padded(problem.head_dim);
   }
+  // Blocks of all sequences: each begins a block of its own.
+  static int64_t all_blocks(const Problem& problem) {
+    return problem.is_varlen() ? problem.total_q / kBlockQ + problem.batch
+                               : problem.batch * blocks_of(problem.seqlen_q);
+  }
+  static int64_t key_blocks_of(int64_t keys) { return (keys + kBlockK - 1) / kBlockK; }
+  static int64_t all_key_blocks(const Problem& problem) {
+    return problem.is_varlen() ? problem.total_k / kBlockK + problem.batch
+                               : problem.batch * key_blocks_of(problem.seqlen_k);
+  }
+
   static size_t thread_bytes(const Problem& problem, const Extent& extent) {
     Arena arena(nullptr);
     Memory::take(arena, problem, extent);
     return arena.used();
   }
-  // Query blocks of all sequences: each begins a block of its own.
-  static int64_t all_blocks(const Problem& problem) {
-    return problem.is_varlen() ? problem.total_q / kBlockQ + problem.batch
-                               : problem.batch * blocks_of(problem.seqlen_q);
+  static size_t shared_bytes(const Problem& problem, const Extent& extent) {
+    if (!is_split(problem, extent)) return 0;
+    Arena arena(nullptr);
+    Shared::take(arena, problem);
+    return arena.used();
   }
-  static size_t share_bytes(const Problem& problem, const Extent& extent) {
-    const int64_t parts = KeySplit::of(problem, kBlockK).count(extent.max_k);
-    if (parts == 1) return 0;
-    return static_cast<size_t>(parts * problem.num_heads * all_blocks(problem) * dq_size(problem)) *
-           sizeof(C);
-  }
-  // The share of dq that the keys of range `part` give to the queries of one sequence and head.
-  C* share(const Sequence& seq, int64_t batch, int64_t head, int64_t part) const {
-    char* const start = static_cast<char*>(params_.workspace) +
-                        static_cast<size_t>(threads_) * thread_bytes(problem_, extent_);
-    const int64_t first =
-        problem_.is_varlen() ? seq.q_begin / kBlockQ + batch : batch * blocks_of(problem_.seqlen_q);
-    const int64_t block = (part * problem_.num_heads + head) * all_blocks(problem_) + first;
-    return reinterpret_cast<C*>(start) + block * dq_size(problem_);
-  }
-
-  void differentiate(int64_t pair, int64_t part, int thread) const {
-    const int64_t batch = pair / problem_.num_heads_kv;
-    const int64_t head_kv = pair % problem_.num_heads_kv;
-    const Sequence seq = sequence_of(problem_, batch);
-    if (part >= split_.count(seq.k_len)) return;
-    Arena arena(static_cast<char*>(params_.workspace) +
+  Memory memory_of(int thread) const {
+    Arena arena(static_cast<char*>(params_.workspace) + shared_bytes(problem_, extent_) +
                 static_cast<size_t>(thread) * thread_bytes(problem_, extent_));
-    const Memory memory = Memory::take(arena, problem_, extent_);
-    const Range keys = {part * split_.keys, smaller_of((part + 1) * split_.keys, seq.k_len)};
-    clear(memory.dk.data, round_up(keys.end - keys.begin, kBlockK) * memory.dk.stride);
-    clear(memory.dv.data, round_up(keys.end - keys.begin, kBlockK) * memory.dv.stride);
-    const int64_t group = problem_.num_heads / problem_.num_heads_kv;
-    for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
-      C* const dq = parts_ == 1 ? memory.dq : share(seq, batch, head, part);
-      clear(dq, blocks_of(seq.q_len) * dq_size(problem_));
-      differentiate_head(memory, dq, seq, head, keys);
-      for (int64_t q0 = 0; parts_ == 1 && q0 < seq.q_len; q0 += kBlockQ) {
-        store_dq(dq, seq, head, q0);
-      }
-    }
-    const Rows<T> dk = key_rows<T>(params_.dk, seq, head_kv).from(keys.begin);
-    const Rows<T> dv = key_rows<T>(params_.dv, seq, head_kv).from(keys.begin);
-    for (int64_t j = 0; j < keys.end - keys.begin; ++j) {
-      narrow(memory.dk.row(j), problem_.head_dim, scale(), dk.row(j));
-      narrow(memory.dv.row(j), problem_.head_dim_v, C{1}, dv.row(j));
-    }
+    return Memory::take(arena, problem_, extent_);
+  }
+  Packed packed_of(const Place& at) const {
+    Arena arena(params_.workspace);
+    const int64_t first = problem_.is_varlen() ? at.seq.q_begin / kBlockQ + at.seq.index
+                                               : at.seq.index * blocks_of(problem_.seqlen_q);
+    return Shared::take(arena, problem_)
+        .packed.from(problem_, at.head * all_blocks(problem_) + first);
+  }
+  Sums sums_of(const Sequence& seq, int64_t head_kv) const {
+    Arena arena(params_.workspace);
+    const int64_t first = problem_.is_varlen() ? seq.k_begin / kBlockK + seq.index
+                                               : seq.index * key_blocks_of(problem_.seqlen_k);
+    return Shared::take(arena, problem_)
+        .sums.from((head_kv * all_key_blocks(problem_) + first) * kBlockK);
   }
 
-  // All queries of one head against some keys.
-  void differentiate_head(const Memory& memory, C* dq, const Sequence& seq, int64_t head,
-                          const Range& keys) const {
-    const int64_t head_kv = head / (problem_.num_heads / problem_.num_heads_kv);
-    const KeyRows<T> rows = {key_rows<const T>(params_.k, seq, head_kv),
-                             key_rows<const T>(params_.v, seq, head_kv)};
-    Products products(problem_, memory.queries, memory.tile);
-    const Range seen = seq.visible.queries_of_group(keys.begin, keys.end - keys.begin);
-    for (int64_t q0 = round_down(seen.begin, kBlockQ); q0 < seen.end; q0 += kBlockQ) {
-      pack_queries(products, memory, seq, head, q0);
-      refine_statistics(products, rows, seq.visible, q0,
-                        memory.statistics.block(q0, smaller_of(kBlockQ, seq.q_len - q0)));
+  // A whole sequence and key/value head.
+  void differentiate(int64_t pair, int thread) const {
+    const Sequence seq = sequence_of(problem_, pair / problem_.num_heads_kv);
+    const int64_t head_kv = pair % problem_.num_heads_kv;
+    const Range keys = {0, seq.k_len}, queries = {0, seq.q_len};
+    const Memory memory = memory_of(thread);
+    memory.sums.clear(round_up(seq.k_len, kBlockK));
+    for (int64_t head = head_kv * group_; head < (head_kv + 1) * group_; ++head) {
+      const Place at = {seq, head};
+      Products products(problem_, memory.packed.queries, memory.tile);
+      for (int64_t q0 = 0; q0 < seq.q_len; q0 += kBlockQ) pack(products, memory.packed, at, q0);
+      add(products, memory.packed, memory.sums, at, {keys, queries});
+      for (int64_t q0 = 0; q0 < seq.q_len; q0 += kBlockQ) store_dq(memory.packed, at, q0);
     }
-    for (int64_t k0 = keys.begin; k0 < keys.end; k0 += kBlockK) {
-      const int64_t count = smaller_of(kBlockK, keys.end - k0);
-      const Range range = seq.visible.queries_of_group(k0, count);
+    store_keys(memory.sums, seq, head_kv, keys);
+  }
+
+  // Calls visit(place, q0, thread) for every block of queries of every head.
+  template <class Visit>
+  void for_each_block(const Visit& visit) const {
+    const int64_t blocks = blocks_of(extent_.max_q);
+    const int64_t tasks = problem_.batch * problem_.num_heads * blocks;
+    parallel_for(threads_, tasks, kFlush, [&](int64_t task, int thread) {
+      const int64_t row = task / blocks, q0 = task % blocks * kBlockQ;
+      const Place at = {sequence_of(problem_, row / problem_.num_heads), row % problem_.num_heads};
+      if (q0 < at.seq.q_len) visit(at, q0, thread);
+    });
+  }
+
+  void pack_block(const Place& at, int64_t q0, int thread) const {
+    const Packed packed = packed_of(at);
+    Products products(problem_, packed.queries, memory_of(thread).tile);
+    pack(products, packed, at, q0);
+  }
+
+  void take_turn(int64_t turn, int64_t pair, int64_t part, int thread) const {
+    const Sequence seq = sequence_of(problem_, pair / problem_.num_heads_kv);
+    const int64_t head_kv = pair % problem_.num_heads_kv, parts = split_.count(seq.k_len);
+    if (part >= parts || turn >= parts) return;
+    const Range keys = {part * split_.keys, smaller_of((part + 1) * split_.keys, seq.k_len)};
+    const int64_t chunk = round_up((seq.q_len + parts - 1) / parts, kBlockQ);
+    const int64_t first = (part + turn) % parts * chunk;
+    const Range queries = {smaller_of(first, seq.q_len), smaller_of(first + chunk, seq.q_len)};
+    const Sums sums = sums_of(seq, head_kv).from(keys.begin);
+    if (turn == 0) sums.clear(round_up(keys.end - keys.begin, kBlockK));
+    for (int64_t head = head_kv * group_; head < (head_kv + 1) * group_; ++head) {
+      const Place at = {seq, head};
+      const Packed packed = packed_of(at);
+      Products products(problem_, packed.queries, memory_of(thread).tile);
+      add(products, packed, sums, at, {keys, queries});
+    }
+    if (turn == parts - 1) store_keys(sums, seq, head_kv, keys);
+  }
+
+  KeyRows<T> rows_of_keys(const Place& at) const {
+    return {key_rows<const T>(params_.k, at.seq, at.head / group_),
+            key_rows<const T>(params_.v, at.seq, at.head / group_)};
+  }
+
+  struct Area {
+    Range keys, queries;
+  };
+
+  // Adds what an area of the scores of a head gives to dq, dk and dv. `sums` begins with its keys.
+  void add(Products& products, const Packed& packed, const Sums& sums, const Place& at,
+           const Area& area) const {
+    const KeyRows<T> rows = rows_of_keys(at);
+    const Visible& visible = at.seq.visible;
+    for (int64_t k0 = area.keys.begin; k0 < area.keys.end; k0 += kBlockK) {
+      const int64_t count = smaller_of(kBlockK, area.keys.end - k0);
+      const Range seen = visible.queries_of_group(k0, count);
+      const Range range = {larger_of(seen.begin, area.queries.begin),
+                           smaller_of(seen.end, area.queries.end)};
       if (range.empty()) continue;
       const bool keys_finite = products.pack_keys(rows.k.from(k0), rows.v.from(k0), count);
+      const Sums to = sums.from(k0 - area.keys.begin);
       for (int64_t q0 = round_down(range.begin, kBlockQ); q0 < range.end; q0 += kBlockQ) {
-        const int64_t queries = smaller_of(kBlockQ, seq.q_len - q0), block = q0 / kBlockQ;
-        products.differentiate(q0, seq.visible.block(q0, queries, k0, count),
-                               memory.statistics.block(q0, queries),
-                               keys_finite && memory.finite[block] != 0,
-                               {dq + block * dq_size(problem_),
-                                {memory.dk.row(k0 - keys.begin), memory.dk.stride},
-                                {memory.dv.row(k0 - keys.begin), memory.dv.stride}});
+        const int64_t queries = smaller_of(kBlockQ, at.seq.q_len - q0), block = q0 / kBlockQ;
+        products.differentiate(q0, visible.block(q0, queries, k0, count),
+                               packed.statistics.block(q0, queries),
+                               keys_finite && packed.finite[block] != 0,
+                               {packed.dq + block * dq_size(problem_), to.dk, to.dv});
       }
     }
   }
 
-  void pack_queries(Products& products, const Memory& to, const Sequence& seq, int64_t head,
-                    int64_t q0) const {
+  // A block of queries and its place in dq. Queries that see no key are not read.
+  void pack(Products& products, const Packed& packed, const Place& at, int64_t q0) const {
+    const int64_t queries = smaller_of(kBlockQ, at.seq.q_len - q0);
+    clear(packed.dq + q0 / kBlockQ * dq_size(problem_), dq_size(problem_));
+    if (at.seq.visible.keys_of_group(q0, queries).empty()) return;
+    pack_queries(products, packed, at, q0);
+    refine_statistics(products, rows_of_keys(at), at.seq.visible, q0,
+                      packed.statistics.block(q0, queries));
+  }
+
+  void pack_queries(Products& products, const Packed& to, const Place& at, int64_t q0) const {
+    const auto& [seq, head] = at;
     const int64_t queries = smaller_of(kBlockQ, seq.q_len - q0);
     const Rows<const T> q = query_rows<const T>(params_.q, seq, head).from(q0);
     const Rows<const T> out = query_rows<const T>(params_.out, seq, head).from(q0);
@@ -207,25 +329,20 @@ class Backward {
     }
   }
 
-  // Adds the shares of dq of one block of queries, in the order of the keys, and writes them.
-  void add_shares(int64_t batch, int64_t head, int64_t block) const {
-    const Sequence seq = sequence_of(problem_, batch);
-    if (block >= blocks_of(seq.q_len)) return;
-    const int64_t size = dq_size(problem_);
-    C* const sum = share(seq, batch, head, 0);
-    for (int64_t part = 1; part < split_.count(seq.k_len); ++part) {
-      const C* term = share(seq, batch, head, part) + block * size;
-      for (int64_t i = 0; i < size; ++i) sum[block * size + i] += term[i];
+  void store_dq(const Packed& packed, const Place& at, int64_t q0) const {
+    Products::store_dq(problem_, packed.dq + q0 / kBlockQ * dq_size(problem_), scale(),
+                       smaller_of(kBlockQ, at.seq.q_len - q0),
+                       query_rows<T>(params_.dq, at.seq, at.head).from(q0));
+  }
+
+  void store_keys(const Sums& sums, const Sequence& seq, int64_t head_kv, const Range& keys) const {
+    const Rows<T> dk = key_rows<T>(params_.dk, seq, head_kv).from(keys.begin);
+    const Rows<T> dv = key_rows<T>(params_.dv, seq, head_kv).from(keys.begin);
+    for (int64_t j = 0; j < keys.end - keys.begin; ++j) {
+      narrow(sums.dk.row(j), problem_.head_dim, scale(), dk.row(j));
+      narrow(sums.dv.row(j), problem_.head_dim_v, C{1}, dv.row(j));
     }
-    store_dq(sum, seq, head, block * kBlockQ);
   }
-
-  void store_dq(const C* dq, const Sequence& seq, int64_t head, int64_t q0) const {
-    Products::store_dq(problem_, dq + q0 / kBlockQ * dq_size(problem_), scale(),
-                       smaller_of(kBlockQ, seq.q_len - q0),
-                       query_rows<T>(params_.dq, seq, head).from(q0));
-  }
-
   static void clear(C* numbers, int64_t count) {
     for (int64_t i = 0; i < count; ++i) numbers[i] = 0;
   }
@@ -237,6 +354,7 @@ class Backward {
   const int threads_;
   const KeySplit split_;
   const int64_t parts_;  // of the longest sequence
+  const int64_t group_;  // query heads of a key/value head
 };
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

@@ -52,7 +52,8 @@ struct Statistics {
   }
   bool is_coarse(int64_t i) const {
     return __builtin_isfinite(lse[i]) &&
-           (is_narrow || __builtin_fabs(static_cast<double>(lse[i])) >= static_cast<double>(kCoarse));
+           (is_narrow ||
+            __builtin_fabs(static_cast<double>(lse[i])) >= static_cast<double>(kCoarse));
   }
   // A log-sum-exp that is not this softmax's own (but of keys that other calls hold, say) stands.
   // `summands` of a score: the forward pass may have added them in another order.

@@ -29,6 +29,12 @@ class TileBackward {
       return {arena.take<BFloat16>(size), arena.take<BFloat16>(size_v), arena.take<BFloat16>(size),
               arena.take<BFloat16>(size_v)};
     }
+    // Those behind the first `count`, which are whole blocks.
+    Queries from(const Problem& problem, int64_t count) const {
+      const int64_t size = count * padded(problem.head_dim);
+      const int64_t size_v = count * padded(problem.head_dim_v);
+      return {q_columns + size, dout_columns + size_v, q_rows + size, dout_rows + size_v};
+    }
   };
 
   // A block of keys as left operands, and its scores with a block of queries.

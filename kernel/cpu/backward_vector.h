@@ -30,6 +30,11 @@ class VectorBackward {
               arena.take<C>(queries * padded(problem.head_dim)),
               arena.take<C>(queries * padded(problem.head_dim_v))};
     }
+    // Those behind the first `count`, which are whole blocks.
+    Queries from(const Problem& problem, int64_t count) const {
+      return {q_transposed + count * problem.head_dim, dout_transposed + count * problem.head_dim_v,
+              q + count * padded(problem.head_dim), dout + count * padded(problem.head_dim_v)};
+    }
   };
 
   // A block of keys, and its scores with a block of queries.

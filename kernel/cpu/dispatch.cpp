@@ -1,8 +1,10 @@
 // The CPU backend's entry points: choose the instruction set, then the pass, then as many threads
-// as the workspace has room for. Nothing is remembered between calls.
+// as the workspace has room for. Nothing is remembered between calls but that the process is a
+// child of fork().
 //
 // The environment variable FLASHTILE_CPU_ISA forces an instruction set by its name, for tests and
 // measurements; a name that this build or this machine does not have is an error.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +20,7 @@
 #endif
 #if defined(_OPENMP)
 #include <omp.h>
+#include <pthread.h>
 #endif
 
 namespace flashtile::cpu {
@@ -111,9 +114,17 @@ Status no_instruction_set() {
               wanted == nullptr ? "" : wanted, instruction_sets());
 }
 
+#if defined(_OPENMP)
+// Threads do not survive fork(), but GNU's OpenMP runtime still counts on those that the parent
+// had, and waits for them for ever. One thread is what works in any child.
+std::atomic<bool> is_forked = false;
+[[maybe_unused]] const int kForkIsWatched =
+    pthread_atfork(nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });
+#endif
+
 int max_threads() {
 #if defined(_OPENMP)
-  return omp_get_max_threads();
+  return is_forked.load(std::memory_order_relaxed) ? 1 : omp_get_max_threads();
 #else
   return 1;
 #endif
@@ -146,14 +157,16 @@ int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > tot
 // truly, and for one thread if they were not. `most_queries`: with longer sequences the pass does
 // not run.
 template <class Params>
-size_t planned_bytes(const Pass<Params>& pass, const Problem& problem,
-                     int64_t most_queries = INT64_MAX) {
+WorkspaceSize planned_bytes(const Pass<Params>& pass, const Problem& problem,
+                            int64_t most_queries = INT64_MAX) {
   const auto at_most = [&](int64_t max_q, int64_t max_k) {
     return Extent{max_q < most_queries ? max_q : most_queries, max_k};
   };
   const bool cache = problem.cache.exists(), varlen = problem.is_varlen();
   if (!varlen && !cache) {
-    return pass.scratch(problem, at_most(problem.seqlen_q, problem.seqlen_k), max_threads()).wanted;
+    const Extent extent = at_most(problem.seqlen_q, problem.seqlen_k);
+    return {pass.scratch(problem, extent, max_threads()).wanted,
+            pass.scratch(problem, extent, 1).minimum};
   }
   const int64_t most_q = varlen ? problem.total_q : problem.seqlen_q;
   const int64_t most_k = cache ? problem.cache.capacity() : problem.total_k;
@@ -162,10 +175,10 @@ size_t planned_bytes(const Pass<Params>& pass, const Problem& problem,
   const Extent most = at_most(most_q, most_k);
   const size_t wanted = pass.scratch(problem, hint, max_threads()).wanted;
   const size_t needed = pass.scratch(problem, most, 1).minimum;
-  return wanted > needed ? wanted : needed;
+  return {wanted > needed ? wanted : needed, needed};
 }
 
-size_t planned_decode_bytes(const Engine& engine, const Problem& problem) {
+WorkspaceSize planned_decode_bytes(const Engine& engine, const Problem& problem) {
   return planned_bytes(engine.decode, problem, decode_queries(problem));
 }
 
@@ -219,31 +232,32 @@ Status run_forward(const Engine& engine, const ForwardParams& params) {
 
 }  // namespace
 
-Status forward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes) {
+Status forward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
   const Engine& engine = set->engine(problem.dtype);
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
   std::snprintf(name.text, sizeof name.text, "%s_cpu_%s_%s", decode ? "decode" : "forward",
                 set->name, dtype_name(problem.dtype));
-  workspace_bytes =
+  workspace =
       decode ? planned_decode_bytes(engine, problem) : planned_bytes(engine.forward, problem);
   // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
   if (problem.is_varlen() || (problem.cache.exists() && problem.seqused_q != nullptr)) {
-    const size_t other =
+    const WorkspaceSize other =
         decode ? planned_bytes(engine.forward, problem) : planned_decode_bytes(engine, problem);
-    if (other > workspace_bytes) workspace_bytes = other;
+    if (other.wanted > workspace.wanted) workspace.wanted = other.wanted;
+    if (other.least > workspace.least) workspace.least = other.least;
   }
   return FLASHTILE_OK;
 }
 
-Status backward_plan(const Problem& problem, PlanName& name, size_t& workspace_bytes) {
+Status backward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace) {
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
   const Engine& engine = set->engine(problem.dtype);
   std::snprintf(name.text, sizeof name.text, "backward_cpu_%s_%s", set->name,
                 dtype_name(problem.dtype));
-  workspace_bytes = planned_bytes(engine.backward, problem);
+  workspace = planned_bytes(engine.backward, problem);
   return FLASHTILE_OK;
 }
 

@@ -60,8 +60,7 @@ std::string append_answer(const AppendArguments& args) {
   const DeviceScope device(args.like());
   const flashtile_problem problem = to_problem(args);
   flashtile_append_kv_params params = to_params(args, problem);
-  if (args.rotation.has_value())
-    params.q_out = contiguous_view(args.rotation->q.sizes(), args.rotation->q);
+  if (args.rotation.has_value()) params.q_out = contiguous_view(args.rotation->q.sizes(), 0);
   if (problem.device == FLASHTILE_CPU && is_checked(args.check)) text = numbers_refusal(problem);
   char why[512] = "";
   if (text.empty() && flashtile_can_run_append_kv(&params, why, sizeof(why)) != FLASHTILE_OK)
@@ -77,8 +76,7 @@ Answer read_answer(const ReadArguments& args) {
   if (problem.device == FLASHTILE_CPU && is_checked(args.check)) text = numbers_refusal(problem);
   if (!text.empty()) return {false, "", text};
   flashtile_forward_params params = to_params(args, problem);
-  params.out =
-      args.out.has_value() ? write_view(*args.out) : contiguous_view(args.out_sizes(), args.q);
+  params.out = args.out.has_value() ? write_view(*args.out) : contiguous_view(args.out_sizes(), 0);
   char name[256] = "", why[512] = "";
   flashtile_status status = flashtile_can_run(&params, why, sizeof(why));
   if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));
@@ -98,8 +96,15 @@ std::tuple<Tensor, Tensor> forward_kvcache(
   return read({q,
                {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, cache_leftpad,
                 cu_seqlens_new},
-               cu_seqlens_q, softmax_scale, window_left, window_right, seqlen_new, num_splits,
-               max_seqlen_q, check, alignment});
+               cu_seqlens_q,
+               softmax_scale,
+               window_left,
+               window_right,
+               seqlen_new,
+               num_splits,
+               max_seqlen_q,
+               check,
+               alignment});
 }
 
 Tensor forward_kvcache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -114,14 +119,23 @@ Tensor forward_kvcache_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   return std::get<1>(read({q,
                            {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table,
                             cache_leftpad, cu_seqlens_new},
-                           cu_seqlens_q, softmax_scale, window_left, window_right, seqlen_new,
-                           num_splits, max_seqlen_q, check, alignment, out}));
+                           cu_seqlens_q,
+                           softmax_scale,
+                           window_left,
+                           window_right,
+                           seqlen_new,
+                           num_splits,
+                           max_seqlen_q,
+                           check,
+                           alignment,
+                           out}));
 }
 
 void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                const Tensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
                const OptionalTensor& block_table, const OptionalTensor& cu_seqlens, bool check) {
-  append({k, v,
+  append({k,
+          v,
           {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, std::nullopt, cu_seqlens},
           check});
 }
@@ -132,10 +146,12 @@ Tensor append_kv_rotary(const Tensor& k_cache, const Tensor& v_cache, const Tens
                         const Tensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
                         const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
                         bool check) {
-  return append({k, v,
+  return append({k,
+                 v,
                  {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, std::nullopt,
                   cu_seqlens},
-                 check, Rotation{q, rotary_cos, rotary_sin, interleaved, q_fixed}})
+                 check,
+                 Rotation{q, rotary_cos, rotary_sin, interleaved, q_fixed}})
       .value();
 }
 
@@ -165,8 +181,8 @@ Answer can_run_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                       num_splits, max_seqlen_q, check, alignment, out});
 }
 
-// The gradient, a 0-d tensor, of whatever went into attention over a cache: an op, so that compilers
-// trace it, and only a backward pass that runs raises.
+// The gradient, a 0-d tensor, of whatever went into attention over a cache: an op, so that
+// compilers trace it, and only a backward pass that runs raises.
 Tensor gradient_of_kvcache(const Tensor&) {
   throw std::runtime_error(
       "attention_with_kvcache was differentiated; allowed: its result without a gradient "

@@ -177,8 +177,7 @@ std::string refusal(const AppendArguments& args) {
   const NamedTensor k = {"k", &args.k}, v = {"v", &args.v};
   if (!args.rotation.has_value()) return written_refusal(args.cache, {k, v});
   const auto& [q, cos, sin, interleaved, q_fixed] = *args.rotation;
-  return written_refusal(args.cache,
-                         {k, v, {"q", &q}, {"rotary_cos", &cos}, {"rotary_sin", &sin}});
+  return written_refusal(args.cache, {k, v, {"q", &q}, {"rotary_cos", &cos}, {"rotary_sin", &sin}});
 }
 
 flashtile_problem to_problem(const ReadArguments& args) {

@@ -78,7 +78,6 @@ flashtile_problem to_problem(const AppendArguments& args);
 
 // Where out, the LSE and the rotated q go is not said. The problem must outlive the params.
 flashtile_forward_params to_params(const ReadArguments& args, const flashtile_problem& problem);
-flashtile_append_kv_params to_params(const AppendArguments& args,
-                                     const flashtile_problem& problem);
+flashtile_append_kv_params to_params(const AppendArguments& args, const flashtile_problem& problem);
 
 }  // namespace flashtile::ops

@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
   raise_unless_ok(flashtile_workspace_size(&params, &bytes), args.names());
   const Tensor out =
       args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
-  const Tensor lse = torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
+  const Tensor lse =
+      torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
   const Workspace workspace(args.q, bytes);
   params.out = write_view(out);
   params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -123,7 +124,7 @@ Answer answer(const Arguments& args, bool backward) {
   double lse = 0.0;
   const std::vector<int64_t> sizes = out_sizes(args);
   const flashtile_tensor out =
-      args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, args.q);
+      args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, 0);
   flashtile_status status = FLASHTILE_OK;
   if (backward) {
     flashtile_backward_params params;
@@ -133,10 +134,10 @@ Answer answer(const Arguments& args, bool backward) {
     params.k = read_view(args.k);
     params.v = read_view(args.v);
     params.out = out;
-    params.dout = contiguous_view(sizes, args.q);
-    params.dq = contiguous_view(args.q.sizes(), args.q);
-    params.dk = contiguous_view(args.k.sizes(), args.k);
-    params.dv = contiguous_view(args.v.sizes(), args.v);
+    params.dout = contiguous_view(sizes, 1);
+    params.dq = contiguous_view(args.q.sizes(), 2);
+    params.dk = contiguous_view(args.k.sizes(), 3);
+    params.dv = contiguous_view(args.v.sizes(), 4);
     params.softmax_lse = reinterpret_cast<const float*>(&lse);
     status = flashtile_can_run_backward(&params, why, sizeof(why));
     if (status == FLASHTILE_OK) status = flashtile_plan_backward(&params, name, sizeof(name));

@@ -1,0 +1,162 @@
+// What can be seen of tensors in memory from addresses, strides and extents: that numbers are
+// aligned, and that nothing is written where something else is read or written. What is refused is
+// proven: two indices with one address. Slices of one buffer that interleave pass, and so does an
+// overlap that only a search through all rows would find.
+#include <algorithm>
+#include <utility>
+
+#include "check_parts.h"
+
+namespace flashtile {
+namespace {
+
+// The numbers low + (sum of index * stride, index < extent) + (0 to dim - 1), times `bytes`, with
+// strides that are not negative, the largest first. `exists` is false where there is none, or where
+// the strides leave 64 bits.
+struct Area {
+  struct Dim {
+    const char* name;
+    int64_t stride, extent;
+  };
+  const char* name;
+  const char* dot;  // between the name and that of a stride
+  bool written;
+  int64_t dim, bytes;
+  Dim dims[3] = {};
+  intptr_t low = 0, high = 0;
+  bool exists = false;
+};
+
+void place(const void* data, const Area::Dim (&dims)[3], Area& area) {
+  constexpr int64_t kMost = int64_t{1} << 60;
+  int64_t below = 0, above = area.dim;
+  bool fits = true;
+  for (int i = 0; i < 3; ++i) {
+    const auto& [name, stride, extent] = dims[i];
+    int64_t reach = 0;
+    if (extent > 1) {
+      fits = fits && -kMost < stride && stride < kMost &&
+             !__builtin_mul_overflow(stride, extent - 1, &reach);
+    }
+    int64_t& end = reach < 0 ? below : above;
+    fits = fits && !__builtin_add_overflow(end, reach, &end);
+    area.dims[i] = {name, !fits || extent <= 1 ? 0 : stride < 0 ? -stride : stride, extent};
+  }
+  fits = fits && !__builtin_mul_overflow(below, area.bytes, &below) &&
+         !__builtin_mul_overflow(above, area.bytes, &above);
+  const auto start = reinterpret_cast<intptr_t>(data);
+  area.exists = fits && !__builtin_add_overflow(start, below, &area.low) &&
+                !__builtin_add_overflow(start, above, &area.high);
+  for (const size_t i : {size_t{0}, size_t{1}, size_t{0}}) {
+    if (area.dims[i].stride < area.dims[i + 1].stride) std::swap(area.dims[i], area.dims[i + 1]);
+  }
+}
+
+Area area_of(const TensorArgument& argument, const Problem& problem) {
+  const auto& [name, t, rows, heads, batch, dim, written] = argument;
+  Area area = {name, ".", written, dim, bytes_of(problem.dtype)};
+  if (rows == 0 || batch == 0 || problem.batch == 0 || t.data == nullptr) return area;
+  place(t.data,
+        {{"stride_batch", t.stride_batch, batch},
+         {"stride_seq", t.stride_seq, rows},
+         {"stride_head", t.stride_head, heads}},
+        area);
+  return area;
+}
+
+Area area_of(const RowArgument& argument, const Problem& problem) {
+  const auto& [name, short_name, data, stride_batch, stride_head, written] = argument;
+  Area area = {name, "_", written, problem.rows_q(), bytes_of_lse(problem)};
+  if (data == nullptr || problem.rows_q() == 0 || problem.batch == 0) return area;
+  place(data,
+        {{"stride_batch", stride_batch, problem.is_varlen() ? 1 : problem.batch},
+         {"stride_head", stride_head, problem.num_heads},
+         {"", 0, 1}},
+        area);
+  return area;
+}
+
+// Whether the number `offset` behind the first is found to be of the area, without using the
+// dimension `left_out`.
+bool finds(const Area& area, int64_t offset, int left_out = -1) {
+  for (int i = 0; i < 3; ++i) {
+    const auto& [_, stride, extent] = area.dims[i];
+    if (i == left_out || stride == 0) continue;
+    offset -= std::min(offset / stride, extent - 1) * stride;
+  }
+  return offset < area.dim;
+}
+
+bool finds_address(const Area& area, intptr_t address) {
+  const int64_t offset = address - area.low;
+  return offset >= 0 && address < area.high && offset % area.bytes == 0 &&
+         finds(area, offset / area.bytes);
+}
+
+// Whether every stride steps over all that the smaller ones reach.
+bool is_nested(const Area& area) {
+  int64_t reach = area.dim;
+  for (int i = 2; i >= 0; --i) {
+    const auto& [_, stride, extent] = area.dims[i];
+    if (extent <= 1) continue;
+    if (stride < reach) return false;
+    reach += stride * (extent - 1);  // place() has found that it fits
+  }
+  return true;
+}
+
+// `short_name`: of what has the strides.
+Status check_itself(const Area& area, const char* short_name) {
+  if (!area.exists || is_nested(area)) return FLASHTILE_OK;
+  for (int i = 0; i < 3; ++i) {
+    const auto& [name, stride, extent] = area.dims[i];
+    if (extent <= 1 || !finds(area, stride, i)) continue;
+    return fail(FLASHTILE_INVALID_ARGUMENT,
+                "%s%s%s is %lld over %lld entries, which share memory; allowed: strides that keep "
+                "them apart, they are written",
+                short_name, area.dot, name, static_cast<I64>(stride), static_cast<I64>(extent));
+  }
+  return FLASHTILE_OK;
+}
+
+Status check_pair(const Area& a, const Area& b) {
+  if (!a.exists || !b.exists || a.low >= b.high || b.low >= a.high) return FLASHTILE_OK;
+  if (!finds_address(a, b.low) && !finds_address(b, a.low)) return FLASHTILE_OK;
+  return fail(FLASHTILE_INVALID_ARGUMENT, "%s shares memory with %s; allowed: memory of its own",
+              a.name, b.name);
+}
+
+Status check_aligned(const char* name, const char* field, const void* data, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0) return FLASHTILE_OK;
+  return fail(FLASHTILE_INVALID_ARGUMENT,
+              "%s%s is %p; allowed: a multiple of %lld, a number's size", name, field, data,
+              static_cast<I64>(bytes));
+}
+
+}  // namespace
+
+Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
+                    const Problem& problem) {
+  constexpr size_t kMost = 10;
+  Area areas[kMost];
+  size_t count = 0;
+  for (const TensorArgument& t : tensors) {
+    if (Status s = check_aligned(t.name, ".data", t.tensor.data, bytes_of(problem.dtype))) return s;
+    const Area& area = areas[count++] = area_of(t, problem);
+    if (Status s = t.written ? check_itself(area, t.name) : FLASHTILE_OK) return s;
+  }
+  for (const RowArgument& r : rows) {
+    if (Status s = check_aligned(r.name, "", r.data, bytes_of_lse(problem))) return s;
+    const Area& area = areas[count++] = area_of(r, problem);
+    if (Status s = r.written ? check_itself(area, r.short_name) : FLASHTILE_OK) return s;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    for (size_t j = 0; areas[i].written && j < count; ++j) {
+      if (i == j || (j < i && areas[j].written)) continue;  // each pair once
+      if (Status s = check_pair(areas[i], areas[j])) return s;
+    }
+  }
+  return FLASHTILE_OK;
+}
+
+}  // namespace flashtile
