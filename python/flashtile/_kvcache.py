@@ -341,10 +341,10 @@ def attention_with_kvcache(
         float32, natural logarithm.
 
     Not differentiable: tensors that require grad are refused outside ``torch.no_grad()``. The
-    append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
-    where a view begins that any custom op writes to: compile with caches that are tensors of their
-    own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended;
-    making it again writes the same rows. Numerics and errors are those of :func:`attention`.
+    graphs of ``torch.compile`` append by torch's own operations, to the rows that this call writes
+    eagerly, views with sizes that change included. DTensors and ``torch.vmap`` are refused. A call
+    that raises may have appended; making it again writes the same rows. Numerics and errors are
+    those of :func:`attention`.
     """
     given = {
         "k": k,
