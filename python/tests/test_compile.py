@@ -31,8 +31,8 @@ def write(q: Tensor, cu: Tensor, buffers: Tensor, pool: Tensor, new: Tensor) -> 
         k=new,
         v=new * 3,
         cache_seqlens=cu[:-1],
-        rotary_cos=angles.cos(),
-        rotary_sin=angles.sin(),
+        rotary_cos=angles,
+        rotary_sin=angles * 0.5,
     )
     return [dense, varlen * 1, cached * 1, turned, pool[1].clone(), pool[2].sum(0)]
 
