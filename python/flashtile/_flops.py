@@ -5,6 +5,7 @@ score and ``2 * Dv`` for its value; backward the scores again and four products 
 as they are where their values can be read, at their largest elsewhere.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def _lengths(cu_seqlens: Tensor, used: Tensor | None, longest: int) -> list[int]
     offsets = _numbers(cu_seqlens)
     if offsets is None:
         return [longest] * (cu_seqlens.shape[0] - 1)
-    lengths = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - begin for begin, end in pairwise(offsets)]
     return _numbers(used) or lengths
 
 
@@ -43,9 +44,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **_rest: Any) -> in
     return 2 * _pairs(q, k, Options(*options)) * q.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-def _forward_out(
-    q: Tensor, k: Tensor, v: Tensor, _out: Tensor, *options: Any, **_rest: Any
-) -> int:
+def _forward_out(q: Tensor, k: Tensor, v: Tensor, _out: Tensor, *options: Any, **_rest: Any) -> int:
     return _forward(q, k, v, *options)
 
 

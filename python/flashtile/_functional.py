@@ -1,8 +1,8 @@
 """Gradients of the ops, eagerly, compiled and under torch.func: grad, vjp, jacrev, any nesting.
 
-``torch.library.register_autograd`` builds a formula that torch.func refuses. A formula that acts on
-one level at a time, as those of torch's own ops do, serves all of them: the dispatcher calls it once
-per level, and whoever traces sees the op.
+``torch.library.register_autograd`` builds a formula that torch.func refuses. A formula that acts
+on one level at a time, as those of torch's own ops do, serves all of them: the dispatcher calls it
+once per level, and whoever traces sees the op.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,8 @@ def register(
         def forward(keyset: Any, *args: Any) -> Any:
             if not is_active():
                 return _below(op, keyset, args)
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the levels below
+            # For the levels below, whose turn it is now.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return _below(op, keyset, args)
 
         @staticmethod

@@ -349,11 +349,11 @@ def attention_with_kvcache(
 
     Not differentiable: tensors may require grad, but going backward raises RuntimeError. A cache
     that requires grad can be read and not written. Under ``torch.autocast`` q, k, v and the rotary
-    tables are cast to the dtype of the caches, which are never cast. The append is declared, so ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes,
-    where a view begins that any custom op writes to: compile with caches that are tensors of their
-    own, not ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended;
-    making it again writes the same rows. Numerics and errors are those of :func:`attention`;
-    :func:`can_run_with_kvcache` gives the sentence without a call.
+    tables are cast to the dtype of the caches, which are never cast. The graphs of
+    ``torch.compile`` append by torch's own operations, to the rows that this call writes eagerly,
+    views with sizes that change included. DTensors and ``torch.vmap`` are refused. A call that
+    raises may have appended; making it again writes the same rows. Numerics and errors are those of
+    :func:`attention`; :func:`can_run_with_kvcache` gives the sentence without a call.
     """
     given = {
         "k": k,

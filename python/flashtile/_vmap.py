@@ -84,6 +84,6 @@ def backward(info: Any, in_dims: InDims, *args: Any) -> tuple[tuple[Tensor, ...]
 def refuse_cache(_info: Any, _in_dims: InDims, *_args: Any) -> NoReturn:
     """The rule of the cache's ops: an append would write to a copy of a cache that is folded."""
     raise RuntimeError(
-        "attention_with_kvcache is mapped by vmap; allowed: one call for all sequences, with what is "
-        "mapped in the batch"
+        "attention_with_kvcache is mapped by vmap; allowed: one call for all sequences, with what "
+        "is mapped in the batch"
     )

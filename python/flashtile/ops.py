@@ -221,7 +221,8 @@ def attention(
         ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
         RuntimeError, a forward-mode tangent NotImplementedError. ``torch.compile(fullgraph=True)``
         traces it, with symbolic lengths. ``torch.vmap`` runs all entries in one call. Under
-        ``torch.autocast`` inputs are cast to its dtype.
+        ``torch.autocast`` inputs are cast to its dtype. DTensors sharded by batch or heads need no
+        communication; ``FlopCounterMode`` counts as for torch's own attention, hidden pairs too.
 
     Numerics:
         Scores, softmax and sums are float32 (float64 for float64 inputs), whatever the inputs are;
