@@ -196,7 +196,7 @@ def _int(value: object) -> int | None:
 
 
 def length(name: str, value: object, allowed: str) -> int:
-    """`value` as an int32 that is not negative; or TypeError, which says `allowed`, or ValueError."""
+    """`value` as an int from 0 to 2^31 - 1; or TypeError, which says `allowed`, or ValueError."""
     number = _int(value)
     if number is None:
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: {allowed}")

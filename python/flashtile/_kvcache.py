@@ -181,7 +181,7 @@ def _append(call: _Call, run: Callable[..., Any]) -> Tensor:
 
 
 def _attend(call: _Call, run: Callable[..., Any] = _run) -> tuple[Tensor, Tensor]:
-    """Appends, if there is something to append, and attends, by ops that `run` runs. Out and LSE."""
+    """Appends, if there is something to append, and attends: by ops, through `run`. Out and LSE."""
     t, cu_seqlens_q = call.tensors, call.tensors["cu_seqlens_q"]
     q, seqlen_new, cu_seqlens_new = t["q"], 0, None
     if t["k"] is not None:

@@ -97,8 +97,6 @@ def test_compile_once_for_all_lengths() -> None:
     assert counter.frame_count == 1
 
 
-
-
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"q": 3}, TypeError, "q is a int; allowed: torch.Tensor"),
     ({"k_cache": None}, TypeError, "k_cache is a NoneType; allowed: torch.Tensor"),
@@ -217,8 +215,10 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"softmax_scale": 1e300},
         ValueError,
-        "softmax_scale is 1e+300; allowed: -3.40282e+38 to 3.40282e+38 for float32, which "
-        "computes in float32",
+        (
+            "softmax_scale is 1e+300; allowed: -3.40282e+38 to 3.40282e+38 for float32, which "
+            "computes in float32"
+        ),
     ),
     (
         {"window_size": (-2, 0)},
