@@ -199,8 +199,8 @@ void resolve(Request& r, Space space) {
       case Space::kLocal: r.host[l] = resolve_local(r, l, inside); break;
       case Space::kParam: r.host[l] = resolve_param(r, l, inside); break;
       default:
-        r.host[l] = const_cast<char*>(
-            resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access, r.how));
+        r.host[l] =
+            const_cast<char*>(resolve_global(*r.warp, r.pc, l, inside, r.bytes, r.access, r.how));
     }
   }
   if (global) {

@@ -33,13 +33,12 @@ struct Earlier {
 
 [[noreturn]] void fail(const Word& word, Error kind, const char* relation, const Earlier& earlier) {
   char message[512];
-  std::snprintf(message, sizeof message,
-                "%s of global memory (%s + %llu) %s the %s by thread %d of %s at %s",
-                verb(word.at.access), word.range.label.c_str(),
-                static_cast<unsigned long long>(word.address - word.range.begin), relation,
-                earlier.what, thread_of(earlier.agent),
-                word.is_here(earlier.agent) ? "this block" : "another block",
-                word.block.where(earlier.pc).c_str());
+  std::snprintf(
+      message, sizeof message, "%s of global memory (%s + %llu) %s the %s by thread %d of %s at %s",
+      verb(word.at.access), word.range.label.c_str(),
+      static_cast<unsigned long long>(word.address - word.range.begin), relation, earlier.what,
+      thread_of(earlier.agent), word.is_here(earlier.agent) ? "this block" : "another block",
+      word.block.where(earlier.pc).c_str());
   word.block.fail(kind, word.at.warp, word.at.pc, word.at.lane, message);
 }
 
@@ -69,8 +68,8 @@ void check_last_write(const Word& word, const WordShadow& w) {
   const Clocks& clocks = word.block.clocks;
   const int other = thread_of(w.write_agent);
   const bool shown = here ? clocks.shows(kGlobalProxy, word.thread, other, w.write_stamp)
-                          : clocks.shows_foreign(kGlobalProxy, word.thread,
-                                                 block_of(w.write_agent), other, w.write_stamp);
+                          : clocks.shows_foreign(kGlobalProxy, word.thread, block_of(w.write_agent),
+                                                 other, w.write_stamp);
   if (!shown)
     fail(word, Error::kProxy, "by the async proxy, without a fence.proxy.async behind", last);
 }
@@ -94,7 +93,8 @@ void check_last_reads(const Word& word, const WordShadow& w) {
   } else if (!word.comes_after(w.read_agent, w.read_stamp)) {
     fail(word, Error::kRace, "is not ordered after", {"read", w.read_agent, w.read_pc});
   }
-  if (w.foreign_read_stamp >= begin && !word.comes_after(w.foreign_read_agent, w.foreign_read_stamp))
+  if (w.foreign_read_stamp >= begin &&
+      !word.comes_after(w.foreign_read_agent, w.foreign_read_stamp))
     fail(word, Error::kRace, "is not ordered after",
          {"read", w.foreign_read_agent, w.foreign_read_pc});
 }

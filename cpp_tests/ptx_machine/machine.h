@@ -40,15 +40,15 @@ enum class Error {
   kMisaligned,
   kDivergence,  // a collective that not all of its lanes or warps reach
   kDeadlock,
-  kLivelock,     // the instruction budget is spent
-  kLaunch,       // refused launch: shared memory, threads, missing kernel
-  kUnsupported,  // PTX the machine does not know
-  kTrap,         // trap or a failed device assert
-  kProxy,        // the async proxy need not see an ordinary write: no fence.proxy.async
-  kBarrier,      // misuse of an mbarrier
-  kWgmma,        // registers or descriptors of a wgmma
-  kRegisters,    // misuse of setmaxnreg
-  kTensorMap,    // not a tensor map, or not of the instruction's rank
+  kLivelock,      // the instruction budget is spent
+  kLaunch,        // refused launch: shared memory, threads, missing kernel
+  kUnsupported,   // PTX the machine does not know
+  kTrap,          // trap or a failed device assert
+  kProxy,         // the async proxy need not see an ordinary write: no fence.proxy.async
+  kBarrier,       // misuse of an mbarrier
+  kWgmma,         // registers or descriptors of a wgmma
+  kRegisters,     // misuse of setmaxnreg
+  kTensorMap,     // not a tensor map, or not of the instruction's rank
   kUnorderedSum,  // two floating-point additions to one word, and no order: see set_ordered_sums
 };
 const char* name(Error kind);

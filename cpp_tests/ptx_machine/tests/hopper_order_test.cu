@@ -23,15 +23,15 @@ ptx_test::Expected fault(Error kind, const char* mention, int blocks, bool order
       .kinds = {kind}, .mention = mention, .resident_blocks = blocks, .ordered_sums = ordered_sums};
 }
 
-#define STORE(name, modifiers)                                                              \
-  __device__ void name(int* p, int x) {                                                     \
-    asm volatile("st." modifiers ".global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");      \
+#define STORE(name, modifiers)                                                         \
+  __device__ void name(int* p, int x) {                                                \
+    asm volatile("st." modifiers ".global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); \
   }
-#define LOAD(name, modifiers)                                                               \
-  __device__ int name(const int* p) {                                                       \
-    int x;                                                                                  \
-    asm volatile("ld." modifiers ".global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");    \
-    return x;                                                                               \
+#define LOAD(name, modifiers)                                                            \
+  __device__ int name(const int* p) {                                                    \
+    int x;                                                                               \
+    asm volatile("ld." modifiers ".global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory"); \
+    return x;                                                                            \
   }
 #define FENCE(name, modifiers) \
   __device__ void name() { asm volatile("fence." modifiers ";" ::: "memory"); }
@@ -228,8 +228,7 @@ __global__ void overwrite(float* row, float* out) {
   }
   __syncthreads();
   const bool waits = kFault != Overwrite::kByAnother || t < 32;
-  if (kFault == Overwrite::kRight || (kFault == Overwrite::kByAnother && waits))
-    hopper::wait(b, 0);
+  if (kFault == Overwrite::kRight || (kFault == Overwrite::kByAnother && waits)) hopper::wait(b, 0);
   row[t] = 1.0f;
   hopper::wait(b, 0);
   out[t] = s[t];
