@@ -18,7 +18,7 @@ import threading
 import time
 from types import TracebackType
 
-SECONDS = 3.0  # between two lines
+SECONDS = 2.0  # between two lines
 SECONDS_ON_TERMINAL = 0.5
 
 
@@ -67,6 +67,7 @@ def main() -> int:
     if len(sys.argv) < 4 or sys.argv[2] != "--":
         print(__doc__, file=sys.stderr)
         return 2
+    print(f"  ... {sys.argv[1]}", flush=True)
     with progress(sys.argv[1]):
         return subprocess.run(sys.argv[3:], check=False).returncode
 

@@ -461,7 +461,7 @@ def start_and_fail(arguments: list[str]) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()

@@ -14,9 +14,6 @@ RELAXED_RELEASE = (ORDER, RELEASE, RELEASE.replace("release", "relaxed"))
 RELAXED_ACQUIRE = (ORDER, ACQUIRE, ACQUIRE.replace("acquire", "relaxed"))
 
 COME_TO = "Turns::come_to(launch, slot, my.notes);"
-HEAD_READY = (
-    "__syncthreads();  // the notes are there; nobody adds to dQ of the head before any more"
-)
 
 FENCE_BEHIND_WAIT = (
     "ptx::fence_proxy_async_global();  // what the key block before has added comes first"
@@ -45,10 +42,6 @@ SM80 = [
     mutant(
         "a turn ends before all have added",
         (MAIN, BLOCK_LANDED + " " + COME_TO, COME_TO + BLOCK_LANDED + "\n"),
-    ),
-    mutant(
-        "a head's last turn ends before all have added",
-        (MAIN, HEAD_READY + " " + COME_TO, COME_TO + HEAD_READY + "\n"),
     ),
     mutant(
         "the last turn ends before all have added",

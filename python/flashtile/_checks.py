@@ -41,11 +41,27 @@ def check_tensor_type(name: str, value: object) -> None:
     """TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: torch.Tensor")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; allowed: a dense one (attention_varlen takes sequences of "
+            "different lengths: the values and offsets of a jagged tensor)"
+        )
+
+
+def _is_equal(size: int, extent: int) -> bool:
+    """Sizes that only the data know are checked when the graph runs."""
+    if type(size) is int and type(extent) is int:
+        return size == extent
+    try:
+        return bool(size == extent)
+    except RuntimeError:  # torch cannot tell while tracing
+        torch._check(size == extent)
+        return True
 
 
 def check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
     same = tensor.dim() == len(allowed) and all(
-        isinstance(extent, str) or size == extent
+        isinstance(extent, str) or _is_equal(size, extent)
         for size, extent in zip(tensor.shape, allowed, strict=True)
     )
     if not same:

@@ -1,8 +1,8 @@
 """Gradients of the ops, eagerly, compiled and under torch.func: grad, vjp, jacrev, any nesting.
 
-``torch.library.register_autograd`` builds a formula that torch.func refuses. A formula that acts on
-one level at a time, as those of torch's own ops do, serves all of them: the dispatcher calls it once
-per level, and whoever traces sees the op.
+``torch.library.register_autograd`` builds a formula that torch.func refuses. A formula that acts
+on one level at a time, as those of torch's own ops do, serves all of them: the dispatcher calls it
+once per level, and whoever traces sees the op.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from flashtile import _checks
+from flashtile import _checks, _sharding
 
 
 def is_active() -> bool:
@@ -47,7 +47,8 @@ def register(
         def forward(keyset: Any, *args: Any) -> Any:
             if not is_active():
                 return _below(op, keyset, args)
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the levels below
+            # For the levels below, whose turn it is now.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return _below(op, keyset, args)
 
         @staticmethod
@@ -61,6 +62,8 @@ def register(
         jvp = staticmethod(_checks.refuse_tangents)
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if type(args[0]) is not Tensor:
+            _sharding.prepare(args[0])
         requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if requires_grad or forward_ad._current_level >= 0:
             if not is_active():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashtile import _checks, _functional, _kvcache_ops
+from flashtile import _checks, _functional, _kvcache_ops, _sharding, _traced
 from flashtile._options import UNLIMITED
 from flashtile._written import mark_written
 
@@ -129,6 +129,8 @@ def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any])
     _kvcache_ops.check_together(tensors, given["cache_seqlens"])
     for name in ("q", *_CACHES):
         _checks.check_tensor_type(name, tensors[name])
+        if type(tensors[name]) is not Tensor:
+            _sharding.refuse(name, tensors[name])
     out = given["out"]
     if out is not None:
         _checks.check_tensor_type("out", out)
@@ -162,11 +164,19 @@ def _append(call: _Call, run: Callable[..., Any]) -> Tensor:
     t, q = call.tensors, call.tensors["q"]
     new = (t["k_cache"], t["v_cache"], t["k"], t["v"])
     where = (call.seqlens, t["cache_batch_idx"], t["block_table"], t["cu_seqlens_q"])
+    traced = torch.compiler.is_compiling()
+    if traced:
+        _kvcache_ops.check_append(*new, q, where, (t["rotary_cos"], t["rotary_sin"]))
     if t["rotary_cos"] is None:
+        if traced:
+            _traced.append(new[:2], new[2:], where)
+            return q  # type: ignore[no-any-return]
         run("append_kv", *new, *where, call.flags["check"])
         return q  # type: ignore[no-any-return]
     q_fixed = call.mask[1:] == (UNLIMITED, UNLIMITED)
     rotation = (t["rotary_cos"], t["rotary_sin"], call.flags["rotary_interleaved"], q_fixed)
+    if traced:
+        return _traced.append_rotary(new[:2], new[2:], q, rotation, where)
     return run("append_kv_rotary", *new, q, *rotation, *where, call.flags["check"])  # type: ignore[no-any-return]
 
 
@@ -182,8 +192,12 @@ def _attend(call: _Call, run: Callable[..., Any] = _run) -> tuple[Tensor, Tensor
     where = (cu_seqlens_q, cu_seqlens_new, call.seqlens, t["cache_batch_idx"])
     rest = (t["cache_leftpad"], t["block_table"], call.flags["check"], call.alignment)
     options: tuple[Any, ...] = (*how, *where, *rest)
-    if call.out is None:
-        return run("forward_kvcache", *tensors, *options)  # type: ignore[no-any-return]
+    if call.out is None or torch.compiler.is_compiling():
+        out, lse = run("forward_kvcache", *tensors, *options)
+        if call.out is None:
+            return out, lse
+        _traced.write(call.out, out)
+        return call.out, lse
     return call.out, run("forward_kvcache_out", *tensors, call.out, *options)
 
 
@@ -336,12 +350,11 @@ def attention_with_kvcache(
 
     Not differentiable: tensors may require grad, but going backward raises RuntimeError. A cache
     that requires grad can be read and not written. Under ``torch.autocast`` q, k, v and the rotary
-    tables are cast to the dtype of the caches, which are never cast. The append is declared, so
-    ``torch.compile`` keeps it; but torch 2.13 forgets, under dynamic shapes, where a view begins
-    that any custom op writes to: compile with caches that are tensors of their own, not
-    ``pool[layer]``, or with ``dynamic=False``. A call that raises may have appended; making it
-    again writes the same rows. Numerics and errors are those of :func:`attention`;
-    :func:`can_run_with_kvcache` gives the sentence without a call.
+    tables are cast to the dtype of the caches, which are never cast. The graphs of
+    ``torch.compile`` append by torch's own operations, to the rows that this call writes eagerly,
+    views with sizes that change included. DTensors and ``torch.vmap`` are refused. A call that
+    raises may have appended; making it again writes the same rows. Numerics and errors are those of
+    :func:`attention`; :func:`can_run_with_kvcache` gives the sentence without a call.
     """
     given = {
         "k": k,

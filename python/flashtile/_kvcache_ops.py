@@ -120,6 +120,26 @@ def _fake_forward_out(
     return lse
 
 
+def check_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    where: tuple[Tensor | None, ...],
+    rotary: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """What the fake kernels of the appends check; ``where`` is cache_seqlens and all behind it."""
+    seqlens, batch_idx, block_table, cu_seqlens = where
+    cos, sin = rotary
+    batch = check_queries("q" if cos is not None else "k", q if cos is not None else k, cu_seqlens)
+    numbers = {"cache_seqlens": seqlens, "cache_batch_idx": batch_idx}
+    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
+    _check_new(k, v, q, (k_cache, v_cache), cu_seqlens)
+    if cos is not None and sin is not None:
+        _check_rotary(cos, sin, q)
+
+
 def _fake_append(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -131,10 +151,8 @@ def _fake_append(
     cu_seqlens: Tensor | None,
     _check: bool = False,
 ) -> None:
-    batch = check_queries("k", k, cu_seqlens)
-    numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
-    _check_cache(k, k_cache, v_cache, batch, numbers, block_table)
-    _check_new(k, v, k, (k_cache, v_cache), cu_seqlens)
+    where = (cache_seqlens, cache_batch_idx, block_table, cu_seqlens)
+    check_append(k_cache, v_cache, k, v, k, where, (None, None))
 
 
 def _fake_append_rotary(
@@ -153,11 +171,8 @@ def _fake_append_rotary(
     cu_seqlens: Tensor | None,
     _check: bool = False,
 ) -> Tensor:
-    batch = check_queries("q", q, cu_seqlens)
-    numbers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
-    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
-    _check_new(k, v, q, (k_cache, v_cache), cu_seqlens)
-    _check_rotary(rotary_cos, rotary_sin, q)
+    where = (cache_seqlens, cache_batch_idx, block_table, cu_seqlens)
+    check_append(k_cache, v_cache, k, v, q, where, (rotary_cos, rotary_sin))
     return q.new_empty(q.shape)
 
 

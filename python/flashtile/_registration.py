@@ -8,10 +8,9 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from flashtile import _checks, _functional, _kvcache_ops, _vmap
+from flashtile import _checks, _flops, _functional, _kvcache_ops, _traced, _vmap
 from flashtile._options import Options
 
-_library = torch.library.Library("flashtile", "FRAGMENT")  # what it registers goes with it
 _REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
@@ -66,21 +65,23 @@ def _is_readable(gradient: Tensor) -> bool:
     return all(start % step == 0 for start in starts)
 
 
-def _incoming(
-    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of out and LSE as the op takes them: dout always there, and readable.
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where the ops do not read its layout."""
+    return tensor if _is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
-    A copy is made only of gradients whose layout torch chose badly, like that of ``out.sum()``,
-    which is one number expanded over the whole shape.
-    """
-    if dout is None:
-        dout = torch.zeros_like(out)
-    elif not _is_readable(dout):
-        dout = dout.clone(memory_format=torch.contiguous_format)
-    if dlse is not None and lse.shape[-1] > 1 and dlse.stride(-1) != 1:
-        dlse = dlse.contiguous()
-    return dout, dlse
+
+def _readable_lse(lse: Tensor) -> Tensor:
+    return lse.contiguous() if lse.shape[-1] > 1 and lse.stride(-1) != 1 else lse
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """What was saved. Hooks may have brought it back in another layout; graphs have no hooks."""
+    out, lse, q, k, v, *tensors = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    if torch.compiler.is_compiling():
+        return [out, lse, q, k, v, *tensors]
+    out, q, k, v = map(_readable, (out, q, k, v))
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    return [out, _readable_lse(lse), q, k, v, *tensors]
 
 
 def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
@@ -88,8 +89,10 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     none_of_options = (None,) * len(Options._fields)
     if dout is None and dlse is None:
         return (None, None, None, *none_of_options)
-    out, lse, q, k, v, *tensors = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    dout, dlse = _incoming(dout, dlse, out, lse)
+    out, lse, q, k, v, *tensors = _saved(ctx)
+    # Torch chooses layouts badly: the gradient of ``out.sum()`` is one number, expanded.
+    dout = torch.zeros_like(out) if dout is None else _readable(dout)
+    dlse = None if dlse is None else _readable_lse(dlse)
     options = Options(*ctx.numbers, *tensors)
     if _torch_is_deterministic():
         options = options._replace(deterministic=True)
@@ -114,13 +117,18 @@ def register() -> None:
     if hasattr(torch.ops.flashtile, _REGISTERED):  # by another copy of this package
         return
     library = torch.library
+    ours = library.Library("flashtile", "FRAGMENT")
     library.register_fake("flashtile::forward", _fake_forward)
     library.register_fake("flashtile::forward_out", _fake_forward_out)
     library.register_fake("flashtile::backward", _fake_backward)
-    _functional.register(_library, "forward", setup_context, gradients)
+    _functional.register(ours, "forward", setup_context, gradients)
     # Without this a second derivative would only warn and be missing.
-    library.register_autograd("flashtile::backward", refuse_second_derivative)
+    _functional.register(ours, "backward", _keep_nothing, refuse_second_derivative)
     _kvcache_ops.register()
+    _traced.register(ours)
     library.register_vmap("flashtile::forward", _vmap.forward)
     library.register_vmap("flashtile::backward", _vmap.backward)
-    setattr(torch.ops.flashtile, _REGISTERED, True)
+    for name in ("forward_kvcache", "append_kv", "append_kv_rotary"):
+        library.register_vmap(f"flashtile::{name}", _vmap.refuse_cache)
+    _flops.register()
+    setattr(torch.ops.flashtile, _REGISTERED, ours)  # what it registers goes with it

@@ -4,7 +4,7 @@ The mapped dimension is folded into the batch or, in varlen, into the heads, whi
 and know nothing of each other. A fold is a view where the memory allows it, a copy elsewhere.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,3 +79,11 @@ def backward(info: Any, in_dims: InDims, *args: Any) -> tuple[tuple[Tensor, ...]
     lengths = [_length(args[i], in_dims[i], dim) for i in (1, 2, 3)]
     gradients = [_unfold(t, dim, size, n) for t, n in zip((dq, dk, dv), lengths, strict=True)]
     return tuple(gradients), (dim, dim, dim)
+
+
+def refuse_cache(_info: Any, _in_dims: InDims, *_args: Any) -> NoReturn:
+    """The rule of the cache's ops: an append would write to a copy of a cache that is folded."""
+    raise RuntimeError(
+        "attention_with_kvcache is mapped by vmap; allowed: one call for all sequences, with what "
+        "is mapped in the batch"
+    )

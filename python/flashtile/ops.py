@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashtile import _checks, _functional
+from flashtile import _checks, _functional, _sharding, _traced
 from flashtile._options import UNLIMITED, Options
 from flashtile._written import mark_written
 
@@ -85,6 +85,8 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Tenso
         _checks.check_tensor_type(name, tensor)
     if out is not None:
         _checks.check_tensor_type("out", out)
+        if type(out) is not Tensor:
+            _sharding.refuse("out", out)
         if _functional.is_active():
             raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
         if torch.is_grad_enabled():
@@ -128,6 +130,9 @@ def _attend(
     return_lse = _checks.flag("return_lse", return_lse)
     if out is None:
         out, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
+    elif torch.compiler.is_compiling():
+        result, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
+        _traced.write(out, result)
     else:
         lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
         mark_written(out)
@@ -216,7 +221,8 @@ def attention(
         ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
         RuntimeError, a forward-mode tangent NotImplementedError. ``torch.compile(fullgraph=True)``
         traces it, with symbolic lengths. ``torch.vmap`` runs all entries in one call. Under
-        ``torch.autocast`` inputs are cast to its dtype.
+        ``torch.autocast`` inputs are cast to its dtype. DTensors sharded by batch or heads need no
+        communication; ``FlopCounterMode`` counts as for torch's own attention, hidden pairs too.
 
     Numerics:
         Scores, softmax and sums are float32 (float64 for float64 inputs), whatever the inputs are;

@@ -68,7 +68,7 @@ def test_a_command_keeps_its_output_and_status() -> None:
     code = "import sys; print('out'); sys.exit(3)"
     command = [sys.executable, str(PROGRAM), "running", "--", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (3, "out\n")
+    assert (done.returncode, done.stdout) == (3, "  ... running\nout\n")
     done = subprocess.run(command[:3], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "examples/progress.py" in done.stderr
