@@ -21,6 +21,7 @@ _MAX_HEAD_DIM = 65536
 _ALIGNMENTS = ("bottom_right", "top_left")  # in the order of flashtile_alignment
 _MAX_INT = 2**31 - 1
 _MAX_SIDE = 2**63 - 1  # of a window
+NO_WINDOW = (-1, -1)  # the default: this very tuple needs no look
 _MAX_FLOAT = torch.finfo(torch.float32).max
 
 
@@ -228,6 +229,8 @@ def max_seqlen(name: str, value: object, tensor: Tensor) -> int:
 
 def window(sides: object) -> tuple[int, int]:
     """The two sides of window_size, or TypeError or ValueError."""
+    if sides is NO_WINDOW:
+        return NO_WINDOW
     whole = [_int(side) for side in sides] if isinstance(sides, (tuple, list)) else []
     left, right = whole if len(whole) == 2 else (None, None)
     if left is None or right is None:

@@ -148,7 +148,8 @@ def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any])
     longest = 0 if longest is None else _checks.max_seqlen("max_seqlen_q", longest, q)
     _autocast(tensors, k_cache)
     q = tensors["q"]
-    _checks.check_finite(scale, q)  # the op would say so only after the append
+    if scale is not None:
+        _checks.check_finite(scale, q)  # the op would say so only after the append
     batch = _kvcache_ops.check_queries("q", q, tensors["cu_seqlens_q"])
     seqlens = _seqlens(given["cache_seqlens"], q, batch)
     if tensors["k"] is not None:
@@ -275,7 +276,7 @@ def attention_with_kvcache(
     max_seqlen_q: int | Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    window_size: tuple[int, int] = _checks.NO_WINDOW,
     num_splits: int = 0,
     return_lse: bool = False,
     check: bool = False,

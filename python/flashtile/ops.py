@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashtile import _checks, _functional, _sharding, _traced
-from flashtile._options import UNLIMITED, Options
+from flashtile._options import Options
 from flashtile._written import mark_written
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def attention(
     *,
     causal: bool = False,
     causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
-    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    window_size: tuple[int, int] = _checks.NO_WINDOW,
     softmax_scale: float | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
@@ -303,7 +303,7 @@ def attention_varlen(
     *,
     causal: bool = False,
     causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
-    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    window_size: tuple[int, int] = _checks.NO_WINDOW,
     softmax_scale: float | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
@@ -386,7 +386,7 @@ def can_run(
     *,
     causal: bool = False,
     causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
-    window_size: tuple[int, int] = (UNLIMITED, UNLIMITED),
+    window_size: tuple[int, int] = _checks.NO_WINDOW,
     softmax_scale: float | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
