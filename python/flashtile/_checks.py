@@ -56,7 +56,7 @@ def _is_equal(size: int, extent: int) -> bool:
     try:
         return bool(size == extent)
     except RuntimeError:  # torch cannot tell while tracing
-        torch._check(size == extent)
+        torch._check(size == extent)  # type: ignore[no-untyped-call]
         return True
 
 

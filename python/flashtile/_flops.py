@@ -20,7 +20,7 @@ def _numbers(tensor: Tensor | None) -> list[int] | None:
     """The values, or None where there are none to read."""
     if tensor is None or isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return None
-    return tensor.tolist()  # type: ignore[no-any-return]
+    return tensor.tolist()
 
 
 def _lengths(cu_seqlens: Tensor, used: Tensor | None, longest: int) -> list[int]:
@@ -84,4 +84,4 @@ def register() -> None:
         "forward_kvcache_out": _cache_out,
     }
     for name, formula in formulas.items():
-        register_flop_formula(getattr(torch.ops.flashtile, name), get_raw=True)(formula)
+        register_flop_formula(getattr(torch.ops.flashtile, name), get_raw=True)(formula)  # type: ignore[arg-type]

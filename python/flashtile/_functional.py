@@ -59,7 +59,7 @@ def register(
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return (None, *backward(ctx, *grads))
 
-        jvp = staticmethod(_checks.refuse_tangents)
+        jvp = staticmethod(_checks.refuse_tangents)  # type: ignore[assignment]
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if type(args[0]) is not Tensor:
@@ -67,9 +67,9 @@ def register(
         requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if requires_grad or forward_ad._current_level >= 0:
             if not is_active():
-                return Formula.apply(keyset, *args)
+                return Formula.apply(keyset, *args)  # type: ignore[attr-defined]
             with enable_single_level_autograd_function():
-                return Formula.apply(keyset, *args)
+                return Formula.apply(keyset, *args)  # type: ignore[attr-defined]
         return _below(op, keyset, args)
 
-    library.impl(name, kernel, "Autograd", with_keyset=True)
+    library.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]

@@ -117,7 +117,7 @@ def register() -> None:
     if hasattr(torch.ops.flashtile, _REGISTERED):  # by another copy of this package
         return
     library = torch.library
-    ours = library.Library("flashtile", "FRAGMENT")
+    ours = library.Library("flashtile", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.register_fake("flashtile::forward", _fake_forward)
     library.register_fake("flashtile::forward_out", _fake_forward_out)
     library.register_fake("flashtile::backward", _fake_backward)
