@@ -10,6 +10,8 @@
 namespace flashtile {
 namespace {
 
+constexpr size_t kMostArguments = 10;
+
 // The numbers low + (sum of index * stride, index < extent) + (0 to dim - 1), times `bytes`, with
 // strides that are not negative, the largest first. `exists` is false where there is none, or where
 // the strides leave 64 bits.
@@ -133,20 +135,16 @@ Status check_aligned(const char* name, const char* field, const void* data, int6
               static_cast<I64>(bytes));
 }
 
-}  // namespace
-
-Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
-                    const Problem& problem) {
-  constexpr size_t kMost = 10;
-  Area areas[kMost];
+// All pairs and all that is written, for calls in which something is not as it is in most.
+Status check_closely(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
+                     const Problem& problem) {
+  Area areas[kMostArguments];
   size_t count = 0;
   for (const TensorArgument& t : tensors) {
-    if (Status s = check_aligned(t.name, ".data", t.tensor.data, bytes_of(problem.dtype))) return s;
     const Area& area = areas[count++] = area_of(t, problem);
     if (Status s = t.written ? check_itself(area, t.name) : FLASHTILE_OK) return s;
   }
   for (const RowArgument& r : rows) {
-    if (Status s = check_aligned(r.name, "", r.data, bytes_of_lse(problem))) return s;
     const Area& area = areas[count++] = area_of(r, problem);
     if (Status s = r.written ? check_itself(area, r.short_name) : FLASHTILE_OK) return s;
   }
@@ -157,6 +155,71 @@ Status check_memory(std::span<const TensorArgument> tensors, std::span<const Row
     }
   }
   return FLASHTILE_OK;
+}
+
+// The bytes from an argument's first number to its last, for a look that costs nothing: no stride
+// is negative, and what is written has rows inside of sequences and heads inside of rows.
+struct Reach {
+  intptr_t low = 0, high = 0;
+  bool written = false;
+};
+
+struct Axis {
+  int64_t stride, extent;
+};
+
+// `axes`: the innermost first. Whether the argument is as Reach says.
+bool find_reach(const void* data, const Axis (&axes)[3], int64_t dim, int64_t bytes, Reach& reach) {
+  int64_t end = dim;
+  for (const auto& [stride, extent] : axes) {
+    if (extent <= 1) continue;
+    int64_t behind = 0;
+    if (stride < (reach.written ? end : 0) || __builtin_mul_overflow(stride, extent - 1, &behind) ||
+        __builtin_add_overflow(end, behind, &end)) {
+      return false;
+    }
+  }
+  reach.low = reinterpret_cast<intptr_t>(data);
+  return !__builtin_mul_overflow(end, bytes, &end) &&
+         !__builtin_add_overflow(reach.low, end, &reach.high);
+}
+
+// Whether nothing that is written meets anything else.
+bool are_apart(std::span<const Reach> all) {
+  for (size_t i = 0; i < all.size(); ++i) {
+    for (size_t j = 0; all[i].written && j < all.size(); ++j) {
+      if (i != j && all[i].low < all[j].high && all[j].low < all[i].high) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
+                    const Problem& problem) {
+  const int64_t bytes = bytes_of(problem.dtype), lse_bytes = bytes_of_lse(problem);
+  Reach all[kMostArguments];
+  size_t count = 0;
+  bool is_usual = true;
+  for (const auto& [name, t, length, heads, batch, dim, written] : tensors) {
+    if (Status s = check_aligned(name, ".data", t.data, bytes)) return s;
+    if (length == 0 || batch == 0 || problem.batch == 0 || t.data == nullptr) continue;
+    Reach& reach = all[count++] = {.written = written};
+    is_usual &= find_reach(
+        t.data, {{t.stride_head, heads}, {t.stride_seq, length}, {t.stride_batch, batch}}, dim,
+        bytes, reach);
+  }
+  const int64_t length = problem.rows_q(), batch = problem.is_varlen() ? 1 : problem.batch;
+  for (const auto& [name, short_name, data, stride_batch, stride_head, written] : rows) {
+    if (Status s = check_aligned(name, "", data, lse_bytes)) return s;
+    if (data == nullptr || length == 0 || problem.batch == 0) continue;
+    Reach& reach = all[count++] = {.written = written};
+    is_usual &= find_reach(data, {{stride_head, problem.num_heads}, {stride_batch, batch}, {0, 1}},
+                           length, lse_bytes, reach);
+  }
+  if (is_usual && are_apart({all, count})) return FLASHTILE_OK;
+  return check_closely(tensors, rows, problem);
 }
 
 }  // namespace flashtile
