@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
+#include <string_view>
 
 #include "params.h"
 #include "status.h"
@@ -14,6 +16,15 @@ namespace flashtile {
 struct PlanName {
   char text[96] = "";
   char note[192] = "";
+
+  // The words one behind the other. Not by snprintf, which would be half of what a call asks of the
+  // host.
+  void set_text(std::initializer_list<std::string_view> words) {
+    size_t length = 0;
+    for (const std::string_view word : words)
+      length += word.copy(text + length, sizeof text - 1 - length);
+    text[length] = 0;
+  }
 };
 
 // Bytes of workspace: without `least` a call is refused, with less than `wanted` it uses fewer

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <initializer_list>
 #include <type_traits>
@@ -108,8 +109,15 @@ Status check_forward_sizes(const Problem& problem) {
 // `family`: "sm80_large", "sm80_small" or "sm90".
 void write_name(PlanName& name, const char* pass, const char* family, const Problem& problem,
                 int slice) {
-  std::snprintf(name.text, sizeof name.text, "%s_%s_d%d_%s_%s", pass, family, slice,
-                problem.dtype == Dtype::kFloat16 ? "fp16" : "bf16", problem.mask_name());
+  char number[8];
+  const char* const end = std::to_chars(number, number + sizeof number, slice).ptr;
+  name.set_text({pass,
+                 "_",
+                 family,
+                 "_d",
+                 {number, end},
+                 problem.dtype == Dtype::kFloat16 ? "_fp16_" : "_bf16_",
+                 problem.mask_name()});
 }
 const char* sm80_family(Memory memory) {
   return memory == Memory::kLarge ? "sm80_large" : "sm80_small";

@@ -5,7 +5,6 @@
 // The environment variable FLASHTILE_CPU_ISA forces an instruction set by its name, for tests and
 // measurements; a name that this build or this machine does not have is an error.
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -237,8 +236,8 @@ Status forward_plan(const Problem& problem, PlanName& name, WorkspaceSize& works
   if (set == nullptr) return no_instruction_set();
   const Engine& engine = set->engine(problem.dtype);
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
-  std::snprintf(name.text, sizeof name.text, "%s_cpu_%s_%s", decode ? "decode" : "forward",
-                set->name, dtype_name(problem.dtype));
+  name.set_text(
+      {decode ? "decode" : "forward", "_cpu_", set->name, "_", dtype_name(problem.dtype)});
   workspace =
       decode ? planned_decode_bytes(engine, problem) : planned_bytes(engine.forward, problem);
   // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
@@ -255,8 +254,7 @@ Status backward_plan(const Problem& problem, PlanName& name, WorkspaceSize& work
   const InstructionSet* set = choose();
   if (set == nullptr) return no_instruction_set();
   const Engine& engine = set->engine(problem.dtype);
-  std::snprintf(name.text, sizeof name.text, "backward_cpu_%s_%s", set->name,
-                dtype_name(problem.dtype));
+  name.set_text({"backward_cpu_", set->name, "_", dtype_name(problem.dtype)});
   workspace = planned_bytes(engine.backward, problem);
   return FLASHTILE_OK;
 }
