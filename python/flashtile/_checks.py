@@ -51,8 +51,6 @@ def check_tensor_type(name: str, value: object) -> None:
 
 def _is_equal(size: int, extent: int) -> bool:
     """Sizes that only the data know are checked when the graph runs."""
-    if type(size) is int and type(extent) is int:
-        return size == extent
     try:
         return bool(size == extent)
     except RuntimeError:  # torch cannot tell while tracing
@@ -60,12 +58,23 @@ def _is_equal(size: int, extent: int) -> bool:
         return True
 
 
+def _has_shape(tensor: Tensor, allowed: tuple[Extent, ...]) -> bool:
+    shape = tensor.shape
+    if len(shape) != len(allowed):
+        return False
+    for size, extent in zip(shape, allowed, strict=True):
+        if isinstance(extent, str):
+            continue
+        if type(size) is int and type(extent) is int:
+            if size != extent:
+                return False
+        elif not _is_equal(size, extent):
+            return False
+    return True
+
+
 def check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
-    same = tensor.dim() == len(allowed) and all(
-        isinstance(extent, str) or _is_equal(size, extent)
-        for size, extent in zip(tensor.shape, allowed, strict=True)
-    )
-    if not same:
+    if not _has_shape(tensor, allowed):
         raise ValueError(
             f"{name} has shape {tuple_text(tuple(tensor.shape))}; allowed: {tuple_text(allowed)}"
         )
@@ -73,25 +82,30 @@ def check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
 
 def check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> None:
     """Device, dtype and the stride of the last dimension, against those of q."""
-    if tensor.device != q.device:
+    if not (tensor.is_cpu and q.is_cpu) and tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {q.device}, the device of q")
     if tensor.dtype != (dtype or q.dtype):
         allowed = f"{dtype_name(q.dtype)}, the dtype of q" if dtype is None else dtype_name(dtype)
         raise ValueError(f"{name} has dtype {dtype_name(tensor.dtype)}; allowed: {allowed}")
+    _check_stride(name, tensor)
+
+
+def _check_stride(name: str, tensor: Tensor) -> None:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1")
 
 
 def check_q(q: Tensor, *, is_varlen: bool, name: str = "q") -> None:
     """ValueError unless q, or what stands in its place, is a tensor of heads."""
-    if q.device.type not in _DEVICES:
+    if not q.is_cpu and q.device.type not in _DEVICES:
         raise ValueError(f"{name} is on {q.device}; allowed: cpu, cuda")
     if q.dtype not in _DTYPES:
         allowed = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
         raise ValueError(f"{name} has dtype {dtype_name(q.dtype)}; allowed: {allowed}")
-    tail = ("num_heads", "head_dim")
-    check_shape(name, q, ("total_q", *tail) if is_varlen else ("batch", "seqlen_q", *tail))
-    check_kind(name, q, q)
+    if q.dim() != (3 if is_varlen else 4):
+        tail = ("num_heads", "head_dim")
+        check_shape(name, q, ("total_q", *tail) if is_varlen else ("batch", "seqlen_q", *tail))
+    _check_stride(name, q)
 
 
 def _check_kv(q: Tensor, k: Tensor, v: Tensor, *, is_varlen: bool) -> None:
@@ -200,6 +214,8 @@ def _int(value: object) -> int | None:
 
 def length(name: str, value: object, allowed: str) -> int:
     """`value` as an int from 0 to 2^31 - 1; or TypeError, which says `allowed`, or ValueError."""
+    if type(value) is int and not torch.compiler.is_compiling() and 0 <= value <= _MAX_INT:
+        return value
     number = _int(value)
     if number is None:
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: {allowed}")
@@ -247,6 +263,8 @@ def window(sides: object) -> tuple[int, int]:
 
 def alignment(name: str, value: object) -> int:
     """The number of an alignment in the C API, or TypeError or ValueError."""
+    if value is _ALIGNMENTS[0]:  # the default
+        return 0
     if not isinstance(value, str):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: str")
     if value not in _ALIGNMENTS:

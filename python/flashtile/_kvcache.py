@@ -1,6 +1,7 @@
 """Attention over a key/value cache."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
@@ -21,6 +22,8 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 _CACHES = ("k_cache", "v_cache")
 _TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad",
             "block_table", "cu_seqlens_q")  # fmt: skip
+_given_tensors = operator.itemgetter(*_TENSORS)
+_READ = ("q", *_CACHES)
 _FLAGS = ("causal", "rotary_interleaved", "return_lse", "check")
 
 
@@ -91,8 +94,11 @@ def _seqlens(value: object, q: Tensor, batch: int) -> Tensor | None:
 
 def _wanting(tensors: dict[str, Any], out: Tensor | None) -> tuple[Tensor, ...]:
     """The tensors that require grad, of which none may be written or go into what is written."""
-    named = [(n, t) for n, t in (*tensors.items(), ("out", out)) if t is not None]
-    wanting = [(name, tensor) for name, tensor in named if tensor.requires_grad]
+    wanting = [(n, t) for n, t in tensors.items() if t is not None and t.requires_grad]
+    if out is not None and out.requires_grad:
+        wanting.append(("out", out))
+    if not wanting:
+        return ()
     for name, _ in wanting:
         why, where = ("out", "out") if out is not None else ("k", "the cache")
         if out is not None or (tensors["k"] is not None and name.endswith("_cache")):
@@ -112,7 +118,7 @@ def _refuse_tangents(tensors: dict[str, Any]) -> None:
 
 def _autocast(tensors: dict[str, Any], cache: Tensor) -> None:
     """Under ``torch.autocast`` what meets a cache takes its dtype: a cache is never cast."""
-    device = cache.device.type
+    device = "cpu" if cache.is_cpu else cache.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return
     for name in ("q", "k", "v", "rotary_cos", "rotary_sin"):
@@ -124,19 +130,21 @@ def _autocast(tensors: dict[str, Any], cache: Tensor) -> None:
 def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any]) -> _Call:
     """The arguments of a call, all of them; or TypeError, ValueError or RuntimeError."""
     tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    for name in _TENSORS:
-        tensors[name] = given[name]
+    tensors.update(zip(_TENSORS, _given_tensors(given), strict=True))
     _kvcache_ops.check_together(tensors, given["cache_seqlens"])
-    for name in ("q", *_CACHES):
-        _checks.check_tensor_type(name, tensors[name])
-        if type(tensors[name]) is not Tensor:
+    for name in _READ:
+        if type(tensors[name]) is not Tensor:  # None is not checked yet
+            _checks.check_tensor_type(name, tensors[name])
             _sharding.refuse(name, tensors[name])
     out = given["out"]
     if out is not None:
         _checks.check_tensor_type("out", out)
         if _functional.is_active():
             raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
-    flags = {name: _checks.flag(name, given[name]) for name in _FLAGS}
+    flags = {name: given[name] for name in _FLAGS}
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            flags[name] = _checks.flag(name, value)
     wanting = _wanting(tensors, out) if torch.is_grad_enabled() else ()
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)

@@ -199,22 +199,23 @@ def check_new_rows(
     k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], *, is_packed: bool
 ) -> None:
     """K and v against q, of whose sequences they are, and the cache; the ops do not see q."""
-    rows: tuple[_checks.Extent, ...] = (q.shape[0],)
-    if not is_packed:
-        rows = (q.shape[0], "seqlen_new")
-    heads = "num_heads_kv" if cache[0].dim() != 4 else cache[0].shape[2]
-    _checks.check_shape("k", k, (*rows, heads, q.shape[-1]))
-    dim_v = "head_dim_v" if cache[1].dim() != 4 else cache[1].shape[3]
+    shape, of_keys, of_values = q.shape, cache[0].shape, cache[1].shape
+    heads = "num_heads_kv" if len(of_keys) != 4 else of_keys[2]
+    tail: tuple[_checks.Extent, ...] = (heads, shape[-1])
+    _checks.check_shape("k", k, (shape[0], *tail) if is_packed else (shape[0], "seqlen_new", *tail))
+    dim_v = "head_dim_v" if len(of_values) != 4 else of_values[3]
     _checks.check_shape("v", v, (*k.shape[:-1], dim_v))
-    for name, tensor in (("k", k), ("v", v)):
-        _checks.check_kind(name, tensor, q)
+    _checks.check_kind("k", k, q)
+    _checks.check_kind("v", v, q)
 
 
 def check_together(tensors: dict[str, Tensor | None], cache_seqlens: object) -> None:
     """What must come together, and that tensors are tensors."""
     for name, tensor in tensors.items():
-        if tensor is not None:
+        if tensor is not None and (type(tensor) is not Tensor or tensor.is_nested):
             _checks.check_tensor_type(name, tensor)
+    if tensors["k"] is tensors["v"] is tensors["rotary_cos"] is tensors["rotary_sin"] is None:
+        return
     for one, other in (("k", "v"), ("v", "k"), ("rotary_cos", "rotary_sin"),
                        ("rotary_sin", "rotary_cos"), ("rotary_cos", "k")):  # fmt: skip
         if tensors[one] is not None and tensors[other] is None:
