@@ -90,14 +90,15 @@ def test_append_in_a_graph(cache: str, packed: bool, rotary: bool) -> None:
         "cache_seqlens": int32([3, 5]),
         "cu_seqlens_q": int32([0, 2, 5]) if packed else None,
         "cache_batch_idx": int32([5, 3]) if cache == "batch_idx" else None,
-        "block_table": int32([[4, 1], [2, 0]]) if cache == "paged" else None,
+        "block_table": torch.tensor([[4, 1], [2, 0]]).int() if cache == "paged" else None,
         "rotary_cos": angles.cos() if rotary else None,
         "rotary_sin": angles.sin() if rotary else None,
     }
     if cache == "paged":
         k_cache, v_cache = k_cache[:, :4].clone(), v_cache[:, :4].clone()
     twins = k_cache.clone(), v_cache.clone()
-    compiled = torch.compile(flashtile.attention_with_kvcache, backend="eager", fullgraph=True)
+    function: Callable[..., Any] = flashtile.attention_with_kvcache
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
     actual = compiled(k_cache=k_cache, v_cache=v_cache, return_lse=True, **call)
     expected = flashtile.attention_with_kvcache(
         k_cache=twins[0], v_cache=twins[1], return_lse=True, **call
@@ -145,7 +146,7 @@ def test_append_in_a_graph_that_has_no_place(
     if paged:
         angles = torch.randn(9, 4)
         call.update(rotary_cos=angles.cos(), rotary_sin=angles.sin())
-        call["block_table"] = int32([[1, 3], [0, 9]])
+        call["block_table"] = torch.tensor([[1, 3], [0, 9]]).int()
 
     def step(call: dict[str, Any]) -> Tensor:
         out: Tensor = flashtile.attention_with_kvcache(**call)
