@@ -225,7 +225,9 @@ def test_wrong_numbers_are_clamped() -> None:
         where = cache.where()
         where["block_table"] = torch.full_like(where["block_table"], value)
         new = (torch.ones(2, 1, 2, 64), torch.ones(2, 1, 2, 48))
-        with pytest.raises(RuntimeError, match=rf"block_table\[0\]\[2\] is {value}; allowed: 0 to 7"):
+        with pytest.raises(
+            RuntimeError, match=rf"block_table\[0\]\[2\] is {value}; allowed: 0 to 7"
+        ):
             flashtile.attention_with_kvcache(q, cache.k, cache.v, k=new[0], v=new[1], **where)
     assert torch.equal(cache.k, k)
     assert torch.equal(cache.v, v)
