@@ -240,7 +240,6 @@ def test_a_full_cache_is_named_and_left_alone(page_size: int) -> None:
     for lengths, sentence in (
         ([16, 14], sequence_1.replace("[1] is 14", "[0] is 16")),
         ([12, 14], sequence_1),
-        ([12, -1], "cache_seqlens[1] is -1; allowed: 0 to 16"),
         ([17, 12], "cache_seqlens[0] is 17; allowed: 0 to 16"),
     ):
         call["cache_seqlens"] = int32(lengths)
@@ -251,6 +250,19 @@ def test_a_full_cache_is_named_and_left_alone(page_size: int) -> None:
             assert str(caught.value) == sentence
     for tensor, was in zip((cache.k, cache.v), before, strict=True):
         assert torch.equal(tensor.nan_to_num(9), was), "written although refused"
+
+
+def test_a_negative_length_says_that_nothing_is_written() -> None:
+    cache = Cache((16, 10), 8, 16)
+    new = {"k": torch.ones(2, 1, 2, 64), "v": torch.ones(2, 1, 2, 48)}
+    call = {"q": torch.randn(2, 1, 4, 64), "k_cache": cache.k, "v_cache": cache.v, **cache.where()}
+    call["cache_seqlens"] = int32([-1, 10])
+    before = cache.k.clone().nan_to_num(9)
+    out = flashtile.attention_with_kvcache(**call, **new)
+    assert (out[0] == 0).all()
+    assert torch.isfinite(out[1]).all()
+    changed = (cache.k.nan_to_num(9) != before).any(-1).any(-1)
+    assert changed.sum() == 1, "one sequence has a new row"
 
 
 def test_a_sequence_without_new_rows_may_be_full() -> None:
