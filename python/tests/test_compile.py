@@ -97,7 +97,9 @@ def test_append_in_a_graph(cache: str, packed: bool, rotary: bool) -> None:
     if cache == "paged":
         k_cache, v_cache = k_cache[:, :4].clone(), v_cache[:, :4].clone()
     twins = k_cache.clone(), v_cache.clone()
-    compiled = torch.compile(flashtile.attention_with_kvcache, backend="eager", fullgraph=True)
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
+        flashtile.attention_with_kvcache, backend="eager", fullgraph=True
+    )
     actual = compiled(k_cache=k_cache, v_cache=v_cache, return_lse=True, **call)
     expected = flashtile.attention_with_kvcache(
         k_cache=twins[0], v_cache=twins[1], return_lse=True, **call

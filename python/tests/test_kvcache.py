@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 PAGE_SIZES = [0, 1, 7, 16, 48, 128, 256]  # 0: contiguous
 
 
-def int32(values: Sequence[int]) -> Tensor:
+def int32(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
