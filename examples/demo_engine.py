@@ -115,9 +115,10 @@ async def running_server(
                     await asyncio.sleep(0.5)
         yield client, models.data[0].id
     finally:
-        await client.close()
-        server.terminate()
-        server.wait()
+        with progress("stopping the server"):
+            await client.close()
+            server.terminate()
+            server.wait()
 
 
 async def stats_of(client: Any) -> dict[str, Any]:
@@ -234,7 +235,8 @@ async def show_serving(
         )
         checks.line(f"pages in use at the end: {stats['pages_in_use']}", stats["pages_in_use"] == 0)
         try:
-            await client.completions.create(model=model, prompt=[1] * 5000, max_tokens=8)
+            with progress("a request that is too long"):
+                await client.completions.create(model=model, prompt=[1] * 5000, max_tokens=8)
             checks.line("a request that is too long was served", False)
         except BadRequestError as error:
             message = error.body["message"] if isinstance(error.body, dict) else str(error)
@@ -309,7 +311,7 @@ def main() -> int:
     checks = Checks()
     with progress("loading the model"):
         chat = ChatModel(torch.device("cpu"), torch.float32)
-    requests = requests_of(chat.tokenizer)
+        requests = requests_of(chat.tokenizer)
     answers = [answer for answer, _ in requests]
     print("\n1. A C++ engine answers the openai client", flush=True)
     asyncio.run(show_serving(checks, arguments, requests))

@@ -315,10 +315,10 @@ def attention_with_kvcache(
         k: New keys, ``(batch, seqlen_new, num_heads_kv, head_dim)``, or with cu_seqlens_q
             ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
             sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
-            anything is read. Rows beyond the capacity, on pages that do not exist or of a sequence
-            with a negative length have no place: on the CPU the call raises and writes nothing, on
-            CUDA they are not written (check reports them). Two sequences must not append to one
-            page, and k, v and whatever is rotated must not lie in the caches.
+            anything is read; of a sequence with a negative length none is. Rows beyond the capacity
+            or on pages that do not exist have no place: on the CPU the call raises and writes
+            nothing, on CUDA they are not written (check reports them). Two sequences must not
+            append to one page, and k, v and whatever is rotated must not lie in the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it

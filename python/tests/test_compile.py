@@ -97,8 +97,9 @@ def test_append_in_a_graph(cache: str, packed: bool, rotary: bool) -> None:
     if cache == "paged":
         k_cache, v_cache = k_cache[:, :4].clone(), v_cache[:, :4].clone()
     twins = k_cache.clone(), v_cache.clone()
-    function: Callable[..., Any] = flashtile.attention_with_kvcache
-    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
+        flashtile.attention_with_kvcache, backend="eager", fullgraph=True
+    )
     actual = compiled(k_cache=k_cache, v_cache=v_cache, return_lse=True, **call)
     expected = flashtile.attention_with_kvcache(
         k_cache=twins[0], v_cache=twins[1], return_lse=True, **call
@@ -123,7 +124,7 @@ def test_append_on_cuda_that_has_no_place() -> None:
 
 LENGTHS = [
     ([2, 7], "cache_seqlens[1] is 7 and 3 new rows follow; allowed: 8 in all, the capacity"),
-    ([-1, 2], "cache_seqlens[0] is -1; allowed: 0 to 8"),
+    ([9, 2], "cache_seqlens[0] is 9; allowed: 0 to 8"),
 ]
 
 
@@ -161,7 +162,7 @@ def test_append_in_a_graph_that_has_no_place(
                 function(call)
             assert str(caught.value) == sentence
         assert all(torch.equal(*pair) for pair in zip(caches, before, strict=True)), sentence
-    call["cache_seqlens"] = int32([2, 1])
+    call["cache_seqlens"] = int32([-1, 1])  # of the first nothing is appended
     twins = {**call, "k_cache": before[0], "v_cache": before[1]}
     torch.testing.assert_close(compiled(call), step(twins))
     assert all(torch.equal(*pair) for pair in zip(caches, before, strict=True))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import pty
+import re
 import subprocess
 import sys
 import time
@@ -72,3 +75,68 @@ def test_a_command_keeps_its_output_and_status() -> None:
     done = subprocess.run(command[:3], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "examples/progress.py" in done.stderr
+
+
+# Seconds of silence in the middle of a line, of a program that knows nothing of progress ...
+PAUSE = "import time; print('The sky is', end='', flush=True); time.sleep(3.5); print(' blue.')"
+# ... and of one that writes its text through it.
+STREAM = f"""
+import sys, time
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+from progress import progress
+with progress("speaking") as bar:
+    bar.write("The sky is")
+    time.sleep(3.5)
+    bar.write(" blue.\\n")
+"""
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("around", [True, False], ids=["around", "inside"])
+def test_a_stream_that_pauses(around: bool) -> None:
+    line = r"(  \.\.\. speaking: \d+ s\n)"
+    # No line lands inside the text: it breaks off, and goes on below.
+    expected = rf"The sky is\n{line}+ blue\.\n"
+    command = [sys.executable, "-c", PAUSE if around else STREAM]
+    if around:
+        command = [sys.executable, str(PROGRAM), "speaking", "--", *command]
+        expected = rf"  \.\.\. speaking\n{line}*{expected}"
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(expected, printed), printed
+
+
+def test_a_line_waits_for_silence(
+    module: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SECONDS", 60.0)
+    with module.progress("speaking") as bar:
+        bar.write("one")
+        bar.write(" two\n")
+    assert capsys.readouterr().out == "one two\n"
+    with module.progress("speaking", seconds=0.01) as bar:
+        bar.write("one")
+        printed = wait_for("speaking", capsys)
+    assert printed.startswith("one\n  ... speaking: 0 s\n")
+
+
+@pytest.mark.usefixtures("module")
+def test_a_terminal_stays_one() -> None:
+    code = (
+        "import os, sys, time; print(os.isatty(1), end='', flush=True); time.sleep(3.5);"
+        " print(' end')"
+    )
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(PROGRAM), "running", "--", sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=theirs, stdin=theirs):
+        os.close(theirs)
+        printed = b""
+        try:
+            while data := os.read(ours, 4096):
+                printed += data
+        except OSError:  # how a terminal ends
+            pass
+    os.close(ours)
+    # The line stands below the text, and is erased before the text goes on.
+    line = r"(\r  \.\.\. running: \d+ s\x1b\[K)+\r\x1b\[K"
+    text = printed.decode().replace("\r\n", "\n").replace("\r\n", "\n")
+    assert re.search(rf"True\n{line} end\r?\n$", text), text
