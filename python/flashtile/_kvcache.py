@@ -1,7 +1,6 @@
 """Attention over a key/value cache."""
 
 import inspect
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
@@ -22,7 +21,6 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 _CACHES = ("k_cache", "v_cache")
 _TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad",
             "block_table", "cu_seqlens_q")  # fmt: skip
-_given_tensors = operator.itemgetter(*_TENSORS)
 _READ = ("q", *_CACHES)
 _FLAGS = ("causal", "rotary_interleaved", "return_lse", "check")
 
@@ -130,7 +128,8 @@ def _autocast(tensors: dict[str, Any], cache: Tensor) -> None:
 def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any]) -> _Call:
     """The arguments of a call, all of them; or TypeError, ValueError or RuntimeError."""
     tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    tensors.update(zip(_TENSORS, _given_tensors(given), strict=True))
+    for name in _TENSORS:
+        tensors[name] = given[name]
     _kvcache_ops.check_together(tensors, given["cache_seqlens"])
     for name in _READ:
         if type(tensors[name]) is not Tensor:  # None is not checked yet
