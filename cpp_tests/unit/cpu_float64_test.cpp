@@ -49,18 +49,22 @@ struct Truth {
   Exact out, lse, dq, dk, dv;
 };
 
+// Where a number is, row-major.
+size_t at(int row, int dim, int d) {
+  return static_cast<size_t>(row) * static_cast<size_t>(dim) + static_cast<size_t>(d);
+}
+
 long double product(const Numbers& a, int i, const Numbers& b, int j, int dim) {
   long double sum = 0;
   for (int d = 0; d < dim; ++d) {
-    sum += static_cast<long double>(a[static_cast<size_t>(i * dim + d)]) *
-           b[static_cast<size_t>(j * dim + d)];
+    sum += static_cast<long double>(a[at(i, dim, d)]) * b[at(j, dim, d)];
   }
   return sum;
 }
 
 // The formulas, a query at a time.
 Truth truth_of(const Problem& p) {
-  const auto size = [&](int rows) { return static_cast<size_t>(rows * p.dim); };
+  const auto size = [&](int rows) { return at(rows, p.dim, 0); };
   Truth t = {Exact(size(p.queries)), Exact(static_cast<size_t>(p.queries)), Exact(size(p.queries)),
              Exact(size(p.keys)), Exact(size(p.keys))};
   for (int i = 0; i < p.queries; ++i) {
@@ -74,8 +78,7 @@ Truth truth_of(const Problem& p) {
     for (int j = 0; j < seen; ++j) {
       const long double w = weight[static_cast<size_t>(j)] /= sum;
       delta += w * product(p.dout, i, p.v, j, p.dim);
-      for (int d = 0; d < p.dim; ++d)
-        t.out[static_cast<size_t>(i * p.dim + d)] += w * p.v[static_cast<size_t>(j * p.dim + d)];
+      for (int d = 0; d < p.dim; ++d) t.out[at(i, p.dim, d)] += w * p.v[at(j, p.dim, d)];
     }
     t.lse[static_cast<size_t>(i)] = largest + std::log(sum);
     for (int j = 0; j < seen; ++j) {
@@ -84,8 +87,8 @@ Truth truth_of(const Problem& p) {
                                 (product(p.dout, i, p.v, j, p.dim) - delta +
                                  static_cast<long double>(p.dlse[static_cast<size_t>(i)]));
       for (int d = 0; d < p.dim; ++d) {
-        const auto at_q = static_cast<size_t>(i * p.dim + d);
-        const auto at_k = static_cast<size_t>(j * p.dim + d);
+        const size_t at_q = at(i, p.dim, d);
+        const size_t at_k = at(j, p.dim, d);
         t.dq[at_q] += slope * p.k[at_k];
         t.dk[at_k] += slope * p.q[at_q];
         t.dv[at_k] += w * p.dout[at_q];

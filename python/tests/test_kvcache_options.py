@@ -260,7 +260,7 @@ def test_a_full_cache_is_named_and_left_alone(page_size: int) -> None:
 
 def test_a_negative_length_says_that_nothing_is_written() -> None:
     cache = Cache((16, 10), 8, 16)
-    new = {"k": torch.ones(2, 1, 2, 64), "v": torch.ones(2, 1, 2, 48)}
+    new: KVCacheOptions = {"k": torch.ones(2, 1, 2, 64), "v": torch.ones(2, 1, 2, 48)}
     call = {"q": torch.randn(2, 1, 4, 64), "k_cache": cache.k, "v_cache": cache.v, **cache.where()}
     call["cache_seqlens"] = int32([-1, 10])
     before = cache.k.clone().nan_to_num(9)
