@@ -174,7 +174,8 @@ inline CacheBackend cpu_cache_backend() {
           /*reads_numbers=*/true};
 }
 
-// New rows of a dense call whose numbers may be wrong: a row has a place if its page exists.
+// New rows of a dense call whose numbers may be wrong: a row has a place if its page exists. A
+// sequence with a negative length has no new rows.
 struct PossibleRows {
   int64_t without_place = 0;
   std::vector<int64_t> places = {};  // page * page_size + row, of the others
@@ -189,8 +190,9 @@ inline PossibleRows expect_possible_rows(const CacheCall& call, const flashtile_
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t r = 0; r < problem.seqlen_new; ++r) {
       const int64_t length = call.lengths[static_cast<size_t>(b)], row = length + r;
+      if (length < 0) break;
       int64_t page = -1;
-      if (length >= 0 && row < columns * size) {
+      if (row < columns * size) {
         const int64_t entry = b * problem.block_table_stride + row / size;
         page = problem.block_table != nullptr       ? call.table[static_cast<size_t>(entry)]
                : problem.cache_batch_idx != nullptr ? call.batch_idx[static_cast<size_t>(b)]

@@ -24,9 +24,8 @@ int main(void) {
   for (int i = 0; i < kSize; ++i) q[i] = sinf(i), k[i] = cosf(3 * i), v[i] = sinf(7 * i);
   flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
   problem.dtype = problem.dtype_kv = problem.dtype_out = FLASHTILE_FLOAT32;
-  problem.batch = problem.num_heads = problem.num_heads_kv = 1;
-  problem.seqlen_q = problem.seqlen_k = kSeqlen, problem.head_dim = kDim;
-  problem.softmax_scale = 1 / sqrtf(kDim), problem.window_right = 0; /* causal */
+  problem.batch = problem.num_heads = problem.num_heads_kv = 1, problem.head_dim = kDim;
+  problem.seqlen_q = problem.seqlen_k = kSeqlen, problem.window_right = 0; /* causal */
   flashtile_forward_params call = {.struct_size = sizeof(call), .problem = &problem};
   call.q = call.k = call.v = call.out = (flashtile_tensor){NULL, kSize, kDim, kDim}; /* strides */
   call.q.data = q, call.k.data = k, call.v.data = v, call.out.data = out;

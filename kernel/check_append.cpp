@@ -5,13 +5,14 @@
 namespace flashtile {
 namespace {
 
-// The first new row of a sequence that has no place, as flashtile_check_cache reports it.
+// The first new row of a sequence that has no place, as flashtile_check_cache reports it. A
+// negative length is the caller's way to say that a sequence, of padding for one, gets no row.
 CacheReport find_row_without_place(const Problem& problem, int64_t sequence) {
   const Cache& cache = problem.cache;
   const int64_t count = new_rows(cache, sequence).count;
-  if (count == 0) return {};
   const int64_t before = rows_before(problem, sequence);
-  if (before < 0 || before + count > cache.capacity()) return find_wrong_rows(problem, sequence);
+  if (count == 0 || before < 0) return {};
+  if (before + count > cache.capacity()) return find_wrong_rows(problem, sequence);
   const int64_t end = (before + count - 1) / cache.page_size;
   for (int64_t block = before / cache.page_size; block <= end; ++block) {
     const int64_t page = named_page(cache, sequence, block);

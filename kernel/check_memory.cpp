@@ -22,11 +22,10 @@ struct Area {
   };
   const char* name;
   const char* dot;  // between the name and that of a stride
-  bool written;
   int64_t dim, bytes;
   Dim dims[3] = {};
   intptr_t low = 0, high = 0;
-  bool exists = false;
+  bool written = false, exists = false;
 };
 
 void place(const void* data, const Area::Dim (&dims)[3], Area& area) {
@@ -56,7 +55,8 @@ void place(const void* data, const Area::Dim (&dims)[3], Area& area) {
 
 Area area_of(const TensorArgument& argument, const Problem& problem) {
   const auto& [name, t, rows, heads, batch, dim, written] = argument;
-  Area area = {name, ".", written, dim, bytes_of(problem.dtype)};
+  Area area = {
+      .name = name, .dot = ".", .dim = dim, .bytes = bytes_of(problem.dtype), .written = written};
   if (rows == 0 || batch == 0 || problem.batch == 0 || t.data == nullptr) return area;
   place(t.data,
         {{"stride_batch", t.stride_batch, batch},
@@ -68,7 +68,11 @@ Area area_of(const TensorArgument& argument, const Problem& problem) {
 
 Area area_of(const RowArgument& argument, const Problem& problem) {
   const auto& [name, short_name, data, stride_batch, stride_head, written] = argument;
-  Area area = {name, "_", written, problem.rows_q(), bytes_of_lse(problem)};
+  Area area = {.name = name,
+               .dot = "_",
+               .dim = problem.rows_q(),
+               .bytes = bytes_of_lse(problem),
+               .written = written};
   if (data == nullptr || problem.rows_q() == 0 || problem.batch == 0) return area;
   place(data,
         {{"stride_batch", stride_batch, problem.is_varlen() ? 1 : problem.batch},

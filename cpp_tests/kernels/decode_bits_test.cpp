@@ -161,6 +161,7 @@ TEST("huge scores, and a scale below zero or zero") {
                         .num_splits = 3});
         flashtile_problem problem = call.problem();
         problem.softmax_scale *= factor;
+        if (factor == 0.0f) problem.flags |= FLASHTILE_ZERO_SCALE;
         const CacheResult result = run_under(schedule, call, problem);
         CHECK_EQ(result.error, std::string());
         AttentionInput input = call.gathered();

@@ -135,7 +135,6 @@ const Refusal kAppendRefusals[] = {
     {[](CacheCall& c) { c.lengths[1] = 6; }, kInvalid,
      "seqused_k[1] is 6 and 1 new rows follow; allowed: 6 in all, the capacity"},
     {[](CacheCall& c) { c.lengths[0] = 7; }, kInvalid, "seqused_k[0] is 7; allowed: 0 to 6"},
-    {[](CacheCall& c) { c.lengths[1] = -1; }, kInvalid, "seqused_k[1] is -1; allowed: 0 to 6"},
     {[](CacheCall& c) { c.table[5] = 6; }, kInvalid, "block_table[1][2] is 6; allowed: 0 to 5"},
     {[](CacheCall& c) {
        c.problem.block_table = nullptr;

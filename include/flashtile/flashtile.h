@@ -211,12 +211,12 @@ typedef struct {
 } flashtile_backward_params;
 
 /* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
- * sequence b becomes row seqused_k[b] + i. A row beyond the capacity, on a page that does not exist
- * or of a sequence whose seqused_k is negative has no place. On the CPU such a call is refused,
- * with the sentence of flashtile_check_cache, and nothing is written. On CUDA, where the host does
- * not look, the row is not written, and flashtile_check_cache reports it. Two sequences must not
- * append to the same page, and the tables must not lie in the caches: pointers do not show it, so
- * nobody checks.
+ * sequence b becomes row seqused_k[b] + i; none is written of a sequence whose seqused_k is
+ * negative. A row beyond the capacity or on a page that does not exist has no place. On the CPU
+ * such a call is refused, with the sentence of flashtile_check_cache, and nothing is written. On
+ * CUDA, where the host does not look, the row is not written, and flashtile_check_cache reports it.
+ * Two sequences must not append to the same page, and the tables must not lie in the caches:
+ * pointers do not show it, so nobody checks.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -

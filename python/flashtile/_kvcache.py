@@ -170,14 +170,15 @@ def _append(call: _Call, run: Callable[..., Any]) -> Tensor:
         _kvcache_ops.check_append(*new, q, where, (t["rotary_cos"], t["rotary_sin"]))
     if t["rotary_cos"] is None:
         if traced:
-            _traced.append(new[:2], new[2:], where)
+            _traced.append(new[:2], new[2:], where, call.flags["check"])
             return q  # type: ignore[no-any-return]
         run("append_kv", *new, *where, call.flags["check"])
         return q  # type: ignore[no-any-return]
     q_fixed = call.mask[1:] == (UNLIMITED, UNLIMITED)
     rotation = (t["rotary_cos"], t["rotary_sin"], call.flags["rotary_interleaved"], q_fixed)
     if traced:
-        return _traced.append_rotary(new[:2], new[2:], q, rotation, where)
+        check = call.flags["check"]
+        return _traced.append_rotary(new[:2], new[2:], q, rotation, where, check)
     return run("append_kv_rotary", *new, q, *rotation, *where, call.flags["check"])  # type: ignore[no-any-return]
 
 
@@ -293,7 +294,8 @@ def attention_with_kvcache(
     No value of cache_seqlens, cache_batch_idx, cache_leftpad and block_table is waited for or can
     make the call touch memory outside the tensors: lengths are clamped to 0 and the capacity,
     pages to those that exist; check reports such values. Rows that are not in use are never read.
-    A new row that has no place is an error on the CPU, where looking costs nothing.
+    A new row that has no place is an error on the CPU, where looking costs nothing, in compiled
+    graphs too.
 
     Args:
         q: ``(batch, seqlen_q, num_heads, head_dim)``, or with cu_seqlens_q
@@ -305,10 +307,10 @@ def attention_with_kvcache(
         k: New keys, ``(batch, seqlen_new, num_heads_kv, head_dim)``, or with cu_seqlens_q
             ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
             sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
-            anything is read. Rows beyond the capacity, on pages that do not exist or of a sequence
-            with a negative length have no place: on the CPU the call raises and writes nothing, on
-            CUDA they are not written (check reports them). Two sequences must not append to one
-            page, and k, v and whatever is rotated must not lie in the caches.
+            anything is read; of a sequence with a negative length none is. Rows beyond the capacity
+            or on pages that do not exist have no place: on the CPU the call raises and writes
+            nothing, on CUDA they are not written (check reports them). Two sequences must not
+            append to one page, and k, v and whatever is rotated must not lie in the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtile import _checks
+from flashtile._options import UNLIMITED
 
 
 def write(out: Tensor, result: Tensor) -> None:
@@ -77,13 +78,67 @@ def _places(
     return torch.where(some, page[source], 0), torch.where(some, row[source], 0), source, some
 
 
+def _placed(
+    cache_seqlens: Tensor,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    new_rows: int,
+    num_pages: int,
+    page_size: int,
+    check: bool,
+) -> Tensor:
+    """cache_seqlens, or the refusal of the append: asked of tensors that nobody reads or writes."""
+    batch = cache_seqlens.shape[0]
+    rows = (new_rows,) if cu_seqlens is not None else (batch, new_rows)
+    new = cache_seqlens.new_empty((*rows, 1, 1), dtype=torch.float16)
+    pages = (num_pages, page_size, 1, 1)
+    caches = [new.new_empty(pages) for _ in range(2)]
+    ok, _, why = torch.ops.flashtile.can_run_kvcache(
+        *(new, *caches, new, new, None, None, None),
+        *(None, UNLIMITED, UNLIMITED, 0, 0),
+        *(cu_seqlens, cache_seqlens, cache_batch_idx, None, block_table, check, 0),
+    )
+    if not ok:
+        raise RuntimeError(why)
+    return cache_seqlens.clone()
+
+
+def _fake_placed(cache_seqlens: Tensor, *_rest: Any) -> Tensor:
+    return cache_seqlens.new_empty(cache_seqlens.shape)
+
+
+def _check_places(
+    k_cache: Tensor, k: Tensor, where: tuple[Tensor | None, ...], check: bool
+) -> tuple[Tensor | None, ...]:
+    """``where``, of which the write is made: so the check comes first and no compiler drops it.
+
+    On CUDA nothing is waited for, and rows without a place are not written.
+    """
+    if k.device.type != "cpu" or k.numel() == 0:
+        return where
+    new_rows = k.shape[1 if where[3] is None else 0]
+    seqlens = torch.ops.flashtile.placed(*where, new_rows, *k_cache.shape[:2], check)
+    return (seqlens, *where[1:])
+
+
 def append(
+    caches: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    where: tuple[Tensor | None, ...],
+    check: bool,
+) -> None:
+    """What ``flashtile::append_kv`` does; ``where`` is cache_seqlens and all behind it."""
+    put(caches, new, _check_places(caches[0], new[0], where, check))
+
+
+def put(
     caches: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     where: tuple[Tensor | None, ...],
     rotary_rows: int | None = None,
 ) -> None:
-    """What ``flashtile::append_kv`` does; ``where`` is cache_seqlens and all behind it."""
+    """Writes the new rows that have a place."""
     k_cache, (k, _) = caches[0], new
     rows = 1 if where[3] is None else 0
     if k.numel() == 0 or k_cache.numel() == 0 or _capacity(k_cache, where[2]) == 0:
@@ -129,7 +184,7 @@ def _fake_rotated(k: Tensor, q: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines the op that rotates and writes nothing."""
+    """Defines the ops of these graphs: one rotates, one looks for places; neither writes."""
     library.define(  # type: ignore[no-untyped-call]
         "rotated(Tensor k, Tensor q, Tensor rotary_cos, Tensor rotary_sin, bool interleaved, "
         "bool q_fixed, Tensor cache_seqlens, SymInt capacity, Tensor? cu_seqlens) -> "
@@ -137,6 +192,13 @@ def register(library: torch.library.Library) -> None:
     )
     library.impl("rotated", _rotated, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake("flashtile::rotated", _fake_rotated)
+    library.define(  # type: ignore[no-untyped-call]
+        "placed(Tensor cache_seqlens, Tensor? cache_batch_idx, Tensor? block_table, "
+        "Tensor? cu_seqlens, SymInt new_rows, SymInt num_pages, SymInt page_size, bool check) -> "
+        "Tensor"
+    )
+    library.impl("placed", _placed, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("flashtile::placed", _fake_placed)
 
 
 def append_rotary(
@@ -145,9 +207,11 @@ def append_rotary(
     q: Tensor,
     rotation: tuple[Tensor, Tensor, bool, bool],
     where: tuple[Tensor | None, ...],
+    check: bool,
 ) -> Tensor:
     """What ``flashtile::append_kv_rotary`` does. Returns q, rotated."""
+    where = _check_places(caches[0], new[0], where, check)
     capacity = _capacity(caches[0], where[2])
     k, turned = torch.ops.flashtile.rotated(new[0], q, *rotation, where[0], capacity, where[3])
-    append(caches, (k, new[1]), where, rotation[0].shape[0])
+    put(caches, (k, new[1]), where, rotation[0].shape[0])
     return turned  # type: ignore[no-any-return]

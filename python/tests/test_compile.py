@@ -97,7 +97,9 @@ def test_append_in_a_graph(cache: str, packed: bool, rotary: bool) -> None:
     if cache == "paged":
         k_cache, v_cache = k_cache[:, :4].clone(), v_cache[:, :4].clone()
     twins = k_cache.clone(), v_cache.clone()
-    compiled = torch.compile(flashtile.attention_with_kvcache, backend="eager", fullgraph=True)
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
+        flashtile.attention_with_kvcache, backend="eager", fullgraph=True
+    )
     actual = compiled(k_cache=k_cache, v_cache=v_cache, return_lse=True, **call)
     expected = flashtile.attention_with_kvcache(
         k_cache=twins[0], v_cache=twins[1], return_lse=True, **call
@@ -107,17 +109,63 @@ def test_append_in_a_graph(cache: str, packed: bool, rotary: bool) -> None:
     assert torch.equal(v_cache, twins[1])
 
 
-def test_append_in_a_graph_that_has_no_place() -> None:
-    """Not one row can be written: nothing changes. ``append`` alone: eagerly the call raises."""
+def test_append_on_cuda_that_has_no_place() -> None:
+    """Not one row can be written: nothing changes. What graphs on CUDA do, where nobody looks."""
     caches = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8)
     before = [cache.clone() for cache in caches]
     new = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8)
-    _traced.append(caches, new, (int32([-1, 4]), None, None, None))
+    _traced.put(caches, new, (int32([-1, 4]), None, None, None))
     assert all(torch.equal(*pair) for pair in zip(caches, before, strict=True))
-    _traced.append(caches, new, (int32([3, -5]), None, None, None))
+    _traced.put(caches, new, (int32([3, -5]), None, None, None))
     assert torch.equal(caches[0][0, 3], new[0][0, 0])
     before[0][0, 3] = new[0][0, 0]
     assert torch.equal(caches[0], before[0])
+
+
+LENGTHS = [
+    ([2, 7], "cache_seqlens[1] is 7 and 3 new rows follow; allowed: 8 in all, the capacity"),
+    ([9, 2], "cache_seqlens[0] is 9; allowed: 0 to 8"),
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "paged", "wrong"),
+    [
+        ("inductor", False, LENGTHS),
+        ("aot_eager", True, [*LENGTHS, ([4, 2], "block_table[1][1] is 9; allowed: 0 to 3")]),
+    ],
+)
+def test_append_in_a_graph_that_has_no_place(
+    backend: str, paged: bool, wrong: list[tuple[list[int], str]]
+) -> None:
+    """The refusal of the eager call, without check, before anything is written."""
+    pages = (4, 4) if paged else (2, 8)
+    caches = [torch.randn(*pages, 1, 8) for _ in range(2)]
+    call: dict[str, Any] = {"q": torch.randn(2, 3, 1, 8)}
+    call.update(zip(("k_cache", "v_cache"), caches, strict=True))
+    call.update(zip("kv", torch.randn(2, 2, 3, 1, 8), strict=True))
+    if paged:
+        angles = torch.randn(9, 4)
+        call.update(rotary_cos=angles.cos(), rotary_sin=angles.sin())
+        call["block_table"] = int32([[1, 3], [0, 9]])
+
+    def step(call: dict[str, Any]) -> Tensor:
+        out: Tensor = flashtile.attention_with_kvcache(**call)
+        return out * 2
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    before = [cache.clone() for cache in caches]
+    for lengths, sentence in wrong:
+        call["cache_seqlens"] = int32(lengths)
+        for function in (step, compiled):
+            with pytest.raises(RuntimeError) as caught:
+                function(call)
+            assert str(caught.value) == sentence
+        assert all(torch.equal(*pair) for pair in zip(caches, before, strict=True)), sentence
+    call["cache_seqlens"] = int32([2, 1])
+    twins = {**call, "k_cache": before[0], "v_cache": before[1]}
+    torch.testing.assert_close(compiled(call), step(twins))
+    assert all(torch.equal(*pair) for pair in zip(caches, before, strict=True))
 
 
 def test_out_that_meets_itself_is_refused_in_a_graph() -> None:

@@ -142,8 +142,8 @@ def test_out_and_varlen() -> None:
     assert error(flashtile.attention(q, k, v, out=written)[0], truth.out) < PROMISED
     offsets = [torch.tensor([0, 10, 30]), torch.tensor([0, 25, 40])]
     cu_q, cu_k = (t.to(torch.int32) for t in offsets)
-    packed = [t[0].clone().requires_grad_() for t in (q, k, v)]
-    out, lse = flashtile.attention_varlen(*packed, cu_q, cu_k, 20, 25, return_lse=True)
+    pq, pk, pv = packed = [t[0].clone().requires_grad_() for t in (q, k, v)]
+    out, lse = flashtile.attention_varlen(pq, pk, pv, cu_q, cu_k, 20, 25, return_lse=True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     gradients = torch.autograd.grad((out, lse), packed, (dout, dlse))
     for (q0, q1), (k0, k1) in (((0, 10), (0, 25)), ((10, 30), (25, 40))):
@@ -219,7 +219,7 @@ def test_dtype_of_lse_without_data(dtype: torch.dtype) -> None:
 def test_scale_that_float32_cannot_hold_is_refused_for_float32() -> None:
     q = torch.randn(1, 4, 1, 8)
     sentence = "softmax_scale is 1e\\+40; allowed: -3.40282e\\+38 to 3.40282e\\+38 for float32"
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         flashtile.attention(q, q, q, softmax_scale=1e40)
     ok, why = flashtile.can_run(q, q, q, softmax_scale=1e40)
     assert not ok

@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 PAGE_SIZES = [0, 1, 7, 16, 48, 128, 256]  # 0: contiguous
 
 
-def int32(values: Sequence[int]) -> Tensor:
+def int32(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
@@ -206,7 +206,7 @@ def test_a_block_table_with_any_row_stride() -> None:
 
 
 def test_wrong_numbers_are_clamped() -> None:
-    """Nonsense reads something that exists and leaves the cache as it is."""
+    """Nonsense reads something that exists; an append refuses it and leaves the cache as it is."""
     cache = Cache((40, 30), 16, 48)
     cache.k.nan_to_num_(0.5)
     cache.v.nan_to_num_(0.5)
@@ -225,7 +225,10 @@ def test_wrong_numbers_are_clamped() -> None:
         where = cache.where()
         where["block_table"] = torch.full_like(where["block_table"], value)
         new = (torch.ones(2, 1, 2, 64), torch.ones(2, 1, 2, 48))
-        flashtile.attention_with_kvcache(q, cache.k, cache.v, k=new[0], v=new[1], **where)
+        with pytest.raises(
+            RuntimeError, match=rf"block_table\[0\]\[2\] is {value}; allowed: 0 to 7"
+        ):
+            flashtile.attention_with_kvcache(q, cache.k, cache.v, k=new[0], v=new[1], **where)
     assert torch.equal(cache.k, k)
     assert torch.equal(cache.v, v)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import flashtile
+from flashtile._kvcache import KVCacheOptions
 from test_kvcache import Cache, int32
 from test_kvcache_torch import arguments, tables
 
@@ -154,7 +155,7 @@ def test_only_going_backward_is_refused(name: str, backend: str | None) -> None:
         assert torch.equal(result[0], expected * 2)
         assert given["k_cache"].isnan().sum() < call["k_cache"].isnan().sum(), "nothing appended"
         with pytest.raises(RuntimeError) as caught:
-            result[index].sum().backward()
+            result[index].sum().backward()  # type: ignore[no-untyped-call]
         assert str(caught.value) == NO_GRADIENT
         assert call[name].grad is None
 
@@ -233,18 +234,22 @@ def test_a_full_cache_is_named_and_left_alone(page_size: int) -> None:
     """On the CPU, where looking costs nothing: without check."""
     cache = Cache((16, 14), page_size, 16)
     k, v = torch.ones(2, 4, 2, 64), torch.ones(2, 4, 2, 48)
-    call = {"q": torch.randn(2, 4, 4, 64), "k_cache": cache.k, "v_cache": cache.v, **cache.where()}
-    angles = dict(zip(("rotary_cos", "rotary_sin"), tables(40, 32), strict=True))
+    q = torch.randn(2, 4, 4, 64)
+    call: dict[str, Any] = {"q": q, "k_cache": cache.k, "v_cache": cache.v, **cache.where()}
+    cos, sin = tables(40, 32)
+    news: tuple[KVCacheOptions, ...] = (
+        {"k": k, "v": v},
+        {"k": k, "v": v, "rotary_cos": cos, "rotary_sin": sin},
+    )
     before = [t.clone().nan_to_num(9) for t in (cache.k, cache.v)]
     sequence_1 = "cache_seqlens[1] is 14 and 4 new rows follow; allowed: 16 in all, the capacity"
     for lengths, sentence in (
         ([16, 14], sequence_1.replace("[1] is 14", "[0] is 16")),
         ([12, 14], sequence_1),
-        ([12, -1], "cache_seqlens[1] is -1; allowed: 0 to 16"),
         ([17, 12], "cache_seqlens[0] is 17; allowed: 0 to 16"),
     ):
         call["cache_seqlens"] = int32(lengths)
-        for new in ({"k": k, "v": v}, {"k": k, "v": v, **angles}):
+        for new in news:
             assert flashtile.can_run_with_kvcache(**call, **new) == (False, sentence)
             with pytest.raises(RuntimeError) as caught:
                 flashtile.attention_with_kvcache(**call, **new)
@@ -253,10 +258,24 @@ def test_a_full_cache_is_named_and_left_alone(page_size: int) -> None:
         assert torch.equal(tensor.nan_to_num(9), was), "written although refused"
 
 
+def test_a_negative_length_says_that_nothing_is_written() -> None:
+    cache = Cache((16, 10), 8, 16)
+    new = {"k": torch.ones(2, 1, 2, 64), "v": torch.ones(2, 1, 2, 48)}
+    call = {"q": torch.randn(2, 1, 4, 64), "k_cache": cache.k, "v_cache": cache.v, **cache.where()}
+    call["cache_seqlens"] = int32([-1, 10])
+    before = cache.k.clone().nan_to_num(9)
+    out = flashtile.attention_with_kvcache(**call, **new)
+    assert (out[0] == 0).all()
+    assert torch.isfinite(out[1]).all()
+    changed = (cache.k.nan_to_num(9) != before).any(-1).any(-1)
+    assert changed.sum() == 1, "one sequence has a new row"
+
+
 def test_a_sequence_without_new_rows_may_be_full() -> None:
     cache = Cache((16, 10), 8, 16)
-    call = {"k": torch.ones(3, 2, 64), "v": torch.ones(3, 2, 48), "cu_seqlens_q": int32([0, 0, 3])}
-    q = torch.randn(3, 4, 64)
-    out = flashtile.attention_with_kvcache(q, cache.k, cache.v, **call, **cache.where())
+    q, k, v = torch.randn(3, 4, 64), torch.ones(3, 2, 64), torch.ones(3, 2, 48)
+    out = flashtile.attention_with_kvcache(
+        *(q, cache.k, cache.v), k=k, v=v, cu_seqlens_q=int32([0, 0, 3]), **cache.where()
+    )
     assert torch.isfinite(out).all()
     assert (cache.rows(1, 13)[0][0, 10:] == 1).all()

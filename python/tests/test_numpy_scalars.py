@@ -33,7 +33,7 @@ def random_q() -> Tensor:
 def expect_the_same(function: Any, name: str, values: tuple[Any, ...], **call: Any) -> None:
     """Every value of `name` gives the bits of the first, and can_run takes it, too."""
     cache = function is flashtile.attention_with_kvcache
-    can_run = flashtile.can_run_with_kvcache if cache else flashtile.can_run
+    can_run: Any = flashtile.can_run_with_kvcache if cache else flashtile.can_run
     first = function(**call, **{name: values[0]}, return_lse=True)
     for value in values[1:]:
         same = function(**call, **{name: value}, return_lse=np.True_)

@@ -22,7 +22,7 @@ def count(function: Callable[[], Tensor]) -> tuple[int, int]:
         out = function()
     with FlopCounterMode(display=False) as backward:
         if out.requires_grad:
-            out.sum().backward()
+            out.sum().backward()  # type: ignore[no-untyped-call]
     return forward.get_total_flops(), backward.get_total_flops()
 
 
@@ -64,7 +64,8 @@ def test_flop_of_varlen_and_cache() -> None:
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
     """One process: the rules are asked, and their communication is none."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    path = tmp_path_factory.mktemp("store") / "file"
+    store = dist.FileStore(str(path), 1)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -83,7 +84,9 @@ def test_dtensor(mesh: DeviceMesh, dim: int | None, num_heads_kv: int) -> None:
     doubles = [t.double().requires_grad_() for t in local]
     expected = manual_attention(*doubles, causal=True)[0]
     torch.testing.assert_close(out.full_tensor().double(), expected, rtol=1e-5, atol=1e-5)
-    actual = torch.autograd.grad(out.square().sum().full_tensor(), shards)
+    total = out.square().sum()
+    assert isinstance(total, DTensor)
+    actual = torch.autograd.grad(total.full_tensor(), shards)
     right = torch.autograd.grad(expected.square().sum(), doubles)
     for gradient, other in zip(actual, right, strict=True):
         assert isinstance(gradient, DTensor)
@@ -92,13 +95,13 @@ def test_dtensor(mesh: DeviceMesh, dim: int | None, num_heads_kv: int) -> None:
 
 def test_dtensor_of_varlen(mesh: DeviceMesh) -> None:
     cu = int32([0, 3, 8])
-    local = [torch.randn(8, heads, 16) for heads in (4, 2, 2)]
+    local = one, two, three = [torch.randn(8, heads, 16) for heads in (4, 2, 2)]
     q, k, v = (distribute_tensor(t, mesh, [Shard(1)]) for t in local)
     offsets = distribute_tensor(cu, mesh)
     out = flashtile.attention_varlen(q, k, v, offsets, offsets, 5, 5)
     assert isinstance(out, DTensor)
     assert out.placements == (Shard(1),)
-    assert torch.equal(out.full_tensor(), flashtile.attention_varlen(*local, cu, cu, 5, 5))
+    assert torch.equal(out.full_tensor(), flashtile.attention_varlen(one, two, three, cu, cu, 5, 5))
 
 
 def test_dtensor_over_a_cache_is_refused(mesh: DeviceMesh) -> None:
