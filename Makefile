@@ -5,6 +5,7 @@
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
 #   make model      what a performance model expects of GPUs
+#   make slices     what the linker could merge where the compiler inlines nothing
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist

@@ -23,6 +23,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -120,6 +121,7 @@ def run(what: str, command: list[str]) -> int:
         command, stdout=theirs, close_fds=False, env={**os.environ, AROUND: "1"}
     )
     os.close(theirs)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     with progress(what, seconds=seconds) as bar:
         while True:
             if select.select([ours], [], [], 0.1)[0]:

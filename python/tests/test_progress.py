@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,19 @@ def test_a_command_keeps_its_output_and_status() -> None:
     assert "examples/progress.py" in done.stderr
 
 
+@pytest.mark.usefixtures("module")
+def test_a_command_does_not_outlive_it() -> None:
+    code = "import time; print('begun', flush=True); time.sleep(600)"
+    command = [sys.executable, str(PROGRAM), "running", "--", sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        while "begun" not in program.stdout.readline():
+            pass
+        program.send_signal(signal.SIGTERM)
+        # The status is that of the command, so it has ended; the program's own would be negative.
+        assert program.wait(60) == -signal.SIGTERM % 256
+
+
 # Seconds of silence in the middle of a line, of a program that knows nothing of progress ...
 PAUSE = "import time; print('The sky is', end='', flush=True); time.sleep(3.5); print(' blue.')"
 # ... and of one that writes its text through it.
@@ -115,8 +129,7 @@ def test_a_line_waits_for_silence(
     assert capsys.readouterr().out == "one two\n"
     with module.progress("speaking", seconds=0.01) as bar:
         bar.write("one")
-        printed = wait_for("speaking", capsys)
-    assert printed.startswith("one\n  ... speaking: 0 s\n")
+        wait_for("one\n  ... speaking: 0 s\n", capsys)
 
 
 @pytest.mark.usefixtures("module")
