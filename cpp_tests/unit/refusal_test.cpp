@@ -394,7 +394,10 @@ TEST("CUDA without a device") {
   CHECK_EQ(outcome.status, kUnsupported);
   CHECK_EQ(outcome.sentence, std::string("dtype is float32; allowed on CUDA: float16, bfloat16"));
   call->problem.dtype = call->problem.dtype_kv = call->problem.dtype_out = FLASHTILE_FLOAT16;
+  call->problem.batch = 1;
   call->problem.seqlen_q = INT32_MAX;
+  call->forward.softmax_lse = nullptr;
+  call->forward.out.data = reinterpret_cast<void*>(uintptr_t{1} << 60);  // rows of q are before it
   CHECK_EQ(forward(*call).status, kUnsupported);
   CHECK(forward(*call).sentence.find("seqlen_q is 2147483647; allowed on CUDA: 0 to ") == 0);
 }
