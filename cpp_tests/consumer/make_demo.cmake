@@ -1,4 +1,5 @@
-# A bare make prints the targets, and the demos build what they need: at most 90 steps, none of a test.
+# A bare make prints the targets, and the demos build what they need, no test: at most 90 steps, and
+# a few more for the library that the engine links.
 unset(ENV{MAKEFLAGS}) # of a make that runs this
 
 # make_says(<variable> <argument>...)
@@ -28,6 +29,8 @@ foreach(target IN LISTS targets)
   endif()
 endforeach()
 
+set(most_demo 90)
+set(most_demo-engine 95)
 foreach(demo IN ITEMS demo demo-engine)
   make_says(commands -n ${demo})
   string(REGEX MATCHALL "cmake --build --preset [^\n]*" builds "${commands}")
@@ -44,7 +47,7 @@ foreach(demo IN ITEMS demo demo-engine)
   string(REGEX MATCHALL "\n" count "${steps}")
   list(LENGTH count count)
   message("make ${demo}: ${targets}, ${count} steps")
-  if(count LESS 5 OR count GREATER 90 OR steps MATCHES "/cpp_tests/")
-    message(FATAL_ERROR "make ${demo} takes ${count} steps; allowed: 90, without tests")
+  if(count LESS 5 OR count GREATER most_${demo} OR steps MATCHES "/cpp_tests/")
+    message(FATAL_ERROR "make ${demo} takes ${count} steps; allowed: ${most_${demo}}, without tests")
   endif()
 endforeach()
