@@ -7,6 +7,7 @@
 #   make model      what a performance model expects of GPUs
 #   make slices     what the linker could merge where the compiler inlines nothing
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
+#   make test-nightly  every kernel case under every schedule of the PTX machine
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
@@ -26,7 +27,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long wheel bench lint format build operators sass-report slices model gpu-package clean
+.PHONY: help demo demo-engine test test-long test-nightly wheel bench lint format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command". The demos stand
@@ -94,6 +95,10 @@ test-long: build
 	cmake --preset tsan -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset tsan --parallel $(JOBS)
 	ctest --preset tsan
+
+# The kernels' cases under every schedule of every device model.
+test-nightly: build
+	@FLASHTILE_TEST_NIGHTLY=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -R "^kernels/"
 
 wheel: $(VENV)/.stamp
 	@rm -rf dist

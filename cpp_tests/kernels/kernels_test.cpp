@@ -1,7 +1,8 @@
 // The compiled CUDA kernels, forward and backward, against manual attention in fp64: the case table
-// of cases.h, on every slice and device model under three schedules each. matrix_test.cpp combines
-// the features; here are the shapes at block edges, values and rows in use. One test is one process
-// that runs dozens of cases, because loading the kernels takes longer than running one.
+// of cases.h, on every slice and device model, each under two of the model's schedules.
+// matrix_test.cpp combines the features; here are the shapes at block edges, values and rows in
+// use. One test is one process that runs dozens of cases, because loading the kernels takes longer
+// than running one.
 #include "../cases.h"
 #include "kernel_cases.h"
 
