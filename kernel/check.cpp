@@ -84,22 +84,62 @@ Status check_problem(const flashtile_backward_params* user, Target& target,
               static_cast<I64>(params.problem.cache.page_size));
 }
 
-Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
-  if (Status s = check_problem(user, target, params)) return s;
-  const flashtile_forward_params& p = *user;
-  const Problem& problem = params.problem;
+namespace {
+
+struct ForwardArguments {
+  TensorArgument tensors[4];
+  RowArgument rows[1];
+};
+ForwardArguments arguments_of(const flashtile_forward_params& p, const Problem& problem) {
   const int64_t q = problem.rows_q(), k = problem.rows_k();
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const int64_t batch_k = problem.cache.exists() ? problem.cache.num_pages : batch;
   const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
-  const TensorArgument tensors[] = {{"q", p.q, q, problem.num_heads, batch, dim, false},
-                                    {"k", p.k, k, problem.num_heads_kv, batch_k, dim, false},
-                                    {"v", p.v, k, problem.num_heads_kv, batch_k, dim_v, false},
-                                    {"out", p.out, q, problem.num_heads, batch, dim_v, true}};
-  const RowArgument rows[] = {
-      {"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, true}};
-  if (Status s = check_tensors(tensors, problem)) return s;
-  if (Status s = check_memory(tensors, rows, problem)) return s;
+  return {{{"q", p.q, q, problem.num_heads, batch, dim, false},
+           {"k", p.k, k, problem.num_heads_kv, batch_k, dim, false},
+           {"v", p.v, k, problem.num_heads_kv, batch_k, dim_v, false},
+           {"out", p.out, q, problem.num_heads, batch, dim_v, true}},
+          {{"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, true}}};
+}
+
+struct BackwardArguments {
+  TensorArgument tensors[8];
+  RowArgument rows[2];
+};
+BackwardArguments arguments_of(const flashtile_backward_params& p, const Problem& problem) {
+  const int64_t q = problem.rows_q(), k = problem.rows_k();
+  const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
+  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
+  const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
+  return {
+      {{"q", p.q, q, heads, batch, dim, false},
+       {"k", p.k, k, heads_kv, batch, dim, false},
+       {"v", p.v, k, heads_kv, batch, dim_v, false},
+       {"out", p.out, q, heads, batch, dim_v, false},
+       {"dout", p.dout, q, heads, batch, dim_v, false},
+       {"dq", p.dq, q, heads, batch, dim, true},
+       {"dk", p.dk, k, heads_kv, batch, dim, true},
+       {"dv", p.dv, k, heads_kv, batch, dim_v, true}},
+      {{"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, false},
+       {"dsoftmax_lse", "dlse", p.dsoftmax_lse, p.dlse_stride_batch, p.dlse_stride_head, false}}};
+}
+
+}  // namespace
+
+Status check_memory(const flashtile_forward_params& user, const Problem& problem) {
+  const ForwardArguments arguments = arguments_of(user, problem);
+  return check_memory(arguments.tensors, arguments.rows, problem);
+}
+Status check_memory(const flashtile_backward_params& user, const Problem& problem) {
+  const BackwardArguments arguments = arguments_of(user, problem);
+  return check_memory(arguments.tensors, arguments.rows, problem);
+}
+
+Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
+  if (Status s = check_problem(user, target, params)) return s;
+  const flashtile_forward_params& p = *user;
+  const Problem& problem = params.problem;
+  if (Status s = check_tensors(arguments_of(p, problem).tensors, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   params.q = view(p.q);
   params.k = view(p.k);
@@ -116,27 +156,11 @@ Status check_backward(const flashtile_backward_params* user, Target& target,
   if (Status s = check_problem(user, target, params)) return s;
   const flashtile_backward_params& p = *user;
   const Problem& problem = params.problem;
-  const int64_t q = problem.rows_q(), k = problem.rows_k();
-  const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
-  const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
-  const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
-  const TensorArgument tensors[] = {{"q", p.q, q, heads, batch, dim, false},
-                                    {"k", p.k, k, heads_kv, batch, dim, false},
-                                    {"v", p.v, k, heads_kv, batch, dim_v, false},
-                                    {"out", p.out, q, heads, batch, dim_v, false},
-                                    {"dout", p.dout, q, heads, batch, dim_v, false},
-                                    {"dq", p.dq, q, heads, batch, dim, true},
-                                    {"dk", p.dk, k, heads_kv, batch, dim, true},
-                                    {"dv", p.dv, k, heads_kv, batch, dim_v, true}};
-  const RowArgument rows[] = {
-      {"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, false},
-      {"dsoftmax_lse", "dlse", p.dsoftmax_lse, p.dlse_stride_batch, p.dlse_stride_head, false}};
-  if (Status s = check_tensors(tensors, problem)) return s;
-  if (p.softmax_lse == nullptr && q > 0 && problem.batch > 0) {
+  if (Status s = check_tensors(arguments_of(p, problem).tensors, problem)) return s;
+  if (p.softmax_lse == nullptr && problem.rows_q() > 0 && problem.batch > 0) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "softmax_lse is NULL; allowed: the softmax_lse of the forward call");
   }
-  if (Status s = check_memory(tensors, rows, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   params.q = view(p.q);
   params.k = view(p.k);

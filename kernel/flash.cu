@@ -73,7 +73,8 @@ Status run(const Target& target, const BackwardParams& params, CUstream_st* stre
 template <class Params, class UserParams>
 Status checked_plan(const UserParams* user, Target& target, Params& params, Plan& out) {
   if (Status s = check(user, target, params)) return s;
-  return plan(target, params, out);
+  if (Status s = plan(target, params, out)) return s;
+  return check_memory(*user, params.problem);
 }
 
 Status can_append_kv(const flashtile_append_kv_params* user, Target& target, AppendParams& params) {

@@ -190,10 +190,16 @@ TEST("what CUDA does not append is refused with a sentence, by can_run too") {
     flashtile_append_kv_params params;
     flashtile_append_kv_init(&params);
     params.problem = &problem;
-    params.k_new = CacheCall::view(call.k_new);
-    params.v_new = CacheCall::view(call.v_new);
-    params.k_cache = CacheCall::view(call.k);
-    params.v_cache = CacheCall::view(call.v);
+    uintptr_t address = 0;  // of memory that nobody touches, apart whatever the sizes are
+    const auto tensor_of = [&](int64_t rows) {
+      const int64_t row = problem.num_heads_kv * problem.head_dim;
+      address += uintptr_t{1} << 52;
+      return flashtile_tensor{reinterpret_cast<void*>(address), rows * row, row, problem.head_dim};
+    };
+    params.k_new = tensor_of(problem.seqlen_new);
+    params.v_new = tensor_of(problem.seqlen_new);
+    params.k_cache = tensor_of(problem.page_size);
+    params.v_cache = tensor_of(problem.page_size);
     char why[256] = "";
     CHECK_EQ(flashtile_can_run_append_kv(&params, why, sizeof why), FLASHTILE_UNSUPPORTED);
     CHECK_EQ(flashtile_append_kv(&params, nullptr), FLASHTILE_UNSUPPORTED);

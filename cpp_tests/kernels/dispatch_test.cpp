@@ -367,8 +367,13 @@ TEST("dense tensors: what would take decoding too many thread blocks, the forwar
   ptx::machine().configure(ptx::kSm80);
   Call call = dense_call(33, 4096);  // 66 rows to merge for every four heads
   call.problem.head_dim = call.problem.head_dim_v = 1;
-  call.problem.num_heads = call.problem.num_heads_kv = 130'000'000;
-  CHECK_EQ(kernel_of(call), kDecode);
-  call.problem.num_heads = call.problem.num_heads_kv = 131'000'000;
-  CHECK_EQ(kernel_of(call), kForward);
+  const auto kernel_for = [&](int64_t heads) {
+    call.problem.num_heads = call.problem.num_heads_kv = heads;
+    for (flashtile_tensor* tensor :
+         {&call.params.q, &call.params.k, &call.params.v, &call.params.out})
+      *tensor = {tensor->data, 4096 * heads, heads, 1};
+    return kernel_of(call);
+  };
+  CHECK_EQ(kernel_for(130'000'000), kDecode);
+  CHECK_EQ(kernel_for(131'000'000), kForward);
 }

@@ -28,7 +28,7 @@ struct Call {
     uintptr_t address = 1 << 20;
     for (flashtile_tensor* tensor : {&params.q, &params.k, &params.v, &params.out}) {
       *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
-      address += uintptr_t{1} << 44;  // apart, whatever lengths a test asks about
+      address += uintptr_t{1} << 52;  // apart, whatever lengths a test asks about
     }
   }
 };
@@ -44,7 +44,7 @@ struct BackwardCall {
     for (flashtile_tensor* tensor : {&params.q, &params.k, &params.v, &params.out, &params.dout,
                                      &params.dq, &params.dk, &params.dv}) {
       *tensor = {reinterpret_cast<void*>(address), kRows * kHeads * kDim, kHeads * kDim, kDim};
-      address += uintptr_t{1} << 44;  // apart, whatever lengths a test asks about
+      address += uintptr_t{1} << 52;  // apart, whatever lengths a test asks about
     }
     params.softmax_lse = reinterpret_cast<float*>(address);
     params.lse_stride_batch = kHeads * kRows;
