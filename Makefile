@@ -7,7 +7,7 @@
 #   make model      what a performance model expects of GPUs
 #   make slices     what the linker could merge where the compiler inlines nothing
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
-#   make test-nightly  every kernel case under every schedule of the PTX machine
+#   make test-nightly  longer fuzzing, every kernel case under every schedule of the PTX machine
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
 # CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
@@ -96,9 +96,10 @@ test-long: build
 	cmake --build --preset tsan --parallel $(JOBS)
 	ctest --preset tsan
 
-# The kernels' cases under every schedule of every device model.
+# More cases and seeds than a change waits for; the kernels' cases under every schedule.
 test-nightly: build
-	@FLASHTILE_TEST_NIGHTLY=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -R "^kernels/"
+	@ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L nightly
+	FLASHTILE_TEST_NIGHTLY=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -R "^kernels/"
 
 wheel: $(VENV)/.stamp
 	@rm -rf dist
