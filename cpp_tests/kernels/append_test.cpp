@@ -1,5 +1,5 @@
 // flashtile_append_kv on CUDA: bit for bit the rows that the contract names, rotation by its
-// formula, and the CPU op's bytes where lengths, tables and indices are wrong.
+// formula, and where lengths, tables and indices are wrong the rows that have a place.
 #include <random>
 
 #include "../append_case.h"

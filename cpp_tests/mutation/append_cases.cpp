@@ -32,17 +32,17 @@ CacheSpec spec_of(int page_size, bool packed, Layout layout) {
           .layout_k = layout};
 }
 
-// The bytes of the CPU op, where `spoil` has made numbers wrong.
+// The rows that have a place, where `spoil` has made numbers wrong, and no other byte.
 template <class Spoil>
-void check_as_on_cpu(const CacheSpec& spec, const AppendRun& run, const Spoil& spoil) {
+void check_possible_rows(const CacheSpec& spec, const AppendRun& run, const Spoil& spoil) {
   Appending what = {CacheCall(spec)};
   const flashtile_problem problem = what.call.problem();
   spoil(what.call, problem);
-  Appending expected = what;
-  CHECK_EQ(append_on_cpu(expected, expected.call.problem()), std::string());
+  HostTensor k = what.call.k, v = what.call.v;
+  expect_possible_rows(what.call, problem, k, v);
   CHECK_EQ(run(what, problem), std::string());
-  CHECK(what.call.k.bytes() == expected.call.k.bytes());
-  CHECK(what.call.v.bytes() == expected.call.v.bytes());
+  CHECK(what.call.k.bytes() == k.bytes());
+  CHECK(what.call.v.bytes() == v.bytes());
 }
 
 flashtile_cache_report check_on(const Backend& backend, const CacheCall& call,
@@ -97,7 +97,7 @@ TEST("append rotary") {
 TEST("append wrong numbers") {
   for (const int page_size : {0, 7}) {
     const CacheSpec spec = spec_of(page_size, false, Layout::kPadded);
-    const auto check = [&](const auto& spoil) { check_as_on_cpu(spec, on_device(), spoil); };
+    const auto check = [&](const auto& spoil) { check_possible_rows(spec, on_device(), spoil); };
     check([](CacheCall& c, const flashtile_problem& p) {
       c.lengths[2] = static_cast<int32_t>(p.page_size * std::max<int64_t>(p.max_blocks, 1)) - 1;
     });
