@@ -14,7 +14,7 @@
 function(flashtile_add_tests target)
   cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL;ERROR_TABLE;MATRIX_REPORT" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
   if(NOT ARG_TIMEOUT)
-    set(ARG_TIMEOUT 120)
+    set(ARG_TIMEOUT 300) # sanitizers and busy machines are slow
   endif()
   math(EXPR cost "${ARG_TIMEOUT} / 60")
   if(ARG_ERROR_TABLE)
