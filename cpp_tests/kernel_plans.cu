@@ -2,9 +2,9 @@
 // machine code does not tell. benchmarks/sass_report.py reads it. Host code only.
 #include <cstdio>
 
-#include "backward_sm80.cuh"
+#include "backward/sm80.cuh"
 #include "build_config.h"
-#include "forward_sm80.cuh"
+#include "forward/sm80.cuh"
 
 using namespace flashtile;
 

@@ -48,7 +48,7 @@ FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) 
   }
 }
 
-// One thread block of decoding (decode_sm80.cuh): slots of 64 rows of K or V in shared memory, an
+// One thread block of decoding (decode/sm80.cuh): slots of 64 rows of K or V in shared memory, an
 // odd number, so that K and V of a step are ordered half the slots ahead. Two blocks to a
 // multiprocessor where they fit: one loads while the other merges.
 struct DecodeConfig {
@@ -150,7 +150,7 @@ enum class DqPath {
 };
 
 // The backward for sm_90a: two warpgroups compute and one loads. With 128 keys each has half of
-// them; with 64 they share the products (backward_sm90_roles.cuh), for dK and dV of more than 128
+// them; with 64 they share the products (backward/sm90_roles.cuh), for dK and dV of more than 128
 // columns fill the registers.
 struct BackwardConfigSm90 {
   int block_q, block_k;

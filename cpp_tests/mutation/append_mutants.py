@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-APPEND = "append.cuh"
+APPEND = "cache_ops/append.cuh"
 CACHE = "cache.h"
-REPORT = "cache_report.h"
-CHECK = "check_cache_backend.cu"
+REPORT = "cache_ops/report.h"
+CHECK = "cache_ops/check.cu"
 
 
 def mutant(name: str, *patch: str, cases: str = "rows") -> Mutant:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-MAIN = "backward_sm80.cuh"
-ADDRESS = "backward_sm80_address.cuh"
-LOAD = "backward_sm80_load.cuh"
-TILE = "backward_sm80_tile.cuh"
-STORE = "backward_sm80_store.cuh"
-LAYOUT = "backward_layout.cuh"
-DELTA = "backward_delta.cuh"
-DQ = "backward_dq.cuh"
-TURNS = "backward_turns.cuh"
+MAIN = "backward/sm80.cuh"
+ADDRESS = "backward/sm80_address.cuh"
+LOAD = "backward/sm80_load.cuh"
+TILE = "backward/tile.cuh"
+STORE = "backward/store.cuh"
+LAYOUT = "backward/layout.cuh"
+DELTA = "backward/delta.cuh"
+DQ = "backward/dq.cuh"
+TURNS = "backward/turns.cuh"
 MASK = "tile/mask.cuh"
 
 BLOCK_LANDED = (

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-MAIN = "backward_sm90.cuh"
-HALVES = "backward_sm90_halves.cuh"
-ROLES = "backward_sm90_roles.cuh"
-SCORES = "backward_sm90_scores.cuh"
-MASK = "backward_sm90_mask.cuh"
-LOAD = "backward_sm90_load.cuh"
-SHAPE = "backward_sm90_shape.cuh"
-PRODUCTS = "backward_sm90_products.cuh"
-TURNS = "backward_sm90_turns.cuh"
-DQ = "backward_sm90_dq.cuh"
+MAIN = "backward/sm90.cuh"
+HALVES = "backward/sm90_halves.cuh"
+ROLES = "backward/sm90_roles.cuh"
+SCORES = "backward/sm90_scores.cuh"
+MASK = "backward/sm90_mask.cuh"
+LOAD = "backward/sm90_load.cuh"
+SHAPE = "backward/sm90_shape.cuh"
+PRODUCTS = "backward/sm90_products.cuh"
+TURNS = "backward/sm90_turns.cuh"
+DQ = "backward/sm90_dq.cuh"
 
 DS_THERE = "ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);"
 P_THERE = "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-FEW = "decode_few.cuh"
-MANY = "decode_many.cuh"
-FORMS = "decode_sm80.cuh"
-WORK = "decode_work.cuh"
-COMBINE = "decode_combine.cuh"
-PLAN = "decode_plan.cuh"
-STREAM = "decode_stream.cuh"
-PREFILL = "prefill_sm80.cuh"
+FEW = "decode/few.cuh"
+MANY = "decode/many.cuh"
+FORMS = "decode/sm80.cuh"
+WORK = "decode/work.cuh"
+COMBINE = "decode/combine.cuh"
+PLAN = "decode/plan.cuh"
+STREAM = "decode/stream.cuh"
+PREFILL = "forward/prefill_sm80.cuh"
 ROWS = "tile/cache_rows.cuh"
 EDGES = "tile/packed_edges.cuh"
 ALL_CASES = ("cache pages", "cache masks", "cache parts")
@@ -261,7 +261,7 @@ ROWS_SHARED = [
 CACHE = "cache.h"
 NEW_ROWS = "before < 0 ? 0 : new_rows(cache, sequence).count;"
 PACKED = "if (cache.cu_seqlens_new == nullptr) return {0, cache.seqlen_new};"
-FORWARD = "forward_sm80.cuh"
+FORWARD = "forward/sm80.cuh"
 
 # What a call brings or leaves out: new rows, an LSE, rows of V that end elsewhere, a scale below 0.
 CALLS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-FORWARD = "forward_sm80.cuh"
+FORWARD = "forward/sm80.cuh"
 SOFTMAX = "tile/softmax.cuh"
 MASK = "tile/mask.cuh"
 EDGES = "tile/band_edges.cuh"

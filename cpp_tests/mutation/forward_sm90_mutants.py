@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-FORWARD = "forward_sm90.cuh"
+FORWARD = "forward/sm90.cuh"
 RING = "tile/ring_sm90.cuh"
 PRODUCT = "tile/product_sm90.cuh"
 EPILOGUE = "tile/epilogue_sm90.cuh"

@@ -32,7 +32,8 @@ from turn_mutants import TURN_MUTANTS
 
 MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_SM90_MUTANTS
 MUTANTS += TURN_MUTANTS + DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
-WITHOUT_SLICES = ("append", "check_cache")  # one source for every head dim and memory class
+# One source for every head dim and memory class.
+WITHOUT_SLICES = {"append": "cache_ops/append.cu", "check_cache": "cache_ops/check.cu"}
 CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
 RUN_SECONDS = 60
 
@@ -72,9 +73,9 @@ def forward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     parameters = "const ForwardParams&, CUstream_st*"
     if mutant.memory == "sm90":
         function = f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>({parameters})"
-        return "forward_sm90.cuh", [function]
+        return "forward/sm90.cuh", [function]
     arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"
-    return "forward_sm80.cuh", [f"launch_forward_kernel<{arguments}, __half>({parameters})"]
+    return "forward/sm80.cuh", [f"launch_forward_kernel<{arguments}, __half>({parameters})"]
 
 
 def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
@@ -88,7 +89,7 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
         main = [f"BackwardSm90<__half, {dim}, {flag}>" for flag in ordered]
     else:
         arguments = f"{dim}, Memory::k{mutant.memory.capitalize()}"
-        header, launch, order, counters = "launch", "Launch", f"DqOrder<{arguments}>", 1
+        header, launch, order, counters = "launch_sm80", "Launch", f"DqOrder<{arguments}>", 1
         main = [f"BackwardSm80<__half, {arguments}, {flag}>" for flag in ordered]
     around = [
         f"BackwardDelta<__half, {dim}, {order}, {counters}>",
@@ -96,17 +97,17 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     ]
     functions = [f"launch<{one}>(const BackwardLaunch&, int64_t, CUstream_st*)" for one in around]
     functions += [f"launch<{one}>(const Backward{launch}&, int64_t, CUstream_st*)" for one in main]
-    return f"backward_{header}.cuh", functions
+    return f"backward/{header}.cuh", functions
 
 
 def cache_slice(mutant: Mutant) -> tuple[str, list[str]]:
     """Header and functions."""
     if mutant.memory == "sm90":
         function = f"launch_prefill_sm90_kernel<{mutant.head_dim}, __half>"
-        return "prefill_sm90.cuh", [f"{function}(const ForwardParams&, CUstream_st*)"]
+        return "forward/prefill_sm90.cuh", [f"{function}(const ForwardParams&, CUstream_st*)"]
     header, launch = {
-        "decode": ("decode_launch.cuh", "launch_decode_kernels"),
-        "prefill": ("prefill_sm80.cuh", "launch_prefill_kernel"),
+        "decode": ("decode/launch_sm80.cuh", "launch_decode_kernels"),
+        "prefill": ("forward/prefill_sm80.cuh", "launch_prefill_kernel"),
     }[mutant.kernel]
     arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}, __half"
     return header, [f"{launch}<{arguments}>(const ForwardParams&, CUstream_st*)"]
@@ -115,7 +116,7 @@ def cache_slice(mutant: Mutant) -> tuple[str, list[str]]:
 def slice_source(mutant: Mutant) -> str:
     """A slice with nothing but what the cases run: fp16, one main kernel if one will do."""
     if mutant.kernel in WITHOUT_SLICES:
-        return f'#include "{mutant.kernel}_backend.cu"\n'
+        return f'#include "{WITHOUT_SLICES[mutant.kernel]}"\n'
     make = {"forward": forward_slice, "backward": backward_slice}.get(mutant.kernel, cache_slice)
     header, functions = make(mutant)
     lines = [f"template Status {function};" for function in functions]
@@ -152,7 +153,7 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
         # What brings new rows to a cache.
-        if "/flashtile_append_backend_ptx80.dir/" in line:
+        if "/flashtile_cache_append_ptx80.dir/" in line:
             lines.append(line)
         # What sm_90a leaves to the kernels for sm_80.
         if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:

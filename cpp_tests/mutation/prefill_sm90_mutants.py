@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-BOXES = "prefill_sm90_boxes.cuh"
-ROWS = "prefill_sm90_rows.cuh"
+BOXES = "forward/prefill_sm90_boxes.cuh"
+ROWS = "forward/prefill_sm90_rows.cuh"
 
 
 def mutant(name: str, *patch: str, cases: str = "loads", head_dim: int = 64) -> Mutant:
@@ -114,14 +114,14 @@ CALLS = [
     ),
     mutant(
         "sm_90a: a negative scale",
-        "forward_sm90.cuh",
+        "forward/sm90.cuh",
         "if (params.negate_q) negate_rows",
         "if (false) negate_rows",
         cases="negative",
     ),
     mutant(
         "sm_90a: an LSE that nobody wants",
-        "forward_sm90.cuh",
+        "forward/sm90.cuh",
         "lse.data != nullptr && lane % 4 == 0",
         "lane % 4 == 0",
         cases="no lse",

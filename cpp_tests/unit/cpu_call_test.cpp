@@ -10,7 +10,7 @@
 #include "../check.h"
 #include "../instruction_sets.h"
 #include "../runner.h"
-#include "backend.h"
+#include "api/backend.h"
 #if defined(__unix__)
 #include <sys/mman.h>
 #endif

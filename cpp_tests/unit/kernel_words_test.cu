@@ -3,9 +3,9 @@
 #include <vector>
 
 #include "../check.h"
-#include "backward_sm90_shape.cuh"
+#include "backward/sm90_shape.cuh"
 #include "config.cuh"
-#include "decode_plan.cuh"
+#include "decode/plan.cuh"
 #include "tile/mask.cuh"
 #include "tile/row_format.cuh"
 #include "tile/work.cuh"

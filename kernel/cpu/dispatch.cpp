@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "backend.h"
+#include "api/backend.h"
 #include "cache.h"
 #include "engine.h"
 #include "unused_rows.h"

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common.cuh"
-#include "tensor_map.h"
+#include "cuda/tensor_map.h"
 
 namespace flashtile::ptx {
 

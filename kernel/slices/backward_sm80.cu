@@ -1,6 +1,6 @@
 // One slice of the mma.sync backward. CMake compiles this file once per head dimension and memory
 // class, each with FLASHTILE_HEAD_DIM (64, 128) and FLASHTILE_MEMORY (kLarge, kSmall) defined.
-#include "../backward_launch.cuh"
+#include "backward/launch_sm80.cuh"
 
 namespace flashtile {
 

@@ -1,6 +1,6 @@
 // The backward over wgmma and TMA for one head dim. CMake compiles this file once per head dim, for
 // sm_90a only.
-#include "../backward_launch_sm90.cuh"
+#include "backward/launch_sm90.cuh"
 
 #ifndef FLASHTILE_HEAD_DIM
 #error "compile with -DFLASHTILE_HEAD_DIM=64"

@@ -1,6 +1,6 @@
 // Decoding over mma.sync for one head dim and one memory class. CMake compiles this file once per
 // (head dim, memory class), with the two macros set.
-#include "../decode_launch.cuh"
+#include "decode/launch_sm80.cuh"
 
 #if !defined(FLASHTILE_HEAD_DIM) || !defined(FLASHTILE_MEMORY)
 #error "compile with -DFLASHTILE_HEAD_DIM=64 -DFLASHTILE_MEMORY=kLarge"

@@ -1,6 +1,6 @@
 // Forward over mma.sync for one head dim and one memory class. CMake compiles this file once per
 // (head dim, memory class), with the two macros set.
-#include "../forward_sm80.cuh"
+#include "forward/sm80.cuh"
 
 #if !defined(FLASHTILE_HEAD_DIM) || !defined(FLASHTILE_MEMORY)
 #error "compile with -DFLASHTILE_HEAD_DIM=64 -DFLASHTILE_MEMORY=kLarge"

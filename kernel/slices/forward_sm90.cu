@@ -1,6 +1,6 @@
 // Forward over wgmma and TMA for one head dim. CMake compiles this file once per head dim, for
 // sm_90a only.
-#include "../forward_sm90.cuh"
+#include "forward/sm90.cuh"
 
 #ifndef FLASHTILE_HEAD_DIM
 #error "compile with -DFLASHTILE_HEAD_DIM=64"

@@ -1,6 +1,6 @@
 // The forward's loop over a key/value cache for one head dim and one memory class. CMake compiles
 // this file once per (head dim, memory class), with the two macros set.
-#include "../prefill_sm80.cuh"
+#include "forward/prefill_sm80.cuh"
 
 #if !defined(FLASHTILE_HEAD_DIM) || !defined(FLASHTILE_MEMORY)
 #error "compile with -DFLASHTILE_HEAD_DIM=64 -DFLASHTILE_MEMORY=kLarge"

@@ -1,4 +1,5 @@
-// Rows of a tensor between global memory and the panels of a tile, by the maps of tensor_map.h.
+// Rows of a tensor between global memory and the panels of a tile, by the maps of
+// cuda/tensor_map.h.
 #pragma once
 
 #include "../ptx/tma.cuh"

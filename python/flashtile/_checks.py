@@ -1,6 +1,6 @@
 """Checks made before an op is called.
 
-Every refusal names the argument, what it was and what is allowed, in the words of kernel/check.cpp
+Every refusal names the argument, what it was and what is allowed, in the words of kernel/api/check.cpp
 and kernel/torch/arguments.cpp.
 """
 

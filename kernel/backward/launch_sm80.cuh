@@ -1,0 +1,57 @@
+// The backward over mma.sync: three launches on one stream.
+#pragma once
+
+#include "backward/sm80.cuh"
+#include "backward/workspace.cuh"
+#include "cuda/slices.cuh"
+
+namespace flashtile {
+
+template <int kHeadDim, Memory kMemory>
+BackwardWorkspace backward_workspace(const Problem& problem) {
+  constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  return backward_workspace<kConfig.block_q, kConfig.block_k, kHeadDim, 1>(problem);
+}
+
+template <int kHeadDim, Memory kMemory>
+size_t backward_workspace_sm80(const Problem& problem) {
+  return backward_workspace<kHeadDim, kMemory>(problem).bytes;
+}
+
+template <class T, int kHeadDim, Memory kMemory>
+Status launch_backward(const BackwardLaunch& launch_params, CUstream_st* stream) {
+  const Problem& p = launch_params.params.problem;
+  const int64_t query_blocks = launch_params.slots_q * p.num_heads;
+  const int64_t key_blocks = launch_params.slots_k * p.num_heads_kv;
+  using Order = DqOrder<kHeadDim, kMemory>;
+  if (Status s =
+          launch<BackwardDelta<T, kHeadDim, Order, 1>>(launch_params, query_blocks, stream)) {
+    return s;
+  }
+  // Without queries there is no dQ to take turns at, and nobody has set the turns to 0.
+  const bool ordered = p.deterministic && query_blocks > 0;
+  if (Status s = ordered ? launch<BackwardSm80<T, kHeadDim, kMemory, true>>(launch_params,
+                                                                            key_blocks, stream)
+                         : launch<BackwardSm80<T, kHeadDim, kMemory, false>>(launch_params,
+                                                                             key_blocks, stream)) {
+    return s;
+  }
+  return launch<BackwardDq<T, kHeadDim, Order>>(launch_params, query_blocks, stream);
+}
+
+template <int kHeadDim, Memory kMemory>
+Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
+  using Shape = BackwardShape<kHeadDim, kMemory>;
+  const Problem& p = params.problem;
+  BackwardLaunch launch_params = backward_launch(params, backward_workspace<kHeadDim, kMemory>(p));
+  launch_params.plain =
+      is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
+      is_plain(launch_params.v, kHeadDim) && is_plain(launch_params.dout, kHeadDim);
+  launch_params.q_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.q.stride_seq;
+  launch_params.dout_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.dout.stride_seq;
+  return p.dtype == Dtype::kFloat16
+             ? launch_backward<__half, kHeadDim, kMemory>(launch_params, stream)
+             : launch_backward<__nv_bfloat16, kHeadDim, kMemory>(launch_params, stream);
+}
+
+}  // namespace flashtile

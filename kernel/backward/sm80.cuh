@@ -1,0 +1,293 @@
+// Main launch of the backward (FlashAttention-2, Algorithm 2): one block of keys against all
+// queries that see it, with cp.async, ldmatrix and mma.sync m16n8k16.
+//
+// Scores are computed transposed, S^T = K Q^T: their accumulators, rounded to 16 bits, already are
+// the A operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, to be the A
+// operand of dQ = dS K, which is added to an fp32 buffer in global memory. dK and dV stay in
+// registers over all query heads that share the keys. kernel/README.md has the pictures.
+#pragma once
+
+#include <type_traits>
+
+#include "backward/sm80_address.cuh"
+#include "backward/sm80_load.cuh"
+#include "backward/store.cuh"
+#include "backward/turns.cuh"
+
+namespace flashtile {
+
+template <class T, int kHeadDim, Memory kMemory, bool kDeterministic>
+struct BackwardSm80 {
+  using Params = BackwardLaunch;
+  using Shape = BackwardShape<kHeadDim, kMemory>;
+  using Smem = typename Shape::Smem;
+  using Dq = typename Shape::Dq;
+  using KeyTile = typename Shape::KeyTile;
+  using ScoreTile = typename Shape::ScoreTile;
+  using DqColumns = typename Shape::DqColumns;
+  using QueryColumns = typename Shape::QueryColumns;
+  using KeyColumns = typename Shape::KeyColumns;
+  using Scores = typename Shape::Scores;
+  using Packed = typename Shape::Packed;
+  using Gradient = typename Shape::Gradient;
+  using Warp = typename Shape::Warp;
+  static constexpr auto kConfig = Shape::kConfig;
+  static constexpr auto kBlockQ = Shape::kBlockQ;
+  static constexpr auto kBlockK = Shape::kBlockK;
+  static constexpr auto kKeys = Shape::kKeys;
+  static constexpr auto kQueries = Shape::kQueries;
+  static constexpr auto kPairs = Shape::kPairs;
+  static constexpr int kThreads = Shape::kThreads;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kSharedBytes = Smem::kBytes;
+  static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
+  using Loader = QueryLoader<Shape>;
+  using V =
+      std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
+  using Turns = std::conditional_t<kDeterministic, DqTurns, NoTurns>;
+
+  // gradient += scores b. Where warps share the columns of the gradient among them, the scores of
+  // all their queries: of two, a warp has its own in registers and reads its partner's at
+  // `exchange`; of more, it reads all there.
+  static FLASHTILE_DEVICE void accumulate(Gradient& gradient, const Packed& scores,
+                                          const QueryColumns& b, int b_offset,
+                                          const Cursor<ScoreTile>& exchange, int exchange_offset) {
+    constexpr bool kExchanged = kConfig.split_head_dim;
+    if constexpr (kPairs || !kExchanged) {
+      FLASHTILE_UNROLL
+      for (int k = 0; k < kQueries / 16; ++k) {
+        product_AB_step<T>(gradient, scores.x[k], b, 16 * k, b_offset);
+      }
+    }
+    if constexpr (kExchanged) {
+      QueryColumns other_b = b;
+      if constexpr (kPairs) {
+        other_b.base +=
+            Warp(ptx::thread_index()).query == 0 ? Shape::kHalfBytes : -Shape::kHalfBytes;
+      }
+      FLASHTILE_UNROLL
+      for (int k = 0; k < (kPairs ? kQueries : kBlockQ) / 16; ++k) {
+        uint32_t a[kKeys / 16][4];
+        FLASHTILE_UNROLL
+        for (int m = 0; m < kKeys / 16; ++m) {
+          ptx::ldmatrix_x4(a[m], exchange.at(16 * m, k, exchange_offset));
+        }
+        product_AB_step<T>(gradient, a, other_b, 16 * k, b_offset);
+      }
+    }
+  }
+
+  // A barrier of the warps that have the same keys.
+  static FLASHTILE_DEVICE void share_scores() {
+    ptx::named_barrier_sync(1 + Warp(ptx::thread_index()).key, 32 * kConfig.warps_q);
+  }
+
+  // dQ of the whole block of queries, the warp's rows and columns of it, some columns at a time.
+  static FLASHTILE_DEVICE void add_dq(float* dq, const Cursor<ScoreTile>& ds,
+                                      const KeyColumns& k_cols) {
+    constexpr int kPasses = kConfig.dq_passes;
+    constexpr int kCols = Dq::kCols / kPasses;
+    constexpr int kPanels = kCols / 16 / DqColumns::kBlocksPerPanel;  // from pass to pass
+    static_assert(kPasses == 1 || kCols % (16 * DqColumns::kBlocksPerPanel) == 0);
+    FLASHTILE_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      Accumulator<Dq::kRows, kCols> sum;
+      clear(sum);
+      FLASHTILE_UNROLL
+      for (int k = 0; k < kBlockK / 16; ++k) {
+        uint32_t a[Dq::kRows / 16][4];
+        FLASHTILE_UNROLL
+        for (int m = 0; m < Dq::kRows / 16; ++m) ptx::ldmatrix_x4_trans(a[m], ds.at(16 * k, m));
+        product_AB_step<T>(sum, a, k_cols, 16 * k, pass * kPanels * KeyTile::kPanelBytes);
+      }
+      FLASHTILE_UNROLL
+      for (int m = 0; m < Dq::kRows / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int n = 0; n < kCols / 8; ++n) {
+          const int block = m * (Dq::kCols / 8) + pass * (kCols / 8) + n;
+          FLASHTILE_UNROLL
+          for (int i = 0; i < 4; ++i) ptx::red_add(dq + (block * 4 + i) * kThreads, sum.d[m][n][i]);
+        }
+      }
+    }
+  }
+
+  // S^T -> P^T = exp2(S^T scale_log2 - lse)
+  static FLASHTILE_DEVICE void probabilities(Scores& s, const Stage<Shape>& stage,
+                                             float scale_log2) {
+    FLASHTILE_UNROLL
+    for (int n16 = 0; n16 < kQueries / 16; ++n16) {
+      const float4 lse = stage.lse(n16);
+      FLASHTILE_UNROLL
+      for (int m = 0; m < kKeys / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float& first = s.d[m][2 * n16][i];
+          float& second = s.d[m][2 * n16 + 1][i];
+          first = ptx::ex2(first * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+          second = ptx::ex2(second * scale_log2 - (i % 2 == 0 ? lse.z : lse.w));
+        }
+      }
+    }
+  }
+
+  // dP^T - delta -> dS^T, for the n8 blocks of queries from `first` on. A selection where hidden:
+  // what stands there may be infinite.
+  template <bool kEdge, int kSome>
+  static FLASHTILE_DEVICE void multiply(Accumulator<kKeys, kSome>& ds, const Scores& p, int first) {
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kKeys / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int n = 0; n < kSome / 8; ++n) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float& x = ds.d[m][n][i];
+          x *= p.d[m][first + n][i];
+          if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;
+        }
+      }
+    }
+  }
+
+  // The state of a thread block that walks over queries.
+  struct State {
+    Places<Shape> at;
+    V v;
+    Stage<Shape> stage;
+    Loader loader;
+    Gradient dk, dv;
+    uint32_t notes;
+  };
+
+  // One block of queries, at `slot` of the workspace. kEdge: some scores may be hidden, and the
+  // next block may be ragged or not exist.
+  template <bool kEdge>
+  static FLASHTILE_DEVICE void step(const Params& launch, State& my, int slot, int first_slot) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the block has landed; nobody reads the one before or its dS any more
+    Turns::come_to(launch, slot, my.notes);  // nor adds to the dQ of the one before
+    my.stage.flip(my.loader.fill);
+    my.at.hide();
+    const auto next = kEdge ? QueryRows<Shape>::any(launch, slot + 1 - first_slot, my.notes)
+                            : QueryRows<Shape>::whole(launch);
+    if constexpr (kConfig.stages_dout == 2) {
+      my.loader.template load<Loader::kAll>(launch, next, slot + 1);
+    } else if constexpr (kConfig.stages_q == 2) {
+      my.loader.template load<Loader::kQ>(launch, next, slot + 1);
+    }
+
+    Scores scores;
+    product_ABt<T>(scores, SharedRows<KeyTile>(my.at.k_rows, 0), my.stage.rows, 0,
+                   [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
+    probabilities(scores, my.stage, launch.scale_log2);
+    if constexpr (kEdge) EdgeTest<Shape>::hide(scores, slot - first_slot, my.notes);
+    Packed packed;
+    packed.template pack<T>(scores);
+    if constexpr (kConfig.split_head_dim) {
+      packed.template store<ScoreTile>(my.at.scores + kExchange);
+      share_scores();  // P^T of the warp's keys is complete
+    }
+    accumulate(my.dv, packed, my.stage.of_dout(my.stage.cols), Smem::kDout, my.at.partner,
+               kExchange);
+
+    FLASHTILE_UNROLL
+    for (int q = 0; q < kQueries; q += Shape::kPiece) {
+      Accumulator<kKeys, Shape::kPiece> ds;
+      product_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows),
+                     Smem::kDout + q * Shape::QueryTile::kPanelRowBytes, [&](int n) {
+                       return my.stage.minus_delta(q / 8 + n);
+                     });  // dP^T - delta = V dO^T - delta
+      multiply<kEdge>(ds, scores, q / 8);
+      packed.template pack<T>(ds, q / 16);
+    }
+    if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
+    packed.template store<ScoreTile>(my.at.scores);
+    Turns::wait(launch, slot, my.notes);
+    __syncthreads();  // dS of the block is complete; nobody reads its dO any more
+    if constexpr (kConfig.stages_dout == 1)
+      my.loader.template load<Loader::kDout>(launch, next, slot + 1);
+    accumulate(my.dk, packed, my.stage.cols, 0, my.at.partner, 0);
+    if constexpr (kConfig.stages_q == 1) {
+      __syncthreads();  // nobody reads Q of the block any more
+      my.loader.template load<Loader::kQ>(launch, next, slot + 1);
+    }
+    add_dq(Shape::slot_dq(launch, slot) + ptx::thread_index(), my.at.dq_rows, my.at.k_cols);
+  }
+
+  // All blocks of queries of one head that see the keys, `range` of them.
+  static FLASHTILE_DEVICE void walk(const Params& launch, State& my, const RowBlock& block,
+                                    const BlockRange& range, int head) {
+    const Sequence& s = block.sequence;
+    const int first_slot = static_cast<int>(head * launch.slots_q + block.first_slot_q);
+    int slot = first_slot + range.begin;
+    // Clean blocks are those that are seen whole and followed by a whole one.
+    const bool huge = has_huge_scores<Shape>(launch, slot, range.end - range.begin);
+    const int whole_end = min(range.end, s.seqlen_q / kBlockQ);
+    if (ptx::thread_index() == 0) {
+      const int clean_end = huge ? slot : first_slot + min(range.full_end, whole_end - 1);
+      write_notes(my.notes, QueryNotes{s.seqlen_q, range.end, clean_end});
+    }
+    __syncthreads();  // the notes are there; nobody adds to dQ of the head before any more
+    Turns::come_to(launch, slot, my.notes);
+    my.loader.start(launch, s, range.begin * kBlockQ, head);
+    // Into the stage that nobody reads: see step.
+    const auto first = QueryRows<Shape>::any(launch, range.begin, my.notes);
+    my.loader.template load<Loader::kAll>(launch, first, slot);
+
+    const int edge_end = first_slot + range.full_begin, end = first_slot + range.end;
+    for (int until = edge_end;; until = end) {
+      for (; slot < until; ++slot) step<true>(launch, my, slot, first_slot);
+      for (; slot < QueryNotes::read_clean_end(my.notes); ++slot) {
+        step<false>(launch, my, slot, first_slot);
+      }
+      if (slot >= end) break;
+    }
+  }
+
+  static FLASHTILE_DEVICE void run(const Params& launch, char* shared) {
+    const Problem& problem = launch.params.problem;
+    const int thread = ptx::thread_index();
+    const Warp warp(thread);
+    int index = Turns::take_work(launch, shared);
+    const RowBlock block = row_block<Rows::kKeys, kBlockK, kBlockQ>(problem, launch.slots_k, index);
+    if (block.empty()) {
+      Turns::finish(launch, index);
+      return;
+    }
+    const uint32_t smem = ptx::shared_address(shared), notes = smem + Smem::kNotes;
+    const BandMask mask(problem.band, block.sequence.seqlen_q, block.sequence.seqlen_k);
+    const BlockRange range =
+        block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
+    load_keys<Shape>(launch, block, smem, thread);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // K and V have landed, for every thread
+    const Places<Shape> at(smem, warp);
+    State my{.at = at,
+             .v = V(at.k_rows, Smem::kV - Smem::kK),
+             .stage = Stage<Shape>(smem + Smem::kStages, warp),
+             .loader = Loader(smem + Smem::kStages, thread),
+             .notes = notes};
+    if constexpr (kConfig.v_in_registers) __syncthreads();  // V has been read: the stages are free
+    if (thread == 0) {
+      write_notes(notes, EdgeNotes{.diagonal = block.row0 - mask.highest + 1,
+                                   .queries = static_cast<unsigned>(mask.highest - mask.lowest),
+                                   .keys = block.rows});
+    }
+    Turns::start(index, TurnOrder::before(launch, block, index, kBlockK), notes);
+    clear(my.dk);
+    clear(my.dv);
+    const int group = static_cast<int>(problem.num_heads / problem.num_heads_kv);
+    for (int g = 0; g < group && !range.empty(); ++g) {
+      walk(launch, my, block, range, block.head * group + g);
+    }
+    if constexpr (kDeterministic) {
+      __syncthreads();  // dQ of the last block has been added to
+      Turns::finish(launch, index);
+    } else {
+      index = ptx::block_index();
+    }
+    store_gradients<T, kHeadDim, kMemory>(launch, index, smem, my.dk, my.dv);
+  }
+};
+
+}  // namespace flashtile

@@ -1,0 +1,141 @@
+// The lane's shared memory addresses in the backward's main loop, and its view of the mask.
+#pragma once
+
+#include "backward/sm80_shape.cuh"
+
+namespace flashtile {
+
+// The lane's shared memory addresses of one stage; flip() moves them to the other stage.
+template <class Shape>
+struct Stage {
+  using Smem = typename Shape::Smem;
+  using QueryTile = typename Shape::QueryTile;
+  using QueryColumns = typename Shape::QueryColumns;
+  using GradColumns = typename Shape::GradColumns;
+  using Warp = typename Shape::Warp;
+  static constexpr auto kConfig = Shape::kConfig;
+  static constexpr auto kQueries = Shape::kQueries;
+  static constexpr auto kPairs = Shape::kPairs;
+
+  Cursor<QueryTile> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
+  QueryColumns cols;       // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
+  uint32_t statistics;
+  int step;
+
+  FLASHTILE_DEVICE Stage(uint32_t stages, const Warp& warp)
+      : rows(first(stages), Lanes::kColsFirst, warp.lane, warp.query * kQueries),
+        cols(first(stages), Lanes::kRowsFirst, warp.lane, kPairs ? warp.query * kQueries : 0,
+             kConfig.split_head_dim ? GradColumns::first_chunk(warp.query) : 0),
+        statistics((Smem::kTogether ? first(stages) : stages) + Smem::kStatistics +
+                   warp.query * kQueries * 12 + warp.lane % 4 * 16),
+        step(-Smem::kStageBytes) {}
+
+  FLASHTILE_DEVICE void flip(uint32_t& fill) {
+    if constexpr (kConfig.stages_q == 2) {
+      rows.base += step;
+      cols.base += step;
+      if constexpr (Smem::kTogether) statistics += step;
+      fill -= step;
+      step = -step;
+    }
+    ptx::hide(rows.base);
+    ptx::hide(cols.base);
+  }
+  // Where only Q has two places: the same address as in Q's first stage. kDout leads on from it.
+  template <class Address>
+  FLASHTILE_DEVICE Address of_dout(Address address) const {
+    if constexpr (!Smem::kTogether) address.base -= (Smem::kStageBytes - step) / 2;
+    return address;
+  }
+  FLASHTILE_DEVICE float4 lse(int n16) const { return ptx::lds_f32x4(statistics + n16 * 192); }
+  FLASHTILE_DEVICE float4 minus_delta(int n8) const {
+    return ptx::lds_f32x4(statistics + n8 / 2 * 192 + 64 + n8 % 2 * 64);
+  }
+
+ private:
+  // The stage before the first flip: the second one, where there are two.
+  static FLASHTILE_DEVICE uint32_t first(uint32_t stages) {
+    return stages + (kConfig.stages_q - 1) * Smem::kStageBytes;
+  }
+};
+
+// Which of the lane's scores are hidden by the mask or by the end of the keys. Hidden
+// probabilities are written as -0, which exp2 never gives: they add nothing, and carry the
+// outcome to dS. The others are at most 1: huge scores make every block an edge (is_huge).
+template <class Shape>
+struct EdgeTest {
+  using Scores = typename Shape::Scores;
+  using Warp = typename Shape::Warp;
+  static constexpr auto kBlockQ = Shape::kBlockQ;
+  static constexpr auto kKeys = Shape::kKeys;
+  static constexpr auto kQueries = Shape::kQueries;
+
+  static FLASHTILE_DEVICE void hide(Scores& p, int query_block, uint32_t notes_address) {
+    const EdgeNotes notes = read_notes<EdgeNotes>(notes_address);
+    const Warp warp(ptx::thread_index());
+    const int lane_key = warp.key * kKeys + warp.lane / 4;
+    const int query = query_block * kBlockQ + warp.query * kQueries + warp.lane % 4 * 2;
+    const int diagonal = notes.diagonal + lane_key - query;
+    const int keys_left = notes.keys - lane_key;
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kKeys / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int key = 16 * m + 8 * (i / 2);
+        const unsigned seen = key < keys_left ? notes.queries : 0u;
+        const int first = diagonal + key;
+        FLASHTILE_UNROLL
+        for (int n = 0; n < kQueries / 8; ++n) {
+          const bool sees = static_cast<unsigned>(8 * n + i % 2 - first) < seen;
+          p.d[m][n][i] = sees ? ptx::min_nan(p.d[m][n][i], 1.0f) : -0.0f;
+        }
+      }
+    }
+  }
+  static FLASHTILE_DEVICE bool hidden(float p) { return __float_as_int(p) < 0; }
+};
+
+// The lane's shared memory addresses that stay where they are.
+template <class Shape>
+struct Places {
+  using Smem = typename Shape::Smem;
+  using KeyTile = typename Shape::KeyTile;
+  using ScoreTile = typename Shape::ScoreTile;
+  using KeyColumns = typename Shape::KeyColumns;
+  using DqColumns = typename Shape::DqColumns;
+  using Dq = typename Shape::Dq;
+  using Warp = typename Shape::Warp;
+  static constexpr auto kConfig = Shape::kConfig;
+  static constexpr auto kKeys = Shape::kKeys;
+  static constexpr auto kQueries = Shape::kQueries;
+  static constexpr auto kPairs = Shape::kPairs;
+
+  Cursor<KeyTile> k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
+  KeyColumns k_cols;          // all keys, the warp's columns of dQ: B of dQ = dS K
+  Cursor<ScoreTile> dq_rows;  // all keys, the warp's queries of dQ: A of dQ = dS K
+  Cursor<ScoreTile> partner;  // the warp's keys, the partner's (all) queries (P^T further on)
+  uint32_t scores;            // the lane's first pair of its own scores
+
+  FLASHTILE_DEVICE Places(uint32_t smem, const Warp& warp)
+      : k_rows(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, warp.key * kKeys),
+        k_cols(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, 0,
+               DqColumns::first_chunk(warp.dq_col)),
+        dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0, warp.dq_row * Dq::kRows / 8),
+        partner(smem + Smem::kScores, Lanes::kRowsFirst, warp.lane, warp.key * kKeys,
+                kPairs ? (1 - warp.query) * kQueries / 8 : 0),
+        scores(smem + Smem::kScores + warp.lane % 4 * 4 +
+               ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
+
+  // Keeps the compiler from computing all the addresses that follow from these before the loop. (It
+  // does no good where a warp has all of its keys' queries to itself.)
+  FLASHTILE_DEVICE void hide() {
+    if constexpr (kConfig.split_head_dim || Shape::kCrowded) ptx::hide(k_rows.base);
+    if constexpr (Shape::kCrowded) {
+      ptx::hide(k_cols.base);
+      ptx::hide(dq_rows.base);
+      ptx::hide(scores);
+    }
+  }
+};
+
+}  // namespace flashtile

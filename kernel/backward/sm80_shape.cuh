@@ -1,0 +1,65 @@
+// What the pieces of the backward's main loop have in common: the sizes, types and warp grids that
+// follow from the config row.
+#pragma once
+
+#include "backward/tile.cuh"
+
+namespace flashtile {
+
+template <int kHeadDim, Memory kMemory>
+struct BackwardShape {
+  using Smem = BackwardSmem<kHeadDim, kMemory>;
+  using Dq = DqOrder<kHeadDim, kMemory>;
+  using QueryTile = typename Smem::QueryTile;
+  using KeyTile = typename Smem::KeyTile;
+  using ScoreTile = typename Smem::ScoreTile;
+  static constexpr BackwardConfig kConfig = Smem::kConfig;
+  static constexpr int kThreads = 32 * kConfig.warps();
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kSharedBytes = Smem::kBytes;
+  static constexpr int kBlockQ = kConfig.block_q;
+  static constexpr int kBlockK = kConfig.block_k;
+  static constexpr int kKeys = kBlockK / kConfig.warps_k;     // of one warp
+  static constexpr int kQueries = kBlockQ / kConfig.warps_q;  // of one warp's scores
+  // dK, dV and V of 32 keys take 160 of the 255 registers: the rest must do with fewer.
+  static constexpr bool kCrowded = kConfig.v_in_registers && kKeys == 32;
+  static constexpr int kPiece = kCrowded ? 16 : kQueries;  // queries of dS at a time
+  using GradColumns = ColumnSplit<kHeadDim, kConfig.split_head_dim ? kConfig.warps_q : 1>;
+  using DqColumns = typename Dq::Columns;
+  static constexpr bool kPairs = kConfig.warps_q == 2;  // of warps that exchange scores
+  static constexpr int kHalfBytes =
+      kQueries * QueryTile::kPanelRowBytes;  // from one warp's queries to the next's
+  static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
+  using Scores = Accumulator<kKeys, kQueries>;  // S^T, P^T, dP^T, dS^T: [key, query]
+  using Packed = PackedScores<kKeys, kQueries>;
+  using Gradient = Accumulator<kKeys, GradColumns::kCols>;  // dK, dV: [key, head_dim]
+  using QueryColumns = Cursor<QueryTile, kConfig.split_head_dim ? kConfig.warps_q : 1>;
+  using KeyColumns = Cursor<KeyTile, Dq::kWarpCols>;
+  using QueryCopy = RowCopy<QueryTile, kThreads>;
+  using KeyCopy = RowCopy<KeyTile, kThreads>;
+  using Slot = BackwardSlot<kBlockQ, kHeadDim>;
+
+  // Places of a warp in the three warp grids: keys x queries of the scores, queries x columns of
+  // dQ.
+  struct Warp {
+    int lane, index, key, query, dq_row, dq_col;
+
+    FLASHTILE_DEVICE explicit Warp(unsigned thread)
+        : lane(thread % 32),
+          index(thread / 32),
+          key(index / kConfig.warps_q),
+          query(index % kConfig.warps_q),
+          dq_row(index / Dq::kWarpCols),
+          dq_col(index % Dq::kWarpCols) {}
+  };
+
+  // A slot's parts of the workspace: a multiplication instead of a pointer kept in registers.
+  static FLASHTILE_DEVICE const float* slot_statistics(const BackwardLaunch& launch, int slot) {
+    return launch.statistics + static_cast<int64_t>(slot) * Slot::kStatistics;
+  }
+  static FLASHTILE_DEVICE float* slot_dq(const BackwardLaunch& launch, int slot) {
+    return launch.dq_accumulator + static_cast<int64_t>(slot) * Slot::kDq;
+  }
+};
+
+}  // namespace flashtile

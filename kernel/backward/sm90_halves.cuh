@@ -1,0 +1,152 @@
+// One block of queries in the sm_90a backward, where each warpgroup has half of the keys.
+//
+// P^T and dS^T stay in registers; dS of both halves meets in shared memory, since each warpgroup
+// needs all keys for its part of dQ.
+#pragma once
+
+#include "backward/sm90_products.cuh"
+#include "backward/sm90_scores.cuh"
+#include "backward/store.cuh"
+
+namespace flashtile {
+
+// Dq: how dQ gets to the workspace (backward/sm90_dq.cuh).
+template <class T, class Shape, class Dq>
+struct BackwardHalves {
+  using Words = BackwardScores<T, Shape>;
+  using KeyTile = typename Shape::KeyTile;
+  using QueryTile = typename Shape::QueryTile;
+  using ScoreTile = typename Shape::ScoreTile;
+  using Scores = typename Shape::Scores;
+  using Packed = typename Shape::Packed;
+  using Gradient = typename Shape::Gradient;
+  using Ring = typename Shape::QueryRing;
+  // dV runs while dS is computed, where there are registers for P^T in fp32 and in 16 bits.
+  static constexpr bool kEarlyDv = Shape::kBlockQ == 64;
+
+  const BackwardLaunch& launch;
+  uint32_t smem;
+  TileDescriptors tiles;
+  int kept_thread;
+  int use = 0;  // of the rings
+  Gradient dk, dv;
+
+  FLASHTILE_DEVICE BackwardHalves(const BackwardLaunch& launch, uint32_t smem)
+      : launch(launch), smem(smem), tiles(smem), kept_thread(ptx::thread_index()) {
+    clear(dk);
+    clear(dv);
+  }
+
+  // Asked again each time where no register is left.
+  FLASHTILE_DEVICE int thread() const { return kEarlyDv ? kept_thread : ptx::thread_index(); }
+
+  template <QueryBlock kBlock>
+  FLASHTILE_DEVICE typename Words::Seen seen_pairs(int slot, int first_slot) const {
+    return Words::template seen_pairs<kBlock>(smem, (slot - first_slot) * Shape::kBlockQ, thread());
+  }
+  // dV += P^T dO
+  FLASHTILE_DEVICE void issue_dv(const Packed& p) {
+    ptx::wgmma_fence();
+    issue_AB<T, QueryTile>(dv, p, dout());
+    ptx::wgmma_commit();
+  }
+
+  FLASHTILE_DEVICE Ring q_ring() const { return {smem + Shape::kQRing}; }
+  FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
+  // Descriptors of the tiles at hand.
+  FLASHTILE_DEVICE uint32_t q() const {
+    return tiles.template at_stage<QueryTile>(Shape::kQ, Ring::stage(use));
+  }
+  FLASHTILE_DEVICE uint32_t dout() const {
+    return tiles.template at_stage<QueryTile>(Shape::kDout, Ring::stage(use));
+  }
+  FLASHTILE_DEVICE uint32_t scores() const {
+    return smem + Shape::kScores + use % 2 * ScoreTile::kBytes;
+  }
+
+  // S^T to dS^T, rounded, in registers and in shared memory; leaves dV's product in flight.
+  template <int kGroup, QueryBlock kBlock>
+  FLASHTILE_DEVICE void compute_scores(Packed& packed_ds, int slot, int first_slot) {
+    constexpr int kFirstRow = kGroup * Shape::kGroupKeys * kPanelRowBytes;  // of the keys
+    const uint32_t statistics = Words::statistics(smem, Ring::stage(use), thread());
+    q_ring().wait(use);
+    Scores p;
+    ptx::wgmma_fence();
+    issue_ABt<T, KeyTile, QueryTile>(p, tiles.template at<KeyTile>(Shape::kK + kFirstRow),
+                                     q());  // S^T = K Q^T
+    ptx::wgmma_commit();
+
+    dout_ring().wait(use);
+    Scores ds;
+    Words::start_from_delta(ds, statistics);
+    ptx::wgmma_fence();
+    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV + kFirstRow),
+                                         dout());  // dP^T - delta = V dO^T - delta
+    ptx::wgmma_commit();
+
+    ptx::wgmma_wait<1>();
+    ptx::keep_in_order(p.d[0]);  // S^T is there
+    Words::template probabilities<kBlock>(p, statistics, launch.scale_log2);
+    Packed packed_p;
+    typename Words::Seen seen;
+    if constexpr (kEarlyDv) {
+      seen = seen_pairs<kBlock>(slot, first_slot);
+      Words::template pack<kBlock>(packed_p, p, seen);
+      issue_dv(packed_p);
+      ptx::wgmma_wait<1>();
+    } else {
+      ptx::wgmma_wait<0>();
+    }
+    ptx::keep_in_order(ds.d[0]);  // dP^T - delta is there
+    Words::multiply(ds, p);
+    if constexpr (!kEarlyDv) {
+      seen = seen_pairs<kBlock>(slot, first_slot);
+      Words::template pack<kBlock>(packed_p, p, seen);
+      issue_dv(packed_p);
+    }
+    Words::template pack<kBlock>(packed_ds, ds, seen);
+    Words::store(scores(), packed_ds, thread());
+  }
+
+  // The block at `slot` of the workspace; the first of its head lies at `first_slot`.
+  template <int kGroup, QueryBlock kBlock>
+  FLASHTILE_DEVICE void step(int slot, int first_slot) {
+    Packed ds;
+    compute_scores<kGroup, kBlock>(ds, slot, first_slot);
+    // dS of the block is complete. Two blocks ago its place was read: by products that whoever
+    // stored dS of the last block had waited for.
+    ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);
+
+    Accumulator<16, Shape::dq_cols(kGroup)> dq;
+    constexpr int kDqRow = Shape::kSplitRows ? kGroup * 64 * kPanelRowBytes : 0;
+    ptx::wgmma_fence();
+    issue_shared_AB<T, ScoreTile, KeyTile>(
+        dq, tiles.template at_stage<ScoreTile>(Shape::kScores + kDqRow, use % 2),
+        tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
+    ptx::wgmma_commit();                  // dQ = dS K
+    issue_AB<T, QueryTile>(dk, ds, q());  // dK += dS^T Q
+    ptx::wgmma_commit();
+
+    ptx::wgmma_wait<2>();
+    ptx::keep_in_order(dv.d[0]);  // dO has been read
+    if (thread() % 32 == 0) dout_ring().release(use);
+    ptx::wgmma_wait<1>();
+    ptx::keep_in_order(dq.d[0]);  // dQ is there
+    Dq::template add<kGroup>(launch, smem, slot, dq, thread());
+    ptx::wgmma_wait<0>();
+    ptx::keep_in_order(dk.d[0]);  // Q has been read
+    if (thread() % 32 == 0) q_ring().release(use);
+    ++use;
+  }
+
+  // dK and dV into tiles, as they are stored.
+  template <int kGroup>
+  FLASHTILE_DEVICE void stage_gradients(uint32_t dk_tile, uint32_t dv_tile) const {
+    const int thread = ptx::thread_index(), lane = thread % 32, key = thread / 32 * 16;
+    stage_gradient<T, typename Shape::GradientTile, 1>(
+        dk_tile, dk, launch.params.problem.softmax_scale, key, 0, lane);
+    stage_gradient<T, typename Shape::GradientTile, 1>(dv_tile, dv, 1.0f, key, 0, lane);
+  }
+};
+
+}  // namespace flashtile

@@ -1,0 +1,274 @@
+// The pieces of the mma.sync backward's main loop: shared memory, copies, addresses, products.
+#pragma once
+
+#include "backward/layout.cuh"
+#include "tile/product_sm80.cuh"
+
+namespace flashtile {
+
+// What the main loop seldom needs: kept in shared memory, one 16-byte word per subject, since
+// registers are what the loop lacks.
+struct EdgeNotes {
+  int diagonal;      // first query that sees the block's first key; may be negative
+  unsigned queries;  // that see a key: from the first on
+  int keys;          // of the block, in use
+  int unused = 0;
+  static constexpr int kOffset = 0;
+};
+struct QueryNotes {
+  int seqlen_q;
+  int end;        // one past the last block of queries to visit
+  int clean_end;  // one past the slot (of the workspace) of the head's last clean block
+  int unused = 0;
+  static constexpr int kOffset = 16;
+  // Alone: it is read in every step.
+  static FLASHTILE_DEVICE int read_clean_end(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset + 8));
+  }
+};
+struct TurnNotes {
+  int own;     // which of TurnWords says how far this block of keys has come
+  int before;  // and which how far the one before has
+  int unused[2] = {};
+  static constexpr int kOffset = 32;
+  // One word alone: each is read in every step.
+  static FLASHTILE_DEVICE int read_own(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset));
+  }
+  static FLASHTILE_DEVICE int read_before(uint32_t address) {
+    return static_cast<int>(ptx::lds_u32(address + kOffset + 4));
+  }
+};
+inline constexpr int kNotesBytes = 48;
+
+template <class Notes>
+FLASHTILE_DEVICE Notes read_notes(uint32_t address) {
+  return __builtin_bit_cast(Notes, ptx::lds_u32x4(address + Notes::kOffset));
+}
+template <class Notes>
+FLASHTILE_DEVICE void write_notes(uint32_t address, const Notes& notes) {
+  ptx::sts_u32x4(address + Notes::kOffset, __builtin_bit_cast(uint4, notes));
+}
+
+// Byte offsets of the tiles in shared memory. A stage holds one block of Q, dO and its statistics;
+// with two, the next block is copied into one while the other is read. Where only Q has two places,
+// dO and the statistics lie behind both.
+template <int kHeadDim, Memory kMemory>
+struct BackwardSmem {
+  static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  using KeyTile = SmemTile<kConfig.block_k, kHeadDim>;    // K, V
+  using QueryTile = SmemTile<kConfig.block_q, kHeadDim>;  // Q, dO
+  using ScoreTile = SmemTile<kConfig.block_k, 64>;        // P^T, dS^T: [key, query], 16 bit
+  static_assert(kConfig.block_q <= ScoreTile::kCols);
+
+  static constexpr bool kTogether = kConfig.stages_q == kConfig.stages_dout;
+  static_assert(kTogether || (kConfig.stages_q == 2 && kConfig.stages_dout == 1));
+  static constexpr int kStatisticsBytes = 12 * kConfig.block_q;
+  static constexpr int kStatisticsPlace = 1024;  // tiles start at multiples of it
+  static_assert(kStatisticsBytes + kNotesBytes <= kStatisticsPlace);
+  // From Q of the first stage.
+  static constexpr int kDout = (kTogether ? 1 : 2) * QueryTile::kBytes;
+  static constexpr int kStatistics = kDout + QueryTile::kBytes;
+  static constexpr int kStageBytes =  // from Q to Q
+      kTogether ? kStatistics + kStatisticsPlace : QueryTile::kBytes;
+  static constexpr int kAllStages =
+      kTogether ? kConfig.stages_q * kStageBytes : kStatistics + kStatisticsPlace;
+
+  static constexpr int kK = 0;
+  static constexpr int kStages = KeyTile::kBytes;
+  static constexpr int kScores = kStages + kAllStages;  // dS^T
+  static constexpr bool kHasExchange = kConfig.split_head_dim && !kConfig.one_exchange;
+  static constexpr int kExchange = kScores + (kHasExchange ? ScoreTile::kBytes : 0);  // P^T
+  static constexpr int kOwnV = kExchange + ScoreTile::kBytes;
+  // V that is kept in registers passes through the stages before their first use.
+  static constexpr int kV = kConfig.v_in_registers ? kStages : kOwnV;
+  static constexpr int kBytes = kOwnV + (kConfig.v_in_registers ? 0 : KeyTile::kBytes);
+  // The notes below, in what the first stage's statistics leave free.
+  static constexpr int kNotes = kStages + kStatistics + kStatisticsBytes;
+  static_assert(!kConfig.v_in_registers || KeyTile::kBytes <= kAllStages);
+  static_assert(kBytes + 1024 <= shared_memory_limit(kMemory));  // 1 KB is the driver's
+};
+
+// A lane's addresses of the 16 x 16 blocks of a tile, in one register: column blocks of a panel
+// differ by an XOR, panels and rows are immediates of the instruction. kParts: the blocks are those
+// of one part of a ColumnSplit.
+template <class Tile, int kParts = 1>
+struct Cursor {
+  using Columns = ColumnSplit<Tile::kCols, kParts>;
+  uint32_t base;
+
+  FLASHTILE_DEVICE Cursor(uint32_t tile, Lanes lanes, int lane, int row0, int chunk0 = 0)
+      : base(tile + Tile::offset(row0 + lane_row(lanes, lane), chunk0 + lane_chunk(lanes, lane))) {}
+
+  FLASHTILE_DEVICE uint32_t at(int row, int column_block, int tile_offset = 0) const {
+    return (base ^ (column_block % Columns::kBlocksPerPanel * 2 * kChunkBytes)) +
+           column_block / Columns::kBlocksPerPanel * Tile::kPanelBytes +
+           row * Tile::kPanelRowBytes + tile_offset;
+  }
+};
+
+// Copies rows of one tensor into tiles. A thread moves one 16-byte column of every panel (of all
+// panels where they are a power of two: one column), in every kRowsPerPass-th row.
+template <class Tile, int kThreads>
+struct RowCopy {
+  static constexpr int kRowChunks = Tile::kCols / 8;
+  // Of a row. A panel of 64 columns has eight chunks, one of 32 has four.
+  static constexpr int kLanes = Tile::kPanels % 3 == 0 ? Tile::kPanelChunks : kRowChunks;
+  static constexpr int kChunks = kRowChunks / kLanes;  // of a row, per thread, a panel apart
+  static constexpr int kRowsPerPass = kThreads / kLanes;
+  static constexpr int kPasses = Tile::kRows / kRowsPerPass;
+  static_assert(kRowsPerPass % 8 == 0 && kPasses * kRowsPerPass == Tile::kRows);
+
+  static FLASHTILE_DEVICE int row(int thread) { return thread / kLanes; }
+  static FLASHTILE_DEVICE int chunk(int thread) { return thread % kLanes; }
+  static FLASHTILE_DEVICE uint32_t offset(int thread) {
+    return Tile::offset(row(thread), chunk(thread));
+  }
+  // The thread's first element; row0: the tile's first row within the tensor.
+  static FLASHTILE_DEVICE const char* source(const View& view, int64_t batch, int64_t row0,
+                                             int head, int thread) {
+    return static_cast<const char*>(view.data) +
+           2 * (element_offset(view, batch, row0 + row(thread), head) + chunk(thread) * 8);
+  }
+  // All rows of the tile exist. Leaves `source` at the thread's first row of the next tile.
+  static FLASHTILE_DEVICE void copy(uint32_t shared, const char*& source, int64_t pass_bytes) {
+    FLASHTILE_UNROLL
+    for (int i = 0; i < kPasses; ++i) {
+      FLASHTILE_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        ptx::cp_async_16(shared + i * kRowsPerPass * Tile::kPanelRowBytes + c * Tile::kPanelBytes,
+                         source + c * Tile::kPanelRowBytes);
+      }
+      source += pass_bytes;
+      ptx::hide(source);
+    }
+  }
+  // The same for rows of any format, of which those from `rows` on become 0.
+  static FLASHTILE_DEVICE void copy_any(uint32_t shared, const char*& source, int64_t pass_bytes,
+                                        int rows, const RowFormat& format) {
+    const int thread = ptx::thread_index();
+    const int bytes = format.bytes - chunk(thread) * kChunkBytes;
+    const int rows_left = rows - row(thread);
+#pragma unroll 1
+    for (int i = 0; i < kPasses; ++i) {
+#pragma unroll 1
+      for (int c = 0; c < kChunks; ++c) {
+        copy_chunk(shared + i * kRowsPerPass * Tile::kPanelRowBytes + c * Tile::kPanelBytes,
+                   source + c * Tile::kPanelRowBytes,
+                   i * kRowsPerPass < rows_left ? bytes - c * Tile::kPanelRowBytes : 0,
+                   format.unit);
+      }
+      source += pass_bytes;
+    }
+  }
+};
+
+// Sets c = a b^T + c0, a: kRows rows of A (operand), b: rows of a tile stored [n, k]. c0(n) is the
+// start value of n8 tile n, the same for all row blocks.
+template <class T, int kRows, int kCols, class Operand, class Tile, class Start>
+FLASHTILE_DEVICE void product_ABt(Accumulator<kRows, kCols>& c, const Operand& a,
+                                  const Cursor<Tile>& b, int b_offset, Start start) {
+  FLASHTILE_UNROLL
+  for (int k = 0; k < Tile::kCols / 16; ++k) {
+    uint32_t a_k[kRows / 16][4];
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kRows / 16; ++m) a.get(a_k[m], m, k);
+    FLASHTILE_UNROLL
+    for (int n = 0; n < kCols / 16; ++n) {
+      uint32_t b_nk[4];
+      ptx::ldmatrix_x4(b_nk, b.at(16 * n, k, b_offset));
+      if (k == 0) {
+        const float4 c0 = start(2 * n), c1 = start(2 * n + 1);
+        const float first[4] = {c0.x, c0.y, c0.z, c0.w};
+        const float second[4] = {c1.x, c1.y, c1.z, c1.w};
+        FLASHTILE_UNROLL
+        for (int m = 0; m < kRows / 16; ++m) {
+          ptx::mma_m16n8k16<T>(c.d[m][2 * n], a_k[m], b_nk[0], b_nk[1], first);
+          ptx::mma_m16n8k16<T>(c.d[m][2 * n + 1], a_k[m], b_nk[2], b_nk[3], second);
+        }
+      } else {
+        FLASHTILE_UNROLL
+        for (int m = 0; m < kRows / 16; ++m) mma_pair<T>(c, m, n, a_k[m], b_nk);
+      }
+    }
+  }
+}
+
+// c += a b for k16 step `a` and rows row.. of b, a tile stored [k, n].
+template <class T, int kRows, int kCols, class Tile, int kParts>
+FLASHTILE_DEVICE void product_AB_step(Accumulator<kRows, kCols>& c,
+                                      const uint32_t (&a)[kRows / 16][4],
+                                      const Cursor<Tile, kParts>& b, int row, int b_offset) {
+  FLASHTILE_UNROLL
+  for (int n = 0; n < kCols / 16; ++n) {
+    uint32_t b_kn[4];
+    ptx::ldmatrix_x4_trans(b_kn, b.at(row, n, b_offset));
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kRows / 16; ++m) mma_pair<T>(c, m, n, a[m], b_kn);
+  }
+}
+
+// A's rows in shared memory, read where they are used.
+template <class Tile>
+struct SharedRows {
+  Cursor<Tile> cursor;
+  int offset;
+
+  FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset)
+      : cursor(cursor), offset(offset) {}
+  FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
+    ptx::ldmatrix_x4(a, cursor.at(16 * m, k, offset));
+  }
+};
+
+// A's rows in registers.
+template <class Tile, int kRows>
+struct RegisterRows {
+  uint32_t x[kRows / 16][Tile::kCols / 16][4];  // pairs of 16-bit elements
+
+  FLASHTILE_DEVICE RegisterRows(const Cursor<Tile>& cursor, int offset) {
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kRows / 16; ++m) {
+      FLASHTILE_UNROLL
+      for (int k = 0; k < Tile::kCols / 16; ++k)
+        ptx::ldmatrix_x4(x[m][k], cursor.at(16 * m, k, offset));
+    }
+  }
+  FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
+    FLASHTILE_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = x[m][k][i];
+  }
+};
+
+// A 16-bit tile of scores as A operands of the next products: [row block][k16 step].
+template <int kRows, int kCols>
+struct PackedScores {
+  uint32_t x[kCols / 16][kRows / 16][4];  // pairs of 16-bit elements
+
+  // Some columns: k16 steps from `first` on.
+  template <class T, int kSome>
+  FLASHTILE_DEVICE void pack(const Accumulator<kRows, kSome>& s, int first = 0) {
+    FLASHTILE_UNROLL
+    for (int k = 0; k < kSome / 16; ++k) {
+      FLASHTILE_UNROLL
+      for (int m = 0; m < kRows / 16; ++m) to_operand<T>(x[first + k][m], s, m, k);
+    }
+  }
+  // To a tile [row, col]; `address`: this lane's pair of row block 0, column block 0.
+  template <class Tile>
+  FLASHTILE_DEVICE void store(uint32_t address) const {
+    FLASHTILE_UNROLL
+    for (int k = 0; k < kCols / 16; ++k) {
+      FLASHTILE_UNROLL
+      for (int m = 0; m < kRows / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = 16 * m + 8 * (i % 2), n = 2 * k + i / 2;
+          ptx::sts_u32((address ^ (n * kChunkBytes)) + row * Tile::kPanelRowBytes, x[k][m][i]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flashtile

@@ -1,0 +1,28 @@
+// The CUDA backend of a build without nvcc: every question is answered with the same sentence.
+#include "api/backend.h"
+
+namespace flashtile::cuda {
+namespace {
+
+Status not_built() {
+  return fail(FLASHTILE_NOT_BUILT,
+              "device is FLASHTILE_CUDA; allowed: FLASHTILE_CPU, because this library was built "
+              "without CUDA "
+              "(configure with nvcc on PATH and -DFLASHTILE_CUDA=ON)");
+}
+
+}  // namespace
+
+Status forward_plan(const ForwardParams&, int, PlanName&, size_t&) { return not_built(); }
+Status backward_plan(const BackwardParams&, int, PlanName&, size_t&) { return not_built(); }
+Status forward(const ForwardParams&, int, CUstream_st*) { return not_built(); }
+Status backward(const BackwardParams&, int, CUstream_st*) { return not_built(); }
+Status can_append_kv(const AppendParams&, int) { return not_built(); }
+Status append_kv(const AppendParams&, int, CUstream_st*) { return not_built(); }
+Status check_cache(const Problem&, flashtile_cache_report*, int, CUstream_st*) {
+  return not_built();
+}
+const char* architectures() { return ""; }
+const char* head_dims() { return ""; }
+
+}  // namespace flashtile::cuda

@@ -1,0 +1,46 @@
+// The forward's loop for sm_90a (forward/sm90.cuh) over a key/value cache, for the sequences that
+// have more queries than decoding serves. What differs is where the keys come from: TMA loads a
+// block in pieces from several pages where it can, else four warps copy it row by row. Both leave
+// the same bytes in shared memory, so a row's bits do not depend on its pages.
+#pragma once
+
+#include "forward/prefill_sm90_boxes.cuh"
+#include "forward/prefill_sm90_rows.cuh"
+
+namespace flashtile {
+
+template <int kHeadDim, class T>
+Status launch_prefill_boxes(const ForwardParams& params, CUstream_st* stream) {
+  using Kernel = ForwardSm90<kHeadDim, T, PageBoxKeys>;
+  if (Status s = prepare<Kernel>()) return s;
+  const int box_rows = page_box_rows(params.problem.cache, Kernel::kKeys);
+  PageBoxesParams p{{}, PrefillTiles(params.problem), box_rows};
+  if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
+  if (Status s = set_key_boxes(params, box_rows, p)) return s;
+  return launch_prepared<Kernel>(p, p.tiles, stream);
+}
+
+template <int kHeadDim, class T>
+Status launch_prefill_rows(const ForwardParams& params, CUstream_st* stream) {
+  using Kernel = ForwardSm90<kHeadDim, T, PageRowKeys>;
+  if (Status s = prepare<Kernel>()) return s;
+  PageRowsParams p{{}, PrefillTiles(params.problem), params.k, params.v};
+  if (Status s = set_forward_sm90_params<Kernel>(params, p)) return s;
+  return launch_prepared<Kernel>(p, p.tiles, stream);
+}
+
+template <int kHeadDim, class T>
+Status launch_prefill_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
+  if (query_tile_count(params.problem, 1) == 0) return FLASHTILE_OK;
+  return page_obstacle(params.problem.cache) ? launch_prefill_rows<kHeadDim, T>(params, stream)
+                                             : launch_prefill_boxes<kHeadDim, T>(params, stream);
+}
+
+template <int kHeadDim>
+Status launch_prefill_sm90(const ForwardParams& params, CUstream_st* stream) {
+  return params.problem.dtype == Dtype::kBFloat16
+             ? launch_prefill_sm90_kernel<kHeadDim, __nv_bfloat16>(params, stream)
+             : launch_prefill_sm90_kernel<kHeadDim, __half>(params, stream);
+}
+
+}  // namespace flashtile
