@@ -142,7 +142,7 @@ sass-report: build
 slices: $(VENV)/.stamp
 	@cmake --preset unoptimized -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset unoptimized --parallel $(JOBS)
-	$(BIN)/python cpp_tests/slices_test.py build/unoptimized/kernel/CMakeFiles/*/slices/*.o
+	$(BIN)/python cpp_tests/slices_test.py build/unoptimized/kernel/CMakeFiles/*/flash.cu.o
 
 model: sass-report
 	@$(BIN)/python benchmarks/model.py

@@ -38,15 +38,11 @@ void print_backward(std::integer_sequence<int, kDims...>) {
   (print_kernel<BackwardSm80<__half, kDims, kMemory, false>>("backward", kDims, kMemory), ...);
 }
 
-template <Memory kMemory>
-void print_class() {
-  print_forward<kMemory>(HeadDims{});
-  print_backward<kMemory>(HeadDims{});
-}
-
 }  // namespace
 
 int main() {
-  if constexpr (kHasLargeMemory) print_class<Memory::kLarge>();
-  if constexpr (kHasSmallMemory) print_class<Memory::kSmall>();
+  print_forward<Memory::kLarge>(LargeHeadDims());
+  print_backward<Memory::kLarge>(LargeHeadDims());
+  print_forward<Memory::kSmall>(SmallHeadDims());
+  print_backward<Memory::kSmall>(SmallHeadDims());
 }

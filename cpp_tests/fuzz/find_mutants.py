@@ -29,6 +29,7 @@ PLANTED = [
     "dLSE with the wrong sign",
     "no barrier after dS is stored",
 ]
+HEADERS = {"forward": "forward/sm80.cuh", "backward": "backward/launch_sm80.cuh"}
 HEAD_DIMS = "33-64"  # what the slice of 64 serves
 SECONDS = 120
 
@@ -43,10 +44,12 @@ def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path
         "-lineinfo",
         "-DNDEBUG",
         *settings.flags,
+        f'-DFLASHTILE_PASS_HEADER="{HEADERS[mutant.kernel]}"',
+        f"-DFLASHTILE_PASS=k{mutant.kernel.capitalize()}",
+        "-DFLASHTILE_FAMILY=kSm80Large",
         f"-DFLASHTILE_HEAD_DIM={mutant.head_dim}",
-        "-DFLASHTILE_MEMORY=kLarge",
         *(f"-I{path}" for path in [kernel, *settings.include]),
-        str(kernel / "slices" / f"{mutant.kernel}_sm80.cu"),
+        str(kernel / "flash.cu"),
         "-o",
         str(output),
     ]

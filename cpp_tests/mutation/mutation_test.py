@@ -72,6 +72,7 @@ def forward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     """Header and functions."""
     parameters = "const ForwardParams&, CUstream_st*"
     if mutant.memory == "sm90":
+        parameters = "const ForwardParams&, int, CUstream_st*"
         function = f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>({parameters})"
         return "forward/sm90.cuh", [function]
     arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"

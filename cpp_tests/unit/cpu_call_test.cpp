@@ -185,21 +185,21 @@ TEST("less workspace means fewer threads, too little is refused") {
                     .dtype = flashtile::Dtype::kFloat32};
   params.q = params.k = params.v = {qkv.data(), 0, 32, 32};
   params.out = {large.data(), 0, 32, 32};
-  flashtile::PlanName name;
-  flashtile::WorkspaceSize size;
-  CHECK_EQ(flashtile::cpu::forward_plan(params.problem, name, size), FLASHTILE_OK);
+  flashtile::Plan<flashtile::ForwardParams> plan;
+  CHECK_EQ(flashtile::cpu::choose(params, plan), FLASHTILE_OK);
+  const flashtile::WorkspaceSize size = plan.workspace;
   const size_t bytes = size.wanted;
   void* const workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   params.workspace = workspace;
   params.workspace_bytes = bytes;
-  CHECK_EQ(flashtile::cpu::forward(params), FLASHTILE_OK);
+  CHECK_EQ(flashtile::cpu::run(params, plan), FLASHTILE_OK);
   params.out.data = small.data();
   params.workspace_bytes = 1000;
-  CHECK_EQ(flashtile::cpu::forward(params), FLASHTILE_WORKSPACE_TOO_SMALL);
+  CHECK_EQ(flashtile::cpu::run(params, plan), FLASHTILE_WORKSPACE_TOO_SMALL);
   CHECK(std::strstr(flashtile_last_error(), "workspace_bytes is 1000") != nullptr);
   CHECK(small == std::vector<float>(small.size()));  // nothing was written
   size_t enough = 1000;
-  while (flashtile::cpu::forward(params) != FLASHTILE_OK) params.workspace_bytes = enough += 1000;
+  while (flashtile::cpu::run(params, plan) != FLASHTILE_OK) params.workspace_bytes = enough += 1000;
   CHECK(enough < bytes);
   CHECK(enough >= size.least && enough < size.least + 1000);
   CHECK(small == large);
@@ -225,7 +225,8 @@ TEST("wrong hints of the longest sequence leave room for one thread") {
 }
 
 TEST("a workspace is no larger than the tensors") {
-  flashtile::Problem problem;
+  flashtile::ForwardParams forward;
+  flashtile::Problem& problem = forward.problem;
   problem.batch = 1000;
   problem.num_heads = 32;
   problem.num_heads_kv = 8;
@@ -237,12 +238,16 @@ TEST("a workspace is no larger than the tensors") {
   const auto tensors = size_t{1000000} * (2 * 32 + 2 * 8) * 128 * sizeof(float);
   for (const int64_t longest : {0, 1, 1000, 1000000}) {
     problem.seqlen_q = problem.seqlen_k = longest;
-    flashtile::PlanName name;
-    flashtile::WorkspaceSize size;
-    CHECK_EQ(flashtile::cpu::forward_plan(problem, name, size), FLASHTILE_OK);
-    CHECK_MESSAGE(size.wanted < tensors / 4, "forward " + std::to_string(size.wanted));
-    CHECK_EQ(flashtile::cpu::backward_plan(problem, name, size), FLASHTILE_OK);
-    CHECK_MESSAGE(size.wanted < tensors / 4, "backward " + std::to_string(size.wanted));
+    flashtile::Plan<flashtile::ForwardParams> plan;
+    CHECK_EQ(flashtile::cpu::choose(forward, plan), FLASHTILE_OK);
+    CHECK_MESSAGE(plan.workspace.wanted < tensors / 4,
+                  "forward " + std::to_string(plan.workspace.wanted));
+    flashtile::BackwardParams backward;
+    backward.problem = problem;
+    flashtile::Plan<flashtile::BackwardParams> backward_plan;
+    CHECK_EQ(flashtile::cpu::choose(backward, backward_plan), FLASHTILE_OK);
+    CHECK_MESSAGE(backward_plan.workspace.wanted < tensors / 4,
+                  "backward " + std::to_string(backward_plan.workspace.wanted));
   }
 }
 

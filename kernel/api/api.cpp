@@ -1,80 +1,16 @@
-// START HERE. flashtile's entry points: check, choose the backend, run.
+// The entry points of include/flashtile/flashtile.h.
 //
-//   include/flashtile/flashtile.h  the C API that this file implements
-//   check*.cpp         the caller's structs -> params.h, every refusal has its sentence
-//   api/backend.h          what a backend answers: plan (name, workspace) and run
-//   cache.h            what lengths, tables and indices of a key/value cache mean, clamped
-//   cpu/               the CPU backend: same semantics, one object per instruction set
-//   cuda/backend.cu    the CUDA backend: device -> memory class, head_dim -> slice
-//   cache_ops/append.cu  writing to a cache on CUDA; cache_ops/append.cuh: its kernel
-//   check_cache*       which of a cache's numbers are wrong, on either device; cache_ops/report.h
-//   slices/*.cu        a slice = (pass, head_dim, memory class), compiled on its own
-//   forward/sm80.cuh   forward main loop: cp.async + mma.sync (sm_80, sm_89, sm_90)
-//   forward/sm90.cuh   forward main loop: TMA + wgmma (sm_90a); cuda/tensor_map.h: what TMA takes
-//   decode/sm80.cuh    few queries over a cache: decode/few.cuh, decode/many.cuh; decode/plan.cuh:
-//                      who does what; decode/combine.cuh merges; decode/dense.cuh: dense tensors
-//   forward/prefill_sm80.cuh   the forward's loop over a cache; forward/prefill_sm90.cuh: that of
-//   sm_90a backward/sm80.cuh  backward main loop; backward/delta.cuh before, backward/dq.cuh after
-//   it backward/sm90.cuh  the same for sm_90a: TMA + wgmma config.cuh         tuning table;
-//   launch.cuh: the only __global__ function tile/, ptx/        the words the loops are written in;
-//   one function = one instruction torch/             the same op for PyTorch, on top of the C API
+//   call.h       what happens to a forward or backward call: prepare, then ask or run
+//   check*.cpp   the caller's structs -> params.h; every refusal has its sentence
+//   backend.h    what a backend answers: choose (name, workspace) and run
 #include <cstdio>
 
-#include "api/backend.h"
-#include "api/check.h"
+#include "api/call.h"
 #include "flashtile/flashtile.h"
 #include "status.h"
 
 namespace flashtile {
 namespace {
-
-struct Plan {
-  PlanName name;
-  WorkspaceSize workspace;
-};
-
-Status plan(const Target& target, const ForwardParams& params, Plan& plan) {
-  if (target.device == FLASHTILE_CPU)
-    return cpu::forward_plan(params.problem, plan.name, plan.workspace);
-  size_t& bytes = plan.workspace.wanted;
-  const Status status = cuda::forward_plan(params, target.device_index, plan.name, bytes);
-  plan.workspace.least = bytes;
-  return status;
-}
-
-Status plan(const Target& target, const BackwardParams& params, Plan& plan) {
-  if (target.device == FLASHTILE_CPU)
-    return cpu::backward_plan(params.problem, plan.name, plan.workspace);
-  size_t& bytes = plan.workspace.wanted;
-  const Status status = cuda::backward_plan(params, target.device_index, plan.name, bytes);
-  plan.workspace.least = bytes;
-  return status;
-}
-
-Status check(const flashtile_forward_params* user, Target& target, ForwardParams& params) {
-  return check_forward(user, target, params);
-}
-
-Status check(const flashtile_backward_params* user, Target& target, BackwardParams& params) {
-  return check_backward(user, target, params);
-}
-
-Status run(const Target& target, const ForwardParams& params, CUstream_st* stream) {
-  return target.device == FLASHTILE_CPU ? cpu::forward(params)
-                                        : cuda::forward(params, target.device_index, stream);
-}
-
-Status run(const Target& target, const BackwardParams& params, CUstream_st* stream) {
-  return target.device == FLASHTILE_CPU ? cpu::backward(params)
-                                        : cuda::backward(params, target.device_index, stream);
-}
-
-template <class Params, class UserParams>
-Status checked_plan(const UserParams* user, Target& target, Params& params, Plan& out) {
-  if (Status s = check(user, target, params)) return s;
-  if (Status s = plan(target, params, out)) return s;
-  return check_memory(*user, params.problem);
-}
 
 Status can_append_kv(const flashtile_append_kv_params* user, Target& target, AppendParams& params) {
   if (Status s = check_append_kv(user, target, params)) return s;
@@ -97,21 +33,17 @@ void copy_text(const char* text, char* out, size_t size) {
 
 template <class Params, class UserParams>
 Status can_run(const UserParams* user, char* why, size_t why_size) {
-  Target target;
-  Params params;
-  Plan chosen;
-  const Status status = checked_plan(user, target, params, chosen);
-  copy_text(status == FLASHTILE_OK ? chosen.name.note : last_error(), why, why_size);
+  Call<Params> call;
+  const Status status = prepare(user, call);
+  copy_text(status == FLASHTILE_OK ? call.plan.name.note : last_error(), why, why_size);
   return status;
 }
 
 template <class Params, class UserParams>
 Status plan_name(const UserParams* user, char* name, size_t name_size) {
-  Target target;
-  Params params;
-  Plan chosen;
-  if (Status s = checked_plan(user, target, params, chosen)) return s;
-  copy_text(chosen.name.text, name, name_size);
+  Call<Params> call;
+  if (Status s = prepare(user, call)) return s;
+  copy_text(call.plan.name.text, name, name_size);
   return FLASHTILE_OK;
 }
 
@@ -119,25 +51,17 @@ template <class Params, class UserParams>
 Status workspace_size(const UserParams* user, size_t* bytes) {
   if (bytes == nullptr)
     return fail(FLASHTILE_INVALID_ARGUMENT, "bytes is NULL; allowed: a pointer to the result");
-  Target target;
-  Params params;
-  Plan chosen;
-  if (Status s = check_problem(user, target, params)) return s;
-  if (Status s = plan(target, params, chosen)) return s;
-  *bytes = chosen.workspace.wanted;
+  Call<Params> call;
+  if (Status s = prepare_sizes(user, call)) return s;
+  *bytes = call.plan.workspace.wanted;
   return FLASHTILE_OK;
 }
 
 template <class Params, class UserParams>
 Status execute(const UserParams* user, CUstream_st* stream) {
-  Target target;
-  Params params;
-  Plan chosen;
-  if (Status s = checked_plan(user, target, params, chosen)) return s;
-  if (Status s = check_workspace(params.workspace, params.workspace_bytes, chosen.workspace))
-    return s;
-  if (Status s = check_stream(target, stream)) return s;
-  return run(target, params, stream);
+  Call<Params> call;
+  if (Status s = prepare(user, call)) return s;
+  return run(call, stream);
 }
 
 }  // namespace

@@ -1,11 +1,13 @@
-// The two backends behind the C API. Both answer the same questions; api/api.cpp asks the one
-// that holds the memory. cuda/backend.cu is replaced by cuda/none.cpp in a build without nvcc.
+// The two backends behind the C API. Both answer the same questions: choose() decides once what
+// serves a call, run() follows that decision. cuda/choose.cu is replaced by cuda/none.cpp in a
+// build without nvcc.
 #pragma once
 
 #include <cstddef>
 #include <initializer_list>
 #include <string_view>
 
+#include "cuda/device.h"
 #include "params.h"
 #include "status.h"
 
@@ -35,23 +37,40 @@ struct WorkspaceSize {
 };
 
 namespace cpu {
-Status forward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace);
-Status backward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace);
-Status forward(const ForwardParams& params);
-Status backward(const BackwardParams& params);
+struct Engine;
+}
+namespace cuda {
+template <class Params>
+struct SliceRow;
+}
+
+// What serves a call, with its name and its workspace. Params is ForwardParams or BackwardParams.
+template <class Params>
+struct Plan {
+  PlanName name;
+  WorkspaceSize workspace;
+  const cpu::Engine* engine = nullptr;           // CPU: the code of an instruction set
+  cuda::Device device;                           // CUDA: as it was asked for this call
+  const cuda::SliceRow<Params>* loop = nullptr;  // CUDA: the main loop; null where decoding is all
+  const cuda::SliceRow<Params>* decode = nullptr;  // CUDA: few queries over a cache; null: none
+};
+
+namespace cpu {
+Status choose(const ForwardParams& params, Plan<ForwardParams>& plan);
+Status choose(const BackwardParams& params, Plan<BackwardParams>& plan);
+Status run(const ForwardParams& params, const Plan<ForwardParams>& plan);
+Status run(const BackwardParams& params, const Plan<BackwardParams>& plan);
 Status append_kv(const AppendParams& params);
 const char* instruction_sets();      // "portable,avx2,avx512,amx": compiled in
 const char* instruction_set_used();  // "avx2": chosen on this machine
 }  // namespace cpu
 
 namespace cuda {
-// device_index: -1 is the calling thread's current device.
-Status forward_plan(const ForwardParams& params, int device_index, PlanName& name,
-                    size_t& workspace_bytes);
-Status backward_plan(const BackwardParams& params, int device_index, PlanName& name,
-                     size_t& workspace_bytes);
-Status forward(const ForwardParams& params, int device_index, CUstream_st* stream);
-Status backward(const BackwardParams& params, int device_index, CUstream_st* stream);
+// Enters `scope`; it must live until run() has returned.
+Status choose(const ForwardParams& params, DeviceScope& scope, Plan<ForwardParams>& plan);
+Status choose(const BackwardParams& params, DeviceScope& scope, Plan<BackwardParams>& plan);
+Status run(const ForwardParams& params, const Plan<ForwardParams>& plan, CUstream_st* stream);
+Status run(const BackwardParams& params, const Plan<BackwardParams>& plan, CUstream_st* stream);
 Status can_append_kv(const AppendParams& params, int device_index);
 Status append_kv(const AppendParams& params, int device_index, CUstream_st* stream);
 Status check_cache(const Problem& problem, flashtile_cache_report* report, int device_index,

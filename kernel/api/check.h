@@ -14,20 +14,9 @@ struct Target {
   int device_index = -1;  // CUDA ordinal; -1: current device
 };
 
-// Whole call: the problem and every pointer. Does not look at the workspace, nor at what
-// check_memory() finds.
-Status check_forward(const flashtile_forward_params* user, Target& target, ForwardParams& params);
-Status check_backward(const flashtile_backward_params* user, Target& target,
-                      BackwardParams& params);
-// Last, when the call could run: alignment, and what is written where.
-Status check_memory(const flashtile_forward_params& user, const Problem& problem);
-Status check_memory(const flashtile_backward_params& user, const Problem& problem);
+// The whole of flashtile_append_kv.
 Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
                        AppendParams& params);
-
-// The problem alone, for queries before anything is allocated: pointers stay null.
-Status check_problem(const flashtile_forward_params* user, Target& target, ForwardParams& params);
-Status check_problem(const flashtile_backward_params* user, Target& target, BackwardParams& params);
 
 // The whole of flashtile_check_cache; and the sentence of a report that is not empty.
 Status check_cache(const flashtile_problem* user, flashtile_cache_report* report,

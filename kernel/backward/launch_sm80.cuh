@@ -13,9 +13,9 @@ BackwardWorkspace backward_workspace(const Problem& problem) {
   return backward_workspace<kConfig.block_q, kConfig.block_k, kHeadDim, 1>(problem);
 }
 
-template <int kHeadDim, Memory kMemory>
-size_t backward_workspace_sm80(const Problem& problem) {
-  return backward_workspace<kHeadDim, kMemory>(problem).bytes;
+template <Family kFamily, int kHeadDim>
+size_t slice_workspace(Slice<Pass::kBackward, kFamily, kHeadDim>, const Problem& problem) {
+  return backward_workspace<kHeadDim, memory_of(kFamily)>(problem).bytes;
 }
 
 template <class T, int kHeadDim, Memory kMemory>
@@ -39,8 +39,10 @@ Status launch_backward(const BackwardLaunch& launch_params, CUstream_st* stream)
   return launch<BackwardDq<T, kHeadDim, Order>>(launch_params, query_blocks, stream);
 }
 
-template <int kHeadDim, Memory kMemory>
-Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
+template <Family kFamily, int kHeadDim>
+Status launch_slice(Slice<Pass::kBackward, kFamily, kHeadDim>, const BackwardParams& params,
+                    const cuda::Device&, CUstream_st* stream) {
+  constexpr Memory kMemory = memory_of(kFamily);
   using Shape = BackwardShape<kHeadDim, kMemory>;
   const Problem& p = params.problem;
   BackwardLaunch launch_params = backward_launch(params, backward_workspace<kHeadDim, kMemory>(p));
@@ -49,9 +51,8 @@ Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream) {
       is_plain(launch_params.v, kHeadDim) && is_plain(launch_params.dout, kHeadDim);
   launch_params.q_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.q.stride_seq;
   launch_params.dout_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.dout.stride_seq;
-  return p.dtype == Dtype::kFloat16
-             ? launch_backward<__half, kHeadDim, kMemory>(launch_params, stream)
-             : launch_backward<__nv_bfloat16, kHeadDim, kMemory>(launch_params, stream);
+  return with_dtype(
+      p, [&]<class T>(T) { return launch_backward<T, kHeadDim, kMemory>(launch_params, stream); });
 }
 
 }  // namespace flashtile

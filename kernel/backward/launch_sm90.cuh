@@ -8,14 +8,14 @@
 namespace flashtile {
 
 template <int kHeadDim>
-BackwardWorkspace backward_workspace_parts_sm90(const Problem& problem) {
+BackwardWorkspace backward_workspace_sm90(const Problem& problem) {
   using Shape = BackwardShapeSm90<kHeadDim>;
   return backward_workspace<Shape::kBlockQ, Shape::kBlockK, kHeadDim, Shape::kWarpgroups>(problem);
 }
 
 template <int kHeadDim>
-size_t backward_workspace_sm90(const Problem& problem) {
-  return backward_workspace_parts_sm90<kHeadDim>(problem).bytes;
+size_t slice_workspace(Slice<Pass::kBackward, Family::kSm90, kHeadDim>, const Problem& problem) {
+  return backward_workspace_sm90<kHeadDim>(problem).bytes;
 }
 
 template <int kHeadDim>
@@ -46,7 +46,7 @@ Status launch_backward(const BackwardParams& params, CUstream_st* stream) {
   const Problem& p = params.problem;
   BackwardLaunchSm90 launch_params;
   BackwardLaunch& base = launch_params.base;
-  base = backward_launch(params, backward_workspace_parts_sm90<kHeadDim>(p));
+  base = backward_launch(params, backward_workspace_sm90<kHeadDim>(p));
   if (base.slots_q == 0) return FLASHTILE_OK;  // no batch: no map, nothing to do
   if (Status s = prepare<Kernel>()) return s;
   if (Status s = encode_backward_maps<kHeadDim>(params, launch_params)) return s;
@@ -57,17 +57,13 @@ Status launch_backward(const BackwardParams& params, CUstream_st* stream) {
   return launch<BackwardDq<T, kHeadDim, Order>>(base, query_blocks, stream);
 }
 
-template <int kHeadDim, class T>
-Status launch_backward_sm90_dtype(const BackwardParams& params, CUstream_st* stream) {
-  return params.problem.deterministic ? launch_backward<kHeadDim, T, true>(params, stream)
-                                      : launch_backward<kHeadDim, T, false>(params, stream);
-}
-
 template <int kHeadDim>
-Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream) {
-  return params.problem.dtype == Dtype::kFloat16
-             ? launch_backward_sm90_dtype<kHeadDim, __half>(params, stream)
-             : launch_backward_sm90_dtype<kHeadDim, __nv_bfloat16>(params, stream);
+Status launch_slice(Slice<Pass::kBackward, Family::kSm90, kHeadDim>, const BackwardParams& params,
+                    const cuda::Device&, CUstream_st* stream) {
+  return with_dtype(params.problem, [&]<class T>(T) {
+    return params.problem.deterministic ? launch_backward<kHeadDim, T, true>(params, stream)
+                                        : launch_backward<kHeadDim, T, false>(params, stream);
+  });
 }
 
 }  // namespace flashtile

@@ -71,29 +71,27 @@ void choose_units(const AppendParams& params, AppendLaunch& launch) {
   if (half % Append<__half>::kItem != 0) launch.unit_k = launch.unit_q = 2;
 }
 
-Status plan(const AppendParams& params, AppendLaunch& launch) {
+Status plan(const AppendParams& params, DeviceScope& scope, AppendLaunch& launch) {
   if (Status s = check_dtype(params.problem)) return s;
   if (Status s = check_sizes(params)) return s;
   if (Status s = count_slots(params, launch)) return s;
   Device device;
-  return query_device(device);
+  return scope.enter(device);
 }
 
 }  // namespace
 
 Status can_append_kv(const AppendParams& params, int device_index) {
-  const DeviceScope scope(device_index);
-  if (scope.status() != FLASHTILE_OK) return scope.status();
+  DeviceScope scope(device_index);
   AppendLaunch launch = {};
-  return plan(params, launch);
+  return plan(params, scope, launch);
 }
 
 Status append_kv(const AppendParams& params, int device_index, CUstream_st* stream) {
-  const DeviceScope scope(device_index);
-  if (scope.status() != FLASHTILE_OK) return scope.status();
+  DeviceScope scope(device_index);
   AppendLaunch launch = {};
   launch.params = params;
-  if (Status s = plan(params, launch)) return s;
+  if (Status s = plan(params, scope, launch)) return s;
   choose_units(params, launch);
   const int64_t blocks = int64_t{2} * launch.slots_new + launch.slots_q;
   return params.problem.dtype == Dtype::kFloat16

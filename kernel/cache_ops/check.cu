@@ -59,10 +59,9 @@ struct CheckCache {
 
 Status cuda::check_cache(const Problem& problem, CacheReport* report, int device_index,
                          CUstream_st* stream) {
-  const DeviceScope scope(device_index);
-  if (scope.status() != FLASHTILE_OK) return scope.status();
+  DeviceScope scope(device_index);
   Device device;
-  if (Status s = query_device(device)) return s;
+  if (Status s = scope.enter(device)) return s;
   return launch<CheckCache>({problem, report}, problem.batch == 0 ? 0 : 1, stream);
 }
 

@@ -95,7 +95,7 @@ constexpr InstructionSet kInstructionSets[] = {
     {"amx-emulated", &portable::kEngines, &amx_emulated::kBFloat16Engine, always, true},
 };
 
-const InstructionSet* choose() {
+const InstructionSet* choose_instruction_set() {
   const char* wanted = std::getenv("FLASHTILE_CPU_ISA");
   for (const InstructionSet& set : kInstructionSets) {
     const bool named =
@@ -182,7 +182,7 @@ WorkspaceSize planned_decode_bytes(const Engine& engine, const Problem& problem)
 }
 
 template <class Params>
-Status run(const Pass<Params>& pass, const Params& params, const Extent& extent) {
+Status run_pass(const Pass<Params>& pass, const Params& params, const Extent& extent) {
   int threads = max_threads();
   while (threads > 1 &&
          pass.scratch(params.problem, extent, threads).minimum > params.workspace_bytes) {
@@ -218,26 +218,36 @@ Status run_cached(const Engine& engine, const ForwardParams& params) {
     if (k > extent.max_k) extent.max_k = k;
   }
   if (few.max_q > 0) {
-    if (Status s = run(engine.decode, params, few)) return s;
+    if (Status s = run_pass(engine.decode, params, few)) return s;
   }
-  return many.max_q > 0 ? run(engine.forward, params, many) : FLASHTILE_OK;
+  return many.max_q > 0 ? run_pass(engine.forward, params, many) : FLASHTILE_OK;
 }
 
 Status run_forward(const Engine& engine, const ForwardParams& params) {
   if (params.problem.cache.exists()) return run_cached(engine, params);
   const Extent extent = exact_extent(params.problem);
-  return run(is_decode(params.problem, extent) ? engine.decode : engine.forward, params, extent);
+  return run_pass(is_decode(params.problem, extent) ? engine.decode : engine.forward, params,
+                  extent);
+}
+
+// Names the pass; fails where the instruction set that was asked for does not run here.
+Status choose_engine(const char* pass, Dtype dtype, PlanName& name, const Engine*& engine) {
+  const InstructionSet* set = choose_instruction_set();
+  if (set == nullptr) return no_instruction_set();
+  name.set_text({pass, "_cpu_", set->name, "_", dtype_name(dtype)});
+  engine = &set->engine(dtype);
+  return FLASHTILE_OK;
 }
 
 }  // namespace
 
-Status forward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace) {
-  const InstructionSet* set = choose();
-  if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engine(problem.dtype);
+Status choose(const ForwardParams& params, Plan<ForwardParams>& plan) {
+  const Problem& problem = params.problem;
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
-  name.set_text(
-      {decode ? "decode" : "forward", "_cpu_", set->name, "_", dtype_name(problem.dtype)});
+  const char* const pass = decode ? "decode" : "forward";
+  if (Status s = choose_engine(pass, problem.dtype, plan.name, plan.engine)) return s;
+  const Engine& engine = *plan.engine;
+  WorkspaceSize& workspace = plan.workspace;
   workspace =
       decode ? planned_decode_bytes(engine, problem) : planned_bytes(engine.forward, problem);
   // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
@@ -250,34 +260,27 @@ Status forward_plan(const Problem& problem, PlanName& name, WorkspaceSize& works
   return FLASHTILE_OK;
 }
 
-Status backward_plan(const Problem& problem, PlanName& name, WorkspaceSize& workspace) {
-  const InstructionSet* set = choose();
-  if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engine(problem.dtype);
-  name.set_text({"backward_cpu_", set->name, "_", dtype_name(problem.dtype)});
-  workspace = planned_bytes(engine.backward, problem);
+Status choose(const BackwardParams& params, Plan<BackwardParams>& plan) {
+  const Problem& problem = params.problem;
+  if (Status s = choose_engine("backward", problem.dtype, plan.name, plan.engine)) return s;
+  plan.workspace = planned_bytes(plan.engine->backward, problem);
   return FLASHTILE_OK;
 }
 
-Status forward(const ForwardParams& params) {
-  const InstructionSet* set = choose();
-  if (set == nullptr) return no_instruction_set();
-  if (Status s = run_forward(set->engine(params.problem.dtype), params)) return s;
+Status run(const ForwardParams& params, const Plan<ForwardParams>& plan) {
+  if (Status s = run_forward(*plan.engine, params)) return s;
   clear_unused(params);
   return FLASHTILE_OK;
 }
 
-Status backward(const BackwardParams& params) {
-  const InstructionSet* set = choose();
-  if (set == nullptr) return no_instruction_set();
-  const Engine& engine = set->engine(params.problem.dtype);
-  if (Status s = run(engine.backward, params, exact_extent(params.problem))) return s;
+Status run(const BackwardParams& params, const Plan<BackwardParams>& plan) {
+  if (Status s = run_pass(plan.engine->backward, params, exact_extent(params.problem))) return s;
   clear_unused(params);
   return FLASHTILE_OK;
 }
 
 Status append_kv(const AppendParams& params) {
-  const InstructionSet* set = choose();
+  const InstructionSet* set = choose_instruction_set();
   if (set == nullptr) return no_instruction_set();
   set->engine(params.problem.dtype).append_kv(params, max_threads());
   return FLASHTILE_OK;
@@ -301,7 +304,7 @@ const char* instruction_sets() {
 }
 
 const char* instruction_set_used() {
-  const InstructionSet* set = choose();
+  const InstructionSet* set = choose_instruction_set();
   return set == nullptr ? "" : set->name;
 }
 

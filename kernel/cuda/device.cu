@@ -6,6 +6,7 @@
 
 #include "api/check.h"
 #include "build_config.h"
+#include "cuda/slices.cuh"
 #include "launch.cuh"
 
 namespace flashtile::cuda {
@@ -33,49 +34,28 @@ bool has_image(int capability) {
   return false;
 }
 
-}  // namespace
-
-DeviceScope::DeviceScope(int index) {
-  if (index < 0) return;
-  status_ = check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-  if (status_ != FLASHTILE_OK || previous_ == index) {
-    previous_ = -1;
-    return;
-  }
-  status_ = set_device(index);
-  if (status_ != FLASHTILE_OK) previous_ = -1;
-}
-
-DeviceScope::~DeviceScope() {
-  if (previous_ >= 0) cudaSetDevice(previous_);
-}
-
+// What the device is. A refusal where this build has no kernels for it.
 Status query_device(Device& device) {
-  int index = 0, major = 0, minor = 0;
-  if (Status s = check_cuda(cudaGetDevice(&index), "cudaGetDevice")) return s;
-  if (Status s =
-          check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
-                     "cudaDeviceGetAttribute(ComputeCapabilityMajor)")) {
-    return s;
-  }
-  if (Status s =
-          check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
-                     "cudaDeviceGetAttribute(ComputeCapabilityMinor)")) {
-    return s;
-  }
-  if (Status s = check_cuda(cudaDeviceGetAttribute(&device.shared_memory,
-                                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-                            "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)")) {
-    return s;
+  int major = 0, minor = 0;
+  const struct {
+    int& value;
+    cudaDeviceAttr attribute;
+    const char* call;
+  } questions[] = {
+      {major, cudaDevAttrComputeCapabilityMajor, "cudaDeviceGetAttribute(ComputeCapabilityMajor)"},
+      {minor, cudaDevAttrComputeCapabilityMinor, "cudaDeviceGetAttribute(ComputeCapabilityMinor)"},
+      {device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+       "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)"}};
+  for (const auto& [value, attribute, call] : questions) {
+    if (Status s = check_cuda(cudaDeviceGetAttribute(&value, attribute, device.index), call))
+      return s;
   }
   device.capability = 10 * major + minor;
-  device.memory =
-      device.shared_memory >= shared_memory_limit(Memory::kLarge) ? Memory::kLarge : Memory::kSmall;
   if (device.capability < 80) {
     return fail(FLASHTILE_UNSUPPORTED,
                 "the device has compute capability %d.%d; allowed: 8.0 and later", major, minor);
   }
-  const bool class_built = device.memory == Memory::kLarge ? kHasLargeMemory : kHasSmallMemory;
+  const bool class_built = memory_of(device) == Memory::kLarge ? kHasLargeMemory : kHasSmallMemory;
   if (!class_built || !has_image(device.capability)) {
     return fail(FLASHTILE_NOT_BUILT,
                 "the device has compute capability %d.%d; allowed: those of this build, %s (set "
@@ -83,6 +63,24 @@ Status query_device(Device& device) {
                 major, minor, kArchitectureList);
   }
   return FLASHTILE_OK;
+}
+
+}  // namespace
+
+DeviceScope::~DeviceScope() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+Status DeviceScope::enter(Device& device) {
+  int current = 0;
+  if (Status s = check_cuda(cudaGetDevice(&current), "cudaGetDevice")) return s;
+  device.index = current;
+  if (wanted_ >= 0 && wanted_ != current) {
+    if (Status s = set_device(wanted_)) return s;
+    previous_ = current;
+    device.index = wanted_;
+  }
+  return query_device(device);
 }
 
 Status check_dtype(const Problem& problem) {

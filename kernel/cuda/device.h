@@ -1,33 +1,33 @@
 // The GPU that a call runs on: making it current, and asking what it is. Host code.
 #pragma once
 
-#include "config.cuh"
 #include "params.h"
 #include "status.h"
 
 namespace flashtile::cuda {
 
 struct Device {
+  int index = 0;
   int capability = 0;     // 80, 89, 90
   int shared_memory = 0;  // bytes per block, opt-in
-  Memory memory = Memory::kSmall;
 };
 
-// The current device; a refusal where this build has no kernels for it.
-Status query_device(Device& device);
-
-// Makes `index` current for this scope; -1 keeps the caller's device.
+// Makes a device current from enter() to its own end; -1 keeps the caller's.
 class DeviceScope {
  public:
-  explicit DeviceScope(int index);
+  explicit DeviceScope(int wanted = -1) : wanted_(wanted) {}
   ~DeviceScope();
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
-  Status status() const { return status_; }
+
+  // Before it enters: which device it will be.
+  void set_wanted(int index) { wanted_ = index; }
+  // Fills `device`; a refusal where this build has no kernels for it.
+  Status enter(Device& device);
 
  private:
-  int previous_ = -1;
-  Status status_ = FLASHTILE_OK;
+  int wanted_;
+  int previous_ = -1;  // to return to; -1: nothing was changed
 };
 
 // fp16 and bf16 are served.

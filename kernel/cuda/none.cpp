@@ -13,10 +13,13 @@ Status not_built() {
 
 }  // namespace
 
-Status forward_plan(const ForwardParams&, int, PlanName&, size_t&) { return not_built(); }
-Status backward_plan(const BackwardParams&, int, PlanName&, size_t&) { return not_built(); }
-Status forward(const ForwardParams&, int, CUstream_st*) { return not_built(); }
-Status backward(const BackwardParams&, int, CUstream_st*) { return not_built(); }
+DeviceScope::~DeviceScope() = default;
+Status DeviceScope::enter(Device&) { return not_built(); }
+
+Status choose(const ForwardParams&, DeviceScope&, Plan<ForwardParams>&) { return not_built(); }
+Status choose(const BackwardParams&, DeviceScope&, Plan<BackwardParams>&) { return not_built(); }
+Status run(const ForwardParams&, const Plan<ForwardParams>&, CUstream_st*) { return not_built(); }
+Status run(const BackwardParams&, const Plan<BackwardParams>&, CUstream_st*) { return not_built(); }
 Status can_append_kv(const AppendParams&, int) { return not_built(); }
 Status append_kv(const AppendParams&, int, CUstream_st*) { return not_built(); }
 Status check_cache(const Problem&, flashtile_cache_report*, int, CUstream_st*) {

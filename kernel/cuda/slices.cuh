@@ -1,53 +1,58 @@
-// The functions that the slices instantiate: one per (pass, head_dim, memory class). Each picks
-// dtype and mask at run time, launches, and returns. api/api.cpp and cuda/backend.cu need only
-// this.
+// A slice: one pass, one family of kernels, one head dim. CMake compiles flash.cu once for each;
+// the launchers of the passes (forward/, decode/, backward/) define what it instantiates, and
+// choose.cu has the table of all slices of a build.
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "config.cuh"
+#include "cuda/device.h"
 #include "params.h"
 #include "status.h"
 
 namespace flashtile {
 
-template <int kHeadDim, Memory kMemory>
-Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream);
+enum class Pass {
+  kForward,  // also writes softmax_lse
+  kPrefill,  // the forward's loop over a key/value cache
+  kDecode,   // few queries over a key/value cache
+  kBackward,
+};
 
-// Keys in a cache: the sequences of few queries, and rows that belong to none. With decode_forms().
-template <int kHeadDim, Memory kMemory>
-Status launch_decode_sm80(const ForwardParams& params, CUstream_st* stream);
+enum class Family {
+  kSm80Large,  // mma.sync, 163 KB of shared memory a block
+  kSm80Small,  // mma.sync, 99 KB
+  kSm90,       // wgmma and TMA: sm_90a alone
+};
 
-// Bytes of params.workspace that launch_decode_sm80 uses.
-template <int kHeadDim, Memory kMemory>
-size_t decode_workspace_sm80(const Problem& problem);
+constexpr Memory memory_of(Family family) {
+  return family == Family::kSm80Small ? Memory::kSmall : Memory::kLarge;
+}
+inline Memory memory_of(const cuda::Device& device) {
+  return device.shared_memory >= shared_memory_limit(Memory::kLarge) ? Memory::kLarge
+                                                                     : Memory::kSmall;
+}
 
-// Keys in a cache: the other sequences.
-template <int kHeadDim, Memory kMemory>
-Status launch_prefill_sm80(const ForwardParams& params, CUstream_st* stream);
+template <Pass kPass, Family kFamily, int kHeadDim>
+struct Slice {
+  using Params = std::conditional_t<kPass == Pass::kBackward, BackwardParams, ForwardParams>;
+  // Picks dtype and mask at run time, launches, and returns. The device is the current one.
+  static Status launch(const Params& params, const cuda::Device& device, CUstream_st* stream);
+  // Bytes of params.workspace that launch() uses.
+  static size_t workspace_bytes(const Problem& problem);
+};
 
-// For sm_90a; every tensor is one that TMA takes (cuda/tensor_map.h).
-template <int kHeadDim>
-Status launch_forward_sm90(const ForwardParams& params, CUstream_st* stream);
+// Passes without a workspace.
+template <Pass kPass, Family kFamily, int kHeadDim>
+size_t slice_workspace(Slice<kPass, kFamily, kHeadDim>, const Problem&) {
+  return 0;
+}
 
-// The same for sm_90a; q, k, v and out are tensors that TMA takes (cuda/tensor_map.h), of any
-// pages.
-template <int kHeadDim>
-Status launch_prefill_sm90(const ForwardParams& params, CUstream_st* stream);
-
-template <int kHeadDim, Memory kMemory>
-Status launch_backward_sm80(const BackwardParams& params, CUstream_st* stream);
-
-// Bytes of params.workspace that launch_backward_sm80 uses.
-template <int kHeadDim, Memory kMemory>
-size_t backward_workspace_sm80(const Problem& problem);
-
-// For sm_90a; q, k, v and dout are tensors that TMA takes (cuda/tensor_map.h).
-template <int kHeadDim>
-Status launch_backward_sm90(const BackwardParams& params, CUstream_st* stream);
-
-// Bytes of params.workspace that launch_backward_sm90 uses.
-template <int kHeadDim>
-size_t backward_workspace_sm90(const Problem& problem);
+// Calls f with a value of the elements' type.
+template <class F>
+Status with_dtype(const Problem& problem, F f) {
+  return problem.dtype == Dtype::kFloat16 ? f(__half()) : f(__nv_bfloat16());
+}
 
 }  // namespace flashtile

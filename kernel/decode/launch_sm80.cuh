@@ -28,15 +28,16 @@ Status launch_decode_kernels(const ForwardParams& params, CUstream_st* stream) {
                                                      stream);
 }
 
-template <int kHeadDim, Memory kMemory>
-Status launch_decode_sm80(const ForwardParams& params, CUstream_st* stream) {
-  return params.problem.dtype == Dtype::kBFloat16
-             ? launch_decode_kernels<kHeadDim, kMemory, __nv_bfloat16>(params, stream)
-             : launch_decode_kernels<kHeadDim, kMemory, __half>(params, stream);
+template <Family kFamily, int kHeadDim>
+Status launch_slice(Slice<Pass::kDecode, kFamily, kHeadDim>, const ForwardParams& params,
+                    const cuda::Device&, CUstream_st* stream) {
+  return with_dtype(params.problem, [&]<class T>(T) {
+    return launch_decode_kernels<kHeadDim, memory_of(kFamily), T>(params, stream);
+  });
 }
 
-template <int kHeadDim, Memory kMemory>
-size_t decode_workspace_sm80(const Problem& problem) {
+template <Family kFamily, int kHeadDim>
+size_t slice_workspace(Slice<Pass::kDecode, kFamily, kHeadDim>, const Problem& problem) {
   return DecodeWorkspace::bytes(decode_plan(problem).partials(problem), kHeadDim);
 }
 

@@ -81,11 +81,12 @@ Status launch_prefill_kernel(const ForwardParams& params, CUstream_st* stream) {
   return launch<Kernel>(kernel_params, query_tile_count(params.problem, Kernel::kQueries), stream);
 }
 
-template <int kHeadDim, Memory kMemory>
-Status launch_prefill_sm80(const ForwardParams& params, CUstream_st* stream) {
-  return params.problem.dtype == Dtype::kBFloat16
-             ? launch_prefill_kernel<kHeadDim, kMemory, __nv_bfloat16>(params, stream)
-             : launch_prefill_kernel<kHeadDim, kMemory, __half>(params, stream);
+template <Family kFamily, int kHeadDim>
+Status launch_slice(Slice<Pass::kPrefill, kFamily, kHeadDim>, const ForwardParams& params,
+                    const cuda::Device&, CUstream_st* stream) {
+  return with_dtype(params.problem, [&]<class T>(T) {
+    return launch_prefill_kernel<kHeadDim, memory_of(kFamily), T>(params, stream);
+  });
 }
 
 }  // namespace flashtile

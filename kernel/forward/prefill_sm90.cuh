@@ -37,10 +37,11 @@ Status launch_prefill_sm90_kernel(const ForwardParams& params, CUstream_st* stre
 }
 
 template <int kHeadDim>
-Status launch_prefill_sm90(const ForwardParams& params, CUstream_st* stream) {
-  return params.problem.dtype == Dtype::kBFloat16
-             ? launch_prefill_sm90_kernel<kHeadDim, __nv_bfloat16>(params, stream)
-             : launch_prefill_sm90_kernel<kHeadDim, __half>(params, stream);
+Status launch_slice(Slice<Pass::kPrefill, Family::kSm90, kHeadDim>, const ForwardParams& params,
+                    const cuda::Device&, CUstream_st* stream) {
+  return with_dtype(params.problem, [&]<class T>(T) {
+    return launch_prefill_sm90_kernel<kHeadDim, T>(params, stream);
+  });
 }
 
 }  // namespace flashtile

@@ -250,11 +250,12 @@ Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
                         query_tile_count(params.problem, Kernel::kQueries), stream);
 }
 
-template <int kHeadDim, Memory kMemory>
-Status launch_forward_sm80(const ForwardParams& params, CUstream_st* stream) {
-  return params.problem.dtype == Dtype::kBFloat16
-             ? launch_forward_kernel<kHeadDim, kMemory, __nv_bfloat16>(params, stream)
-             : launch_forward_kernel<kHeadDim, kMemory, __half>(params, stream);
+template <Family kFamily, int kHeadDim>
+Status launch_slice(Slice<Pass::kForward, kFamily, kHeadDim>, const ForwardParams& params,
+                    const cuda::Device&, CUstream_st* stream) {
+  return with_dtype(params.problem, [&]<class T>(T) {
+    return launch_forward_kernel<kHeadDim, memory_of(kFamily), T>(params, stream);
+  });
 }
 
 }  // namespace flashtile

@@ -394,9 +394,7 @@ inline bool is_uniform(const Problem& problem) {
          problem.band.left < 0 && problem.band.right < 0;
 }
 
-inline Status count_multiprocessors(int& count) {
-  int device = 0;
-  if (Status s = check_cuda(cudaGetDevice(&device), "cudaGetDevice")) return s;
+inline Status count_multiprocessors(int device, int& count) {
   return check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
                     "cudaDeviceGetAttribute(MultiProcessorCount)");
 }
@@ -437,7 +435,7 @@ inline Status set_key_boxes(const ForwardParams& params, int box_rows, TensorBox
 }
 
 template <int kHeadDim, class T>
-Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stream) {
+Status launch_forward_sm90_kernel(const ForwardParams& params, int device, CUstream_st* stream) {
   using Kernel = ForwardSm90<kHeadDim, T>;
   if (query_tile_count(params.problem, Kernel::kQueries) == 0) return FLASHTILE_OK;
   if (Status s = prepare<Kernel>()) return s;
@@ -447,17 +445,18 @@ Status launch_forward_sm90_kernel(const ForwardParams& params, CUstream_st* stre
   int64_t blocks = p.tiles;
   if (is_uniform(p.problem)) {
     int multiprocessors = 0;
-    if (Status s = count_multiprocessors(multiprocessors)) return s;
+    if (Status s = count_multiprocessors(device, multiprocessors)) return s;
     blocks = std::min<int64_t>(blocks, multiprocessors);
   }
   return launch_prepared<Kernel>(p, blocks, stream);
 }
 
 template <int kHeadDim>
-Status launch_forward_sm90(const ForwardParams& params, CUstream_st* stream) {
-  return params.problem.dtype == Dtype::kBFloat16
-             ? launch_forward_sm90_kernel<kHeadDim, __nv_bfloat16>(params, stream)
-             : launch_forward_sm90_kernel<kHeadDim, __half>(params, stream);
+Status launch_slice(Slice<Pass::kForward, Family::kSm90, kHeadDim>, const ForwardParams& params,
+                    const cuda::Device& device, CUstream_st* stream) {
+  return with_dtype(params.problem, [&]<class T>(T) {
+    return launch_forward_sm90_kernel<kHeadDim, T>(params, device.index, stream);
+  });
 }
 
 }  // namespace flashtile

@@ -1,0 +1,33 @@
+// A call of the C API on its way to a kernel: checked, converted and planned once, then asked for
+// its name or its workspace, or run. The torch ops come this way, too.
+#pragma once
+
+#include "api/backend.h"
+#include "api/check.h"
+
+namespace flashtile {
+
+// Params is ForwardParams or BackwardParams. Neither copied nor moved: on CUDA the device is
+// current as long as the call lives.
+template <class Params>
+struct Call {
+  Target target;
+  Params params;
+  Plan<Params> plan;
+  cuda::DeviceScope device;
+};
+
+// Everything but the workspace and the stream.
+[[nodiscard]] Status prepare(const flashtile_forward_params* user, Call<ForwardParams>& call);
+[[nodiscard]] Status prepare(const flashtile_backward_params* user, Call<BackwardParams>& call);
+
+// The same before anything is allocated: no pointer to a tensor is looked at. Not to be run.
+[[nodiscard]] Status prepare_sizes(const flashtile_forward_params* user, Call<ForwardParams>& call);
+[[nodiscard]] Status prepare_sizes(const flashtile_backward_params* user,
+                                   Call<BackwardParams>& call);
+
+// Runs a prepared call in params.workspace, after a look at it and at the stream.
+[[nodiscard]] Status run(const Call<ForwardParams>& call, CUstream_st* stream);
+[[nodiscard]] Status run(const Call<BackwardParams>& call, CUstream_st* stream);
+
+}  // namespace flashtile
