@@ -96,9 +96,12 @@ test-long: build
 	cmake --build --preset tsan --parallel $(JOBS)
 	ctest --preset tsan
 
-# More cases and seeds than a change waits for; the kernels' cases under every schedule.
+# More cases and seeds than a change waits for; the kernels' cases under every schedule; the static
+# analyzer over the tests.
 test-nightly: build
 	@ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L nightly
+	$(PIP) --requirement cmake/requirements-lint.txt
+	$(BIN)/python cmake/run_clang_tidy.py build --analyze-tests
 	FLASHTILE_TEST_NIGHTLY=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -R "^kernels/"
 
 wheel: $(VENV)/.stamp

@@ -40,16 +40,15 @@ void check_results(const Cell& cell, const Backend& backend, std::vector<Device>
   const Setup setup = setup_of(first_seed);
   const Truth truth(setup);
   for (Device& device : devices) {
-    const std::vector<Schedule>& all = device.schedules;
-    const size_t count = std::min<size_t>(all.size(), cell.spec.deterministic ? 2 : 1);
-    const std::vector<Schedule> chosen(all.begin(),
-                                       all.begin() + static_cast<std::ptrdiff_t>(count));
+    const std::vector<Schedule> chosen =
+        schedules_of_case(device.schedules, first_seed, cell.spec.deterministic);
     const Attempt attempt = attempt_draws(first_seed, [&](uint64_t seed) {
       if (seed == first_seed) return attempt_on_device(chosen, setup, truth, backend);
       const Setup other = setup_of(seed);
       return attempt_on_device(chosen, other, Truth(other), backend);
     });
-    for (const Verdict& verdict : attempt.verdicts) table.add(all.front().device, setup, verdict);
+    for (const Verdict& verdict : attempt.verdicts)
+      table.add(chosen.front().device, setup, verdict);
     CHECK_MESSAGE(attempt.passed(), attempt.wrong);
     device.report.add(cell, "forward",
                       attempt.forward_passed() ? Outcome::kPassed : Outcome::kFailed);
