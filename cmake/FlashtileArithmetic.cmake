@@ -1,8 +1,8 @@
-# Takes -ffast-math and its parts back, whoever asked for them: CMAKE_CXX_FLAGS, CXXFLAGS or the
+# Takes -ffast-math and its parts back, wherever they come from: CMAKE_CXX_FLAGS, CXXFLAGS or the
 # add_compile_options of a project that contains this one. exp2 of the CPU op adds and subtracts a
 # constant, and a NaN must be seen to be refused. Directory options come after all of those.
 #
-# Each is one item with SHELL:, so that CMake drops no flag that somebody has named before. The parts
+# Each is one item with SHELL:, so that CMake drops no flag that was named before. The parts
 # are named too: what -fno-fast-math takes back differs between compilers.
 set(flashtile_ieee_flags
     -fno-fast-math

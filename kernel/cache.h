@@ -28,7 +28,7 @@ FLASHTILE_CACHE_INLINE NewRows new_rows(const Cache& cache, int64_t sequence) {
   return {begin, end - begin};
 }
 
-// Rows in use before new ones are appended; negative where the caller's number is.
+// Valid rows before new ones are appended; negative where the caller's number is negative.
 FLASHTILE_CACHE_INLINE int64_t rows_before(const Problem& problem, int64_t sequence) {
   return problem.seqused_k == nullptr ? problem.cache.capacity() : problem.seqused_k[sequence];
 }

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
 
 inline Status check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return FLASHTILE_OK;
-  cudaGetLastError();  // told here: the caller's next check must not find it again
+  cudaGetLastError();  // clears the error, so that the caller's next check does not see it
   return fail(FLASHTILE_DEVICE_ERROR, "%s failed: %s", call, cudaGetErrorString(error));
 }
 

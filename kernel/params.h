@@ -71,7 +71,7 @@ struct Problem {
   int64_t seqlen_k = 0;                   // varlen: a hint, never relied on
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1] or null
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1] or null
-  const int32_t* seqused_q = nullptr;     // [batch] or null: all rows of a sequence are in use
+  const int32_t* seqused_q = nullptr;     // [batch] or null: all rows of a sequence are valid
   const int32_t* seqused_k = nullptr;     // [batch] or null
   int64_t total_q = 0;                    // varlen: rows of q; dense: batch * seqlen_q
   int64_t total_k = 0;                    // varlen: rows of k; dense: batch * seqlen_k

@@ -131,9 +131,9 @@ typedef struct {
   int64_t window_right; /* keys right of it: 0 is causal, FLASHTILE_UNLIMITED both is full */
   int32_t alignment;    /* flashtile_alignment */
   uint32_t flags;       /* FLASHTILE_DETERMINISTIC, FLASHTILE_ZERO_SCALE or 0 */
-  /* Since 0.2. [batch], int32, on `device`, each may be NULL: the rows of every sequence that are
-   * in use, counted from its first; at most its length. The other rows of the tensors are not read;
-   * their out, dq, dk, dv are written as 0 and their softmax_lse as -inf. */
+  /* Since 0.2. [batch], int32, on `device`, each may be NULL: the valid rows of every sequence,
+   * counted from its first; at most its length. The other rows (padding) are not read; their out,
+   * dq, dk and dv are written as 0 and their softmax_lse as -inf. */
   const int32_t* seqused_q;
   const int32_t* seqused_k;
   /* A key/value cache. Forward and flashtile_append_kv alone; a backward refuses it.
@@ -144,18 +144,18 @@ typedef struct {
    * capacity = page_size * max_blocks, without a table page_size. cu_seqlens_k is NULL, total_k
    * unused, and seqlen_k a hint: the longest sequence (0: the capacity).
    *
-   * seqused_k[b], at most the capacity, are the rows in use, left padding included; NULL: the whole
-   * capacity. Rows past them are not read. When new rows are announced (seqlen_new or
-   * cu_seqlens_new) they are the rows before those: flashtile_append_kv writes the new ones behind
-   * them, and flashtile_forward with the same problem counts them in. seqlen_k of the mask is what
-   * is in use without the left padding. */
+   * seqused_k[b] is the number of valid rows, at most the capacity, left padding included; NULL:
+   * the whole capacity. Rows past them are not read. With new rows (seqlen_new or cu_seqlens_new)
+   * it is the number before them: flashtile_append_kv writes the new rows behind the valid ones,
+   * and flashtile_forward with the same problem counts them in. seqlen_k of the mask is the number
+   * of valid rows without the left padding. */
   int64_t page_size;          /* rows of a page, any number; 0: no cache, nothing below is read */
   int64_t num_pages;          /* entries of the first dimension of k and v */
   const int32_t* block_table; /* [batch, max_blocks], int32, page numbers; or NULL */
   int64_t block_table_stride; /* from row to row, in elements; a column has stride 1 */
   int64_t max_blocks;         /* columns */
   const int32_t* cache_batch_idx; /* [batch], int32; NULL with a block_table */
-  const int32_t* cache_leftpad;   /* [batch], int32; rows at the beginning that nobody sees */
+  const int32_t* cache_leftpad;   /* [batch], int32; rows at the beginning that no query sees */
   int64_t seqlen_new;             /* new rows of every sequence */
   const int32_t* cu_seqlens_new;  /* [batch + 1], int32; instead: packed, like cu_seqlens_q */
   int64_t total_new;              /* rows of the packed tensor */
@@ -210,13 +210,13 @@ typedef struct {
   size_t workspace_bytes; /* flashtile_workspace_size_backward or more; on the CPU also less */
 } flashtile_backward_params;
 
-/* Writes new keys and values into a cache, behind the rows that a sequence has in use: row i of
+/* Writes new keys and values into a cache, behind the valid rows of a sequence: row i of
  * sequence b becomes row seqused_k[b] + i; none is written of a sequence whose seqused_k is
  * negative. A row beyond the capacity or on a page that does not exist has no place. On the CPU
  * such a call is refused, with the sentence of flashtile_check_cache, and nothing is written. On
  * CUDA, where the host does not look, the row is not written, and flashtile_check_cache reports it.
  * Two sequences must not append to the same page, and the tables must not lie in the caches:
- * pointers do not show it, so nobody checks.
+ * pointers do not show it, so it is not checked.
  *
  * With rotary_cos, k_new is rotated on its way into the cache, and q into q_out, the row at
  * position p (a row of the cache, left padding counted) by row p of the tables: (x, y) -> (x cos -
@@ -309,8 +309,8 @@ FLASHTILE_API flashtile_status flashtile_append_kv(const flashtile_append_kv_par
 /* Looks for wrong numbers of a problem with a cache, where they lie, and writes the first of the
  * first sequence that has one into *report, unless something is reported there already: zero it
  * before, and after it was read. Wrong is what the other calls clamp: seqused_k outside 0 to the
- * capacity; new rows beyond the capacity; cache_leftpad outside 0 to the rows in use;
- * cache_batch_idx, and block_table where rows are in use, outside 0 to num_pages - 1; cu_seqlens_q
+ * capacity; new rows beyond the capacity; cache_leftpad outside 0 to the valid rows;
+ * cache_batch_idx, and block_table where rows are valid, outside 0 to num_pages - 1; cu_seqlens_q
  * and cu_seqlens_new that do not rise from 0 to at most total_q and total_new.
  *
  * On CUDA it enqueues on `stream`, and the device writes the report: into device memory, or into

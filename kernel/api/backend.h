@@ -19,8 +19,7 @@ struct PlanName {
   char text[96] = "";
   char note[192] = "";
 
-  // The words one behind the other. Not by snprintf, which would be half of what a call asks of the
-  // host.
+  // Joins the words. snprintf would take half of the host time of a call.
   void set_text(std::initializer_list<std::string_view> words) {
     size_t length = 0;
     for (const std::string_view word : words)

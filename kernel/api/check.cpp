@@ -22,7 +22,7 @@ Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t batch, int6
 
 namespace {
 
-// The same for the rows in use: `cu` or, when it is null, `seqlen` says how many there are.
+// The same for the valid rows: `cu` or, when it is null, `seqlen` says how many there are.
 Status check_seqused(const char* name, const int32_t* used, const int32_t* cu, int64_t seqlen,
                      int64_t batch) {
   if (used == nullptr) return FLASHTILE_OK;

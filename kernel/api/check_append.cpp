@@ -25,7 +25,7 @@ CacheReport find_row_without_place(const Problem& problem, int64_t sequence) {
 }
 
 // On the CPU a new row that has no place is an error: looking costs nothing there, and dropping it
-// would lose a key. On CUDA nobody on the host can look.
+// would lose a key. On CUDA the host cannot look.
 Status check_places(const Problem& problem) {
   for (int64_t b = 0; b < problem.batch; ++b) {
     const CacheReport report = find_row_without_place(problem, b);

@@ -1,4 +1,4 @@
-// What the argument checks have in common; nobody but them needs it.
+// What the argument checks share. No other file includes it.
 #pragma once
 
 #include <cstring>

@@ -68,7 +68,7 @@ Status check_lengths(const flashtile_problem& p) {
                 p.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
   }
   if (p.cu_seqlens_q == nullptr) return FLASHTILE_OK;
-  const int64_t most_rows = p.batch == 0 ? 0 : kMost;  // without a sequence nobody defines them
+  const int64_t most_rows = p.batch == 0 ? 0 : kMost;  // without a sequence they are undefined
   if (Status s = check_range("total_q", p.total_q, 0, most_rows)) return s;
   return cache ? FLASHTILE_OK : check_range("total_k", p.total_k, 0, most_rows);
 }

@@ -43,8 +43,8 @@ struct CheckCache {
     return report;
   }
 
-  // Into memory that other launches write and the host reads: whoever finds it empty claims it, and
-  // `what` says last that all is there.
+  // Into memory that other launches write and the host reads: the first to find it empty claims it,
+  // and `what`, written last, says that the rest is there.
   static FLASHTILE_DEVICE void publish(const CacheReport& found, CacheReport& report) {
     if (ptx::compare_and_swap(&report.what, 0, kReportInWork) != 0) return;
     report.reserved = 0;

@@ -78,8 +78,8 @@ FLASHTILE_CACHE_INLINE CacheReport find_wrong_number(const Problem& problem, int
                                              cache.num_pages - 1);
 }
 
-// The block table's row of a sequence, from the `lane`-th column whose rows are in use, every
-// `lanes`-th. Columns that hold nothing but left padding are not in use.
+// The block table's row of a sequence, from the `lane`-th column whose rows are valid, every
+// `lanes`-th. Columns of left padding alone are unused.
 FLASHTILE_CACHE_INLINE CacheReport find_wrong_page(const Problem& problem, int64_t sequence,
                                                    int lane, int lanes) {
   const Cache& cache = problem.cache;

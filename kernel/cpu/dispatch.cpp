@@ -115,7 +115,7 @@ Status no_instruction_set() {
 
 #if defined(_OPENMP)
 // Threads do not survive fork(), but GNU's OpenMP runtime still counts on those that the parent
-// had, and waits for them for ever. One thread is what works in any child.
+// had, and waits for them forever. One thread works in every child.
 std::atomic<bool> is_forked = false;
 [[maybe_unused]] const int kForkIsWatched =
     pthread_atfork(nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });

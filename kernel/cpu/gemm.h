@@ -63,7 +63,7 @@ template <class C>
 struct Matrix {
   C* data;
   int64_t stride;
-  // data is null only while an Arena measures, and then nobody asks for a row.
+  // data is null only while an Arena measures; no row is read then.
   // NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm)
   FLASHTILE_INLINE C* row(int64_t r) const { return data + r * stride; }
 };

@@ -1,4 +1,4 @@
-// Where the rows in use of one (sequence, head) lie: dense, varlen or in a cache.
+// Where the valid rows of one (sequence, head) lie: dense, varlen or in a cache.
 #pragma once
 
 #include <type_traits>

@@ -9,7 +9,7 @@
 
 namespace flashtile::cpu {
 
-// Calls visit(batch, first row, rows) for every run of rows that is not in use, of the query or of
+// Calls visit(batch, first row, rows) for every run of unused rows, of the query or of
 // the key tensors.
 template <class Visit>
 void for_each_unused(int64_t batch, int64_t rows, const int32_t* cu_seqlens, const int32_t* used,

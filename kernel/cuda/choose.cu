@@ -259,7 +259,7 @@ Status choose(const BackwardParams& params, DeviceScope& scope, Plan<BackwardPar
   const Family general = family_for_all(plan.device);
   const MappedTensor dout = query_tensor("dout", params.dout, p, p.head_dim_v);
   const Family family = choose_family(params, dout, plan.device, plan.name);
-  // Enough for every family of the device: which one it is is not known before the tensors are.
+  // Enough for every family of the device: the family is known only with the tensors.
   size_t bytes = 0;
   for (const Family one : {general, Family::kSm90}) {
     if (one == Family::kSm90 && !(kHasSm90 && plan.device.capability == 90)) continue;

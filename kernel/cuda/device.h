@@ -30,7 +30,7 @@ class DeviceScope {
   int previous_ = -1;  // to return to; -1: nothing was changed
 };
 
-// fp16 and bf16 are served.
+// Refuses every dtype but fp16 and bf16.
 Status check_dtype(const Problem& problem);
 
 }  // namespace flashtile::cuda

@@ -1,7 +1,7 @@
 // Tensor maps: what the tensor memory accelerator (TMA) has to know of a tensor in global memory.
 //
 // A map here sees the rows of a (batch, seqlen, heads, head_dim) tensor twice over, so that a copy
-// can end at any row, as sequences packed behind each other and rows not in use want it:
+// can end at any row, as packed sequences and unused rows need it:
 //
 //   dimension   0         1          2               3      4
 //   extent      head_dim  box rows   rows + box rows  heads  batch
