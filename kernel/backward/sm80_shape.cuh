@@ -15,8 +15,6 @@ struct BackwardShape {
   using ScoreTile = typename Smem::ScoreTile;
   static constexpr BackwardConfig kConfig = Smem::kConfig;
   static constexpr int kThreads = 32 * kConfig.warps();
-  static constexpr int kBlocksPerSm = 1;
-  static constexpr int kSharedBytes = Smem::kBytes;
   static constexpr int kBlockQ = kConfig.block_q;
   static constexpr int kBlockK = kConfig.block_k;
   static constexpr int kKeys = kBlockK / kConfig.warps_k;     // of one warp
@@ -29,7 +27,6 @@ struct BackwardShape {
   static constexpr bool kPairs = kConfig.warps_q == 2;  // of warps that exchange scores
   static constexpr int kHalfBytes =
       kQueries * QueryTile::kPanelRowBytes;  // from one warp's queries to the next's
-  static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
   using Scores = Accumulator<kKeys, kQueries>;  // S^T, P^T, dP^T, dS^T: [key, query]
   using Packed = PackedScores<kKeys, kQueries>;
   using Gradient = Accumulator<kKeys, GradColumns::kCols>;  // dK, dV: [key, head_dim]

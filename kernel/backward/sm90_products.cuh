@@ -45,15 +45,6 @@ FLASHTILE_DEVICE void issue_add_ABt(Accumulator<16, TileB::kRows>& c, uint32_t a
   }
 }
 
-// c += A B as issue_AB has it, for columns 16 * kFirst to 16 * (kFirst + kSteps) of A alone.
-template <class T, class TileB, int kFirst, int kSteps>
-FLASHTILE_DEVICE void issue_AB_steps(Accumulator<16, TileB::kCols>& c,
-                                     const uint32_t (&a)[TileB::kRows / 16][4], uint32_t b) {
-  FLASHTILE_UNROLL
-  for (int step = kFirst; step < kFirst + kSteps; ++step)
-    ptx::wgmma<T, ptx::Major::kMn>(c.d[0], a[step], ptx::descriptor(down_columns(b, step)), true);
-}
-
 // c = A B for A [64, n] with n contiguous and columns of B [n, d] with d contiguous.
 template <class T, class TileA, class TileB, int kCols>
 FLASHTILE_DEVICE void issue_shared_AB(Accumulator<16, kCols>& c, uint32_t a, uint32_t b) {

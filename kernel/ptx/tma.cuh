@@ -10,11 +10,8 @@
 
 namespace flashtile::ptx {
 
-// Elements of a 4-D or 5-D tensor, innermost dimension first.
+// Elements of a 5-D tensor, innermost dimension first.
 struct Coordinates {
-  int c0, c1, c2, c3;
-};
-struct Coordinates5 {
   int c0, c1, c2, c3, c4;
 };
 
@@ -27,40 +24,17 @@ FLASHTILE_DEVICE void prefetch_tensor_map(const TensorMap& map) {
 FLASHTILE_DEVICE void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier,
                                const Coordinates& x) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared),
-      "l"(&map), "r"(barrier), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3)
-      : "memory");
-}
-// Shared memory -> box at `x`; elements outside of the tensor are not written.
-FLASHTILE_DEVICE void tma_store(const TensorMap& map, uint32_t shared, const Coordinates& x) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
-      "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-      "r"(shared), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3)
-      : "memory");
-}
-FLASHTILE_DEVICE void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier,
-                               const Coordinates5& x) {
-  asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3), "r"(x.c4)
       : "memory");
 }
-FLASHTILE_DEVICE void tma_store(const TensorMap& map, uint32_t shared, const Coordinates5& x) {
+// Shared memory -> box at `x`; elements outside of the tensor are not written.
+FLASHTILE_DEVICE void tma_store(const TensorMap& map, uint32_t shared, const Coordinates& x) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group "
       "[%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
       "r"(shared), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3), "r"(x.c4)
-      : "memory");
-}
-// The box at `x` += shared memory, in the tensor's format.
-FLASHTILE_DEVICE void tma_reduce_add(const TensorMap& map, uint32_t shared, const Coordinates& x) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group "
-      "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-      "r"(shared), "r"(x.c0), "r"(x.c1), "r"(x.c2), "r"(x.c3)
       : "memory");
 }
 
@@ -72,11 +46,6 @@ FLASHTILE_DEVICE void bulk_load(uint32_t shared, const void* global, uint32_t by
           "r"(shared),
       "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
-}
-FLASHTILE_DEVICE void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-               "r"(shared), "r"(bytes)
-               : "memory");
 }
 FLASHTILE_DEVICE void bulk_reduce_add_f32(float* global, uint32_t shared, uint32_t bytes) {
   asm volatile(

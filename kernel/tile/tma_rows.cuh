@@ -14,7 +14,7 @@ struct TmaRows {
   int row, count, head, batch;
 };
 
-FLASHTILE_DEVICE ptx::Coordinates5 coordinates(const TmaRows& rows, int box_rows, int panel) {
+FLASHTILE_DEVICE ptx::Coordinates coordinates(const TmaRows& rows, int box_rows, int panel) {
   const int count = min(max(rows.count, 0), box_rows);
   return {panel * kPanelCols, box_rows - count, rows.row + count, rows.head, rows.batch};
 }
