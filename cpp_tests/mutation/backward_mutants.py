@@ -339,8 +339,8 @@ PRODUCTS = [
     mutant(
         "partner's queries taken from the wrong side",
         MAIN,
-        "? Shape::kHalfBytes : -Shape::kHalfBytes;",
-        "? -Shape::kHalfBytes : Shape::kHalfBytes;",
+        "? Shape::kHalfBytes : -Shape::kHalfBytes);",
+        "? -Shape::kHalfBytes : Shape::kHalfBytes);",
         head_dim=192,
         memory="small",
     ),

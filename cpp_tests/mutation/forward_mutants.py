@@ -312,8 +312,8 @@ LAYOUT = [
     mutant(
         "V not transposed",
         "tile/product_sm80.cuh",
-        "ptx::ldmatrix_x4_trans(b_kn, b.at(16 * k, n));",
-        "ptx::ldmatrix_x4(b_kn, b.at(16 * k, n));",
+        "ptx::ldmatrix_x4_trans(b_kn, b.at(16 * k, n, b_bytes));",
+        "ptx::ldmatrix_x4(b_kn, b.at(16 * k, n, b_bytes));",
     ),
     mutant(
         "panels of a tile read twice",

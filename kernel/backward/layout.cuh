@@ -67,25 +67,6 @@ struct BackwardSlot {
   }
 };
 
-// How warps share the columns of a tile of kHeadDim columns: each takes an equal part of every
-// panel, so that its 16 x 16 blocks lie at constant distances from the first one.
-template <int kHeadDim, int kParts>
-struct ColumnSplit {
-  static constexpr int kPanelCols = panel_cols(kHeadDim);
-  static constexpr int kPart = kPanelCols / kParts;
-  static constexpr int kCols = kHeadDim / kParts;  // of one warp
-  static constexpr int kBlocksPerPanel = kPart / 16;
-  static_assert(kPart % 16 == 0 && kPart * kParts == kPanelCols);
-
-  // 16-byte chunk of part `part`'s first column.
-  static FLASHTILE_HOST_DEVICE int first_chunk(int part) { return part * kPart / 8; }
-  static FLASHTILE_HOST_DEVICE int part(int col) { return col % kPanelCols / kPart; }
-  // Column `col` among those of its part.
-  static FLASHTILE_HOST_DEVICE int col_in_part(int col) {
-    return col / kPanelCols * kPart + col % kPart;
-  }
-};
-
 // Where dQ's accumulators lie: [register][thread], for warps (row, column) of the dQ warp grid.
 template <int kHeadDim, Memory kMemory>
 struct DqOrder {

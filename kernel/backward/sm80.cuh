@@ -27,6 +27,8 @@ struct BackwardSm80 {
   using DqColumns = typename Shape::DqColumns;
   using QueryColumns = typename Shape::QueryColumns;
   using KeyColumns = typename Shape::KeyColumns;
+  using KeyRows = typename Shape::KeyRows;
+  using ScoreRows = typename Shape::ScoreRows;
   using Scores = typename Shape::Scores;
   using Packed = typename Shape::Packed;
   using Gradient = typename Shape::Gradient;
@@ -42,8 +44,8 @@ struct BackwardSm80 {
   static constexpr int kSharedBytes = Smem::kBytes;
   static constexpr int kExchange = Smem::kExchange - Smem::kScores;  // from dS^T to P^T
   using Loader = QueryLoader<Shape>;
-  using V =
-      std::conditional_t<kConfig.v_in_registers, RegisterRows<KeyTile, kKeys>, SharedRows<KeyTile>>;
+  using V = std::conditional_t<kConfig.v_in_registers, RegisterOperand<KeyRows, kKeys>,
+                               SharedOperand<KeyRows, kKeys>>;
   using Turns = std::conditional_t<kDeterministic, DqTurns, NoTurns>;
 
   // gradient += scores b. Where warps share the columns of the gradient among them, the scores of
@@ -51,19 +53,18 @@ struct BackwardSm80 {
   // `exchange`; of more, it reads all there.
   static FLASHTILE_DEVICE void accumulate(Gradient& gradient, const Packed& scores,
                                           const QueryColumns& b, int b_offset,
-                                          const Cursor<ScoreTile>& exchange, int exchange_offset) {
+                                          const ScoreRows& exchange, int exchange_offset) {
     constexpr bool kExchanged = kConfig.split_head_dim;
     if constexpr (kPairs || !kExchanged) {
       FLASHTILE_UNROLL
       for (int k = 0; k < kQueries / 16; ++k) {
-        product_AB_step<T>(gradient, scores.x[k], b, 16 * k, b_offset);
+        mma_AB_step<T>(gradient, scores.x[k], b, k, b_offset);
       }
     }
     if constexpr (kExchanged) {
       QueryColumns other_b = b;
       if constexpr (kPairs) {
-        other_b.base +=
-            Warp(ptx::thread_index()).query == 0 ? Shape::kHalfBytes : -Shape::kHalfBytes;
+        other_b.move(Warp(ptx::thread_index()).query == 0 ? Shape::kHalfBytes : -Shape::kHalfBytes);
       }
       FLASHTILE_UNROLL
       for (int k = 0; k < (kPairs ? kQueries : kBlockQ) / 16; ++k) {
@@ -72,7 +73,7 @@ struct BackwardSm80 {
         for (int m = 0; m < kKeys / 16; ++m) {
           ptx::ldmatrix_x4(a[m], exchange.at(16 * m, k, exchange_offset));
         }
-        product_AB_step<T>(gradient, a, other_b, 16 * k, b_offset);
+        mma_AB_step<T>(gradient, a, other_b, k, b_offset);
       }
     }
   }
@@ -83,8 +84,7 @@ struct BackwardSm80 {
   }
 
   // dQ of the whole block of queries, the warp's rows and columns of it, some columns at a time.
-  static FLASHTILE_DEVICE void add_dq(float* dq, const Cursor<ScoreTile>& ds,
-                                      const KeyColumns& k_cols) {
+  static FLASHTILE_DEVICE void add_dq(float* dq, const ScoreRows& ds, const KeyColumns& k_cols) {
     constexpr int kPasses = kConfig.dq_passes;
     constexpr int kCols = Dq::kCols / kPasses;
     constexpr int kPanels = kCols / 16 / DqColumns::kBlocksPerPanel;  // from pass to pass
@@ -98,7 +98,7 @@ struct BackwardSm80 {
         uint32_t a[Dq::kRows / 16][4];
         FLASHTILE_UNROLL
         for (int m = 0; m < Dq::kRows / 16; ++m) ptx::ldmatrix_x4_trans(a[m], ds.at(16 * k, m));
-        product_AB_step<T>(sum, a, k_cols, 16 * k, pass * kPanels * KeyTile::kPanelBytes);
+        mma_AB_step<T>(sum, a, k_cols, k, pass * kPanels * KeyTile::kPanelBytes);
       }
       FLASHTILE_UNROLL
       for (int m = 0; m < Dq::kRows / 16; ++m) {
@@ -177,8 +177,7 @@ struct BackwardSm80 {
     }
 
     Scores scores;
-    product_ABt<T>(scores, SharedRows<KeyTile>(my.at.k_rows, 0), my.stage.rows, 0,
-                   [](int) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); });  // S^T = K Q^T
+    mma_ABt<T>(scores, SharedOperand<KeyRows, kKeys>{my.at.k_rows}, my.stage.rows);  // S^T = K Q^T
     probabilities(scores, my.stage, launch.scale_log2);
     if constexpr (kEdge) EdgeTest<Shape>::hide(scores, slot - first_slot, my.notes);
     Packed packed;
@@ -193,10 +192,10 @@ struct BackwardSm80 {
     FLASHTILE_UNROLL
     for (int q = 0; q < kQueries; q += Shape::kPiece) {
       Accumulator<kKeys, Shape::kPiece> ds;
-      product_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows),
-                     Smem::kDout + q * Shape::QueryTile::kPanelRowBytes, [&](int n) {
-                       return my.stage.minus_delta(q / 8 + n);
-                     });  // dP^T - delta = V dO^T - delta
+      mma_ABt<T>(ds, my.v, my.stage.of_dout(my.stage.rows),
+                 Smem::kDout + q * Shape::QueryTile::kPanelRowBytes, [&](int n) {
+                   return my.stage.minus_delta(q / 8 + n);
+                 });  // dP^T - delta = V dO^T - delta
       multiply<kEdge>(ds, scores, q / 8);
       packed.template pack<T>(ds, q / 16);
     }
@@ -262,8 +261,10 @@ struct BackwardSm80 {
     ptx::cp_async_wait<0>();
     __syncthreads();  // K and V have landed, for every thread
     const Places<Shape> at(smem, warp);
+    V v{at.k_rows, Smem::kV - Smem::kK};
+    v.load();
     State my{.at = at,
-             .v = V(at.k_rows, Smem::kV - Smem::kK),
+             .v = v,
              .stage = Stage<Shape>(smem + Smem::kStages, warp),
              .loader = Loader(smem + Smem::kStages, thread),
              .notes = notes};

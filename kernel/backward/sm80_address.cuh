@@ -17,8 +17,8 @@ struct Stage {
   static constexpr auto kQueries = Shape::kQueries;
   static constexpr auto kPairs = Shape::kPairs;
 
-  Cursor<QueryTile> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
-  QueryColumns cols;       // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
+  LaneAddress<QueryTile, 1> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
+  QueryColumns cols;  // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
   uint32_t statistics;
   int step;
 
@@ -32,19 +32,19 @@ struct Stage {
 
   FLASHTILE_DEVICE void flip(uint32_t& fill) {
     if constexpr (kConfig.stages_q == 2) {
-      rows.base += step;
-      cols.base += step;
+      rows.move(step);
+      cols.move(step);
       if constexpr (Smem::kTogether) statistics += step;
       fill -= step;
       step = -step;
     }
-    ptx::hide(rows.base);
-    ptx::hide(cols.base);
+    rows.hide();
+    cols.hide();
   }
   // Where only Q has two places: the same address as in Q's first stage. kDout leads on from it.
   template <class Address>
   FLASHTILE_DEVICE Address of_dout(Address address) const {
-    if constexpr (!Smem::kTogether) address.base -= (Smem::kStageBytes - step) / 2;
+    if constexpr (!Smem::kTogether) address.move(-((Smem::kStageBytes - step) / 2));
     return address;
   }
   FLASHTILE_DEVICE float4 lse(int n16) const { return ptx::lds_f32x4(statistics + n16 * 192); }
@@ -99,8 +99,8 @@ struct EdgeTest {
 template <class Shape>
 struct Places {
   using Smem = typename Shape::Smem;
-  using KeyTile = typename Shape::KeyTile;
-  using ScoreTile = typename Shape::ScoreTile;
+  using KeyRows = typename Shape::KeyRows;
+  using ScoreRows = typename Shape::ScoreRows;
   using KeyColumns = typename Shape::KeyColumns;
   using DqColumns = typename Shape::DqColumns;
   using Dq = typename Shape::Dq;
@@ -110,11 +110,11 @@ struct Places {
   static constexpr auto kQueries = Shape::kQueries;
   static constexpr auto kPairs = Shape::kPairs;
 
-  Cursor<KeyTile> k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
-  KeyColumns k_cols;          // all keys, the warp's columns of dQ: B of dQ = dS K
-  Cursor<ScoreTile> dq_rows;  // all keys, the warp's queries of dQ: A of dQ = dS K
-  Cursor<ScoreTile> partner;  // the warp's keys, the partner's (all) queries (P^T further on)
-  uint32_t scores;            // the lane's first pair of its own scores
+  KeyRows k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
+  KeyColumns k_cols;  // all keys, the warp's columns of dQ: B of dQ = dS K
+  ScoreRows dq_rows;  // all keys, the warp's queries of dQ: A of dQ = dS K
+  ScoreRows partner;  // the warp's keys, the partner's (all) queries (P^T further on)
+  uint32_t scores;    // the lane's first pair of its own scores
 
   FLASHTILE_DEVICE Places(uint32_t smem, const Warp& warp)
       : k_rows(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, warp.key * kKeys),
@@ -123,16 +123,17 @@ struct Places {
         dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0, warp.dq_row * Dq::kRows / 8),
         partner(smem + Smem::kScores, Lanes::kRowsFirst, warp.lane, warp.key * kKeys,
                 kPairs ? (1 - warp.query) * kQueries / 8 : 0),
-        scores(smem + Smem::kScores + warp.lane % 4 * 4 +
-               ScoreTile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
+        scores(
+            smem + Smem::kScores + warp.lane % 4 * 4 +
+            ScoreRows::Tile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
 
   // Keeps the compiler from computing all the addresses that follow from these before the loop. (It
   // does no good where a warp has all of its keys' queries to itself.)
   FLASHTILE_DEVICE void hide() {
-    if constexpr (kConfig.split_head_dim || Shape::kCrowded) ptx::hide(k_rows.base);
+    if constexpr (kConfig.split_head_dim || Shape::kCrowded) k_rows.hide();
     if constexpr (Shape::kCrowded) {
-      ptx::hide(k_cols.base);
-      ptx::hide(dq_rows.base);
+      k_cols.hide();
+      dq_rows.hide();
       ptx::hide(scores);
     }
   }

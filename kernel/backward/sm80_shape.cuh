@@ -26,12 +26,15 @@ struct BackwardShape {
   using DqColumns = typename Dq::Columns;
   static constexpr bool kPairs = kConfig.warps_q == 2;  // of warps that exchange scores
   static constexpr int kHalfBytes =
-      kQueries * QueryTile::kPanelRowBytes;  // from one warp's queries to the next's
+      kQueries * QueryTile::kPanelRowBytes;     // from one warp's queries to the next's
   using Scores = Accumulator<kKeys, kQueries>;  // S^T, P^T, dP^T, dS^T: [key, query]
   using Packed = PackedScores<kKeys, kQueries>;
   using Gradient = Accumulator<kKeys, GradColumns::kCols>;  // dK, dV: [key, head_dim]
-  using QueryColumns = Cursor<QueryTile, kConfig.split_head_dim ? kConfig.warps_q : 1>;
-  using KeyColumns = Cursor<KeyTile, Dq::kWarpCols>;
+  // Addresses of the main loop, one register each.
+  using KeyRows = LaneAddress<KeyTile, 1>;
+  using ScoreRows = LaneAddress<ScoreTile, 1>;
+  using KeyColumns = LaneAddress<KeyTile, 1, Dq::kWarpCols>;
+  using QueryColumns = LaneAddress<QueryTile, 1, kConfig.split_head_dim ? kConfig.warps_q : 1>;
   using QueryCopy = RowCopy<QueryTile, kThreads>;
   using KeyCopy = RowCopy<KeyTile, kThreads>;
   using Slot = BackwardSlot<kBlockQ, kHeadDim>;

@@ -45,13 +45,8 @@ struct BackwardScores {
   // What dP^T starts from: -delta, in every row.
   static FLASHTILE_DEVICE void start_from_delta(Scores& ds, uint32_t statistics) {
     FLASHTILE_UNROLL
-    for (int n = 0; n < kBlocks; ++n) {
-      const float4 x = ptx::lds_f32x4(statistics + n / 2 * 192 + 64 + n % 2 * 64);
-      ds.d[0][n][0] = x.x;
-      ds.d[0][n][1] = x.y;
-      ds.d[0][n][2] = x.z;
-      ds.d[0][n][3] = x.w;
-    }
+    for (int n = 0; n < kBlocks; ++n)
+      assign(ds.d[0][n], ptx::lds_f32x4(statistics + n / 2 * 192 + 64 + n % 2 * 64));
   }
   // dP^T - delta -> dS^T
   static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {

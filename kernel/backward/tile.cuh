@@ -89,24 +89,6 @@ struct BackwardSmem {
   static_assert(kBytes + 1024 <= shared_memory_limit(kMemory));  // 1 KB is the driver's
 };
 
-// A lane's addresses of the 16 x 16 blocks of a tile, in one register: column blocks of a panel
-// differ by an XOR, panels and rows are immediates of the instruction. kParts: the blocks are those
-// of one part of a ColumnSplit.
-template <class Tile, int kParts = 1>
-struct Cursor {
-  using Columns = ColumnSplit<Tile::kCols, kParts>;
-  uint32_t base;
-
-  FLASHTILE_DEVICE Cursor(uint32_t tile, Lanes lanes, int lane, int row0, int chunk0 = 0)
-      : base(tile + Tile::offset(row0 + lane_row(lanes, lane), chunk0 + lane_chunk(lanes, lane))) {}
-
-  FLASHTILE_DEVICE uint32_t at(int row, int column_block, int tile_offset = 0) const {
-    return (base ^ (column_block % Columns::kBlocksPerPanel * 2 * kChunkBytes)) +
-           column_block / Columns::kBlocksPerPanel * Tile::kPanelBytes +
-           row * Tile::kPanelRowBytes + tile_offset;
-  }
-};
-
 // Copies rows of one tensor into tiles. A thread moves one 16-byte column of every panel (of all
 // panels where they are a power of two: one column), in every kRowsPerPass-th row.
 template <class Tile, int kThreads>
@@ -160,83 +142,6 @@ struct RowCopy {
       }
       source += pass_bytes;
     }
-  }
-};
-
-// Sets c = a b^T + c0, a: kRows rows of A (operand), b: rows of a tile stored [n, k]. c0(n) is the
-// start value of n8 tile n, the same for all row blocks.
-template <class T, int kRows, int kCols, class Operand, class Tile, class Start>
-FLASHTILE_DEVICE void product_ABt(Accumulator<kRows, kCols>& c, const Operand& a,
-                                  const Cursor<Tile>& b, int b_offset, Start start) {
-  FLASHTILE_UNROLL
-  for (int k = 0; k < Tile::kCols / 16; ++k) {
-    uint32_t a_k[kRows / 16][4];
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRows / 16; ++m) a.get(a_k[m], m, k);
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kCols / 16; ++n) {
-      uint32_t b_nk[4];
-      ptx::ldmatrix_x4(b_nk, b.at(16 * n, k, b_offset));
-      if (k == 0) {
-        const float4 c0 = start(2 * n), c1 = start(2 * n + 1);
-        const float first[4] = {c0.x, c0.y, c0.z, c0.w};
-        const float second[4] = {c1.x, c1.y, c1.z, c1.w};
-        FLASHTILE_UNROLL
-        for (int m = 0; m < kRows / 16; ++m) {
-          ptx::mma_m16n8k16<T>(c.d[m][2 * n], a_k[m], b_nk[0], b_nk[1], first);
-          ptx::mma_m16n8k16<T>(c.d[m][2 * n + 1], a_k[m], b_nk[2], b_nk[3], second);
-        }
-      } else {
-        FLASHTILE_UNROLL
-        for (int m = 0; m < kRows / 16; ++m) mma_pair<T>(c, m, n, a_k[m], b_nk);
-      }
-    }
-  }
-}
-
-// c += a b for k16 step `a` and rows row.. of b, a tile stored [k, n].
-template <class T, int kRows, int kCols, class Tile, int kParts>
-FLASHTILE_DEVICE void product_AB_step(Accumulator<kRows, kCols>& c,
-                                      const uint32_t (&a)[kRows / 16][4],
-                                      const Cursor<Tile, kParts>& b, int row, int b_offset) {
-  FLASHTILE_UNROLL
-  for (int n = 0; n < kCols / 16; ++n) {
-    uint32_t b_kn[4];
-    ptx::ldmatrix_x4_trans(b_kn, b.at(row, n, b_offset));
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRows / 16; ++m) mma_pair<T>(c, m, n, a[m], b_kn);
-  }
-}
-
-// A's rows in shared memory, read where they are used.
-template <class Tile>
-struct SharedRows {
-  Cursor<Tile> cursor;
-  int offset;
-
-  FLASHTILE_DEVICE SharedRows(const Cursor<Tile>& cursor, int offset)
-      : cursor(cursor), offset(offset) {}
-  FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
-    ptx::ldmatrix_x4(a, cursor.at(16 * m, k, offset));
-  }
-};
-
-// A's rows in registers.
-template <class Tile, int kRows>
-struct RegisterRows {
-  uint32_t x[kRows / 16][Tile::kCols / 16][4];  // pairs of 16-bit elements
-
-  FLASHTILE_DEVICE RegisterRows(const Cursor<Tile>& cursor, int offset) {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRows / 16; ++m) {
-      FLASHTILE_UNROLL
-      for (int k = 0; k < Tile::kCols / 16; ++k)
-        ptx::ldmatrix_x4(x[m][k], cursor.at(16 * m, k, offset));
-    }
-  }
-  FLASHTILE_DEVICE void get(uint32_t (&a)[4], int m, int k) const {
-    FLASHTILE_UNROLL
-    for (int i = 0; i < 4; ++i) a[i] = x[m][k][i];
   }
 };
 

@@ -21,6 +21,7 @@ struct DecodeFew {
 
   using QTile = SmemTile<kRows, kHeadDim>;
   using QTarget = LoadTarget<QTile, 4 * kRows>;
+  using QOperand = RegisterOperand<LaneAddress<QTile>, kRows>;
   using KvTile = SmemTile<kKeys, kHeadDim>;
   using Stream = DecodeStream<KvTile, kSlots, 32>;
   using Sums = DecodeSums<kHeadDim>;
@@ -59,14 +60,14 @@ struct DecodeFew {
  private:
   // What is the same for all parts.
   struct Rows {
-    RegisterOperand<QTile, kRows> q;
+    QOperand q;
     LaneAddress<KvTile> k, v;  // in slot 0
     PackedEdges edges;
     BlockRange range;
     int first_key;  // of this warp, in a step
 
     FLASHTILE_DEVICE Rows(const DecodeWork& work, int group, uint32_t rings)
-        : q(q_tile(rings), lane(), 0),
+        : q(LaneAddress<QTile>(q_tile(rings), Lanes::kRowsFirst, lane())),
           k(rings + warp() * Stream::kRing, Lanes::kColsFirst, lane()),
           v(rings + warp() * Stream::kRing, Lanes::kRowsFirst, lane()),
           edges(work.mask, 0, work.rows, group, lane()),
@@ -82,8 +83,7 @@ struct DecodeFew {
   }
 
   // Returns when every warp has Q in its registers.
-  FLASHTILE_DEVICE static void receive_q(const DecodeParams& params, uint32_t rings,
-                                         RegisterOperand<QTile, kRows>& q) {
+  FLASHTILE_DEVICE static void receive_q(const DecodeParams& params, uint32_t rings, QOperand& q) {
     ptx::cp_async_wait<2 * Stream::kAhead>();
     if (params.negate_q && ptx::thread_index() < 4 * kRows)
       negate(QTarget(q_tile(rings), ptx::thread_index()));

@@ -56,14 +56,14 @@ struct DecodeMany {
  private:
   // What is the same for all parts.
   struct Rows {
-    SharedOperand<QTile, kDecodeTile> q;
+    SharedOperand<LaneAddress<QTile>, kDecodeTile> q;
     LaneAddress<KvTile> k, v;  // in slot 0
     PackedEdges edges;
     BlockRange range;
     bool in_use;
 
     FLASHTILE_DEVICE Rows(const DecodeWork& work, int group, uint32_t shared)
-        : q(shared + Stream::kRing, lane(), first_row()),
+        : q{{shared + Stream::kRing, Lanes::kRowsFirst, lane(), first_row()}},
           k(shared, Lanes::kColsFirst, lane()),
           v(shared, Lanes::kRowsFirst, lane()),
           edges(work.mask, first_row(), work.rows, group, lane()),

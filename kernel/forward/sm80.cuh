@@ -91,8 +91,9 @@ struct ForwardSm80 {
 
   using QTile = SmemTile<kQueries, kHeadDim>;
   using KvTile = SmemTile<kKeys, kHeadDim>;
-  using QOperand = std::conditional_t<kConfig.q_in_registers, RegisterOperand<QTile, kRows>,
-                                      SharedOperand<QTile, kRows>>;
+  using QRows = LaneAddress<QTile>;
+  using QOperand = std::conditional_t<kConfig.q_in_registers, RegisterOperand<QRows, kRows>,
+                                      SharedOperand<QRows, kRows>>;
   using QLoader = TileLoader<QTile, kThreads>;
   using KvStream = Keys<KvTile, kThreads>;
   using Params = typename KvStream::Params;
@@ -123,7 +124,7 @@ struct ForwardSm80 {
       const BandEdges edges(band_mask(params, work), work.q0 + warp_row, lane);
       start(params, work, range.end - 1, q_tile, thread, stream);
 
-      QOperand q(q_tile, lane, warp_row);
+      QOperand q(QRows(q_tile, Lanes::kRowsFirst, lane, warp_row));
       const LaneAddress<KvTile> k(k_tile, Lanes::kColsFirst, lane);
       const LaneAddress<KvTile> v(k_tile + kFromKToV, Lanes::kRowsFirst, lane);
       q.load();

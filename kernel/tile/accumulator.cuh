@@ -40,6 +40,13 @@ FLASHTILE_DEVICE void clear(Accumulator<kRows, kCols>& x) {
   }
 }
 
+FLASHTILE_DEVICE void assign(float (&d)[4], const float4& x) {
+  d[0] = x.x;
+  d[1] = x.y;
+  d[2] = x.z;
+  d[3] = x.w;
+}
+
 // The A operand made of the 16 x 16 block at row block m, columns 16 * k.
 template <class T, int kRows, int kCols>
 FLASHTILE_DEVICE void to_operand(uint32_t (&a)[4], const Accumulator<kRows, kCols>& x, int m,

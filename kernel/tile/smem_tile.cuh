@@ -64,36 +64,69 @@ FLASHTILE_HOST_DEVICE int lane_chunk(Lanes lanes, int lane) {
   return lanes == Lanes::kRowsFirst ? lane / 16 : lane / 8 % 2;
 }
 
-// A lane's addresses of the 16 x 16 blocks of a tile, from row `row0` (a multiple of 8) down.
-// The blocks of a panel differ by an XOR of 32, 64, 96 bytes, which is kept in four (two)
-// registers; panels and rows are immediates of the instruction.
-template <class Tile>
-struct LaneAddress {
-  static constexpr int kBlocks = Tile::kPanelBlocks;
-  uint32_t base[kBlocks];
+// How warps share the columns of a tile of kHeadDim columns: each takes an equal part of every
+// panel, so that its 16 x 16 blocks lie at constant distances from the first one.
+template <int kHeadDim, int kParts>
+struct ColumnSplit {
+  static constexpr int kPanelCols = panel_cols(kHeadDim);
+  static constexpr int kPart = kPanelCols / kParts;
+  static constexpr int kCols = kHeadDim / kParts;  // of one warp
+  static constexpr int kBlocksPerPanel = kPart / 16;
+  static_assert(kPart % 16 == 0 && kPart * kParts == kPanelCols);
 
-  FLASHTILE_DEVICE LaneAddress(uint32_t tile, Lanes lanes, int lane, int row0 = 0) {
+  // 16-byte chunk of part `part`'s first column.
+  static FLASHTILE_HOST_DEVICE int first_chunk(int part) { return part * kPart / 8; }
+  static FLASHTILE_HOST_DEVICE int part(int col) { return col % kPanelCols / kPart; }
+  // Column `col` among those of its part.
+  static FLASHTILE_HOST_DEVICE int col_in_part(int col) {
+    return col / kPanelCols * kPart + col % kPart;
+  }
+};
+
+// A lane's addresses of the 16 x 16 blocks of a tile, or of one part of its columns (of kParts, see
+// ColumnSplit), from row `row0` (a multiple of 8) down. The blocks of a panel differ by an XOR of
+// 32, 64, 96 bytes; panels and rows are immediates of the instruction.
+//
+// kRegisters: one for every block of a panel, or 1, from which each use works out its block: a loop
+// with no register to spare pays an instruction instead.
+template <class TileValue, int kRegisters = TileValue::kPanelBlocks, int kParts = 1>
+struct LaneAddress {
+  using Tile = TileValue;
+  static constexpr int kBlocks = Tile::kPanelBlocks / kParts;
+  static_assert(kBlocks % kRegisters == 0);
+  uint32_t base[kRegisters];
+
+  FLASHTILE_DEVICE LaneAddress(uint32_t tile, Lanes lanes, int lane, int row0 = 0, int chunk0 = 0) {
     const uint32_t first =
-        tile + Tile::offset(row0 + lane_row(lanes, lane), lane_chunk(lanes, lane));
+        tile + Tile::offset(row0 + lane_row(lanes, lane), chunk0 + lane_chunk(lanes, lane));
     FLASHTILE_UNROLL
-    for (int i = 0; i < kBlocks; ++i) {
+    for (int i = 0; i < kRegisters; ++i) {
       base[i] = first ^ (i * 2 * kChunkBytes);
-      ptx::hide(base[i]);
+      if (kRegisters > 1) ptx::hide(base[i]);
     }
   }
 
+  FLASHTILE_DEVICE void move(int bytes) {
+    FLASHTILE_UNROLL
+    for (int i = 0; i < kRegisters; ++i) base[i] += bytes;
+  }
   // The same in a tile that lies `bytes`, a multiple of 1024, behind this one.
   FLASHTILE_DEVICE LaneAddress behind(uint32_t bytes) const {
     LaneAddress other = *this;
-    FLASHTILE_UNROLL
-    for (int i = 0; i < kBlocks; ++i) other.base[i] += bytes;
+    other.move(bytes);
     return other;
   }
+  // Keeps the compiler from working out, ahead of a loop, what follows from the address.
+  FLASHTILE_DEVICE void hide() {
+    FLASHTILE_UNROLL
+    for (int i = 0; i < kRegisters; ++i) ptx::hide(base[i]);
+  }
 
-  // The block at rows row0 + row, columns 16 * column_block.
-  FLASHTILE_DEVICE uint32_t at(int row, int column_block) const {
-    return base[column_block % kBlocks] + column_block / kBlocks * Tile::kPanelBytes +
-           row * Tile::kPanelRowBytes;
+  // The block at rows row0 + row, columns 16 * column_block, `bytes` further on.
+  FLASHTILE_DEVICE uint32_t at(int row, int column_block, int bytes = 0) const {
+    const int block = column_block % kBlocks;
+    return (base[block % kRegisters] ^ (block / kRegisters * kRegisters * 2 * kChunkBytes)) +
+           column_block / kBlocks * Tile::kPanelBytes + row * Tile::kPanelRowBytes + bytes;
   }
 };
 
