@@ -13,7 +13,7 @@ SCORES = "backward/sm90_scores.cuh"
 MASK = "backward/sm90_mask.cuh"
 LOAD = "backward/sm90_load.cuh"
 SHAPE = "backward/sm90_shape.cuh"
-PRODUCTS = "backward/sm90_products.cuh"
+PRODUCTS = "tile/product_sm90.cuh"
 TURNS = "backward/sm90_turns.cuh"
 DQ = "backward/sm90_dq.cuh"
 
@@ -148,8 +148,8 @@ PRODUCT_MUTANTS = [
     mutant(
         "dP starts from nothing",
         PRODUCTS,
-        "ptx::descriptor(along_rows<TileB>(b, step)), true);",
-        "ptx::descriptor(along_rows<TileB>(b, step)), step > 0);",
+        "kAdd || step > 0",
+        "step > 0",
     ),
     mutant(
         "both warpgroups have the first keys",

@@ -167,20 +167,20 @@ PRODUCTS = [
     mutant(
         "half a step along K",
         PRODUCT,
-        "step % 4 * 32 / 16;",
-        "step % 4 * 16 / 16;",
+        "step % 4 * 32) / 16",
+        "step % 4 * 16) / 16",
     ),
     mutant(
         "half a step along V",
         PRODUCT,
-        "b + step * (16 * kPanelRowBytes / 16);",
-        "b + step * (8 * kPanelRowBytes / 16);",
+        "step * (16 * kPanelRowBytes / 16)",
+        "step * (8 * kPanelRowBytes / 16)",
     ),
     mutant(
-        "the second panel of K forgotten",
+        "the second panel of Q and K forgotten",
         PRODUCT,
-        "b + step / 4 * (TileB::kPanelBytes / 16) + in_panel;",
-        "b + in_panel;",
+        "(step / 4 * Tile::kPanelBytes + step % 4 * 32)",
+        "(step % 4 * 32)",
         head_dim=192,
     ),
     mutant(
@@ -194,8 +194,8 @@ PRODUCTS = [
     mutant(
         "scores added to the old ones",
         PRODUCT,
-        "ptx::descriptor(at_b), step > 0);",
-        "ptx::descriptor(at_b), true);",
+        "kAdd || step > 0",
+        "true",
     ),
     mutant(
         "every warpgroup has the first one's queries",

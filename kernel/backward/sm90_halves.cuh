@@ -4,9 +4,9 @@
 // needs all keys for its part of dQ.
 #pragma once
 
-#include "backward/sm90_products.cuh"
 #include "backward/sm90_scores.cuh"
 #include "backward/store.cuh"
+#include "tile/product_sm90.cuh"
 
 namespace flashtile {
 
@@ -55,10 +55,10 @@ struct BackwardHalves {
   FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
   // Descriptors of the tiles at hand.
   FLASHTILE_DEVICE uint32_t q() const {
-    return tiles.template at_stage<QueryTile>(Shape::kQ, Ring::stage(use));
+    return tiles.at<QueryTile>(Shape::kQ, Ring::stage(use));
   }
   FLASHTILE_DEVICE uint32_t dout() const {
-    return tiles.template at_stage<QueryTile>(Shape::kDout, Ring::stage(use));
+    return tiles.at<QueryTile>(Shape::kDout, Ring::stage(use));
   }
   FLASHTILE_DEVICE uint32_t scores() const {
     return smem + Shape::kScores + use % 2 * ScoreTile::kBytes;
@@ -72,7 +72,7 @@ struct BackwardHalves {
     q_ring().wait(use);
     Scores p;
     ptx::wgmma_fence();
-    issue_ABt<T, KeyTile, QueryTile>(p, tiles.template at<KeyTile>(Shape::kK + kFirstRow),
+    issue_ABt<T, KeyTile, QueryTile>(p, tiles.at<KeyTile>(Shape::kK + kFirstRow),
                                      q());  // S^T = K Q^T
     ptx::wgmma_commit();
 
@@ -80,7 +80,7 @@ struct BackwardHalves {
     Scores ds;
     Words::start_from_delta(ds, statistics);
     ptx::wgmma_fence();
-    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV + kFirstRow),
+    issue_ABt<T, KeyTile, QueryTile, true>(ds, tiles.at<KeyTile>(Shape::kV + kFirstRow),
                                          dout());  // dP^T - delta = V dO^T - delta
     ptx::wgmma_commit();
 
@@ -120,9 +120,9 @@ struct BackwardHalves {
     Accumulator<16, Shape::dq_cols(kGroup)> dq;
     constexpr int kDqRow = Shape::kSplitRows ? kGroup * 64 * kPanelRowBytes : 0;
     ptx::wgmma_fence();
-    issue_shared_AB<T, ScoreTile, KeyTile>(
-        dq, tiles.template at_stage<ScoreTile>(Shape::kScores + kDqRow, use % 2),
-        tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
+    issue_AB<T, ScoreTile, KeyTile>(
+        dq, tiles.at<ScoreTile>(Shape::kScores + kDqRow, use % 2),
+        tiles.at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
     ptx::wgmma_commit();                  // dQ = dS K
     issue_AB<T, QueryTile>(dk, ds, q());  // dK += dS^T Q
     ptx::wgmma_commit();

@@ -10,9 +10,9 @@
 // before, and the second had read P before it stored that dS.
 #pragma once
 
-#include "backward/sm90_products.cuh"
 #include "backward/sm90_scores.cuh"
 #include "backward/store.cuh"
+#include "tile/product_sm90.cuh"
 #include "tile/unpack.cuh"
 
 namespace flashtile {
@@ -45,10 +45,10 @@ struct BackwardRoles {
   FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
   // Descriptors of the tiles at hand.
   FLASHTILE_DEVICE uint32_t q() const {
-    return tiles.template at_stage<QueryTile>(Shape::kQ, Ring::stage(use));
+    return tiles.at<QueryTile>(Shape::kQ, Ring::stage(use));
   }
   FLASHTILE_DEVICE uint32_t dout() const {
-    return tiles.template at_stage<QueryTile>(Shape::kDout, Ring::stage(use));
+    return tiles.at<QueryTile>(Shape::kDout, Ring::stage(use));
   }
   FLASHTILE_DEVICE bool is_first_lane() const { return thread % 32 == 0; }
   // Where the lane's P lies, of 16 queries.
@@ -65,9 +65,9 @@ struct BackwardRoles {
   // Issues dQ = dS K, the warpgroup's columns.
   template <int kGroup, int kCols>
   FLASHTILE_DEVICE void issue_dq(Accumulator<16, kCols>& dq) const {
-    issue_shared_AB<T, ScoreTile, KeyTile>(
-        dq, tiles.template at<ScoreTile>(Shape::kScores),
-        tiles.template at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
+    issue_AB<T, ScoreTile, KeyTile>(
+        dq, tiles.at<ScoreTile>(Shape::kScores),
+        tiles.at<KeyTile>(Shape::kK + Shape::dq_panel(kGroup) * KeyTile::kPanelBytes));
     ptx::wgmma_commit();
   }
 
@@ -76,7 +76,7 @@ struct BackwardRoles {
     q_ring().wait(use);
     Scores p;
     ptx::wgmma_fence();
-    issue_ABt<T, KeyTile, QueryTile>(p, tiles.template at<KeyTile>(Shape::kK),
+    issue_ABt<T, KeyTile, QueryTile>(p, tiles.at<KeyTile>(Shape::kK),
                                      q());  // S^T = K Q^T
     ptx::wgmma_commit();
     dout_ring().wait(use);
@@ -115,7 +115,7 @@ struct BackwardRoles {
     Scores ds;
     Words::start_from_delta(ds, Words::statistics(smem, Ring::stage(use), thread));
     ptx::wgmma_fence();
-    issue_add_ABt<T, KeyTile, QueryTile>(ds, tiles.template at<KeyTile>(Shape::kV), dout());
+    issue_ABt<T, KeyTile, QueryTile, true>(ds, tiles.at<KeyTile>(Shape::kV), dout());
     ptx::wgmma_commit();  // dP^T - delta = V dO^T - delta
     q_ring().wait(use);
     ptx::named_barrier_sync(kProbabilitiesThere, Shape::kConsumers);
