@@ -210,8 +210,8 @@ VALUES = [
     mutant(
         "dQ of all heads goes to the first",
         MAIN,
-        "static_cast<int>(block.head * group * launch.slots_q +",
-        "static_cast<int>(block.head * launch.slots_q * 0 +",
+        "block.head * group * launch.slots_q +",
+        "block.head * launch.slots_q * 0 +",
         cases="turns",
     ),
 ]

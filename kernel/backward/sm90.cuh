@@ -46,7 +46,7 @@ struct BackwardSm90 {
   template <int kGroup>
   static FLASHTILE_DEVICE void walk(Consumer& my, int first_slot) {
     const uint32_t notes = my.smem + Shape::kNotes;
-    const RangeNotes range = read_word<RangeNotes>(notes);
+    const RangeNotes range = read_notes<RangeNotes>(notes);
     int slot = first_slot + range.begin;
     const float* const statistics = my.launch.statistics + int64_t{slot} * Slot::kStatistics;
     if (has_huge_scores(statistics, range.end - range.begin, ptx::thread_index() % 32)) {
@@ -60,10 +60,10 @@ struct BackwardSm90 {
     while (true) {
       FLASHTILE_ROLL
       for (; slot < until; ++slot) my.template step<kGroup, QueryBlock::kEdge>(slot, first_slot);
-      until = first_slot + read_word<RangeNotes>(notes).clean_end;
+      until = first_slot + read_notes<RangeNotes>(notes).clean_end;
       FLASHTILE_ROLL
       for (; slot < until; ++slot) my.template step<kGroup, QueryBlock::kClean>(slot, first_slot);
-      until = first_slot + read_word<RangeNotes>(notes).end;
+      until = first_slot + read_notes<RangeNotes>(notes).end;
       if (slot >= until) break;
     }
   }
@@ -72,17 +72,17 @@ struct BackwardSm90 {
   static FLASHTILE_DEVICE int end_of_heads(const BackwardLaunch& launch, uint32_t notes) {
     const Problem& p = launch.params.problem;
     const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
-    return read_word<BandNotes>(notes).first_slot + group * static_cast<int>(launch.slots_q);
+    return read_notes<BandNotes>(notes).first_slot + group * static_cast<int>(launch.slots_q);
   }
 
   template <int kGroup>
   static FLASHTILE_DEVICE void consume(const BackwardLaunch& launch, uint32_t smem) {
     Consumer my(launch, smem);
     const uint32_t notes = smem + Shape::kNotes;
-    const RangeNotes range = read_word<RangeNotes>(notes);
+    const RangeNotes range = read_notes<RangeNotes>(notes);
     if (range.begin < range.end) {
       ptx::mbarrier_wait(smem + Shape::kKeysFull, 0);
-      int first_slot = read_word<BandNotes>(notes).first_slot;
+      int first_slot = read_notes<BandNotes>(notes).first_slot;
       FLASHTILE_ROLL
       do {
         walk<kGroup>(my, first_slot);
@@ -90,7 +90,7 @@ struct BackwardSm90 {
       } while (first_slot < end_of_heads(launch, notes));
     }
     if (ptx::thread_index() % Shape::kGroupThreads == 0)
-      Dq::template finish<kGroup>(launch, read_word<HeadNotes>(notes).index);
+      Dq::template finish<kGroup>(launch, read_notes<HeadNotes>(notes).index);
     store<kGroup>(my);
   }
 
@@ -106,7 +106,7 @@ struct BackwardSm90 {
     my.template stage_gradients<kGroup>(dk_tile, dv_tile);
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // dK and dV are complete
     // Found again here, so that nothing of it was kept in registers during the main loop.
-    const RowBlock block = key_block(launch, read_word<HeadNotes>(my.smem + Shape::kNotes).index);
+    const RowBlock block = key_block(launch, read_notes<HeadNotes>(my.smem + Shape::kNotes).index);
     const int thread = ptx::thread_index();
     if (Copy::chunk(thread) * 8 >= kHeadDim) return;  // nobody has written there
     store_rows<Copy, Tile>(p.dk, launch.dk, block, dk_tile, thread);
@@ -127,26 +127,27 @@ struct BackwardSm90 {
     const BlockRange range =
         block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
     const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
-    write_word(notes, RangeNotes{.begin = range.begin,
-                                 .full_begin = range.full_begin,
-                                 .clean_end = min(range.full_end, s.seqlen_q / kBlockQ),
-                                 .end = range.end});
-    write_word(notes, BandNotes{.begin = block.row0 - mask.highest + 1,
-                                .end = block.row0 - mask.lowest + 1,
-                                .keys = block.rows,
-                                .first_slot = static_cast<int>(block.head * group * launch.slots_q +
-                                                               block.first_slot_q)});
-    write_word(notes, RowNotes{.key_row = static_cast<int>(s.row_k) + block.row0,
-                               .query_row = static_cast<int>(s.row_q),
-                               .seqlen_q = s.seqlen_q,
-                               .batch = static_cast<int>(s.batch)});
+    write_notes(notes, RangeNotes{.begin = range.begin,
+                                  .full_begin = range.full_begin,
+                                  .clean_end = min(range.full_end, s.seqlen_q / kBlockQ),
+                                  .end = range.end});
+    write_notes(notes, BandNotes{.begin = block.row0 - mask.highest + 1,
+                                 .end = block.row0 - mask.lowest + 1,
+                                 .keys = block.rows,
+                                 .first_slot = static_cast<int>(
+                                     block.head * group * launch.slots_q + block.first_slot_q)});
+    write_notes(notes, RowNotes{.key_row = static_cast<int>(s.row_k) + block.row0,
+                                .query_row = static_cast<int>(s.row_q),
+                                .seqlen_q = s.seqlen_q,
+                                .batch = static_cast<int>(s.batch)});
     const int next = block.row0 + kBlockK;  // the key block whose turn is before ours
-    write_word(notes, HeadNotes{.head_kv = block.head,
-                                .index = index,
-                                .before = TurnOrder::before(launch, block, index, kBlockK),
-                                .before_from = next < s.seqlen_k
-                                                   ? mask.query_blocks(next, kBlockK, kBlockQ).begin
-                                                   : 0});
+    write_notes(
+        notes,
+        HeadNotes{.head_kv = block.head,
+                  .index = index,
+                  .before = TurnOrder::before(launch, block, index, kBlockK),
+                  .before_from =
+                      next < s.seqlen_k ? mask.query_blocks(next, kBlockK, kBlockQ).begin : 0});
     ptx::mbarrier_init(smem + Shape::kKeysFull, 1);
     Ring{smem + Shape::kQRing}.init(Shape::kConsumers / 32);
     Ring{smem + Shape::kDoutRing}.init(Shape::kConsumers / 32);

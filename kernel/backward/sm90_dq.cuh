@@ -64,9 +64,9 @@ struct DqReducer {
   FLASHTILE_DEVICE void run() const {
     const Problem& p = launch.params.problem;
     const uint32_t notes = smem + Shape::kNotes;
-    const RangeNotes range = read_word<RangeNotes>(notes);
+    const RangeNotes range = read_notes<RangeNotes>(notes);
     const bool leads = ptx::elect_one();
-    int slot = read_word<BandNotes>(notes).first_slot + range.begin;
+    int slot = read_notes<BandNotes>(notes).first_slot + range.begin;
     FLASHTILE_ROLL
     for (int heads = static_cast<int>(p.num_heads / p.num_heads_kv); heads > 0; --heads) {
       FLASHTILE_ROLL
@@ -78,7 +78,7 @@ struct DqReducer {
       }
       slot += static_cast<int>(launch.slots_q);
     }
-    if (leads) Turns::template finish<kGroup>(launch, read_word<HeadNotes>(notes).index);
+    if (leads) Turns::template finish<kGroup>(launch, read_notes<HeadNotes>(notes).index);
   }
 
  private:

@@ -54,9 +54,7 @@ struct BackwardHalves {
   FLASHTILE_DEVICE Ring q_ring() const { return {smem + Shape::kQRing}; }
   FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
   // Descriptors of the tiles at hand.
-  FLASHTILE_DEVICE uint32_t q() const {
-    return tiles.at<QueryTile>(Shape::kQ, Ring::stage(use));
-  }
+  FLASHTILE_DEVICE uint32_t q() const { return tiles.at<QueryTile>(Shape::kQ, Ring::stage(use)); }
   FLASHTILE_DEVICE uint32_t dout() const {
     return tiles.at<QueryTile>(Shape::kDout, Ring::stage(use));
   }
@@ -81,7 +79,7 @@ struct BackwardHalves {
     Words::start_from_delta(ds, statistics);
     ptx::wgmma_fence();
     issue_ABt<T, KeyTile, QueryTile, true>(ds, tiles.at<KeyTile>(Shape::kV + kFirstRow),
-                                         dout());  // dP^T - delta = V dO^T - delta
+                                           dout());  // dP^T - delta = V dO^T - delta
     ptx::wgmma_commit();
 
     ptx::wgmma_wait<1>();

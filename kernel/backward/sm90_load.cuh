@@ -19,11 +19,11 @@ struct BackwardProducer {
   FLASHTILE_DEVICE void run() const {
     const Problem& p = launch.base.params.problem;
     const uint32_t notes = smem + Shape::kNotes;
-    const RangeNotes range = read_word<RangeNotes>(notes);
+    const RangeNotes range = read_notes<RangeNotes>(notes);
     if (range.begin >= range.end) return;
-    const RowNotes where = read_word<RowNotes>(notes);
-    const BandNotes band = read_word<BandNotes>(notes);
-    const HeadNotes heads = read_word<HeadNotes>(notes);
+    const RowNotes where = read_notes<RowNotes>(notes);
+    const BandNotes band = read_notes<BandNotes>(notes);
+    const HeadNotes heads = read_notes<HeadNotes>(notes);
     TmaRows rows = {where.key_row, band.keys, heads.head_kv, where.batch};
     const uint32_t keys_full = smem + Shape::kKeysFull;
     ptx::mbarrier_arrive_expect_tx(keys_full, 2 * KeyTile::kBytes);

@@ -44,9 +44,7 @@ struct BackwardRoles {
   FLASHTILE_DEVICE Ring q_ring() const { return {smem + Shape::kQRing}; }
   FLASHTILE_DEVICE Ring dout_ring() const { return {smem + Shape::kDoutRing}; }
   // Descriptors of the tiles at hand.
-  FLASHTILE_DEVICE uint32_t q() const {
-    return tiles.at<QueryTile>(Shape::kQ, Ring::stage(use));
-  }
+  FLASHTILE_DEVICE uint32_t q() const { return tiles.at<QueryTile>(Shape::kQ, Ring::stage(use)); }
   FLASHTILE_DEVICE uint32_t dout() const {
     return tiles.at<QueryTile>(Shape::kDout, Ring::stage(use));
   }

@@ -61,7 +61,7 @@ struct BackwardScores {
   template <QueryBlock kBlock>
   static FLASHTILE_DEVICE Seen seen_pairs(uint32_t smem, int q0, int thread) {
     if constexpr (kBlock == QueryBlock::kClean) return Seen();
-    return Seen(LaneBand(read_word<BandNotes>(smem + Shape::kNotes), q0, thread % kKeyThreads));
+    return Seen(LaneBand(read_notes<BandNotes>(smem + Shape::kNotes), q0, thread % kKeyThreads));
   }
   // As register operands, 0 where hidden.
   template <QueryBlock kBlock>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward/layout.cuh"
+#include "backward/notes.cuh"
 #include "cuda/tensor_map.h"
 #include "ptx/hopper.cuh"
 #include "tile/accumulator.cuh"
@@ -10,9 +11,7 @@
 
 namespace flashtile {
 
-// What a thread block has to do. One thread finds out and leaves notes in shared memory, one
-// 16-byte word per subject; whoever needs a word reads it then, since registers are what the main
-// loop lacks.
+// The notes of a thread block (backward/notes.cuh): what it has to do. One thread finds out.
 struct RangeNotes {  // blocks of queries, within the sequence; none if begin >= end
   int begin, full_begin;
   int clean_end;  // one past the last block that is whole and seen whole
@@ -41,15 +40,6 @@ struct HeadNotes {
   static constexpr int kOffset = 48;
 };
 inline constexpr int kBackwardNotesBytes = 64;
-
-template <class Notes>
-FLASHTILE_DEVICE Notes read_word(uint32_t notes) {
-  return __builtin_bit_cast(Notes, ptx::lds_u32x4(notes + Notes::kOffset));
-}
-template <class Notes>
-FLASHTILE_DEVICE void write_word(uint32_t notes, const Notes& word) {
-  ptx::sts_u32x4(notes + Notes::kOffset, __builtin_bit_cast(uint4, word));
-}
 
 // The arguments of the main kernel.
 struct BackwardLaunchSm90 {

@@ -31,8 +31,8 @@ struct GroupTurns {
   // the slot.
   template <int kGroup>
   static FLASHTILE_DEVICE void await(const BackwardLaunch& launch, uint32_t notes, int slot) {
-    const HeadNotes my = read_word<HeadNotes>(notes);
-    const int block = (slot - read_word<BandNotes>(notes).first_slot) %
+    const HeadNotes my = read_notes<HeadNotes>(notes);
+    const int block = (slot - read_notes<BandNotes>(notes).first_slot) %
                       static_cast<int>(launch.slots_q);  // within the sequence
     const bool is_free = my.before < 0 || block < my.before_from;
     const int before = is_free ? TurnWords::kNobody : word(my.before, kGroup);
@@ -42,7 +42,7 @@ struct GroupTurns {
   // One thread: nothing is added to `slot` and what lies before it any more.
   template <int kGroup>
   static FLASHTILE_DEVICE void tell(const BackwardLaunch& launch, uint32_t notes, int slot) {
-    const int own = word(read_word<HeadNotes>(notes).index, kGroup);
+    const int own = word(read_notes<HeadNotes>(notes).index, kGroup);
     ptx::red_max_release(launch.turns + own, slot + 1);
   }
   // The same by all threads of the warpgroup.

@@ -2,12 +2,12 @@
 #pragma once
 
 #include "backward/layout.cuh"
+#include "backward/notes.cuh"
 #include "tile/product_sm80.cuh"
 
 namespace flashtile {
 
-// What the main loop seldom needs: kept in shared memory, one 16-byte word per subject, since
-// registers are what the loop lacks.
+// The notes of a thread block (backward/notes.cuh).
 struct EdgeNotes {
   int diagonal;      // first query that sees the block's first key; may be negative
   unsigned queries;  // that see a key: from the first on
@@ -40,15 +40,6 @@ struct TurnNotes {
   }
 };
 inline constexpr int kNotesBytes = 48;
-
-template <class Notes>
-FLASHTILE_DEVICE Notes read_notes(uint32_t address) {
-  return __builtin_bit_cast(Notes, ptx::lds_u32x4(address + Notes::kOffset));
-}
-template <class Notes>
-FLASHTILE_DEVICE void write_notes(uint32_t address, const Notes& notes) {
-  ptx::sts_u32x4(address + Notes::kOffset, __builtin_bit_cast(uint4, notes));
-}
 
 // Byte offsets of the tiles in shared memory. A stage holds one block of Q, dO and its statistics;
 // with two, the next block is copied into one while the other is read. Where only Q has two places,
