@@ -105,8 +105,8 @@ STATISTICS = [
     mutant(
         "dLSE with the wrong sign",
         DELTA,
-        "delta -= *row_pointer(p.dlse,",
-        "delta += *row_pointer(p.dlse,",
+        "delta -= *row_address(p.dlse,",
+        "delta += *row_address(p.dlse,",
     ),
     mutant("LSE in base e", DELTA, "= lse * kLog2e;", "= lse;"),
     mutant(
@@ -118,8 +118,8 @@ STATISTICS = [
     mutant(
         "delta from past the row's end",
         DELTA,
-        "if (format.unit == kChunkBytes && bytes > 0)",
-        "if (format.unit >= 4 && bytes > 0)",
+        "format.bytes - lane * kChunkBytes, format.unit);",
+        "format.bytes - lane * kChunkBytes, format.unit >= 4 ? 16 : 2);",
         cases="row formats",
     ),
     mutant(

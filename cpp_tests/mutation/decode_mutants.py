@@ -304,9 +304,9 @@ CALLS = [
     ),
     mutant(
         "prefill: an LSE that nobody wants",
-        FORWARD,
-        "lse.data != nullptr && lane % 4 == 0",
-        "lane % 4 == 0",
+        "tile/finish_rows.cuh",
+        "lse.data != nullptr && warp.lane % 4 == 0",
+        "warp.lane % 4 == 0",
         cases="no lse",
         kernel="prefill",
     ),

@@ -9,6 +9,7 @@ SOFTMAX = "tile/softmax.cuh"
 MASK = "tile/mask.cuh"
 EDGES = "tile/band_edges.cuh"
 WORK = "tile/work.cuh"
+FINISH = "tile/finish_rows.cuh"
 LOAD = "tile/load_sm80.cuh"
 FORMAT = "tile/row_format.cuh"
 TILE = "tile/smem_tile.cuh"
@@ -140,8 +141,8 @@ MASKS = [
     ),
     mutant(
         "rows without keys not cleared",
-        FORWARD,
-        "if (empty) clear_row(o, m, half, factor[m][half]);",
+        FINISH,
+        "if (empty) clear_row(o, m, half, factors.of[m][half]);",
         "",
     ),
 ]
@@ -168,8 +169,8 @@ ROWS = [
     ),
     mutant(
         "unused rows not cleared",
-        FORWARD,
-        "query >= work.sequence.seqlen_q || mask.sees_no_key(query)",
+        FINISH,
+        "query >= sequence.seqlen_q || mask.sees_no_key(query)",
         "mask.sees_no_key(query)",
         cases="used rows",
     ),

@@ -121,9 +121,9 @@ CALLS = [
     ),
     mutant(
         "sm_90a: an LSE that nobody wants",
-        "forward/sm90.cuh",
-        "lse.data != nullptr && lane % 4 == 0",
-        "lane % 4 == 0",
+        "tile/finish_rows.cuh",
+        "lse.data != nullptr && warp.lane % 4 == 0",
+        "warp.lane % 4 == 0",
         cases="no lse",
     ),
     mutant(

@@ -45,8 +45,8 @@ struct BackwardDelta {
       if (row < block.rows) {
         const Sequence& s = block.sequence;
         const int64_t query = s.row_q + block.row0 + row;
-        lse = *row_pointer(p.lse, s.batch, query, block.head);
-        if (p.dlse.data != nullptr) delta -= *row_pointer(p.dlse, s.batch, query, block.head);
+        lse = *row_address(p.lse, s, query, block.head);
+        if (p.dlse.data != nullptr) delta -= *row_address(p.dlse, s, query, block.head);
         if (lse == -INFINITY) {
           lse = INFINITY;
           delta = 0.0f;
@@ -96,8 +96,12 @@ struct BackwardDelta {
                                         int lane) {
     const Sequence& s = block.sequence;
     const BackwardParams& p = launch.params;
-    const uint4 x = row_chunk(p.out, launch.out, s, s.row_q + row, block.head, lane);
-    const uint4 y = row_chunk(p.dout, launch.dout, s, s.row_q + row, block.head, lane);
+    const auto chunk = [&](const View& view, const RowFormat& format) {
+      const char* const source = row_address(view, s, s.row_q + row, block.head);
+      return load_chunk(source + lane * kChunkBytes, format.bytes - lane * kChunkBytes,
+                        format.unit);
+    };
+    const uint4 x = chunk(p.out, launch.out), y = chunk(p.dout, launch.dout);
     const uint32_t xs[4] = {x.x, x.y, x.z, x.w};  // pairs of T
     const uint32_t ys[4] = {y.x, y.y, y.z, y.w};
     float sum = 0.0f;
@@ -108,15 +112,6 @@ struct BackwardDelta {
       sum += a.x * b.x + a.y * b.y;
     }
     return sum;
-  }
-
-  static FLASHTILE_DEVICE uint4 row_chunk(const View& view, const RowFormat& format,
-                                          const Sequence& s, int64_t row, int head, int lane) {
-    const char* source = static_cast<const char*>(view.data) +
-                         2 * (element_offset(view, s.batch, row, head) + 8 * lane);
-    const int bytes = format.bytes - lane * kChunkBytes;
-    if (format.unit == kChunkBytes && bytes > 0) return *reinterpret_cast<const uint4*>(source);
-    return load_elements(source, bytes);
   }
 
   static FLASHTILE_DEVICE float sum_over_lanes(float x) {

@@ -36,8 +36,7 @@ struct BackwardDq {
       const uint4 x = is_zero ? make_uint4(0, 0, 0, 0)
                               : scaled(accumulator, row, 8 * chunk, p.problem.softmax_scale);
       char* const target =
-          static_cast<char*>(p.dq.data) +
-          2 * (element_offset(p.dq, s.batch, s.row_q + block.row0 + row, block.head) + 8 * chunk);
+          row_address(p.dq, s, s.row_q + block.row0 + row, block.head) + chunk * kChunkBytes;
       store_chunk(target, x, launch.dq.bytes - chunk * kChunkBytes, launch.dq.unit);
     }
   }

@@ -144,13 +144,4 @@ FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int i
   return block;
 }
 
-// Element `row` (within the sequence) of a head, first column.
-FLASHTILE_DEVICE int64_t element_offset(const View& view, int64_t batch, int64_t row,
-                                        int64_t head) {
-  return batch * view.stride_batch + row * view.stride_seq + head * view.stride_head;
-}
-FLASHTILE_DEVICE float* row_pointer(const RowView& view, int64_t batch, int64_t row, int64_t head) {
-  return view.data + batch * view.stride_batch + head * view.stride_head + row;
-}
-
 }  // namespace flashtile

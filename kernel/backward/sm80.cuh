@@ -254,7 +254,7 @@ struct BackwardSm80 {
       return;
     }
     const uint32_t smem = ptx::shared_address(shared), notes = smem + Smem::kNotes;
-    const BandMask mask(problem.band, block.sequence.seqlen_q, block.sequence.seqlen_k);
+    const BandMask mask = band_mask(problem, block.sequence);
     const BlockRange range =
         block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
     load_keys<Shape>(launch, block, smem, thread);

@@ -39,8 +39,8 @@ struct QueryLoader {
   // Goes to row `row` of a head of the sequence.
   FLASHTILE_DEVICE void start(const BackwardLaunch& launch, const Sequence& s, int row, int head) {
     const int thread = ptx::thread_index();
-    q = QueryCopy::source(launch.params.q, s.batch, s.row_q + row, head, thread);
-    dout = QueryCopy::source(launch.params.dout, s.batch, s.row_q + row, head, thread);
+    q = QueryCopy::source(launch.params.q, s, s.row_q + row, head, thread);
+    dout = QueryCopy::source(launch.params.dout, s, s.row_q + row, head, thread);
   }
 
   // Parts of the next block in one burst: Q, and dO with the statistics. `slot`: the block's place
@@ -103,8 +103,8 @@ FLASHTILE_DEVICE void load_keys(const BackwardLaunch& launch, const RowBlock& bl
   const Sequence& s = block.sequence;
   const uint32_t offset = KeyCopy::offset(thread);
   const int64_t row0 = s.row_k + block.row0;
-  const char* k = KeyCopy::source(p.k, s.batch, row0, block.head, thread);
-  const char* v = KeyCopy::source(p.v, s.batch, row0, block.head, thread);
+  const char* k = KeyCopy::source(p.k, s, row0, block.head, thread);
+  const char* v = KeyCopy::source(p.v, s, row0, block.head, thread);
   const int64_t k_pass = 2 * KeyCopy::kRowsPerPass * p.k.stride_seq;
   const int64_t v_pass = 2 * KeyCopy::kRowsPerPass * p.v.stride_seq;
   if (launch.plain && block.rows >= Shape::kBlockK) {

@@ -123,7 +123,7 @@ struct BackwardSm90 {
     const Problem& p = launch.params.problem;
     const Sequence& s = block.sequence;
     const uint32_t notes = smem + Shape::kNotes;
-    const BandMask mask(p.band, s.seqlen_q, s.seqlen_k);
+    const BandMask mask = band_mask(p, s);
     const BlockRange range =
         block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
     const int group = static_cast<int>(p.num_heads / p.num_heads_kv);

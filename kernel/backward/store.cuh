@@ -66,8 +66,7 @@ FLASHTILE_DEVICE void store_rows(const View& view, const RowFormat& format, cons
   const Sequence& s = block.sequence;
   const uint32_t source = tile + Copy::offset(thread);
   const int bytes = format.bytes - Copy::chunk(thread) * kChunkBytes;
-  char* target =
-      const_cast<char*>(Copy::source(view, s.batch, s.row_k + block.row0, block.head, thread));
+  char* target = Copy::source(view, s, s.row_k + block.row0, block.head, thread);
   FLASHTILE_UNROLL
   for (int i = 0; i < Copy::kPasses; ++i) {
     const int row = Copy::row(thread) + i * Copy::kRowsPerPass;

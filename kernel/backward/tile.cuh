@@ -98,10 +98,9 @@ struct RowCopy {
     return Tile::offset(row(thread), chunk(thread));
   }
   // The thread's first element; row0: the tile's first row within the tensor.
-  static FLASHTILE_DEVICE const char* source(const View& view, int64_t batch, int64_t row0,
-                                             int head, int thread) {
-    return static_cast<const char*>(view.data) +
-           2 * (element_offset(view, batch, row0 + row(thread), head) + chunk(thread) * 8);
+  static FLASHTILE_DEVICE char* source(const View& view, const Sequence& sequence, int64_t row0,
+                                       int head, int thread) {
+    return row_address(view, sequence, row0 + row(thread), head) + chunk(thread) * kChunkBytes;
   }
   // All rows of the tile exist. Leaves `source` at the thread's first row of the next tile.
   static FLASHTILE_DEVICE void copy(uint32_t shared, const char*& source, int64_t pass_bytes) {

@@ -41,16 +41,9 @@ struct DecodeCombine {
       const int64_t b = index / problem.seqlen_q;
       return {cache_sequence_of(problem, b), static_cast<int>(index - b * problem.seqlen_q)};
     }
-    int low = 0, high = static_cast<int>(problem.batch) - 1;  // the last that begins before it
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (problem.cu_seqlens_q[middle] <= index) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    const Sequence sequence = cache_sequence_of(problem, low);
+    const int b = last_begun(static_cast<int>(problem.batch),
+                             [&](int sequence) { return problem.cu_seqlens_q[sequence] <= index; });
+    const Sequence sequence = cache_sequence_of(problem, b);
     return {sequence, static_cast<int>(index - sequence.row_q)};
   }
 
@@ -60,7 +53,7 @@ struct DecodeCombine {
     const Sequence& sequence = row.sequence;
     const bool owned = row.query >= 0 && row.query < sequence.owned_q;
     if (!owned || !params.plan.serves(sequence.seqlen_q)) return;
-    const BandMask mask(problem.band, sequence.seqlen_q, sequence.seqlen_k);
+    const BandMask mask = band_mask(problem, sequence);
     const bool empty = row.query >= sequence.seqlen_q || mask.sees_no_key(row.query);
     const int lane = ptx::thread_index() % 32;
     float4 out[kPasses];
@@ -71,8 +64,8 @@ struct DecodeCombine {
     store(params, row, head, out);
     const RowView& lse = params.forward.lse;
     if (lse.data != nullptr && lane == 0) {
-      lse.data[sequence.batch * lse.stride_batch + head * lse.stride_head + sequence.row_q +
-               row.query] = empty ? negative_infinity() : sum.value(params.scale_log2) * kLn2;
+      *row_address(lse, sequence, sequence.row_q + row.query, head) =
+          empty ? negative_infinity() : sum.value(params.scale_log2) * kLn2;
     }
   }
 

@@ -32,7 +32,7 @@ struct DecodeWork {
       : kv_head(head),
         sequence(cache_sequence_of(params.forward.problem, index / params.plan.part_blocks)),
         rows(params.plan.serves(sequence.seqlen_q) ? sequence.seqlen_q * params.plan.group : 0),
-        mask(params.forward.problem.band, sequence.seqlen_q, sequence.seqlen_k),
+        mask(band_mask(params.forward.problem, sequence)),
         range(decode_steps(mask)),
         parts(range.begin, range.end, params.forward.problem.cache.num_splits),
         first_part(index % params.plan.part_blocks),

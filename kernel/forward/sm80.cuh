@@ -15,6 +15,7 @@
 #include "params.h"
 #include "tile/band_edges.cuh"
 #include "tile/epilogue.cuh"
+#include "tile/finish_rows.cuh"
 #include "tile/load_sm80.cuh"
 #include "tile/mask.cuh"
 #include "tile/product_sm80.cuh"
@@ -107,7 +108,7 @@ struct ForwardSm80 {
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
     const QueryTile work = KvStream::query_tile(params, kQueries);
     if (work.empty()) return;
-    const BlockRange range = key_blocks(params, work);
+    const BlockRange range = key_blocks(params.forward.problem, work, kQueries, kKeys);
 
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
@@ -121,7 +122,8 @@ struct ForwardSm80 {
 
     if (!range.empty()) {
       KvStream stream(params, work, range.end - 1, k_tile, thread);
-      const BandEdges edges(band_mask(params, work), work.q0 + warp_row, lane);
+      const BandEdges edges(band_mask(params.forward.problem, work.sequence), work.q0 + warp_row,
+                            lane);
       start(params, work, range.end - 1, q_tile, thread, stream);
 
       QOperand q(QRows(q_tile, Lanes::kRowsFirst, lane, warp_row));
@@ -156,16 +158,6 @@ struct ForwardSm80 {
   }
 
  private:
-  FLASHTILE_DEVICE static BandMask band_mask(const Params& params, const QueryTile& work) {
-    return BandMask(params.forward.problem.band, work.sequence.seqlen_q, work.sequence.seqlen_k);
-  }
-
-  // None for a tile whose queries are all unused.
-  FLASHTILE_DEVICE static BlockRange key_blocks(const Params& params, const QueryTile& work) {
-    if (work.q0 >= work.sequence.seqlen_q) return {0, 0, 0, 0};
-    return band_mask(params, work).key_blocks(work.q0, kQueries, kKeys);
-  }
-
   // Loads Q and the last block of K and V; returns when Q and K have landed.
   FLASHTILE_DEVICE static void start(const Params& params, const QueryTile& work, int block,
                                      uint32_t q_tile, int thread, KvStream& stream) {
@@ -182,46 +174,21 @@ struct ForwardSm80 {
     __syncthreads();  // Q and K have landed, and Q has its sign
   }
 
-  // A row without keys, or not in use, is 0, also where a value that its neighbours see is NaN.
-  FLASHTILE_DEVICE static void clear_row(Accumulator<kRows, kHeadDim>& o, int m, int half,
-                                         float& factor) {
-    factor = 0.0f;
-    FLASHTILE_UNROLL
-    for (int n = 0; n < o.kColBlocks; ++n) o.d[m][n][2 * half] = o.d[m][n][2 * half + 1] = 0.0f;
-  }
-
   // O / row sum and the LSE to global memory. Works out its tile again: kept across the main loop,
   // it would take registers there.
   FLASHTILE_DEVICE static void finish(const Params& params, Accumulator<kRows, kHeadDim>& o,
                                       const OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
     const QueryTile work = KvStream::query_tile(params, kQueries);
-    const BandMask mask = band_mask(params, work);
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
     const int warp_row = thread / 32 * kRows;
-    const int rows = work.sequence.owned_q - work.q0;
-    const RowView& lse = params.forward.lse;
-    float* const lse_rows = lse.data + work.sequence.batch * lse.stride_batch +
-                            work.head * lse.stride_head + work.sequence.row_q + work.q0;
-    float factor[kRows / 16][2];
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRows / 16; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + accumulator_row(lane, m, 2 * half);
-        const float sum = softmax.row_sum(m, half);
-        const int query = work.q0 + row;
-        const bool empty = query >= work.sequence.seqlen_q || mask.sees_no_key(query);
-        factor[m][half] = 1.0f / sum;
-        if (empty) clear_row(o, m, half, factor[m][half]);
-        if (lse.data != nullptr && lane % 4 == 0 && row < rows) {
-          lse_rows[row] = empty ? negative_infinity() : softmax.logsumexp(m, half, sum);
-        }
-      }
-    }
-    store_shared<T, QTile>(q_tile, warp_row, lane, o, factor);  // this warp's own rows of Q
+    const ForwardParams& forward = params.forward;
+    const auto factors =
+        finish_rows(forward.problem, forward.lse, work, {warp_row, lane}, o, softmax);
+    store_shared<T, QTile>(q_tile, warp_row, lane, o, factors.of);  // this warp's own rows of Q
     __syncwarp();
-    const View& out = params.forward.out;
+    const View& out = forward.out;
+    const int rows = work.sequence.owned_q - work.q0;
     char* const first = row_address(out, work.sequence, work.sequence.row_q + work.q0, work.head);
     store_global<QTile, kRows>({first, out.stride_seq, rows, params.out}, q_tile, warp_row, lane);
   }

@@ -17,6 +17,7 @@
 #include "ptx/hopper.cuh"
 #include "tile/band_edges.cuh"
 #include "tile/epilogue_sm90.cuh"
+#include "tile/finish_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/product_sm90.cuh"
 #include "tile/ring_sm90.cuh"
@@ -164,16 +165,6 @@ struct ForwardSm90 {
     FLASHTILE_DEVICE KvRing v_ring() const { return {k_ring().barriers + KvRing::kBytes}; }
   };
 
-  FLASHTILE_DEVICE static BandMask band_mask(const Params& params, const QueryTile& work) {
-    return BandMask(params.problem.band, work.sequence.seqlen_q, work.sequence.seqlen_k);
-  }
-
-  // Blocks that the tile visits; none when all its queries are unused.
-  FLASHTILE_DEVICE static BlockRange key_blocks(const Params& params, const QueryTile& work) {
-    if (work.q0 >= work.sequence.seqlen_q) return {0, 0, 0, 0};
-    return band_mask(params, work).key_blocks(work.q0, kQueries, kKeys);
-  }
-
   // The tiles of this thread block, in order.
   template <class Body>
   FLASHTILE_DEVICE static void for_each_tile(const Params& params, const Body& body) {
@@ -196,7 +187,7 @@ struct ForwardSm90 {
     for_each_tile(params, [&](const QueryTile& work) {
       if (leads) load_q(params, shared, work, tile);
       ++tile;
-      const BlockRange range = key_blocks(params, work);
+      const BlockRange range = key_blocks(params.problem, work, kQueries, kKeys);
       Source source(params, work, range);
       FLASHTILE_ROLL
       for (int j = range.end - 1; j >= range.begin; --j, ++use) source.load(params, shared, j, use);
@@ -323,14 +314,14 @@ struct ForwardSm90 {
     if (warpgroup == kConsumers - 1) consumer.pass_turn();    // the first one begins
     int tile = 0;
     for_each_tile(params, [&](const QueryTile& work) {
-      const BlockRange range = key_blocks(params, work);
+      const BlockRange range = key_blocks(params.problem, work, kQueries, kKeys);
       Output o;
       clear(o);
       Softmax softmax(params.scale_log2, shared.shifts(warp_row));
       shared.q_ring().wait(tile);
       if (params.negate_q) negate_rows<QTile>(shared.q(tile), warpgroup, kOwnBarrier + warpgroup);
       if (!range.empty()) {
-        const BandEdges edges(band_mask(params, work), work.q0 + warp_row, lane);
+        const BandEdges edges(band_mask(params.problem, work.sequence), work.q0 + warp_row, lane);
         const uint32_t q = tile_descriptor<QTile>(shared.q(tile), warpgroup * kRows);
         consumer.attend(o, softmax, q, range, edges);
       }
@@ -343,28 +334,13 @@ struct ForwardSm90 {
   // O / row sum and the LSE to global memory; O over this warpgroup's rows of Q.
   FLASHTILE_DEVICE static void finish(const Params& params, const QueryTile& work, Output& o,
                                       const Softmax& softmax, uint32_t tile, int warpgroup) {
-    const BandMask mask = band_mask(params, work);
     const Sequence& sequence = work.sequence;
     const int lane = ptx::thread_index() % 32;
     const int warp_row = ptx::thread_index() / 32 * 16 - 64;
     const int rows = sequence.owned_q - work.q0;
-    const RowView& lse = params.lse;
-    float* const lse_rows = lse.data + sequence.batch * lse.stride_batch +
-                            work.head * lse.stride_head + sequence.row_q + work.q0;
-    float factor[2];
-    FLASHTILE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + accumulator_row(lane, 0, 2 * half);
-      const float sum = softmax.row_sum(0, half);
-      const int query = work.q0 + row;
-      const bool empty = query >= sequence.seqlen_q || mask.sees_no_key(query);
-      factor[half] = 1.0f / sum;
-      if (empty) clear_row(o, half, factor[half]);
-      if (lse.data != nullptr && lane % 4 == 0 && row < rows) {
-        lse_rows[row] = empty ? negative_infinity() : softmax.logsumexp(0, half, sum);
-      }
-    }
-    scale_rows(o, factor);
+    const auto factors =
+        finish_rows(params.problem, params.lse, work, {warp_row, lane}, o, softmax);
+    scale_rows(o, factors.of[0]);
     store_fragments<T, QTile>(tile, warp_row, lane, o);
     ptx::fence_proxy_async_shared();
     ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there
@@ -376,13 +352,6 @@ struct ForwardSm90 {
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
     }
-  }
-
-  // A row without keys, or not in use, is 0, also where a value that its neighbours see is NaN.
-  FLASHTILE_DEVICE static void clear_row(Output& o, int half, float& factor) {
-    factor = 0.0f;
-    FLASHTILE_UNROLL
-    for (int n = 0; n < o.kColBlocks; ++n) o.d[0][n][2 * half] = o.d[0][n][2 * half + 1] = 0.0f;
   }
 };
 

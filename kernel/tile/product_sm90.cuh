@@ -43,8 +43,8 @@ FLASHTILE_DEVICE void issue_ABt(Accumulator<16, TileB::kRows>& c, uint32_t a, ui
   static_assert(TileA::kCols == TileB::kCols);
   FLASHTILE_UNROLL
   for (int step = 0; step < TileA::kCols / 16; ++step) {
-    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(
-        c.d[0], along_rows<TileA>(a, step), along_rows<TileB>(b, step), kAdd || step > 0);
+    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(c.d[0], along_rows<TileA>(a, step),
+                                                  along_rows<TileB>(b, step), kAdd || step > 0);
   }
 }
 
@@ -64,7 +64,7 @@ FLASHTILE_DEVICE void issue_AB(Accumulator<16, kCols>& c, uint32_t a, uint32_t b
   FLASHTILE_UNROLL
   for (int step = 0; step < TileA::kCols / 16; ++step) {
     ptx::wgmma<T, ptx::Major::kK, ptx::Major::kMn>(c.d[0], along_rows<TileA>(a, step),
-                                                  down_columns(b, step), step > 0);
+                                                   down_columns(b, step), step > 0);
   }
 }
 

@@ -11,6 +11,7 @@
 
 #include "../params.h"
 #include "../ptx/common.cuh"
+#include "mask.cuh"
 
 namespace flashtile {
 
@@ -39,19 +40,23 @@ FLASHTILE_HOST_DEVICE int64_t first_slot(int64_t row, int64_t index, int block) 
   return row / block + index;
 }
 
-// The last sequence whose first slot is <= slot; `rows` slots' rows for each row of cu_seqlens.
-FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t slot, int block,
-                                   int rows = 1) {
+// The last sequence that has begun, or the first.
+template <class HasBegun>
+FLASHTILE_DEVICE int last_begun(int batch, const HasBegun& has_begun) {
   int low = 0, high = batch - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (first_slot(int64_t{cu_seqlens[middle]} * rows, middle, block) <= slot) {
+    if (has_begun(middle)) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
   return low;
+}
+// The last sequence whose first slot is <= slot.
+FLASHTILE_DEVICE int find_sequence(const int32_t* cu_seqlens, int batch, int64_t slot, int block) {
+  return last_begun(batch, [=](int b) { return first_slot(cu_seqlens[b], b, block) <= slot; });
 }
 
 // Where one side (queries or keys) of a sequence lies.
@@ -138,11 +143,26 @@ FLASHTILE_DEVICE int key_head(const Problem& problem, int head) {
   return head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv));
 }
 
-// Row `row` of a tensor in this sequence, where rows of the sequence start at `first`.
+FLASHTILE_DEVICE BandMask band_mask(const Problem& problem, const Sequence& sequence) {
+  return BandMask(problem.band, sequence.seqlen_q, sequence.seqlen_k);
+}
+
+// Blocks of keys that a tile of queries visits; none when all its queries are unused.
+FLASHTILE_DEVICE BlockRange key_blocks(const Problem& problem, const QueryTile& work, int block_q,
+                                       int block_k) {
+  if (work.q0 >= work.sequence.seqlen_q) return {0, 0, 0, 0};
+  return band_mask(problem, work.sequence).key_blocks(work.q0, block_q, block_k);
+}
+
+// Row `row` of a head's tensor, or its number.
 FLASHTILE_DEVICE char* row_address(const View& view, const Sequence& sequence, int64_t row,
                                    int head) {
   return static_cast<char*>(view.data) +
          2 * (sequence.batch * view.stride_batch + row * view.stride_seq + head * view.stride_head);
+}
+FLASHTILE_DEVICE float* row_address(const RowView& view, const Sequence& sequence, int64_t row,
+                                    int head) {
+  return view.data + sequence.batch * view.stride_batch + head * view.stride_head + row;
 }
 
 }  // namespace flashtile
