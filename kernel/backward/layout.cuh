@@ -65,6 +65,15 @@ struct BackwardSlot {
   static FLASHTILE_HOST_DEVICE int minus_delta(int query) {
     return query / 16 * 48 + 16 + query % 16 / 2 * 4 + query % 2;
   }
+  // Whether some query of every kThreads'th block, from `first` on, has scores so large that
+  // exp2(score - lse) may be anything (see BackwardDelta). `statistics`: of block 0.
+  template <int kThreads>
+  static FLASHTILE_DEVICE bool has_huge_scores(const float* statistics, int first, int blocks) {
+    bool huge = false;
+    for (int i = first; i < blocks; i += kThreads)
+      huge |= statistics[int64_t{i} * kStatistics + kHuge] != 0.0f;
+    return huge;
+  }
 };
 
 // Where dQ's accumulators lie: [register][thread], for warps (row, column) of the dQ warp grid.

@@ -220,7 +220,8 @@ struct BackwardSm80 {
     const int first_slot = static_cast<int>(head * launch.slots_q + block.first_slot_q);
     int slot = first_slot + range.begin;
     // Clean blocks are those that are seen whole and followed by a whole one.
-    const bool huge = has_huge_scores<Shape>(launch, slot, range.end - range.begin);
+    const bool huge = __syncthreads_or(Shape::Slot::template has_huge_scores<kThreads>(
+        Shape::slot_statistics(launch, slot), ptx::thread_index(), range.end - range.begin));
     const int whole_end = min(range.end, s.seqlen_q / kBlockQ);
     if (ptx::thread_index() == 0) {
       const int clean_end = huge ? slot : first_slot + min(range.full_end, whole_end - 1);

@@ -117,15 +117,4 @@ FLASHTILE_DEVICE void load_keys(const BackwardLaunch& launch, const RowBlock& bl
   ptx::cp_async_commit();
 }
 
-// Whether some query of these blocks has scores so large that exp2(score - lse) may be anything
-// (see BackwardDelta). All threads ask.
-template <class Shape>
-FLASHTILE_DEVICE bool has_huge_scores(const BackwardLaunch& launch, int slot, int blocks) {
-  bool huge = false;
-  for (int i = ptx::thread_index(); i < blocks; i += Shape::kThreads) {
-    huge |= Shape::slot_statistics(launch, slot + i)[Shape::Slot::kHuge] != 0.0f;
-  }
-  return __syncthreads_or(huge) != 0;
-}
-
 }  // namespace flashtile

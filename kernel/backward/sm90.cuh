@@ -33,15 +33,6 @@ struct BackwardSm90 {
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kSharedBytes = Shape::kBytes;
 
-  // Whether some query of these blocks has scores so large that exp2(score - lse) may be anything
-  // (see BackwardDelta). Every warp asks for itself.
-  static FLASHTILE_DEVICE bool has_huge_scores(const float* statistics, int blocks, int lane) {
-    bool huge = false;
-    for (int i = lane; i < blocks; i += 32)
-      huge |= statistics[int64_t{i} * Slot::kStatistics + Slot::kHuge] != 0.0f;
-    return __any_sync(0xffffffffu, huge) != 0;
-  }
-
   // All blocks of queries of one head that see the keys; the sequence's first is at `first_slot`.
   template <int kGroup>
   static FLASHTILE_DEVICE void walk(Consumer& my, int first_slot) {
@@ -49,7 +40,9 @@ struct BackwardSm90 {
     const RangeNotes range = read_notes<RangeNotes>(notes);
     int slot = first_slot + range.begin;
     const float* const statistics = my.launch.statistics + int64_t{slot} * Slot::kStatistics;
-    if (has_huge_scores(statistics, range.end - range.begin, ptx::thread_index() % 32)) {
+    const bool huge = Slot::template has_huge_scores<32>(statistics, ptx::thread_index() % 32,
+                                                         range.end - range.begin);
+    if (__any_sync(0xffffffffu, huge) != 0) {  // every warp asks for itself
       const int end = first_slot + range.end;
       FLASHTILE_ROLL
       for (; slot < end; ++slot) my.template step<kGroup, QueryBlock::kHuge>(slot, first_slot);

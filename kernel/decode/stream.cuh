@@ -39,8 +39,8 @@ struct DecodeStream {
   FLASHTILE_DEVICE DecodeStream(const DecodeParams& p, const DecodeWork& work, uint32_t ring)
       : params(p),
         target(ring, ptx::thread_index() % kLoaders),
-        k(first_chunk(p.forward.k, work.kv_head)),
-        v(first_chunk(p.forward.v, work.kv_head)),
+        k(cache_head(p.forward.k, work.kv_head) + Loader::first_column()),
+        v(cache_head(p.forward.v, work.kv_head) + Loader::first_column()),
         sequence(static_cast<int>(work.sequence.index)),
         origin(static_cast<int>(work.sequence.row_k)),
         first(origin + work.mask.key_begin(0)),
@@ -91,10 +91,6 @@ struct DecodeStream {
     return slot + Tile::kBytes == kRing ? 0 : slot + Tile::kBytes;
   }
   FLASHTILE_DEVICE static int lane() { return ptx::thread_index() % 32; }
-  FLASHTILE_DEVICE static const char* first_chunk(const View& view, int head) {
-    return static_cast<const char*>(view.data) + 2 * (head * view.stride_head) +
-           Loader::first_column();
-  }
   FLASHTILE_DEVICE void find() {
     next = {0, -1};
     if (row >= first && row < end)

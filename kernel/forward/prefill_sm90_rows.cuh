@@ -59,8 +59,7 @@ struct PageRows : PageSource {
   FLASHTILE_DEVICE void copy(const View& view, int head_dim, uint32_t tile) const {
     const Target target(tile, ptx::thread_index());
     const int column = Loader::first_column();
-    const char* const base =
-        static_cast<const char*>(view.data) + 2 * (head * view.stride_head) + column;
+    const char* const base = cache_head(view, head) + column;
     FLASHTILE_UNROLL
     for (int pass = 0; pass < Target::kPasses; ++pass) {
       const int row = load_row<Tile>(ptx::thread_index()) + pass * Target::kRowsPerPass;

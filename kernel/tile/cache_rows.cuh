@@ -50,6 +50,11 @@ FLASHTILE_DEVICE CachePlace cache_place(const Cache& cache, const Divisor& page_
           row - block * static_cast<int>(page_size.divisor)};
 }
 
+// The first row of page 0, of one head.
+FLASHTILE_DEVICE const char* cache_head(const View& view, int head) {
+  return static_cast<const char*>(view.data) + 2 * (head * view.stride_head);
+}
+
 // Bytes from the first row of page 0 to a place that exists.
 FLASHTILE_DEVICE int64_t place_bytes(const View& view, const CachePlace& place) {
   return 2 * (place.page * view.stride_batch + place.row * view.stride_seq);

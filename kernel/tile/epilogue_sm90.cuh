@@ -35,17 +35,12 @@ FLASHTILE_DEVICE void store_fragments(uint32_t tile, int row0, int lane,
 // them.
 template <class Tile>
 FLASHTILE_DEVICE void negate_rows(uint32_t tile, int warpgroup, int barrier) {
-  constexpr uint32_t kSigns = 0x80008000;  // of two 16-bit floats
   constexpr int kPanelChunks = 64 * kPanelRowBytes / kChunkBytes;
   const int thread = ptx::thread_index() % 128;
   const uint32_t rows = tile + warpgroup * 64 * kPanelRowBytes;
   FLASHTILE_ROLL
-  for (int i = thread; i < Tile::kPanels * kPanelChunks; i += 128) {
-    const uint32_t address =
-        rows + i / kPanelChunks * Tile::kPanelBytes + i % kPanelChunks * kChunkBytes;
-    const uint4 x = ptx::lds_u32x4(address);
-    ptx::sts_u32x4(address, make_uint4(x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns));
-  }
+  for (int i = thread; i < Tile::kPanels * kPanelChunks; i += 128)
+    negate_chunk(rows + i / kPanelChunks * Tile::kPanelBytes + i % kPanelChunks * kChunkBytes);
   ptx::fence_proxy_async_shared();
   ptx::named_barrier_sync(barrier, 128);  // the signs are there, also for the products
 }

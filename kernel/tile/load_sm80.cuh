@@ -158,15 +158,10 @@ struct TileLoader {
 // Flips the sign of the chunks that this thread has copied; they have landed.
 template <class Tile, int kThreads>
 FLASHTILE_DEVICE void negate(const LoadTarget<Tile, kThreads>& target) {
-  constexpr uint32_t kSigns = 0x80008000;  // of two 16-bit floats
   FLASHTILE_UNROLL
   for (int pass = 0; pass < target.kPasses; ++pass) {
     FLASHTILE_UNROLL
-    for (int chunk = 0; chunk < target.kChunks; ++chunk) {
-      const uint4 x = ptx::lds_u32x4(target.at(pass, chunk));
-      ptx::sts_u32x4(target.at(pass, chunk),
-                     make_uint4(x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns));
-    }
+    for (int chunk = 0; chunk < target.kChunks; ++chunk) negate_chunk(target.at(pass, chunk));
   }
 }
 

@@ -49,6 +49,13 @@ inline constexpr int kPanelRowBytes = 128;
 template <int kRows, int kCols>
 using WideTile = SmemTile<kRows, kCols, kPanelCols>;
 
+// Flips the signs of a chunk.
+FLASHTILE_DEVICE void negate_chunk(uint32_t address) {
+  constexpr uint32_t kSigns = 0x80008000;  // of two 16-bit floats
+  const uint4 x = ptx::lds_u32x4(address);
+  ptx::sts_u32x4(address, make_uint4(x.x ^ kSigns, x.y ^ kSigns, x.z ^ kSigns, x.w ^ kSigns));
+}
+
 // Which row and chunk of a 16 x 16 block a lane addresses in ldmatrix_x4.
 //   kRowsFirst: matrices (rows 0-7, cols 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15):
 //               an A operand, or with _trans the B operands of two n8 tiles stored [k, n].
