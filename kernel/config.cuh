@@ -1,9 +1,12 @@
 // The tuning table: one row per (pass, memory class, head_dim). A row changes speed, never results.
+// A head dim without a row does not compile.
 //
 // Memory classes: kLarge is 163 KB of shared memory per block and more (sm_80, sm_87, sm_90),
 // kSmall is 99 KB (sm_86, sm_89, sm_120). Values come from reading the machine code (`make
 // sass-report`).
 #pragma once
+
+#include <cstddef>
 
 #include "ptx/common.cuh"
 
@@ -17,6 +20,23 @@ FLASHTILE_HOST_DEVICE int shared_memory_limit(Memory memory) {
 
 inline constexpr int kSharedLimitSm90 = 227 * 1024;
 
+template <class Config>
+struct ConfigRow {
+  int head_dim;
+  Config config;
+};
+
+void head_dim_without_a_row();  // exists nowhere: no constant can come from it
+
+template <class Config, size_t kRows>
+consteval Config find_row(const ConfigRow<Config> (&table)[kRows], int head_dim) {
+  for (const ConfigRow<Config>& row : table) {
+    if (row.head_dim == head_dim) return row.config;
+  }
+  head_dim_without_a_row();
+  return {};
+}
+
 struct ForwardConfig {
   int block_q;        // queries per thread block
   int block_k;        // keys per step
@@ -27,25 +47,14 @@ struct ForwardConfig {
 
 // 32 rows per warp read shared memory half as often as 16; 16 rows suffice for the slower tensor
 // cores of the small class, whose shared memory holds two such blocks.
-FLASHTILE_HOST_DEVICE ForwardConfig forward_config(Memory memory, int head_dim) {
-  if (memory == Memory::kLarge) {
-    switch (head_dim) {
-      case 32: return {128, 64, 4, 3, true};
-      case 64: return {128, 64, 4, 2, true};
-      case 96:
-      case 128: return {128, 64, 4, 2, false};
-      case 192: return {128, 64, 8, 1, true};
-      default: return {128, 64, 8, 1, false};
-    }
-  }
-  switch (head_dim) {
-    case 32: return {128, 128, 4, 2, true};
-    case 64: return {128, 64, 4, 2, true};
-    case 96: return {128, 64, 4, 2, false};
-    case 128: return {64, 64, 4, 2, true};
-    case 192: return {128, 64, 8, 1, true};
-    default: return {64, 64, 4, 1, false};
-  }
+inline constexpr ConfigRow<ForwardConfig> kForwardLarge[] = {
+    {32, {128, 64, 4, 3, true}},   {64, {128, 64, 4, 2, true}},  {96, {128, 64, 4, 2, false}},
+    {128, {128, 64, 4, 2, false}}, {192, {128, 64, 8, 1, true}}, {256, {128, 64, 8, 1, false}}};
+inline constexpr ConfigRow<ForwardConfig> kForwardSmall[] = {
+    {32, {128, 128, 4, 2, true}}, {64, {128, 64, 4, 2, true}},  {96, {128, 64, 4, 2, false}},
+    {128, {64, 64, 4, 2, true}},  {192, {128, 64, 8, 1, true}}, {256, {64, 64, 4, 1, false}}};
+consteval ForwardConfig forward_config(Memory memory, int head_dim) {
+  return find_row(memory == Memory::kLarge ? kForwardLarge : kForwardSmall, head_dim);
 }
 
 // One thread block of decoding (decode/sm80.cuh): slots of 64 rows of K or V in shared memory, an
@@ -56,19 +65,15 @@ struct DecodeConfig {
   int blocks_per_sm;
 
   // Of 32 rows, beside a Q of 64; odd, too.
-  FLASHTILE_HOST_DEVICE int half_slots() const { return 2 * slots - 3; }
+  constexpr int half_slots() const { return 2 * slots - 3; }
 };
 
-FLASHTILE_HOST_DEVICE DecodeConfig decode_config(Memory memory, int head_dim) {
-  const bool large = memory == Memory::kLarge;
-  switch (head_dim) {
-    case 32: return {7, 3};
-    case 64: return {large ? 7 : 5, 2};
-    case 96: return {large ? 5 : 3, 2};
-    case 128: return {large ? 5 : 3, 2};
-    case 192: return {large ? 5 : 3, 1};
-    default: return {large ? 5 : 3, 1};
-  }
+inline constexpr ConfigRow<DecodeConfig> kDecodeLarge[] = {
+    {32, {7, 3}}, {64, {7, 2}}, {96, {5, 2}}, {128, {5, 2}}, {192, {5, 1}}, {256, {5, 1}}};
+inline constexpr ConfigRow<DecodeConfig> kDecodeSmall[] = {
+    {32, {7, 3}}, {64, {5, 2}}, {96, {3, 2}}, {128, {3, 2}}, {192, {3, 1}}, {256, {3, 1}}};
+consteval DecodeConfig decode_config(Memory memory, int head_dim) {
+  return find_row(memory == Memory::kLarge ? kDecodeLarge : kDecodeSmall, head_dim);
 }
 
 // One thread block of the forward for sm_90a: `consumers` warpgroups own 64 queries each, one more
@@ -85,19 +90,17 @@ struct ForwardSm90Config {
   FLASHTILE_HOST_DEVICE int threads() const { return 128 * (consumers + 1); }
 };
 
-FLASHTILE_HOST_DEVICE ForwardSm90Config forward_sm90_config(int head_dim) {
-  switch (head_dim) {
-    case 64: return {128, 3, 2, 2, 32, 160};
-    case 96:
-    case 128: return {128, 2, 2, 2, 40, 232};
-    case 192: return {112, 2, 2, 1, 40, 232};
-    default: return {80, 2, 2, 1, 40, 232};
-  }
+inline constexpr ConfigRow<ForwardSm90Config> kForwardSm90[] = {
+    {64, {128, 3, 2, 2, 32, 160}},  {96, {128, 2, 2, 2, 40, 232}}, {128, {128, 2, 2, 2, 40, 232}},
+    {192, {112, 2, 2, 1, 40, 232}}, {256, {80, 2, 2, 1, 40, 232}},
+};
+consteval ForwardSm90Config forward_sm90_config(int head_dim) {
+  return find_row(kForwardSm90, head_dim);
 }
 
 // The same over a cache whose rows four warps copy one by one, for which they take more registers
 // where the computing ones can spare some. Blocks of keys are the forward's, so a row's bits are.
-FLASHTILE_HOST_DEVICE ForwardSm90Config page_rows_config(int head_dim) {
+consteval ForwardSm90Config page_rows_config(int head_dim) {
   ForwardSm90Config config = forward_sm90_config(head_dim);
   config.consumers = 2;
   if (head_dim > 192) return config;
@@ -123,24 +126,24 @@ struct BackwardConfig {
   FLASHTILE_HOST_DEVICE int warps() const { return warps_k * warps_q; }
 };
 
-FLASHTILE_HOST_DEVICE BackwardConfig backward_config(int head_dim, Memory memory) {
-  const bool large = memory == Memory::kLarge;
-  switch (head_dim) {
-    case 32: return {64, 128, 4, 2, 4, false, false, false, 2, 2};
-    case 64: return {64, 128, 4, 2, 4, false, large, false, 2, 2};
-    case 96:
-      return large ? BackwardConfig{64, 128, 4, 2, 4, true, false, false, 2, 2}
-                   : BackwardConfig{64, 128, 8, 1, 4, false, true, false, 2, 2};
-    case 128:
-      return large ? BackwardConfig{64, 128, 4, 2, 2, true, false, false, 2, 2}
-                   : BackwardConfig{32, 128, 8, 1, 2, false, true, false, 2, 2};
-    case 192:
-      return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 2, 2}
-                   : BackwardConfig{64, 64, 4, 2, 2, true, true, true, 1, 1};
-    default:
-      return large ? BackwardConfig{64, 64, 2, 4, 2, true, false, true, 1, 1}
-                   : BackwardConfig{32, 64, 4, 2, 2, true, true, true, 1, 1, 2};
-  }
+inline constexpr ConfigRow<BackwardConfig> kBackwardLarge[] = {
+    {32, {64, 128, 4, 2, 4, false, false, false, 2, 2}},
+    {64, {64, 128, 4, 2, 4, false, true, false, 2, 2}},
+    {96, {64, 128, 4, 2, 4, true, false, false, 2, 2}},
+    {128, {64, 128, 4, 2, 2, true, false, false, 2, 2}},
+    {192, {64, 64, 2, 4, 2, true, false, true, 2, 2}},
+    {256, {64, 64, 2, 4, 2, true, false, true, 1, 1}},
+};
+inline constexpr ConfigRow<BackwardConfig> kBackwardSmall[] = {
+    {32, {64, 128, 4, 2, 4, false, false, false, 2, 2}},
+    {64, {64, 128, 4, 2, 4, false, false, false, 2, 2}},
+    {96, {64, 128, 8, 1, 4, false, true, false, 2, 2}},
+    {128, {32, 128, 8, 1, 2, false, true, false, 2, 2}},
+    {192, {64, 64, 4, 2, 2, true, true, true, 1, 1}},
+    {256, {32, 64, 4, 2, 2, true, true, true, 1, 1, 2}},
+};
+consteval BackwardConfig backward_config(int head_dim, Memory memory) {
+  return find_row(memory == Memory::kLarge ? kBackwardLarge : kBackwardSmall, head_dim);
 }
 
 // How dQ is added to the fp32 dQ on sm_90a.
@@ -158,13 +161,13 @@ struct BackwardConfigSm90 {
   DqPath dq_path;
 };
 
-FLASHTILE_HOST_DEVICE BackwardConfigSm90 backward_config_sm90(int head_dim) {
-  switch (head_dim) {
-    case 64: return {128, 128, 2, DqPath::kBulkReduce};
-    case 96:
-    case 128: return {64, 128, 2, DqPath::kBulkReduce};
-    default: return {64, 64, 2, DqPath::kRedV4};
-  }
+inline constexpr ConfigRow<BackwardConfigSm90> kBackwardSm90[] = {
+    {64, {128, 128, 2, DqPath::kBulkReduce}}, {96, {64, 128, 2, DqPath::kBulkReduce}},
+    {128, {64, 128, 2, DqPath::kBulkReduce}}, {192, {64, 64, 2, DqPath::kRedV4}},
+    {256, {64, 64, 2, DqPath::kRedV4}},
+};
+consteval BackwardConfigSm90 backward_config_sm90(int head_dim) {
+  return find_row(kBackwardSm90, head_dim);
 }
 
 }  // namespace flashtile

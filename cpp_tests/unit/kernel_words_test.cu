@@ -167,22 +167,32 @@ TEST("row formats: whole units of 16, 4 or 2 bytes, at every row's start") {
   CHECK_EQ(format({at(1024), 1, 1, 1}, 64).unit, 16);
 }
 
+namespace {
+
+void check_rows(Memory memory, int dim, const ForwardConfig& forward,
+                const BackwardConfig& backward) {
+  CHECK_EQ(forward.block_q % (16 * forward.warps), 0);
+  CHECK_EQ(forward.block_k % 16, 0);
+  const int forward_bytes = 2 * dim * (forward.block_q + 2 * forward.block_k);
+  CHECK(forward_bytes <= shared_memory_limit(memory));
+  const int per_sm = memory == Memory::kLarge ? 164 * 1024 : 100 * 1024;
+  CHECK(forward.blocks_per_sm * (forward_bytes + 1024) <= per_sm);
+  CHECK_EQ(backward.block_k % (16 * backward.warps_k), 0);
+  CHECK_EQ(backward.block_q % (16 * backward.warps_q), 0);
+  CHECK_EQ(backward.warps() % backward.dq_warps_q, 0);
+}
+
+template <Memory kMemory, int... kDims>
+void check_tables() {
+  (check_rows(kMemory, kDims, forward_config(kMemory, kDims), backward_config(kDims, kMemory)),
+   ...);
+}
+
+}  // namespace
+
 TEST("rows of the tuning table are whole warps and fit their memory class") {
-  for (const Memory memory : {Memory::kLarge, Memory::kSmall}) {
-    for (const int dim : {32, 64, 96, 128, 192, 256}) {
-      const ForwardConfig forward = forward_config(memory, dim);
-      CHECK_EQ(forward.block_q % (16 * forward.warps), 0);
-      CHECK_EQ(forward.block_k % 16, 0);
-      const int forward_bytes = 2 * dim * (forward.block_q + 2 * forward.block_k);
-      CHECK(forward_bytes <= shared_memory_limit(memory));
-      const int per_sm = memory == Memory::kLarge ? 164 * 1024 : 100 * 1024;
-      CHECK(forward.blocks_per_sm * (forward_bytes + 1024) <= per_sm);
-      const BackwardConfig backward = backward_config(dim, memory);
-      CHECK_EQ(backward.block_k % (16 * backward.warps_k), 0);
-      CHECK_EQ(backward.block_q % (16 * backward.warps_q), 0);
-      CHECK_EQ(backward.warps() % backward.dq_warps_q, 0);
-    }
-  }
+  check_tables<Memory::kLarge, 32, 64, 96, 128, 192, 256>();
+  check_tables<Memory::kSmall, 32, 64, 96, 128, 192, 256>();
 }
 
 namespace {

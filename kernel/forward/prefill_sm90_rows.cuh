@@ -95,9 +95,7 @@ struct PageRows : PageSource {
 struct PageRowKeys {
   template <class Tile>
   using Source = PageRows<Tile>;
-  static FLASHTILE_HOST_DEVICE ForwardSm90Config config(int head_dim) {
-    return page_rows_config(head_dim);
-  }
+  static consteval ForwardSm90Config config(int head_dim) { return page_rows_config(head_dim); }
 };
 
 }  // namespace flashtile

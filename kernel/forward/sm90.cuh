@@ -84,9 +84,7 @@ struct TensorBoxes {
 struct TensorKeys90 {
   template <class Tile>
   using Source = TensorBoxes<Tile>;
-  static FLASHTILE_HOST_DEVICE ForwardSm90Config config(int head_dim) {
-    return forward_sm90_config(head_dim);
-  }
+  static consteval ForwardSm90Config config(int head_dim) { return forward_sm90_config(head_dim); }
 };
 
 template <int kHeadDim, class T, class Keys = TensorKeys90>

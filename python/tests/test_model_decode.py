@@ -44,13 +44,10 @@ def test_slices_of_an_architecture_are_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_rings_are_those_of_the_kernels() -> None:
-    body = re.search(r"DecodeConfig decode_config\(.*?\n}", CONFIG.read_text(), re.DOTALL)
-    assert body is not None
-    rows = re.findall(
-        r"(?:case (\d+)|default): return {(?:large \? )?(\d)(?: : (\d))?, (\d)}", body[0]
-    )
-    assert len(rows) == len(model_decode.RINGS["large"])
-    for name, large, small, blocks in rows:
-        head_dim = int(name or 256)
-        assert model_decode.RINGS["large"][head_dim] == (int(large), int(blocks))
-        assert model_decode.RINGS["small"][head_dim] == (int(small or large), int(blocks))
+    text = CONFIG.read_text()
+    for memory in ("large", "small"):
+        table = re.search(rf"kDecode{memory.capitalize()}\[\] = .*?;", text, re.DOTALL)
+        assert table is not None
+        rows = re.findall(r"{(\d+), {(\d), (\d)}}", table[0])
+        rings = {int(dim): (int(slots), int(blocks)) for dim, slots, blocks in rows}
+        assert rings == model_decode.RINGS[memory]
