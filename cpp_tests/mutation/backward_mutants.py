@@ -149,7 +149,7 @@ MASKS = [
     mutant(
         "P not hidden",
         MAIN,
-        "if constexpr (kEdge) EdgeTest<Shape>::hide(scores, slot - first_slot, my.notes);",
+        "if constexpr (kEdge) EdgeTest<Shape>::mask(scores, slot - first_slot, my.notes);",
         "",
     ),
     mutant(

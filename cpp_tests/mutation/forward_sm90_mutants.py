@@ -207,13 +207,13 @@ PRODUCTS = [
     mutant(
         "no mask on the first block",
         FORWARD,
-        "hide(s, range, edges, range.end - 1);",
+        "edges.mask(s, range, range.end - 1);",
         "",
     ),
     mutant(
         "no mask on the other blocks",
         FORWARD,
-        "hide(s, range, edges, j);",
+        "edges.mask(s, range, j);",
         "",
         cases="masks",
     ),

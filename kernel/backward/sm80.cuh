@@ -167,7 +167,7 @@ struct BackwardSm80 {
     __syncthreads();  // the block has landed; nobody reads the one before or its dS any more
     Turns::come_to(launch, slot, my.notes);  // nor adds to the dQ of the one before
     my.stage.flip(my.loader.fill);
-    my.at.hide();
+    my.at.opaque();
     const auto next = kEdge ? QueryRows<Shape>::any(launch, slot + 1 - first_slot, my.notes)
                             : QueryRows<Shape>::whole(launch);
     if constexpr (kConfig.stages_dout == 2) {
@@ -179,7 +179,7 @@ struct BackwardSm80 {
     Scores scores;
     mma_ABt<T>(scores, SharedOperand<KeyRows, kKeys>{my.at.k_rows}, my.stage.rows);  // S^T = K Q^T
     probabilities(scores, my.stage, launch.scale_log2);
-    if constexpr (kEdge) EdgeTest<Shape>::hide(scores, slot - first_slot, my.notes);
+    if constexpr (kEdge) EdgeTest<Shape>::mask(scores, slot - first_slot, my.notes);
     Packed packed;
     packed.template pack<T>(scores);
     if constexpr (kConfig.split_head_dim) {

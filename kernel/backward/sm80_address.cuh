@@ -38,8 +38,8 @@ struct Stage {
       fill -= step;
       step = -step;
     }
-    rows.hide();
-    cols.hide();
+    rows.opaque();
+    cols.opaque();
   }
   // Where only Q has two places: the same address as in Q's first stage. kDout leads on from it.
   template <class Address>
@@ -70,7 +70,7 @@ struct EdgeTest {
   static constexpr auto kKeys = Shape::kKeys;
   static constexpr auto kQueries = Shape::kQueries;
 
-  static FLASHTILE_DEVICE void hide(Scores& p, int query_block, uint32_t notes_address) {
+  static FLASHTILE_DEVICE void mask(Scores& p, int query_block, uint32_t notes_address) {
     const EdgeNotes notes = read_notes<EdgeNotes>(notes_address);
     const Warp warp(ptx::thread_index());
     const int lane_key = warp.key * kKeys + warp.lane / 4;
@@ -129,12 +129,12 @@ struct Places {
 
   // Keeps the compiler from computing all the addresses that follow from these before the loop. (It
   // does no good where a warp has all of its keys' queries to itself.)
-  FLASHTILE_DEVICE void hide() {
-    if constexpr (kConfig.split_head_dim || Shape::kCrowded) k_rows.hide();
+  FLASHTILE_DEVICE void opaque() {
+    if constexpr (kConfig.split_head_dim || Shape::kCrowded) k_rows.opaque();
     if constexpr (Shape::kCrowded) {
-      k_cols.hide();
-      dq_rows.hide();
-      ptx::hide(scores);
+      k_cols.opaque();
+      dq_rows.opaque();
+      ptx::opaque(scores);
     }
   }
 };

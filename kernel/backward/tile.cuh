@@ -112,7 +112,7 @@ struct RowCopy {
                          source + c * Tile::kPanelRowBytes);
       }
       source += pass_bytes;
-      ptx::hide(source);
+      ptx::opaque(source);
     }
   }
   // The same for rows of any format, of which those from `rows` on become 0.

@@ -99,7 +99,7 @@ struct DecodeFew {
     stream.order_k();
     Accumulator<kRows, kKeys> s;
     mma_ABt<T>(s, rows.q, rows.k.behind(stream.take_slot()));
-    if (rows.range.is_edge(step)) rows.edges.hide(s, step * kDecodeStep + rows.first_key);
+    if (rows.range.is_edge(step)) rows.edges.mask(s, step * kDecodeStep + rows.first_key);
     sums.softmax.raise_maximum(s, sums.o);
     sums.softmax.exponentiate(s, 0);
     uint32_t p[1][4];

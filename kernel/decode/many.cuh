@@ -95,7 +95,7 @@ struct DecodeMany {
                                          Sums& sums, uint32_t (&p)[kKeyBlocks][1][4]) {
     Accumulator<kDecodeTile, kKeys> s;
     mma_ABt<T>(s, rows.q, k);
-    if (rows.range.is_edge(tile / 2)) rows.edges.hide(s, tile * kKeys);
+    if (rows.range.is_edge(tile / 2)) rows.edges.mask(s, tile * kKeys);
     sums.softmax.raise_maximum(s, sums.o);
     FLASHTILE_UNROLL
     for (int i = 0; i < kKeyBlocks; ++i) {

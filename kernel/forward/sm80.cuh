@@ -131,14 +131,13 @@ struct ForwardSm80 {
       const LaneAddress<KvTile> v(k_tile + kFromKToV, Lanes::kRowsFirst, lane);
       q.load();
       for (int j = range.end - 1;; --j) {
-        ptx::hide(j);
+        ptx::opaque(j);
         Accumulator<kRows, kKeys> s;
         mma_ABt<T>(s, q, k);  // S = Q K_j^T
         ptx::cp_async_wait<0>();
         __syncthreads();  // V_j has landed; nobody reads K_j any more
         if (j > range.begin) stream.load_previous_k(params);
-        if (j >= range.full_end) edges.hide_right(s, j * kKeys);
-        if (j < range.full_begin) edges.hide_left(s, j * kKeys);
+        edges.mask(s, range, j);
         softmax.raise_maximum(s, o);
         FLASHTILE_UNROLL
         for (int step = 0; step < kKeys / 16; ++step) {

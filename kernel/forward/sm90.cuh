@@ -246,11 +246,6 @@ struct ForwardSm90 {
       if (is_first_lane()) shared.v_ring().release(use);
     }
 
-    FLASHTILE_DEVICE static void hide(Scores& s, const BlockRange& range, const BandEdges& edges,
-                                      int j) {
-      if (j >= range.full_end) edges.hide_right(s, j * kKeys);
-      if (j < range.full_begin) edges.hide_left(s, j * kKeys);
-    }
     // S -> P.
     FLASHTILE_DEVICE static void exponentiate(Softmax& softmax, Scores& s) {
       FLASHTILE_UNROLL
@@ -270,7 +265,7 @@ struct ForwardSm90 {
       ptx::wgmma_fence();
       issue_scores(s, q, use);
       finish_scores<0>(s, use);
-      hide(s, range, edges, range.end - 1);
+      edges.mask(s, range, range.end - 1);
       softmax.raise_maximum(s, [](int, int, float) {});
       exponentiate(softmax, s);
       round(p, s);
@@ -285,7 +280,7 @@ struct ForwardSm90 {
         issue_output(o, p, use);
         pass_turn();
         finish_scores<1>(s, use + 1);
-        hide(s, range, edges, j);
+        edges.mask(s, range, j);
         float factor[2] = {1.0f, 1.0f};
         const bool rescales = softmax.raise_maximum(
             s, [&](int, int half, float row_factor) { factor[half] = row_factor; });

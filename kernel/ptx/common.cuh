@@ -16,10 +16,10 @@ namespace flashtile::ptx {
 
 // The compiler forgets what it knows about x: keeps it from hoisting, rematerialising or folding an
 // address that the kernel wants in one register.
-FLASHTILE_DEVICE void hide(uint32_t& x) { asm volatile("" : "+r"(x)); }
-FLASHTILE_DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
+FLASHTILE_DEVICE void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+FLASHTILE_DEVICE void opaque(int& x) { asm volatile("" : "+r"(x)); }
 template <class T>
-FLASHTILE_DEVICE void hide(T*& x) {
+FLASHTILE_DEVICE void opaque(T*& x) {
   asm volatile("" : "+l"(x));
 }
 

@@ -1,4 +1,4 @@
-// A lane's view of the mask: hides the scores of its accumulators that lie outside the band.
+// A lane's view of the mask: finds the scores of its accumulators that lie outside the band.
 #pragma once
 
 #include "accumulator.cuh"
@@ -23,38 +23,38 @@ struct BandEdges {
     keys = mask.seqlen_k - column;
   }
 
-  // Scores right of the band and past the last key become -inf. `k0`: the block's first key.
+  // Scores outside of the band, and those of keys past the last one, become -inf. `block`: which
+  // block of kKeys keys; `range` says at which edges it can have such scores.
   template <int kRows, int kKeys>
-  FLASHTILE_DEVICE void hide_right(Accumulator<kRows, kKeys>& s, int k0) const {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < s.kRowBlocks; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row_end = min(end + 16 * m + 8 * half, keys) - k0;
-        FLASHTILE_UNROLL
-        for (int n = 0; n < s.kColBlocks; ++n) {
-          FLASHTILE_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            if (n * 8 + i >= row_end) s.d[m][n][2 * half + i] = negative_infinity();
-          }
-        }
-      }
+  FLASHTILE_DEVICE void mask(Accumulator<kRows, kKeys>& s, const BlockRange& range,
+                             int block) const {
+    const int k0 = block * kKeys;
+    if (block >= range.full_end) {
+      mask_columns(
+          s, [&](int row) { return min(end + row, keys) - k0; },
+          [](int column, int row_end) { return column >= row_end; });
+    }
+    if (block < range.full_begin) {
+      mask_columns(
+          s, [&](int row) { return begin + row - k0; },
+          [](int column, int row_begin) { return column < row_begin; });
     }
   }
 
-  // The same left of the band.
-  template <int kRows, int kKeys>
-  FLASHTILE_DEVICE void hide_left(Accumulator<kRows, kKeys>& s, int k0) const {
+ private:
+  template <int kRows, int kKeys, class EdgeOf, class IsOutside>
+  FLASHTILE_DEVICE static void mask_columns(Accumulator<kRows, kKeys>& s, const EdgeOf& edge_of,
+                                            const IsOutside& is_outside) {
     FLASHTILE_UNROLL
     for (int m = 0; m < s.kRowBlocks; ++m) {
       FLASHTILE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row_begin = begin + 16 * m + 8 * half - k0;
+        const int edge = edge_of(16 * m + 8 * half);
         FLASHTILE_UNROLL
         for (int n = 0; n < s.kColBlocks; ++n) {
           FLASHTILE_UNROLL
           for (int i = 0; i < 2; ++i) {
-            if (n * 8 + i < row_begin) s.d[m][n][2 * half + i] = negative_infinity();
+            if (is_outside(n * 8 + i, edge)) s.d[m][n][2 * half + i] = negative_infinity();
           }
         }
       }

@@ -44,7 +44,7 @@ struct LoadTarget {
     FLASHTILE_UNROLL
     for (int i = 0; i < kPerPanel; ++i) {
       base[i] = first ^ i * kChunkStep;
-      ptx::hide(base[i]);
+      ptx::opaque(base[i]);
     }
   }
 
@@ -118,7 +118,7 @@ struct TileLoader {
   FLASHTILE_DEVICE void step_back() {
     static_assert(kWholePasses);
     source -= pass_bytes;
-    ptx::hide(source);
+    ptx::opaque(source);
   }
 
   template <int kTileBytes, class Copy>

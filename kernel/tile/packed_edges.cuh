@@ -25,7 +25,7 @@ struct PackedEdges {
 
   // Scores of keys that are not seen become -inf. `k0`: the key of column 0.
   template <int kKeys>
-  FLASHTILE_DEVICE void hide(Accumulator<16, kKeys>& s, int k0) const {
+  FLASHTILE_DEVICE void mask(Accumulator<16, kKeys>& s, int k0) const {
     FLASHTILE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int half = i / 2;

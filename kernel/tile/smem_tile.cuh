@@ -109,7 +109,7 @@ struct LaneAddress {
     FLASHTILE_UNROLL
     for (int i = 0; i < kRegisters; ++i) {
       base[i] = first ^ (i * 2 * kChunkBytes);
-      if (kRegisters > 1) ptx::hide(base[i]);
+      if (kRegisters > 1) ptx::opaque(base[i]);
     }
   }
 
@@ -124,9 +124,9 @@ struct LaneAddress {
     return other;
   }
   // Keeps the compiler from working out, ahead of a loop, what follows from the address.
-  FLASHTILE_DEVICE void hide() {
+  FLASHTILE_DEVICE void opaque() {
     FLASHTILE_UNROLL
-    for (int i = 0; i < kRegisters; ++i) ptx::hide(base[i]);
+    for (int i = 0; i < kRegisters; ++i) ptx::opaque(base[i]);
   }
 
   // The block at rows row0 + row, columns 16 * column_block, `bytes` further on.
