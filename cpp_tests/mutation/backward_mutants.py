@@ -220,8 +220,8 @@ ROWS = [
     mutant(
         "queries looked up in the keys' rows",
         LAYOUT,
-        "block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
-        "block.first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
+        "first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
+        "first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
     ),
     mutant(
         "one row of a ragged block too many",

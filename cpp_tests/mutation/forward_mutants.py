@@ -163,8 +163,8 @@ ROWS = [
     mutant(
         "unused rows not written",
         FORWARD,
-        "const int rows = work.sequence.owned_q - work.q0;",
-        "const int rows = work.sequence.seqlen_q - work.q0;",
+        "{first, out.stride_seq, work.owned, params.out}",
+        "{first, out.stride_seq, work.rows, params.out}",
         cases="used rows",
     ),
     mutant(

@@ -258,8 +258,8 @@ STORES = [
     mutant(
         "O stored as far as rows are in use",
         FORWARD,
-        "const int count = rows - warpgroup * kRows;",
-        "const int count = sequence.seqlen_q - work.q0 - warpgroup * kRows;",
+        "const int count = work.owned - warpgroup * kRows;",
+        "const int count = work.rows - warpgroup * kRows;",
         cases="used rows",
     ),
     mutant(

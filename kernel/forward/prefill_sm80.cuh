@@ -25,16 +25,16 @@ struct CacheKeys {
   int head;
   int row;  // of the sequence in the cache: the first of the block that is loaded next
 
-  FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int block) {
+  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int block) {
     const Problem& problem = params.forward.problem;
-    QueryTile tile = flashtile::query_tile(problem, ptx::block_index(), params.query_blocks, block,
+    RowBlock tile = flashtile::query_block(problem, ptx::block_index(), params.query_blocks, block,
                                            cache_sequence_of);
-    if (params.plan.serves(tile.sequence.seqlen_q)) tile.sequence.owned_q = 0;
+    if (params.plan.serves(tile.sequence.seqlen_q)) tile.owned = 0;
     return tile;
   }
 
-  FLASHTILE_DEVICE CacheKeys(const Params& params, const QueryTile& work, int block,
-                             uint32_t k_tile, int thread)
+  FLASHTILE_DEVICE CacheKeys(const Params& params, const RowBlock& work, int block, uint32_t k_tile,
+                             int thread)
       : target(k_tile, thread),
         sequence(static_cast<int>(work.sequence.index)),
         head(work.head / params.plan.group),

@@ -16,10 +16,10 @@ struct PrefillTiles {
   explicit PrefillTiles(const Problem& problem)
       : page_size(static_cast<uint32_t>(problem.cache.page_size)), plan(decode_plan(problem)) {}
 
-  FLASHTILE_DEVICE QueryTile tile(const ForwardSm90Params& params, int index, int block) const {
-    QueryTile tile =
-        query_tile(params.problem, index, params.query_blocks, block, cache_sequence_of);
-    if (plan.serves(tile.sequence.seqlen_q)) tile.sequence.owned_q = 0;
+  FLASHTILE_DEVICE RowBlock tile(const ForwardSm90Params& params, int index, int block) const {
+    RowBlock tile =
+        query_block(params.problem, index, params.query_blocks, block, cache_sequence_of);
+    if (plan.serves(tile.sequence.seqlen_q)) tile.owned = 0;
     return tile;
   }
 };
@@ -47,8 +47,7 @@ struct PageSource {
   FLASHTILE_DEVICE static bool leads() { return ptx::thread_index() == 0; }
   FLASHTILE_DEVICE static int tile_after(int) { return INT32_MAX; }
 
-  FLASHTILE_DEVICE PageSource(const Problem& problem, const QueryTile& work,
-                              const BlockRange& range)
+  FLASHTILE_DEVICE PageSource(const Problem& problem, const RowBlock& work, const BlockRange& range)
       : sequence(static_cast<int>(work.sequence.index)),
         head(key_head(problem, work.head)),
         count(work.sequence.seqlen_k),
@@ -68,11 +67,11 @@ struct PageBoxes : PageSource {
   FLASHTILE_DEVICE static void prefetch_maps(const Params& params) {
     TensorBoxes<Tile>::prefetch_maps(params);
   }
-  FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int index, int block) {
+  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int index, int block) {
     return params.tiles_of.tile(params, index, block);
   }
 
-  FLASHTILE_DEVICE PageBoxes(const Params& params, const QueryTile& work, const BlockRange& range)
+  FLASHTILE_DEVICE PageBoxes(const Params& params, const RowBlock& work, const BlockRange& range)
       : PageSource(params.problem, work, range),
         piece(ptx::thread_index() * params.box_rows),
         rows(find(params, range.end - 1)) {}

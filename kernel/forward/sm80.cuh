@@ -43,12 +43,12 @@ struct TensorKeys {
   typename Loader::Target target;
   Loader k, v;
 
-  FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int block) {
-    return flashtile::query_tile(params.forward.problem, ptx::block_index(), params.query_blocks,
-                                 block);
+  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int block) {
+    return flashtile::query_block(params.forward.problem, ptx::block_index(), params.query_blocks,
+                                  block);
   }
 
-  FLASHTILE_DEVICE TensorKeys(const Params& params, const QueryTile& work, int block,
+  FLASHTILE_DEVICE TensorKeys(const Params& params, const RowBlock& work, int block,
                               uint32_t k_tile, int thread)
       : target(k_tile, thread),
         k(loader(params.forward.k, params.forward.problem, work, block, thread)),
@@ -74,7 +74,7 @@ struct TensorKeys {
 
  private:
   FLASHTILE_DEVICE static Loader loader(const View& view, const Problem& problem,
-                                        const QueryTile& work, int block, int thread) {
+                                        const RowBlock& work, int block, int thread) {
     const int64_t row = work.sequence.row_k + (int64_t{block} + 1) * Tile::kRows;
     return Loader(row_address(view, work.sequence, row, key_head(problem, work.head)),
                   view.stride_seq, thread);
@@ -106,7 +106,7 @@ struct ForwardSm80 {
   static_assert(kBlocksPerSm * (kSharedBytes + 1024) <= shared_memory_limit(kMemory) + 1024);
 
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
-    const QueryTile work = KvStream::query_tile(params, kQueries);
+    const RowBlock work = KvStream::query_block(params, kQueries);
     if (work.empty()) return;
     const BlockRange range = key_blocks(params.forward.problem, work, kQueries, kKeys);
 
@@ -122,7 +122,7 @@ struct ForwardSm80 {
 
     if (!range.empty()) {
       KvStream stream(params, work, range.end - 1, k_tile, thread);
-      const BandEdges edges(band_mask(params.forward.problem, work.sequence), work.q0 + warp_row,
+      const BandEdges edges(band_mask(params.forward.problem, work.sequence), work.row0 + warp_row,
                             lane);
       start(params, work, range.end - 1, q_tile, thread, stream);
 
@@ -158,14 +158,14 @@ struct ForwardSm80 {
 
  private:
   // Loads Q and the last block of K and V; returns when Q and K have landed.
-  FLASHTILE_DEVICE static void start(const Params& params, const QueryTile& work, int block,
+  FLASHTILE_DEVICE static void start(const Params& params, const RowBlock& work, int block,
                                      uint32_t q_tile, int thread, KvStream& stream) {
     const View& q = params.forward.q;
     const typename QLoader::Target q_target(q_tile, thread);
-    const int64_t q_end = work.sequence.row_q + work.q0 + kQueries;
+    const int64_t q_end = work.sequence.row_q + work.row0 + kQueries;
     QLoader q_loader(row_address(q, work.sequence, q_end, work.head), q.stride_seq, thread);
     const int keys = work.sequence.seqlen_k - block * kKeys;
-    q_loader.load(q_target, params.q, work.sequence.seqlen_q - work.q0);
+    q_loader.load(q_target, params.q, work.rows);
     stream.load_last_k(params, keys);
     stream.load_last_v(params, keys);
     ptx::cp_async_wait<1>();
@@ -177,7 +177,7 @@ struct ForwardSm80 {
   // it would take registers there.
   FLASHTILE_DEVICE static void finish(const Params& params, Accumulator<kRows, kHeadDim>& o,
                                       const OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
-    const QueryTile work = KvStream::query_tile(params, kQueries);
+    const RowBlock work = KvStream::query_block(params, kQueries);
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
     const int warp_row = thread / 32 * kRows;
@@ -187,9 +187,9 @@ struct ForwardSm80 {
     store_shared<T, QTile>(q_tile, warp_row, lane, o, factors.of);  // this warp's own rows of Q
     __syncwarp();
     const View& out = forward.out;
-    const int rows = work.sequence.owned_q - work.q0;
-    char* const first = row_address(out, work.sequence, work.sequence.row_q + work.q0, work.head);
-    store_global<QTile, kRows>({first, out.stride_seq, rows, params.out}, q_tile, warp_row, lane);
+    char* const first = row_address(out, work.sequence, work.sequence.row_q + work.row0, work.head);
+    store_global<QTile, kRows>({first, out.stride_seq, work.owned, params.out}, q_tile, warp_row,
+                               lane);
   }
 };
 

@@ -58,11 +58,11 @@ struct TensorBoxes {
   }
   // The block's next tile.
   FLASHTILE_DEVICE static int tile_after(int index) { return index + ptx::grid_size(); }
-  FLASHTILE_DEVICE static QueryTile query_tile(const Params& params, int index, int block) {
-    return flashtile::query_tile(params.problem, index, params.query_blocks, block);
+  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int index, int block) {
+    return flashtile::query_block(params.problem, index, params.query_blocks, block);
   }
 
-  FLASHTILE_DEVICE TensorBoxes(const Params& params, const QueryTile& work, const BlockRange&)
+  FLASHTILE_DEVICE TensorBoxes(const Params& params, const RowBlock& work, const BlockRange&)
       : first(static_cast<int>(work.sequence.row_k)),
         count(work.sequence.seqlen_k),
         rows{0, 0, key_head(params.problem, work.head), static_cast<int>(work.sequence.batch)} {}
@@ -168,7 +168,7 @@ struct ForwardSm90 {
   FLASHTILE_DEVICE static void for_each_tile(const Params& params, const Body& body) {
     FLASHTILE_ROLL
     for (int index = ptx::block_index(); index < params.tiles; index = Source::tile_after(index)) {
-      const QueryTile work = Source::query_tile(params, index, kQueries);
+      const RowBlock work = Source::query_block(params, index, kQueries);
       if (!work.empty()) body(work);
     }
   }
@@ -182,7 +182,7 @@ struct ForwardSm90 {
       Source::prefetch_maps(params);
     }
     int tile = 0, use = 0;  // of the rings
-    for_each_tile(params, [&](const QueryTile& work) {
+    for_each_tile(params, [&](const RowBlock& work) {
       if (leads) load_q(params, shared, work, tile);
       ++tile;
       const BlockRange range = key_blocks(params.problem, work, kQueries, kKeys);
@@ -194,12 +194,12 @@ struct ForwardSm90 {
   }
 
   FLASHTILE_DEVICE static void load_q(const Params& params, const Shared& shared,
-                                      const QueryTile& work, int tile) {
+                                      const RowBlock& work, int tile) {
     const Sequence& sequence = work.sequence;
     shared.q_ring().acquire(tile, QTile::kBytes);
     load_tile<QTile>(shared.q(tile), params.q, shared.q_ring().full(tile),
-                     {static_cast<int>(sequence.row_q) + work.q0, sequence.seqlen_q - work.q0,
-                      work.head, static_cast<int>(sequence.batch)});
+                     {static_cast<int>(sequence.row_q) + work.row0, work.rows, work.head,
+                      static_cast<int>(sequence.batch)});
   }
 
   // One warpgroup: its 64 rows of every tile.
@@ -306,7 +306,7 @@ struct ForwardSm90 {
     const int warp_row = ptx::thread_index() / 32 * 16 - 64;  // in the tile
     if (warpgroup == kConsumers - 1) consumer.pass_turn();    // the first one begins
     int tile = 0;
-    for_each_tile(params, [&](const QueryTile& work) {
+    for_each_tile(params, [&](const RowBlock& work) {
       const BlockRange range = key_blocks(params.problem, work, kQueries, kKeys);
       Output o;
       clear(o);
@@ -314,7 +314,7 @@ struct ForwardSm90 {
       shared.q_ring().wait(tile);
       if (params.negate_q) negate_rows<QTile>(shared.q(tile), warpgroup, kOwnBarrier + warpgroup);
       if (!range.empty()) {
-        const BandEdges edges(band_mask(params.problem, work.sequence), work.q0 + warp_row, lane);
+        const BandEdges edges(band_mask(params.problem, work.sequence), work.row0 + warp_row, lane);
         const uint32_t q = tile_descriptor<QTile>(shared.q(tile), warpgroup * kRows);
         consumer.attend(o, softmax, q, range, edges);
       }
@@ -325,22 +325,21 @@ struct ForwardSm90 {
   }
 
   // O / row sum and the LSE to global memory; O over this warpgroup's rows of Q.
-  FLASHTILE_DEVICE static void finish(const Params& params, const QueryTile& work, Output& o,
+  FLASHTILE_DEVICE static void finish(const Params& params, const RowBlock& work, Output& o,
                                       const Softmax& softmax, uint32_t tile, int warpgroup) {
     const Sequence& sequence = work.sequence;
     const int lane = ptx::thread_index() % 32;
     const int warp_row = ptx::thread_index() / 32 * 16 - 64;
-    const int rows = sequence.owned_q - work.q0;
     const auto factors =
         finish_rows(params.problem, params.lse, work, {warp_row, lane}, o, softmax);
     scale_rows(o, factors.of[0]);
     store_fragments<T, QTile>(tile, warp_row, lane, o);
     ptx::fence_proxy_async_shared();
     ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there
-    const int count = rows - warpgroup * kRows;
+    const int count = work.owned - warpgroup * kRows;
     if (Consumer::is_first_thread() && count > 0) {
       store_rows<QTile, kRows>(params.out, tile, warpgroup * kRows,
-                               {static_cast<int>(sequence.row_q) + work.q0 + warpgroup * kRows,
+                               {static_cast<int>(sequence.row_q) + work.row0 + warpgroup * kRows,
                                 count, work.head, static_cast<int>(sequence.batch)});
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();

@@ -92,15 +92,32 @@ FLASHTILE_DEVICE Sequence sequence_of(const Problem& p, int64_t index) {
           .owned_k = k.owned};
 }
 
-// Forward's work: queries [q0, q0 + block) of one head.
-struct QueryTile {
+// What a thread block works on: a block of rows of one head.
+struct RowBlock {
   Sequence sequence;
   int head = 0;
-  int q0 = 0;
+  int row0 = 0;   // first row, within the sequence
+  int rows = 0;   // in use, from row0 on; may be negative
+  int owned = 0;  // to be written, from row0 on
+  // The backward's: slots of the workspace, of the block and of the sequence's first queries.
+  int64_t slot = 0;
+  int64_t first_slot_q = 0;
 
   // A slot past the sequence's rows, or before the first sequence: nothing to write.
-  FLASHTILE_DEVICE bool empty() const { return q0 < 0 || q0 >= sequence.owned_q; }
+  FLASHTILE_DEVICE bool empty() const { return row0 < 0 || owned <= 0; }
 };
+
+enum class Rows { kQueries, kKeys };
+
+template <Rows kRows>
+FLASHTILE_DEVICE RowBlock block_from(int row0, int head, const Sequence& sequence) {
+  constexpr bool kQueries = kRows == Rows::kQueries;
+  return {.sequence = sequence,
+          .head = head,
+          .row0 = row0,
+          .rows = (kQueries ? sequence.seqlen_q : sequence.seqlen_k) - row0,
+          .owned = (kQueries ? sequence.owned_q : sequence.owned_k) - row0};
+}
 
 // Blocks of queries per head and, when dense, per batch.
 FLASHTILE_HOST_DEVICE int64_t query_blocks(const Problem& problem, int block) {
@@ -116,26 +133,23 @@ FLASHTILE_HOST_DEVICE int64_t query_tile_count(const Problem& problem, int block
 // queries, which see the most keys under a causal mask, start first. `sequence_of`: where a
 // sequence's rows are found.
 template <class SequenceOf>
-FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blocks, int block,
+FLASHTILE_DEVICE RowBlock query_block(const Problem& problem, int index, int blocks, int block,
                                       const SequenceOf& sequence_of) {
   const int heads = static_cast<int>(problem.num_heads);
   const int outer = index / blocks;
   const int slot = blocks - 1 - index % blocks;
-  QueryTile tile;
-  tile.head = outer % heads;
+  const int head = outer % heads;
   if (!problem.is_varlen()) {
-    tile.sequence = sequence_of(problem, outer / heads);
-    tile.q0 = slot * block;
-    return tile;
+    return block_from<Rows::kQueries>(slot * block, head, sequence_of(problem, outer / heads));
   }
   const int b = find_sequence(problem.cu_seqlens_q, static_cast<int>(problem.batch), slot, block);
-  tile.sequence = sequence_of(problem, b);
-  tile.q0 = static_cast<int>(slot - first_slot(tile.sequence.row_q, b, block)) * block;
-  return tile;
+  const Sequence sequence = sequence_of(problem, b);
+  const int row0 = static_cast<int>(slot - first_slot(sequence.row_q, b, block)) * block;
+  return block_from<Rows::kQueries>(row0, head, sequence);
 }
 
-FLASHTILE_DEVICE QueryTile query_tile(const Problem& problem, int index, int blocks, int block) {
-  return query_tile(problem, index, blocks, block, sequence_of);
+FLASHTILE_DEVICE RowBlock query_block(const Problem& problem, int index, int blocks, int block) {
+  return query_block(problem, index, blocks, block, sequence_of);
 }
 
 // The key/value head of a query head.
@@ -148,10 +162,10 @@ FLASHTILE_DEVICE BandMask band_mask(const Problem& problem, const Sequence& sequ
 }
 
 // Blocks of keys that a tile of queries visits; none when all its queries are unused.
-FLASHTILE_DEVICE BlockRange key_blocks(const Problem& problem, const QueryTile& work, int block_q,
+FLASHTILE_DEVICE BlockRange key_blocks(const Problem& problem, const RowBlock& work, int block_q,
                                        int block_k) {
-  if (work.q0 >= work.sequence.seqlen_q) return {0, 0, 0, 0};
-  return band_mask(problem, work.sequence).key_blocks(work.q0, block_q, block_k);
+  if (work.rows <= 0) return {0, 0, 0, 0};
+  return band_mask(problem, work.sequence).key_blocks(work.row0, block_q, block_k);
 }
 
 // Row `row` of a head's tensor, or its number.
