@@ -26,7 +26,6 @@ struct BackwardSm80 {
   using ScoreTile = typename Shape::ScoreTile;
   using DqColumns = typename Shape::DqColumns;
   using QueryColumns = typename Shape::QueryColumns;
-  using KeyColumns = typename Shape::KeyColumns;
   using KeyRows = typename Shape::KeyRows;
   using ScoreRows = typename Shape::ScoreRows;
   using Scores = typename Shape::Scores;
@@ -84,7 +83,8 @@ struct BackwardSm80 {
   }
 
   // dQ of the whole block of queries, the warp's rows and columns of it, some columns at a time.
-  static FLASHTILE_DEVICE void add_dq(float* dq, const ScoreRows& ds, const KeyColumns& k_cols) {
+  static FLASHTILE_DEVICE void add_dq(float* dq, const ScoreRows& ds,
+                                      const typename Shape::KeyColumns& k_cols) {
     constexpr int kPasses = kConfig.dq_passes;
     constexpr int kCols = Dq::kCols / kPasses;
     constexpr int kPanels = kCols / 16 / DqColumns::kBlocksPerPanel;  // from pass to pass

@@ -9,23 +9,19 @@ namespace flashtile {
 template <class Shape>
 struct Stage {
   using Smem = typename Shape::Smem;
-  using QueryTile = typename Shape::QueryTile;
-  using QueryColumns = typename Shape::QueryColumns;
-  using GradColumns = typename Shape::GradColumns;
-  using Warp = typename Shape::Warp;
   static constexpr auto kConfig = Shape::kConfig;
   static constexpr auto kQueries = Shape::kQueries;
-  static constexpr auto kPairs = Shape::kPairs;
 
-  LaneAddress<QueryTile, 1> rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
-  QueryColumns cols;  // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
+  typename Shape::QueryRows rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
+  typename Shape::QueryColumns
+      cols;  // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
   uint32_t statistics;
   int step;
 
-  FLASHTILE_DEVICE Stage(uint32_t stages, const Warp& warp)
+  FLASHTILE_DEVICE Stage(uint32_t stages, const typename Shape::Warp& warp)
       : rows(first(stages), Lanes::kColsFirst, warp.lane, warp.query * kQueries),
-        cols(first(stages), Lanes::kRowsFirst, warp.lane, kPairs ? warp.query * kQueries : 0,
-             kConfig.split_head_dim ? GradColumns::first_chunk(warp.query) : 0),
+        cols(first(stages), Lanes::kRowsFirst, warp.lane, Shape::kPairs ? warp.query * kQueries : 0,
+             kConfig.split_head_dim ? Shape::GradColumns::first_chunk(warp.query) : 0),
         statistics((Smem::kTogether ? first(stages) : stages) + Smem::kStatistics +
                    warp.query * kQueries * 12 + warp.lane % 4 * 16),
         step(-Smem::kStageBytes) {}
@@ -64,17 +60,15 @@ struct Stage {
 // outcome to dS. The others are at most 1: huge scores make every block an edge (is_huge).
 template <class Shape>
 struct EdgeTest {
-  using Scores = typename Shape::Scores;
-  using Warp = typename Shape::Warp;
-  static constexpr auto kBlockQ = Shape::kBlockQ;
   static constexpr auto kKeys = Shape::kKeys;
   static constexpr auto kQueries = Shape::kQueries;
 
-  static FLASHTILE_DEVICE void mask(Scores& p, int query_block, uint32_t notes_address) {
+  static FLASHTILE_DEVICE void mask(typename Shape::Scores& p, int query_block,
+                                    uint32_t notes_address) {
     const EdgeNotes notes = read_notes<EdgeNotes>(notes_address);
-    const Warp warp(ptx::thread_index());
+    const typename Shape::Warp warp(ptx::thread_index());
     const int lane_key = warp.key * kKeys + warp.lane / 4;
-    const int query = query_block * kBlockQ + warp.query * kQueries + warp.lane % 4 * 2;
+    const int query = query_block * Shape::kBlockQ + warp.query * kQueries + warp.lane % 4 * 2;
     const int diagonal = notes.diagonal + lane_key - query;
     const int keys_left = notes.keys - lane_key;
     FLASHTILE_UNROLL
@@ -99,30 +93,24 @@ struct EdgeTest {
 template <class Shape>
 struct Places {
   using Smem = typename Shape::Smem;
-  using KeyRows = typename Shape::KeyRows;
   using ScoreRows = typename Shape::ScoreRows;
-  using KeyColumns = typename Shape::KeyColumns;
-  using DqColumns = typename Shape::DqColumns;
-  using Dq = typename Shape::Dq;
-  using Warp = typename Shape::Warp;
-  static constexpr auto kConfig = Shape::kConfig;
   static constexpr auto kKeys = Shape::kKeys;
   static constexpr auto kQueries = Shape::kQueries;
-  static constexpr auto kPairs = Shape::kPairs;
 
-  KeyRows k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
-  KeyColumns k_cols;  // all keys, the warp's columns of dQ: B of dQ = dS K
-  ScoreRows dq_rows;  // all keys, the warp's queries of dQ: A of dQ = dS K
+  typename Shape::KeyRows k_rows;     // the warp's keys: A of S^T = K Q^T (and V, further on)
+  typename Shape::KeyColumns k_cols;  // all keys, the warp's columns of dQ: B of dQ = dS K
+  ScoreRows dq_rows;                  // all keys, the warp's queries of dQ: A of dQ = dS K
   ScoreRows partner;  // the warp's keys, the partner's (all) queries (P^T further on)
   uint32_t scores;    // the lane's first pair of its own scores
 
-  FLASHTILE_DEVICE Places(uint32_t smem, const Warp& warp)
+  FLASHTILE_DEVICE Places(uint32_t smem, const typename Shape::Warp& warp)
       : k_rows(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, warp.key * kKeys),
         k_cols(smem + Smem::kK, Lanes::kRowsFirst, warp.lane, 0,
-               DqColumns::first_chunk(warp.dq_col)),
-        dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0, warp.dq_row * Dq::kRows / 8),
+               Shape::DqColumns::first_chunk(warp.dq_col)),
+        dq_rows(smem + Smem::kScores, Lanes::kColsFirst, warp.lane, 0,
+                warp.dq_row * Shape::Dq::kRows / 8),
         partner(smem + Smem::kScores, Lanes::kRowsFirst, warp.lane, warp.key * kKeys,
-                kPairs ? (1 - warp.query) * kQueries / 8 : 0),
+                Shape::kPairs ? (1 - warp.query) * kQueries / 8 : 0),
         scores(
             smem + Smem::kScores + warp.lane % 4 * 4 +
             ScoreRows::Tile::offset(warp.key * kKeys + warp.lane / 4, warp.query * kQueries / 8)) {}
@@ -130,7 +118,7 @@ struct Places {
   // Keeps the compiler from computing all the addresses that follow from these before the loop. (It
   // does no good where a warp has all of its keys' queries to itself.)
   FLASHTILE_DEVICE void opaque() {
-    if constexpr (kConfig.split_head_dim || Shape::kCrowded) k_rows.opaque();
+    if constexpr (Shape::kConfig.split_head_dim || Shape::kCrowded) k_rows.opaque();
     if constexpr (Shape::kCrowded) {
       k_cols.opaque();
       dq_rows.opaque();

@@ -32,6 +32,7 @@ struct BackwardShape {
   using Gradient = Accumulator<kKeys, GradColumns::kCols>;  // dK, dV: [key, head_dim]
   // Addresses of the main loop, one register each.
   using KeyRows = LaneAddress<KeyTile, 1>;
+  using QueryRows = LaneAddress<QueryTile, 1>;
   using ScoreRows = LaneAddress<ScoreTile, 1>;
   using KeyColumns = LaneAddress<KeyTile, 1, Dq::kWarpCols>;
   using QueryColumns = LaneAddress<QueryTile, 1, kConfig.split_head_dim ? kConfig.warps_q : 1>;

@@ -20,7 +20,6 @@ template <class T, int kHeadDim, bool kDeterministic>
 struct BackwardSm90 {
   using Params = BackwardLaunchSm90;
   using Shape = BackwardShapeSm90<kHeadDim>;
-  using KeyTile = typename Shape::KeyTile;
   using Slot = typename Shape::Slot;
   using Ring = typename Shape::QueryRing;
   using Turns = std::conditional_t<kDeterministic, GroupTurns<Shape>, NoGroupTurns>;

@@ -34,28 +34,19 @@ template <int kRows, int kCols>
 FLASHTILE_DEVICE void put_registers(uint32_t address, const Accumulator<kRows, kCols>& x,
                                     int lane) {
   FLASHTILE_UNROLL
-  for (int m = 0; m < kRows / 16; ++m) {
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kCols / 8; ++n) {
-      const float (&d)[4] = x.d[m][n];
-      ptx::sts_u32x4(address + ((m * (kCols / 8) + n) * 32 + lane) * 16,
-                     make_uint4(__float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]),
-                                __float_as_uint(d[3])));
-    }
-  }
+  for (int i = 0; i < kRows / 16 * (kCols / 8); ++i)
+    ptx::sts_f32x4(address + (i * 32 + lane) * 16, x.d[i / (kCols / 8)][i % (kCols / 8)]);
 }
 template <int kRows, int kCols>
 FLASHTILE_DEVICE void add_registers(Accumulator<kRows, kCols>& x, uint32_t address, int lane) {
   FLASHTILE_UNROLL
-  for (int m = 0; m < kRows / 16; ++m) {
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kCols / 8; ++n) {
-      const float4 y = ptx::lds_f32x4(address + ((m * (kCols / 8) + n) * 32 + lane) * 16);
-      x.d[m][n][0] += y.x;
-      x.d[m][n][1] += y.y;
-      x.d[m][n][2] += y.z;
-      x.d[m][n][3] += y.w;
-    }
+  for (int i = 0; i < kRows / 16 * (kCols / 8); ++i) {
+    const float4 y = ptx::lds_f32x4(address + (i * 32 + lane) * 16);
+    float (&d)[4] = x.d[i / (kCols / 8)][i % (kCols / 8)];
+    d[0] += y.x;
+    d[1] += y.y;
+    d[2] += y.z;
+    d[3] += y.w;
   }
 }
 

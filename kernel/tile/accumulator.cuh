@@ -28,16 +28,19 @@ FLASHTILE_HOST_DEVICE int accumulator_col(int lane, int n, int i) {
   return n * 8 + lane % 4 * 2 + i % 2;
 }
 
+// Calls body(m, half) for each of a lane's rows, 16 m + 8 half + lane / 4.
+template <int kRows, class Body>
+FLASHTILE_DEVICE void for_each_row(const Body& body) {
+  FLASHTILE_UNROLL
+  for (int m = 0; m < kRows / 16; ++m) {
+    FLASHTILE_UNROLL
+    for (int half = 0; half < 2; ++half) body(m, half);
+  }
+}
+
 template <int kRows, int kCols>
 FLASHTILE_DEVICE void clear(Accumulator<kRows, kCols>& x) {
-  FLASHTILE_UNROLL
-  for (int m = 0; m < x.kRowBlocks; ++m) {
-    FLASHTILE_UNROLL
-    for (int n = 0; n < x.kColBlocks; ++n) {
-      FLASHTILE_UNROLL
-      for (int i = 0; i < 4; ++i) x.d[m][n][i] = 0.0f;
-    }
-  }
+  x = {};
 }
 
 FLASHTILE_DEVICE void assign(float (&d)[4], const float4& x) {

@@ -45,20 +45,16 @@ struct BandEdges {
   template <int kRows, int kKeys, class EdgeOf, class IsOutside>
   FLASHTILE_DEVICE static void mask_columns(Accumulator<kRows, kKeys>& s, const EdgeOf& edge_of,
                                             const IsOutside& is_outside) {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < s.kRowBlocks; ++m) {
+    for_each_row<kRows>([&](int m, int half) {
+      const int edge = edge_of(16 * m + 8 * half);
       FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int edge = edge_of(16 * m + 8 * half);
+      for (int n = 0; n < s.kColBlocks; ++n) {
         FLASHTILE_UNROLL
-        for (int n = 0; n < s.kColBlocks; ++n) {
-          FLASHTILE_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            if (is_outside(n * 8 + i, edge)) s.d[m][n][2 * half + i] = negative_infinity();
-          }
+        for (int i = 0; i < 2; ++i) {
+          if (is_outside(n * 8 + i, edge)) s.d[m][n][2 * half + i] = negative_infinity();
         }
       }
-    }
+    });
   }
 };
 

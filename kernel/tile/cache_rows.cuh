@@ -25,16 +25,9 @@ struct Divisor {
 
 // Sequence `index` of a problem whose keys are in a cache; row_k counts rows of the sequence.
 FLASHTILE_DEVICE Sequence cache_sequence_of(const Problem& p, int64_t index) {
-  const SequenceSide q = sequence_side(p.cu_seqlens_q, p.seqused_q, index, p.batch, p.rows_q());
+  const SequenceSide q = query_side(p, index);
   const CacheRows k = cache_rows(p, index);
-  return {.batch = p.is_varlen() ? 0 : index,
-          .row_q = q.row,
-          .row_k = k.begin,
-          .seqlen_q = q.length,
-          .seqlen_k = static_cast<int>(k.count),
-          .owned_q = q.owned,
-          .owned_k = 0,
-          .index = index};
+  return sequence_from(p, index, q, {k.begin, static_cast<int>(k.count), 0});
 }
 
 // Where a key is; row < 0: it does not exist.

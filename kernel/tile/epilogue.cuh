@@ -14,19 +14,15 @@ template <class T, class Tile, int kRows, int kCols>
 FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane,
                                    const Accumulator<kRows, kCols>& x,
                                    const float (&factor)[kRows / 16][2]) {
-  FLASHTILE_UNROLL
-  for (int m = 0; m < kRows / 16; ++m) {
+  for_each_row<kRows>([&](int m, int half) {
+    const int row = row0 + accumulator_row(lane, m, 2 * half);
+    const float f = factor[m][half];
     FLASHTILE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = row0 + accumulator_row(lane, m, 2 * half);
-      const float f = factor[m][half];
-      FLASHTILE_UNROLL
-      for (int n = 0; n < kCols / 8; ++n) {
-        ptx::sts_u32(tile + Tile::offset(row, n) + lane % 4 * 4,
-                     ptx::pack<T>(x.d[m][n][2 * half] * f, x.d[m][n][2 * half + 1] * f));
-      }
+    for (int n = 0; n < kCols / 8; ++n) {
+      ptx::sts_u32(tile + Tile::offset(row, n) + lane % 4 * 4,
+                   ptx::pack<T>(x.d[m][n][2 * half] * f, x.d[m][n][2 * half + 1] * f));
     }
-  }
+  });
 }
 
 // Rows of a tensor in global memory, from a tile's row 0 on.

@@ -37,21 +37,17 @@ FLASHTILE_DEVICE RowFactors<kRows> finish_rows(const Problem& problem, const Row
   const BandMask mask = band_mask(problem, sequence);
   float* const lse_rows = row_address(lse, sequence, sequence.row_q, work.head) + work.row0;
   RowFactors<kRows> factors;
-  FLASHTILE_UNROLL
-  for (int m = 0; m < kRows / 16; ++m) {
-    FLASHTILE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp.row + accumulator_row(warp.lane, m, 2 * half);
-      const float sum = softmax.row_sum(m, half);
-      const int query = work.row0 + row;
-      const bool empty = query >= sequence.seqlen_q || mask.sees_no_key(query);
-      factors.of[m][half] = 1.0f / sum;
-      if (empty) clear_row(o, m, half, factors.of[m][half]);
-      if (lse.data != nullptr && warp.lane % 4 == 0 && row < work.owned) {
-        lse_rows[row] = empty ? negative_infinity() : softmax.logsumexp(m, half, sum);
-      }
+  for_each_row<kRows>([&](int m, int half) {
+    const int row = warp.row + accumulator_row(warp.lane, m, 2 * half);
+    const float sum = softmax.row_sum(m, half);
+    const int query = work.row0 + row;
+    const bool empty = query >= sequence.seqlen_q || mask.sees_no_key(query);
+    factors.of[m][half] = 1.0f / sum;
+    if (empty) clear_row(o, m, half, factors.of[m][half]);
+    if (lse.data != nullptr && warp.lane % 4 == 0 && row < work.owned) {
+      lse_rows[row] = empty ? negative_infinity() : softmax.logsumexp(m, half, sum);
     }
-  }
+  });
   return factors;
 }
 

@@ -36,14 +36,10 @@ struct OnlineSoftmax {
 
   FLASHTILE_DEVICE OnlineSoftmax(float positive_scale_log2, uint32_t shifts_of_warp)
       : scale_log2(positive_scale_log2), shifts(shifts_of_warp) {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRowBlocks; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        offset[m][half] = kNothingSeen;
-        sum[m][half] = 0.0f;
-      }
-    }
+    for_each_row<kRows>([&](int m, int half) {
+      offset[m][half] = kNothingSeen;
+      sum[m][half] = 0.0f;
+    });
   }
 
   // Makes room for the scores s: raises the maximum and rescales o where it is needed. Subtracts
@@ -65,18 +61,14 @@ struct OnlineSoftmax {
   FLASHTILE_DEVICE bool raise_maximum(Accumulator<kRows, kKeys>& s, const RescaleRow& rescale_row) {
     float top[kRowBlocks][2];  // of this lane's columns
     bool exceeds = false;
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRowBlocks; ++m) {
+    for_each_row<kRows>([&](int m, int half) {
+      top[m][half] = fmaxf(s.d[m][0][2 * half], s.d[m][0][2 * half + 1]);
       FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        top[m][half] = fmaxf(s.d[m][0][2 * half], s.d[m][0][2 * half + 1]);
-        FLASHTILE_UNROLL
-        for (int n = 1; n < s.kColBlocks; ++n) {
-          top[m][half] = fmaxf(top[m][half], fmaxf(s.d[m][n][2 * half], s.d[m][n][2 * half + 1]));
-        }
-        exceeds |= fmaf(top[m][half], scale_log2, offset[m][half]) > slack;
+      for (int n = 1; n < s.kColBlocks; ++n) {
+        top[m][half] = fmaxf(top[m][half], fmaxf(s.d[m][n][2 * half], s.d[m][n][2 * half + 1]));
       }
-    }
+      exceeds |= fmaf(top[m][half], scale_log2, offset[m][half]) > slack;
+    });
     const bool rescales = __any_sync(0xffffffffu, exceeds);
     if (rescales) rescale(top, s, rescale_row);
     return rescales;
@@ -123,44 +115,32 @@ struct OnlineSoftmax {
   FLASHTILE_DEVICE void rescale(const float (&top)[kRowBlocks][2], Accumulator<kRows, kKeys>& s,
                                 const RescaleRow& rescale_row) {
     if (!is_shifted()) begin_shifting(top);
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRowBlocks; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float row_top = fmaxf(top[m][half], __shfl_xor_sync(0xffffffffu, top[m][half], 1));
-        row_top = fmaxf(row_top, __shfl_xor_sync(0xffffffffu, row_top, 2));
-        const float before = offset[m][half];
-        float exponent;  // of the factor
-        if (is_shifted()) {
-          exponent = raise_shifted(row_top, s, m, half);
-        } else {
-          offset[m][half] = fminf(before, -row_top * scale_log2);
-          exponent = offset[m][half] - before;
-        }
-        const float factor = ptx::ex2(exponent);
-        sum[m][half] *= factor;
-        rescale_row(m, half, factor);
+    for_each_row<kRows>([&](int m, int half) {
+      float row_top = fmaxf(top[m][half], __shfl_xor_sync(0xffffffffu, top[m][half], 1));
+      row_top = fmaxf(row_top, __shfl_xor_sync(0xffffffffu, row_top, 2));
+      const float before = offset[m][half];
+      float exponent;  // of the factor
+      if (is_shifted()) {
+        exponent = raise_shifted(row_top, s, m, half);
+      } else {
+        offset[m][half] = fminf(before, -row_top * scale_log2);
+        exponent = offset[m][half] - before;
       }
-    }
+      const float factor = ptx::ex2(exponent);
+      sum[m][half] *= factor;
+      rescale_row(m, half, factor);
+    });
   }
 
   // Starts with shifts of 0 if some new maximum of the warp is too large for an offset.
   FLASHTILE_DEVICE void begin_shifting(const float (&top)[kRowBlocks][2]) {
     bool large = false;
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRowBlocks; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        large |= fmaf(top[m][half], scale_log2, offset[m][half]) > 0.0f &&
-                 fabsf(top[m][half] * scale_log2) > kLargestOffset;
-      }
-    }
+    for_each_row<kRows>([&](int m, int half) {
+      large |= fmaf(top[m][half], scale_log2, offset[m][half]) > 0.0f &&
+               fabsf(top[m][half] * scale_log2) > kLargestOffset;
+    });
     if (!__any_sync(0xffffffffu, large)) return;
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kRowBlocks; ++m) {
-      FLASHTILE_UNROLL
-      for (int half = 0; half < 2; ++half) store_shift(m, half, 0.0f);
-    }
+    for_each_row<kRows>([&](int m, int half) { store_shift(m, half, 0.0f); });
     slack = negative_infinity();
   }
 

@@ -25,7 +25,7 @@ struct Sequence {
   int seqlen_k = 0;
   int owned_q = 0;  // rows written
   int owned_k = 0;
-  int64_t index = 0;  // of the sequence; set where its keys are in a cache
+  int64_t index = 0;  // of the sequence
 };
 
 // Slots that cover every row once: grid size and padded workspace length, in blocks of `block`
@@ -79,17 +79,26 @@ FLASHTILE_DEVICE SequenceSide sequence_side(const int32_t* cu_seqlens, const int
   return {begin, static_cast<int>(end - begin), static_cast<int>(owned_end - begin)};
 }
 
-// Sequence `index` of a problem, dense or varlen.
-FLASHTILE_DEVICE Sequence sequence_of(const Problem& p, int64_t index) {
-  const SequenceSide q = sequence_side(p.cu_seqlens_q, p.seqused_q, index, p.batch, p.rows_q());
-  const SequenceSide k = sequence_side(p.cu_seqlens_k, p.seqused_k, index, p.batch, p.rows_k());
+FLASHTILE_DEVICE SequenceSide query_side(const Problem& p, int64_t index) {
+  return sequence_side(p.cu_seqlens_q, p.seqused_q, index, p.batch, p.rows_q());
+}
+FLASHTILE_DEVICE Sequence sequence_from(const Problem& p, int64_t index, const SequenceSide& q,
+                                        const SequenceSide& k) {
   return {.batch = p.is_varlen() ? 0 : index,
           .row_q = q.row,
           .row_k = k.row,
           .seqlen_q = q.length,
           .seqlen_k = k.length,
           .owned_q = q.owned,
-          .owned_k = k.owned};
+          .owned_k = k.owned,
+          .index = index};
+}
+
+// Sequence `index` of a problem, dense or varlen.
+FLASHTILE_DEVICE Sequence sequence_of(const Problem& p, int64_t index) {
+  const SequenceSide q = query_side(p, index);
+  return sequence_from(p, index, q,
+                       sequence_side(p.cu_seqlens_k, p.seqused_k, index, p.batch, p.rows_k()));
 }
 
 // What a thread block works on: a block of rows of one head.
