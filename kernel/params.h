@@ -94,6 +94,8 @@ struct Problem {
   constexpr int64_t rows_k() const {
     return cache.exists() ? cache.page_size : is_varlen() ? total_k : seqlen_k;
   }
+  // Query heads that share a key/value head.
+  constexpr int64_t group() const { return num_heads / num_heads_kv; }
   constexpr int64_t largest_head_dim() const {
     return head_dim > head_dim_v ? head_dim : head_dim_v;
   }

@@ -112,7 +112,7 @@ STATISTICS = [
     mutant(
         "dQ not cleared",
         DELTA,
-        "clear_dq(launch.dq_accumulator + tile * Slot::kDq, thread);",
+        "clear_dq(Slot::dq(launch, tile), thread);",
         "",
     ),
     mutant(
@@ -278,8 +278,8 @@ PRODUCTS = [
     mutant(
         "dQ added to the wrong block",
         MAIN,
-        "add_dq(Shape::slot_dq(launch, slot)",
-        "add_dq(Shape::slot_dq(launch, slot / 2 * 2)",
+        "add_dq(Shape::Slot::dq(launch, slot)",
+        "add_dq(Shape::Slot::dq(launch, slot / 2 * 2)",
     ),
     mutant(
         "rows 8 to 15 of dQ in the wrong register",

@@ -33,8 +33,8 @@ struct BackwardDelta {
         row_block<Rows::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
     if (block.empty()) return;
     const int64_t tile = block.head * launch.slots_q + block.slot;
-    clear_dq(launch.dq_accumulator + tile * Slot::kDq, thread);
-    float* const statistics = launch.statistics + tile * Slot::kStatistics;
+    clear_dq(Slot::dq(launch, tile), thread);
+    float* const statistics = Slot::statistics(launch, tile);
     bool huge = false;
     FLASHTILE_UNROLL
     for (int row = thread / kLanes; row < kBlockQ; row += kRowsPerPass) {

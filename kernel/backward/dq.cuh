@@ -26,8 +26,8 @@ struct BackwardDq {
     if (block.empty()) return;
     const Sequence& s = block.sequence;
     const int64_t tile = block.head * launch.slots_q + block.slot;
-    const float* statistics = launch.statistics + tile * Slot::kStatistics;
-    const float* accumulator = launch.dq_accumulator + tile * Slot::kDq;
+    const float* statistics = Slot::statistics(launch, tile);
+    const float* accumulator = Slot::dq(launch, tile);
     FLASHTILE_UNROLL
     for (int i = ptx::thread_index(); i < kBlockQ * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;

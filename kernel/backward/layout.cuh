@@ -57,6 +57,14 @@ struct BackwardSlot {
   static constexpr int kDq = kBlockQ * kHeadDim;   // floats
   static constexpr int kHuge = 3 * kBlockQ;        // floats to the flag: some |lse| is huge
 
+  // A slot's parts of the workspace: a multiplication instead of a pointer kept in registers.
+  static FLASHTILE_DEVICE float* statistics(const BackwardLaunch& launch, int64_t slot) {
+    return launch.statistics + slot * kStatistics;
+  }
+  static FLASHTILE_DEVICE float* dq(const BackwardLaunch& launch, int64_t slot) {
+    return launch.dq_accumulator + slot * kDq;
+  }
+
   // Floats from the start of the statistics to the lse of `query`, 0 <= query < kBlockQ.
   static FLASHTILE_HOST_DEVICE int lse(int query) {
     return query / 16 * 48 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;

@@ -210,7 +210,7 @@ struct BackwardSm80 {
       __syncthreads();  // nobody reads Q of the block any more
       my.loader.template load<Loader::kQ>(launch, next, slot + 1);
     }
-    add_dq(Shape::slot_dq(launch, slot) + ptx::thread_index(), my.at.dq_rows, my.at.k_cols);
+    add_dq(Shape::Slot::dq(launch, slot) + ptx::thread_index(), my.at.dq_rows, my.at.k_cols);
   }
 
   // All blocks of queries of one head that see the keys, `range` of them.
@@ -221,7 +221,7 @@ struct BackwardSm80 {
     int slot = first_slot + range.begin;
     // Clean blocks are those that are seen whole and followed by a whole one.
     const bool huge = __syncthreads_or(Shape::Slot::template has_huge_scores<kThreads>(
-        Shape::slot_statistics(launch, slot), ptx::thread_index(), range.end - range.begin));
+        Shape::Slot::statistics(launch, slot), ptx::thread_index(), range.end - range.begin));
     const int whole_end = min(range.end, s.seqlen_q / kBlockQ);
     if (ptx::thread_index() == 0) {
       const int clean_end = huge ? slot : first_slot + min(range.full_end, whole_end - 1);
@@ -278,7 +278,7 @@ struct BackwardSm80 {
     Turns::start(index, TurnOrder::before(launch, block, index, kBlockK), notes);
     clear(my.dk);
     clear(my.dv);
-    const int group = static_cast<int>(problem.num_heads / problem.num_heads_kv);
+    const int group = static_cast<int>(problem.group());
     for (int g = 0; g < group && !range.empty(); ++g) {
       walk(launch, my, block, range, block.head * group + g);
     }

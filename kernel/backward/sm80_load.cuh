@@ -89,7 +89,7 @@ struct QueryLoader {
       to += offset - QueryCopy::offset(thread);
     }
     ptx::cp_async_16(to,
-                     reinterpret_cast<const char*>(Shape::slot_statistics(launch, slot)) + offset);
+                     reinterpret_cast<const char*>(Shape::Slot::statistics(launch, slot)) + offset);
   }
 };
 

@@ -53,14 +53,6 @@ struct BackwardShape {
           dq_row(index / Dq::kWarpCols),
           dq_col(index % Dq::kWarpCols) {}
   };
-
-  // A slot's parts of the workspace: a multiplication instead of a pointer kept in registers.
-  static FLASHTILE_DEVICE const float* slot_statistics(const BackwardLaunch& launch, int slot) {
-    return launch.statistics + static_cast<int64_t>(slot) * Slot::kStatistics;
-  }
-  static FLASHTILE_DEVICE float* slot_dq(const BackwardLaunch& launch, int slot) {
-    return launch.dq_accumulator + static_cast<int64_t>(slot) * Slot::kDq;
-  }
 };
 
 }  // namespace flashtile

@@ -38,7 +38,7 @@ struct BackwardSm90 {
     const uint32_t notes = my.smem + Shape::kNotes;
     const RangeNotes range = read_notes<RangeNotes>(notes);
     int slot = first_slot + range.begin;
-    const float* const statistics = my.launch.statistics + int64_t{slot} * Slot::kStatistics;
+    const float* const statistics = Slot::statistics(my.launch, slot);
     const bool huge = Slot::template has_huge_scores<32>(statistics, ptx::thread_index() % 32,
                                                          range.end - range.begin);
     if (__any_sync(0xffffffffu, huge) != 0) {  // every warp asks for itself
@@ -63,7 +63,7 @@ struct BackwardSm90 {
   // One past the last head's first_slot.
   static FLASHTILE_DEVICE int end_of_heads(const BackwardLaunch& launch, uint32_t notes) {
     const Problem& p = launch.params.problem;
-    const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
+    const int group = static_cast<int>(p.group());
     return read_notes<BandNotes>(notes).first_slot + group * static_cast<int>(launch.slots_q);
   }
 
@@ -118,7 +118,7 @@ struct BackwardSm90 {
     const BandMask mask = band_mask(p, s);
     const BlockRange range =
         block.rows > 0 ? mask.query_blocks(block.row0, kBlockK, kBlockQ) : BlockRange{0, 0, 0, 0};
-    const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
+    const int group = static_cast<int>(p.group());
     write_notes(notes, RangeNotes{.begin = range.begin,
                                   .full_begin = range.full_begin,
                                   .clean_end = min(range.full_end, s.seqlen_q / kBlockQ),

@@ -16,8 +16,8 @@ struct DirectDq {
   static FLASHTILE_DEVICE void add(const BackwardLaunch& launch, uint32_t smem, int slot,
                                    const Accumulator<16, kCols>& dq, int thread) {
     Turns::template wait<kGroup>(launch, smem + Shape::kNotes, slot);
-    float* const place = launch.dq_accumulator + int64_t{slot} * Shape::Slot::kDq +
-                         Shape::dq_floats(kGroup) + thread % Shape::kGroupThreads * 4;
+    float* const place = Shape::Slot::dq(launch, slot) + Shape::dq_floats(kGroup) +
+                         thread % Shape::kGroupThreads * 4;
     FLASHTILE_UNROLL
     for (int n = 0; n < kCols / 8; ++n)
       ptx::red_add(place + n * 4 * Shape::kGroupThreads, dq.d[0][n]);
@@ -68,7 +68,7 @@ struct DqReducer {
     const bool leads = ptx::elect_one();
     int slot = read_notes<BandNotes>(notes).first_slot + range.begin;
     FLASHTILE_ROLL
-    for (int heads = static_cast<int>(p.num_heads / p.num_heads_kv); heads > 0; --heads) {
+    for (int heads = static_cast<int>(p.group()); heads > 0; --heads) {
       FLASHTILE_ROLL
       for (int i = 0; i < range.end - range.begin; ++i) {
         ptx::named_barrier_arrive(kDqFree + kGroup, kDqThreads<Shape>);
@@ -87,7 +87,7 @@ struct DqReducer {
   FLASHTILE_DEVICE void add(int slot) const {
     constexpr int kOffset = Shape::dq_floats(kGroup);
     constexpr uint32_t kBytes = 4 * 64 * Shape::dq_cols(kGroup);
-    float* const place = launch.dq_accumulator + int64_t{slot} * Shape::Slot::kDq + kOffset;
+    float* const place = Shape::Slot::dq(launch, slot) + kOffset;
     if constexpr (Turns::kOrdered) {
       Turns::template await<kGroup>(launch, smem + Shape::kNotes, slot);
       ptx::fence_proxy_async_global();  // what the key block before has added comes first

@@ -30,13 +30,13 @@ struct BackwardProducer {
     load_tile<KeyTile>(smem + Shape::kK, launch.k, keys_full, rows);
     load_tile<KeyTile>(smem + Shape::kV, launch.v, keys_full, rows);
 
-    const int group = static_cast<int>(p.num_heads / p.num_heads_kv);
+    const int group = static_cast<int>(p.group());
     int slot = band.first_slot + range.begin;
     int use = 0;  // of the rings
     rows.head = heads.head_kv * group;
     FLASHTILE_ROLL
     for (int i = 0; i < group; ++i) {
-      const float* statistics = launch.base.statistics + int64_t{slot} * Shape::Slot::kStatistics;
+      const float* statistics = Shape::Slot::statistics(launch.base, slot);
       rows.row = where.query_row + range.begin * Shape::kBlockQ;
       rows.count = where.seqlen_q - range.begin * Shape::kBlockQ;
       FLASHTILE_ROLL

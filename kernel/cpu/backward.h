@@ -55,7 +55,7 @@ class Backward {
         threads_(useful_threads(params.problem, extent, threads)),
         split_(KeySplit::of(params.problem, kBlockK)),
         parts_(split_.count(extent.max_k)),
-        group_(problem_.num_heads / problem_.num_heads_kv) {}
+        group_(problem_.group()) {}
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
     const auto useful = static_cast<size_t>(useful_threads(problem, extent, threads));

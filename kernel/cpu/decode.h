@@ -36,7 +36,7 @@ class Decode {
         extent_(extent),
         threads_(threads),
         tile_bytes_(tile_bytes(problem_, extent)),
-        group_(problem_.num_heads / problem_.num_heads_kv),
+        group_(problem_.group()),
         scale_(problem_) {}
 
   static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
@@ -89,7 +89,7 @@ class Decode {
                               : problem.batch * most_parts(problem, extent);
   }
   static int64_t rows_of(const Problem& problem, const Extent& extent) {
-    return problem.num_heads / problem.num_heads_kv * extent.max_q;
+    return problem.group() * extent.max_q;
   }
   static size_t tile_bytes(const Problem& problem, const Extent& extent) {
     Arena few(nullptr), many(nullptr);

@@ -42,7 +42,7 @@ class TileDecode {
   TileDecode(const Problem& problem, int64_t rows, const Tile& tile)
       : dim_(problem.head_dim),
         dim_v_(problem.head_dim_v),
-        group_(problem.num_heads / problem.num_heads_kv),
+        group_(problem.group()),
         rows_(rows),
         scale_(problem),
         tile_(tile) {

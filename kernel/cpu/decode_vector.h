@@ -128,11 +128,7 @@ class VectorDecode {
 
   // Row r is of query r / group.
   VectorDecode(const Problem& problem, int64_t rows, const Tile& tile)
-      : problem_(problem),
-        group_(problem.num_heads / problem.num_heads_kv),
-        rows_(rows),
-        scale_(problem),
-        tile_(tile) {}
+      : problem_(problem), group_(problem.group()), rows_(rows), scale_(problem), tile_(tile) {}
 
   void begin(int64_t r, const T* query) const {
     widen(query, problem_.head_dim, scale_.sign, tile_.q.row(r), tile_.q.stride);

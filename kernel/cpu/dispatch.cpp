@@ -30,7 +30,7 @@ constexpr int64_t kDecodeRows = 16;
 
 // One query is always decoded, however many heads share its keys.
 int64_t decode_queries(const Problem& problem) {
-  const int64_t queries = kDecodeRows / (problem.num_heads / problem.num_heads_kv);
+  const int64_t queries = kDecodeRows / problem.group();
   return queries > 1 ? queries : 1;
 }
 

@@ -121,7 +121,7 @@ class Forward {
   template <class PackedBlocks>
   void attend_all(const Range& pairs, const PackedBlocks& packed_block) const {
     const int64_t query_blocks = (extent_.max_q + Products::kBlockQ - 1) / Products::kBlockQ;
-    const int64_t tasks = problem_.num_heads / problem_.num_heads_kv * query_blocks;
+    const int64_t tasks = problem_.group() * query_blocks;
     parallel_for(threads_, (pairs.end - pairs.begin) * tasks, kFlush,
                  [&](int64_t task, int thread) {
                    const int64_t pair = pairs.begin + task / tasks;
@@ -135,7 +135,7 @@ class Forward {
   void attend(int64_t pair, int64_t in_group, int64_t q0, int thread,
               const PackedBlocks& packed_block) const {
     const Sequence seq = sequence_of(problem_, pair / problem_.num_heads_kv);
-    const int64_t group = problem_.num_heads / problem_.num_heads_kv;
+    const int64_t group = problem_.group();
     const int64_t head = pair % problem_.num_heads_kv * group + in_group;
     const int64_t queries = smaller_of(Products::kBlockQ, seq.q_len - q0);
     if (queries <= 0 || extent_.leaves_out(seq.q_len)) return;

@@ -31,7 +31,7 @@ inline Problem with_keys_in_cache(Problem problem) {
 // a row's bits do not depend on the batch.
 inline bool is_dense_decode(const Problem& p) {
   if (p.is_varlen() || p.cache.exists()) return false;
-  const int64_t rows = p.seqlen_q * (p.num_heads / p.num_heads_kv);
+  const int64_t rows = p.seqlen_q * p.group();
   if (rows < 1 || rows > kDecodeLimit) return false;
   const BandMask mask(p.band, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k));
   const int seen = mask.key_end(mask.seqlen_q - 1) - mask.key_begin(0);

@@ -71,7 +71,7 @@ struct DecodePlan {
 
 inline DecodePlan decode_plan(const Problem& p) {
   DecodePlan plan;
-  const int64_t group = p.num_heads / p.num_heads_kv;
+  const int64_t group = p.group();
   const int64_t most_rows = p.rows_q() * group;  // of a sequence
   plan.group = static_cast<int32_t>(group);
   const int64_t steps = (p.cache.capacity() + kDecodeStep - 1) / kDecodeStep;
@@ -94,7 +94,7 @@ struct DecodeForms {
   bool decode, prefill;
 };
 inline DecodeForms decode_forms(const Problem& p) {
-  const bool all_short = p.rows_q() * (p.num_heads / p.num_heads_kv) <= kDecodeLimit;
+  const bool all_short = p.rows_q() * p.group() <= kDecodeLimit;
   return {all_short || p.is_varlen() || p.seqused_q != nullptr, !all_short};
 }
 

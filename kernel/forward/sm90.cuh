@@ -338,7 +338,7 @@ struct ForwardSm90 {
     ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there
     const int count = work.owned - warpgroup * kRows;
     if (Consumer::is_first_thread() && count > 0) {
-      store_rows<QTile, kRows>(params.out, tile, warpgroup * kRows,
+      store_tile<QTile, kRows>(params.out, tile, warpgroup * kRows,
                                {static_cast<int>(sequence.row_q) + work.row0 + warpgroup * kRows,
                                 count, work.head, static_cast<int>(sequence.batch)});
       ptx::bulk_commit();

@@ -32,7 +32,7 @@ FLASHTILE_DEVICE void load_tile(uint32_t tile, const TensorMap& map, uint32_t ba
 
 // Rows [tile_row, tile_row + kBoxRows) of a tile to global memory.
 template <class Tile, int kBoxRows>
-FLASHTILE_DEVICE void store_rows(const TensorMap& map, uint32_t tile, int tile_row,
+FLASHTILE_DEVICE void store_tile(const TensorMap& map, uint32_t tile, int tile_row,
                                  const TmaRows& rows) {
   FLASHTILE_UNROLL
   for (int panel = 0; panel < Tile::kPanels; ++panel) {

@@ -161,7 +161,8 @@ FLASHTILE_DEVICE RowBlock query_block(const Problem& problem, int index, int blo
   return query_block(problem, index, blocks, block, sequence_of);
 }
 
-// The key/value head of a query head.
+// The key/value head of a query head. By hand: Problem::group() divides 64 bits, which takes a
+// call.
 FLASHTILE_DEVICE int key_head(const Problem& problem, int head) {
   return head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv));
 }
