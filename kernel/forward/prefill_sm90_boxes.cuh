@@ -46,6 +46,10 @@ struct PageSource {
   FLASHTILE_DEVICE static bool takes_part() { return true; }
   FLASHTILE_DEVICE static bool leads() { return ptx::thread_index() == 0; }
   FLASHTILE_DEVICE static int tile_after(int) { return INT32_MAX; }
+  template <class Params>
+  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int index, int block) {
+    return params.tiles_of.tile(params, index, block);
+  }
 
   FLASHTILE_DEVICE PageSource(const Problem& problem, const RowBlock& work, const BlockRange& range)
       : sequence(static_cast<int>(work.sequence.index)),
@@ -66,9 +70,6 @@ struct PageBoxes : PageSource {
 
   FLASHTILE_DEVICE static void prefetch_maps(const Params& params) {
     TensorBoxes<Tile>::prefetch_maps(params);
-  }
-  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int index, int block) {
-    return params.tiles_of.tile(params, index, block);
   }
 
   FLASHTILE_DEVICE PageBoxes(const Params& params, const RowBlock& work, const BlockRange& range)

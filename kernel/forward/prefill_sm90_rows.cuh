@@ -29,9 +29,6 @@ struct PageRows : PageSource {
   uint32_t v_ordered = 0;  // mbarrier of a V that may not have landed
 
   FLASHTILE_DEVICE static void prefetch_maps(const Params&) {}
-  FLASHTILE_DEVICE static RowBlock query_block(const Params& params, int index, int block) {
-    return params.tiles_of.tile(params, index, block);
-  }
 
   FLASHTILE_DEVICE PageRows(const Params& params, const RowBlock& work, const BlockRange& range)
       : PageSource(params.problem, work, range),

@@ -28,17 +28,12 @@ inline RowFormat row_format(const View& view, int64_t head_dim, const RowExtents
                   : all % 4 == 0 ? 4
                                  : 2};
 }
-inline RowFormat row_format(const View& view, const Problem& problem, int64_t head_dim,
-                            int64_t rows, int64_t heads) {
-  return row_format(view, head_dim, {problem.is_varlen() ? 1 : problem.batch, rows, heads});
-}
 inline RowFormat query_format(const View& view, const Problem& p, int64_t head_dim) {
-  return row_format(view, p, head_dim, p.rows_q(), p.num_heads);
+  return row_format(view, head_dim, {p.is_varlen() ? 1 : p.batch, p.rows_q(), p.num_heads});
 }
 inline RowFormat key_format(const View& view, const Problem& p, int64_t head_dim) {
-  if (p.cache.exists())
-    return row_format(view, head_dim, {p.cache.num_pages, p.rows_k(), p.num_heads_kv});
-  return row_format(view, p, head_dim, p.rows_k(), p.num_heads_kv);
+  const int64_t batch = p.cache.exists() ? p.cache.num_pages : p.is_varlen() ? 1 : p.batch;
+  return row_format(view, head_dim, {batch, p.rows_k(), p.num_heads_kv});
 }
 
 // Whether rows fill a tile of `cols` columns and can be moved 16 bytes at a time.
