@@ -296,8 +296,8 @@ PRODUCTS = [
     mutant(
         "dK not scaled",
         STORE,
-        "stage_gradient<T, Tile, kParts>(dk_tile, dk, scale,",
-        "stage_gradient<T, Tile, kParts>(dk_tile, dk, 1.0f,",
+        "lane, dk, scale, part);",
+        "lane, dk, Scale{1.0f}, part);",
         head_dim=192,
     ),
     mutant(

@@ -141,9 +141,9 @@ struct BackwardHalves {
   template <int kGroup>
   FLASHTILE_DEVICE void stage_gradients(uint32_t dk_tile, uint32_t dv_tile) const {
     const int thread = ptx::thread_index(), lane = thread % 32, key = thread / 32 * 16;
-    stage_gradient<T, typename Shape::GradientTile, 1>(
-        dk_tile, dk, launch.params.problem.softmax_scale, key, 0, lane);
-    stage_gradient<T, typename Shape::GradientTile, 1>(dv_tile, dv, 1.0f, key, 0, lane);
+    using Tile = typename Shape::GradientTile;
+    store_shared<T, Tile>(dk_tile, key, lane, dk, Scale{launch.params.problem.softmax_scale});
+    store_shared<T, Tile>(dv_tile, key, lane, dv, Scale{1.0f});
   }
 };
 

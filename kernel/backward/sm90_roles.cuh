@@ -164,9 +164,9 @@ struct BackwardRoles {
   // dK or dV into its tile, as it is stored.
   template <int kGroup>
   FLASHTILE_DEVICE void stage_gradients(uint32_t dk_tile, uint32_t dv_tile) const {
-    stage_gradient<T, KeyTile, 1>(kGroup == 0 ? dv_tile : dk_tile, gradient,
-                                  kGroup == 0 ? 1.0f : launch.params.problem.softmax_scale,
-                                  thread % Shape::kGroupThreads / 32 * 16, 0, thread % 32);
+    store_shared<T, KeyTile>(kGroup == 0 ? dv_tile : dk_tile,
+                             thread % Shape::kGroupThreads / 32 * 16, thread % 32, gradient,
+                             Scale{kGroup == 0 ? 1.0f : launch.params.problem.softmax_scale});
   }
 };
 

@@ -4,30 +4,15 @@
 #pragma once
 
 #include "backward/tile.cuh"
+#include "tile/epilogue.cuh"
 
 namespace flashtile {
 
-// A warp's gradient, times `scale` and rounded to T, into the tile at `tile`: rows from row0 on,
-// the columns of part `part` of kParts.
-template <class T, class Tile, int kParts, int kRows, int kCols>
-FLASHTILE_DEVICE void stage_gradient(uint32_t tile, const Accumulator<kRows, kCols>& x, float scale,
-                                     int row0, int part, int lane) {
-  using Columns = ColumnSplit<Tile::kCols, kParts>;
-  constexpr int kPerPanel = 2 * Columns::kBlocksPerPanel;  // n8 blocks
-  const uint32_t address =
-      tile + Tile::offset(row0 + lane / 4, Columns::first_chunk(part)) + lane % 4 * 4;
-  FLASHTILE_UNROLL
-  for (int m = 0; m < kRows / 16; ++m) {
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kCols / 8; ++n) {
-      const uint32_t block = (address ^ (n % kPerPanel * kChunkBytes)) +
-                             n / kPerPanel * Tile::kPanelBytes + 16 * m * Tile::kPanelRowBytes;
-      ptx::sts_u32(block, ptx::pack<T>(x.d[m][n][0] * scale, x.d[m][n][1] * scale));
-      ptx::sts_u32(block + 8 * Tile::kPanelRowBytes,
-                   ptx::pack<T>(x.d[m][n][2] * scale, x.d[m][n][3] * scale));
-    }
-  }
-}
+// Every row's factor.
+struct Scale {
+  float value;
+  FLASHTILE_DEVICE float operator()(int, int) const { return value; }
+};
 
 // Registers to shared memory and back, as they are: [register / 4][lane], 16 bytes each.
 template <int kRows, int kCols>
@@ -92,7 +77,7 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, u
   const int lane = thread % 32, warp = thread / 32;
   const int warp_key = warp / kConfig.warps_q, warp_query = warp % kConfig.warps_q;
   const uint32_t dk_tile = smem, dv_tile = smem + Tile::kBytes;
-  const float scale = p.problem.softmax_scale;
+  const Scale scale = {p.problem.softmax_scale};
 
   __syncthreads();  // no tile of the main loop is read any more
   if constexpr (kPartialSums) {
@@ -113,15 +98,15 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, u
     }
     __syncthreads();  // they have been read
     if (warp_query == 0) {
-      stage_gradient<T, Tile, 1>(dk_tile, dk, scale, warp_key * kKeys, 0, lane);
+      store_shared<T, Tile>(dk_tile, warp_key * kKeys, lane, dk, scale);
     } else {
-      stage_gradient<T, Tile, 1>(dv_tile, dv, 1.0f, warp_key * kKeys, 0, lane);
+      store_shared<T, Tile>(dv_tile, warp_key * kKeys, lane, dv, Scale{1.0f});
     }
   } else {
     constexpr int kParts = kConfig.split_head_dim ? kConfig.warps_q : 1;
     const int part = kConfig.split_head_dim ? warp_query : 0;
-    stage_gradient<T, Tile, kParts>(dk_tile, dk, scale, warp_key * kKeys, part, lane);
-    stage_gradient<T, Tile, kParts>(dv_tile, dv, 1.0f, warp_key * kKeys, part, lane);
+    store_shared<T, Tile, kParts>(dk_tile, warp_key * kKeys, lane, dk, scale, part);
+    store_shared<T, Tile, kParts>(dv_tile, warp_key * kKeys, lane, dv, Scale{1.0f}, part);
   }
   __syncthreads();  // dK and dV of the block are complete
   store_rows<Copy, Tile>(p.dk, launch.dk, block, dk_tile, thread);

@@ -184,7 +184,7 @@ struct ForwardSm80 {
     const ForwardParams& forward = params.forward;
     const auto factors =
         finish_rows(forward.problem, forward.lse, work, {warp_row, lane}, o, softmax);
-    store_shared<T, QTile>(q_tile, warp_row, lane, o, factors.of);  // this warp's own rows of Q
+    store_shared<T, QTile>(q_tile, warp_row, lane, o, factors);  // this warp's own rows of Q
     __syncwarp();
     const View& out = forward.out;
     char* const first = row_address(out, work.sequence, work.sequence.row_q + work.row0, work.head);

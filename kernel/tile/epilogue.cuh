@@ -9,20 +9,28 @@
 
 namespace flashtile {
 
-// x * factor, rounded to T, into this warp's rows of a tile that nobody else touches.
-template <class T, class Tile, int kRows, int kCols>
+// A warp's x, rounded to T, into a tile: rows from `row0` on, the columns of part `part` of kParts
+// (ColumnSplit). factor(m, half) is what a lane's row is multiplied with first.
+template <class T, class Tile, int kParts = 1, int kRows, int kCols, class Factor>
 FLASHTILE_DEVICE void store_shared(uint32_t tile, int row0, int lane,
-                                   const Accumulator<kRows, kCols>& x,
-                                   const float (&factor)[kRows / 16][2]) {
-  for_each_row<kRows>([&](int m, int half) {
-    const int row = row0 + accumulator_row(lane, m, 2 * half);
-    const float f = factor[m][half];
+                                   const Accumulator<kRows, kCols>& x, const Factor& factor,
+                                   int part = 0) {
+  constexpr int kPerPanel = Tile::kPanelChunks / kParts;
+  const uint32_t address = tile + Tile::offset(row0 + lane / 4, part * kPerPanel) + lane % 4 * 4;
+  FLASHTILE_UNROLL
+  for (int m = 0; m < kRows / 16; ++m) {
     FLASHTILE_UNROLL
     for (int n = 0; n < kCols / 8; ++n) {
-      ptx::sts_u32(tile + Tile::offset(row, n) + lane % 4 * 4,
-                   ptx::pack<T>(x.d[m][n][2 * half] * f, x.d[m][n][2 * half + 1] * f));
+      const uint32_t block = (address ^ (n % kPerPanel * kChunkBytes)) +
+                             n / kPerPanel * Tile::kPanelBytes + 16 * m * Tile::kPanelRowBytes;
+      FLASHTILE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float f = factor(m, half);
+        ptx::sts_u32(block + 8 * half * Tile::kPanelRowBytes,
+                     ptx::pack<T>(x.d[m][n][2 * half] * f, x.d[m][n][2 * half + 1] * f));
+      }
     }
-  });
+  }
 }
 
 // Rows of a tensor in global memory, from a tile's row 0 on.

@@ -25,6 +25,7 @@ struct WarpLane {
 template <int kRows>
 struct RowFactors {
   float of[kRows / 16][2];
+  FLASHTILE_DEVICE float operator()(int m, int half) const { return of[m][half]; }
 };
 
 // Stores the LSE, if it is wanted, and clears the rows of O that see no key.
