@@ -100,15 +100,10 @@ struct BackwardSm80 {
         for (int m = 0; m < Dq::kRows / 16; ++m) ptx::ldmatrix_x4_trans(a[m], ds.at(16 * k, m));
         mma_AB_step<T>(sum, a, k_cols, k, pass * kPanels * KeyTile::kPanelBytes);
       }
-      FLASHTILE_UNROLL
-      for (int m = 0; m < Dq::kRows / 16; ++m) {
-        FLASHTILE_UNROLL
-        for (int n = 0; n < kCols / 8; ++n) {
-          const int block = m * (Dq::kCols / 8) + pass * (kCols / 8) + n;
-          FLASHTILE_UNROLL
-          for (int i = 0; i < 4; ++i) ptx::red_add(dq + (block * 4 + i) * kThreads, sum.d[m][n][i]);
-        }
-      }
+      for_each(sum, [&](float x, int m, int n, int i) {
+        const int block = m * (Dq::kCols / 8) + pass * (kCols / 8) + n;
+        ptx::red_add(dq + (block * 4 + i) * kThreads, x);
+      });
     }
   }
 
@@ -135,18 +130,10 @@ struct BackwardSm80 {
   // what stands there may be infinite.
   template <bool kEdge, int kSome>
   static FLASHTILE_DEVICE void multiply(Accumulator<kKeys, kSome>& ds, const Scores& p, int first) {
-    FLASHTILE_UNROLL
-    for (int m = 0; m < kKeys / 16; ++m) {
-      FLASHTILE_UNROLL
-      for (int n = 0; n < kSome / 8; ++n) {
-        FLASHTILE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float& x = ds.d[m][n][i];
-          x *= p.d[m][first + n][i];
-          if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;
-        }
-      }
-    }
+    for_each(ds, [&](float& x, int m, int n, int i) {
+      x *= p.d[m][first + n][i];
+      if (kEdge && EdgeTest<Shape>::hidden(p.d[m][first + n][i])) x = 0.0f;
+    });
   }
 
   // The state of a thread block that walks over queries.

@@ -50,11 +50,7 @@ struct BackwardScores {
   }
   // dP^T - delta -> dS^T
   static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {
-    FLASHTILE_UNROLL
-    for (int n = 0; n < kBlocks; ++n) {
-      FLASHTILE_UNROLL
-      for (int i = 0; i < 4; ++i) ds.d[0][n][i] *= p.d[0][n][i];
-    }
+    for_each(ds, [&](float& d, int, int n, int i) { d *= p.d[0][n][i]; });
   }
 
   // Of the block of queries that begins at q0.

@@ -38,6 +38,19 @@ FLASHTILE_DEVICE void for_each_row(const Body& body) {
   }
 }
 
+// Calls body(d, m, n, i) for each element d[m][n][i].
+template <int kRows, int kCols, class Body>
+FLASHTILE_DEVICE void for_each(Accumulator<kRows, kCols>& x, const Body& body) {
+  FLASHTILE_UNROLL
+  for (int m = 0; m < kRows / 16; ++m) {
+    FLASHTILE_UNROLL
+    for (int n = 0; n < kCols / 8; ++n) {
+      FLASHTILE_UNROLL
+      for (int i = 0; i < 4; ++i) body(x.d[m][n][i], m, n, i);
+    }
+  }
+}
+
 template <int kRows, int kCols>
 FLASHTILE_DEVICE void clear(Accumulator<kRows, kCols>& x) {
   x = {};

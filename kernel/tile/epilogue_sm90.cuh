@@ -11,11 +11,7 @@ namespace flashtile {
 // Rows lane / 4 and lane / 4 + 8 of each warp, times their factors.
 template <int kCols>
 FLASHTILE_DEVICE void scale_rows(Accumulator<16, kCols>& x, const float (&factor)[2]) {
-  FLASHTILE_UNROLL
-  for (int n = 0; n < x.kColBlocks; ++n) {
-    FLASHTILE_UNROLL
-    for (int i = 0; i < 4; ++i) x.d[0][n][i] *= factor[i / 2];
-  }
+  for_each(x, [&](float& d, int, int, int i) { d *= factor[i / 2]; });
 }
 
 // x, rounded to T, into the warp's rows of a tile.
