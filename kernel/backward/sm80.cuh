@@ -155,8 +155,8 @@ struct BackwardSm80 {
     Turns::come_to(launch, slot, my.notes);  // nor adds to the dQ of the one before
     my.stage.flip(my.loader.fill);
     my.at.opaque();
-    const auto next = kEdge ? QueryRows<Shape>::any(launch, slot + 1 - first_slot, my.notes)
-                            : QueryRows<Shape>::whole(launch);
+    const auto next = kEdge ? RowsToCopy<Shape>::any(launch, slot + 1 - first_slot, my.notes)
+                            : RowsToCopy<Shape>::whole(launch);
     if constexpr (kConfig.stages_dout == 2) {
       my.loader.template load<Loader::kAll>(launch, next, slot + 1);
     } else if constexpr (kConfig.stages_q == 2) {
@@ -218,7 +218,7 @@ struct BackwardSm80 {
     Turns::come_to(launch, slot, my.notes);
     my.loader.start(launch, s, range.begin * kBlockQ, head);
     // Into the stage that nobody reads: see step.
-    const auto first = QueryRows<Shape>::any(launch, range.begin, my.notes);
+    const auto first = RowsToCopy<Shape>::any(launch, range.begin, my.notes);
     my.loader.template load<Loader::kAll>(launch, first, slot);
 
     const int edge_end = first_slot + range.full_begin, end = first_slot + range.end;

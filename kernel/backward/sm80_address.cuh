@@ -12,9 +12,9 @@ struct Stage {
   static constexpr auto kConfig = Shape::kConfig;
   static constexpr auto kQueries = Shape::kQueries;
 
-  typename Shape::QueryRows rows;  // of the warp's queries: B of S^T = K Q^T (and dO, further on)
-  typename Shape::QueryColumns
-      cols;  // queries, the warp's columns: B of dK += dS^T Q (and dO, further on)
+  // Of Q; dO lies further on.
+  typename Shape::QueryRows rows;     // the warp's queries: B of S^T = K Q^T
+  typename Shape::QueryColumns cols;  // queries, the warp's columns: B of dK += dS^T Q
   uint32_t statistics;
   int step;
 

@@ -7,16 +7,16 @@ namespace flashtile {
 
 // The rows of a block of queries, for those who copy them.
 template <class Shape>
-struct QueryRows {
+struct RowsToCopy {
   bool are_plain;  // all exist, fill the tile and are 16-byte aligned
   int count;       // that exist; none past the last block
 
   // Of a block that is known to be whole.
-  static FLASHTILE_DEVICE QueryRows whole(const BackwardLaunch& launch) {
+  static FLASHTILE_DEVICE RowsToCopy whole(const BackwardLaunch& launch) {
     return {launch.plain, Shape::kBlockQ};
   }
-  static FLASHTILE_DEVICE QueryRows any(const BackwardLaunch& launch, int block,
-                                        uint32_t notes_address) {
+  static FLASHTILE_DEVICE RowsToCopy any(const BackwardLaunch& launch, int block,
+                                         uint32_t notes_address) {
     const QueryNotes notes = read_notes<QueryNotes>(notes_address);
     const int count = block < notes.end ? notes.seqlen_q - block * Shape::kBlockQ : 0;
     return {launch.plain && count >= Shape::kBlockQ, count};
@@ -47,7 +47,8 @@ struct QueryLoader {
   // in the workspace.
   enum Parts { kQ = 1, kDout = 2, kAll = 3 };
   template <Parts kParts>
-  FLASHTILE_DEVICE void load(const BackwardLaunch& launch, const QueryRows<Shape>& rows, int slot) {
+  FLASHTILE_DEVICE void load(const BackwardLaunch& launch, const RowsToCopy<Shape>& rows,
+                             int slot) {
     if (rows.are_plain) {
       if constexpr (kParts & kQ) QueryCopy::copy(fill, q, launch.q_pass_bytes);
       if constexpr (kParts & kDout) {
