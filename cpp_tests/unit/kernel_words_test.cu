@@ -154,7 +154,7 @@ TEST("row formats: whole units of 16, 4 or 2 bytes, at every row's start") {
   CHECK_EQ(format(dense, 40).unit, 16);
   CHECK_EQ(format(dense, 46).unit, 4);
   CHECK_EQ(format(dense, 37).unit, 2);
-  CHECK(is_plain(format(dense, 64), 64) && !is_plain(format(dense, 40), 64));
+  CHECK(fills_tile(format(dense, 64), 64) && !fills_tile(format(dense, 40), 64));
   for (const View& view : {View{at(1028), 640, 128, 64}, View{at(1024), 642, 128, 64},
                            View{at(1024), 640, 130, 64}, View{at(1024), 640, 128, 66}}) {
     CHECK_EQ(format(view, 64).unit, 4);

@@ -46,9 +46,9 @@ Status launch_slice(Slice<Pass::kBackward, kFamily, kHeadDim>, const BackwardPar
   using Shape = BackwardShape<kHeadDim, kMemory>;
   const Problem& p = params.problem;
   BackwardLaunch launch_params = backward_launch(params, backward_workspace<kHeadDim, kMemory>(p));
-  launch_params.plain =
-      is_plain(launch_params.q, kHeadDim) && is_plain(launch_params.k, kHeadDim) &&
-      is_plain(launch_params.v, kHeadDim) && is_plain(launch_params.dout, kHeadDim);
+  launch_params.rows_fill_tiles =
+      fills_tile(launch_params.q, kHeadDim) && fills_tile(launch_params.k, kHeadDim) &&
+      fills_tile(launch_params.v, kHeadDim) && fills_tile(launch_params.dout, kHeadDim);
   launch_params.q_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.q.stride_seq;
   launch_params.dout_pass_bytes = 2 * Shape::QueryCopy::kRowsPerPass * params.dout.stride_seq;
   return with_dtype(

@@ -44,10 +44,10 @@ struct BackwardLaunch {
   int* turns = nullptr;             // TurnWords; only when deterministic
   int64_t slots_q = 0;
   int64_t slots_k = 0;
-  float scale_log2 = 0.0f;      // softmax_scale * log2(e)
-  int64_t q_pass_bytes = 0;     // from a row that a thread copies to its next one, in q
-  int64_t dout_pass_bytes = 0;  // and in dout
-  bool plain = false;           // rows of q, k, v, dout fill the tiles and are 16-byte aligned
+  float scale_log2 = 0.0f;       // softmax_scale * log2(e)
+  int64_t q_pass_bytes = 0;      // from a row that a thread copies to its next one, in q
+  int64_t dout_pass_bytes = 0;   // and in dout
+  bool rows_fill_tiles = false;  // rows of q, k, v, dout fill the tiles and are 16-byte aligned
   RowFormat q, k, v, out, dout, dq, dk, dv;
 };
 

@@ -8,18 +8,18 @@ namespace flashtile {
 // The rows of a block of queries, for those who copy them.
 template <class Shape>
 struct RowsToCopy {
-  bool are_plain;  // all exist, fill the tile and are 16-byte aligned
+  bool fill_tile;  // all exist, fill the tile and are 16-byte aligned
   int count;       // that exist; none past the last block
 
   // Of a block that is known to be whole.
   static FLASHTILE_DEVICE RowsToCopy whole(const BackwardLaunch& launch) {
-    return {launch.plain, Shape::kBlockQ};
+    return {launch.rows_fill_tiles, Shape::kBlockQ};
   }
   static FLASHTILE_DEVICE RowsToCopy any(const BackwardLaunch& launch, int block,
                                          uint32_t notes_address) {
     const QueryNotes notes = read_notes<QueryNotes>(notes_address);
     const int count = block < notes.end ? notes.seqlen_q - block * Shape::kBlockQ : 0;
-    return {launch.plain && count >= Shape::kBlockQ, count};
+    return {launch.rows_fill_tiles && count >= Shape::kBlockQ, count};
   }
 };
 
@@ -49,7 +49,7 @@ struct QueryLoader {
   template <Parts kParts>
   FLASHTILE_DEVICE void load(const BackwardLaunch& launch, const RowsToCopy<Shape>& rows,
                              int slot) {
-    if (rows.are_plain) {
+    if (rows.fill_tile) {
       if constexpr (kParts & kQ) QueryCopy::copy(fill, q, launch.q_pass_bytes);
       if constexpr (kParts & kDout) {
         QueryCopy::copy(dout_place(), dout, launch.dout_pass_bytes);
@@ -108,7 +108,7 @@ FLASHTILE_DEVICE void load_keys(const BackwardLaunch& launch, const RowBlock& bl
   const char* v = KeyCopy::source(p.v, s, row0, block.head, thread);
   const int64_t k_pass = 2 * KeyCopy::kRowsPerPass * p.k.stride_seq;
   const int64_t v_pass = 2 * KeyCopy::kRowsPerPass * p.v.stride_seq;
-  if (launch.plain && block.rows >= Shape::kBlockK) {
+  if (launch.rows_fill_tiles && block.rows >= Shape::kBlockK) {
     KeyCopy::copy(smem + Smem::kK + offset, k, k_pass);
     KeyCopy::copy(smem + Smem::kV + offset, v, v_pass);
   } else {

@@ -28,7 +28,7 @@ namespace flashtile {
 struct ForwardSm80Params {
   ForwardParams forward;
   RowFormat q, k, v, out;
-  int32_t plain_k, plain_v;  // is_plain(): 0 or 1, as one comparison takes it
+  int32_t fills_k, fills_v;  // fills_tile(): 0 or 1, as one comparison takes it
   int32_t query_blocks;      // see query_blocks()
   float scale_log2;          // positive_scale_log2(softmax_scale)
   bool negate_q;             // softmax_scale < 0
@@ -64,11 +64,11 @@ struct TensorKeys {
     ptx::cp_async_commit();
   }
   FLASHTILE_DEVICE void load_previous_k(const Params& params) {
-    k.template load_whole<0>(target, params.k, params.plain_k);
+    k.template load_whole<0>(target, params.k, params.fills_k);
     ptx::cp_async_commit();
   }
   FLASHTILE_DEVICE void load_previous_v(const Params& params) {
-    v.template load_whole<Tile::kBytes>(target, params.v, params.plain_v);
+    v.template load_whole<Tile::kBytes>(target, params.v, params.fills_v);
     ptx::cp_async_commit();
   }
 
@@ -203,8 +203,8 @@ ForwardSm80Params forward_sm80_params(const ForwardParams& params) {
           .k = k,
           .v = v,
           .out = query_format(params.out, problem, problem.head_dim_v),
-          .plain_k = is_plain(k, kHeadDim),
-          .plain_v = is_plain(v, kHeadDim),
+          .fills_k = fills_tile(k, kHeadDim),
+          .fills_v = fills_tile(v, kHeadDim),
           .query_blocks = static_cast<int32_t>(query_blocks(problem, kQueries)),
           .scale_log2 = positive_scale_log2(problem.softmax_scale),
           .negate_q = problem.softmax_scale < 0.0f};

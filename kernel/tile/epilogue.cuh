@@ -47,7 +47,7 @@ template <class Tile, int kRows>
 FLASHTILE_DEVICE void store_global(const GlobalRows& rows, uint32_t tile, int row0, int lane) {
   constexpr int kRowsPerPass = 32 / kThreadsPerRow;
   const int column = lane % kThreadsPerRow;  // chunks
-  const bool plain = is_plain(rows.format, Tile::kCols);
+  const bool fills = fills_tile(rows.format, Tile::kCols);
   FLASHTILE_ROLL
   for (int i = 0; i < kRows; i += kRowsPerPass) {
     const int row = row0 + i + load_row<Tile>(lane);
@@ -58,7 +58,7 @@ FLASHTILE_DEVICE void store_global(const GlobalRows& rows, uint32_t tile, int ro
       const int chunk = column + c;
       const uint4 x = ptx::lds_u32x4(tile + Tile::offset(row, chunk));
       char* const place = target + chunk * kChunkBytes;
-      if (plain) {
+      if (fills) {
         *reinterpret_cast<uint4*>(place) = x;
       } else {
         store_chunk(place, x, rows.format.bytes - chunk * kChunkBytes, rows.format.unit);

@@ -71,10 +71,10 @@ struct TileLoader {
     pass_bytes = stride * 2 * Target::kRowsPerPass;
   }
 
-  // The tile before. All its rows exist; `plain` as is_plain() has it.
+  // The tile before. All its rows exist; `fills`: fills_tile().
   template <int kTileBytes = 0>
-  FLASHTILE_DEVICE void load_whole(const Target& target, const RowFormat& format, bool plain) {
-    if (plain) {
+  FLASHTILE_DEVICE void load_whole(const Target& target, const RowFormat& format, bool fills) {
+    if (fills) {
       copy_whole<kTileBytes>(target, [](uint32_t shared, const char* global, int) {
         ptx::cp_async_16(shared, global);
       });

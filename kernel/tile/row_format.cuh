@@ -37,7 +37,7 @@ inline RowFormat key_format(const View& view, const Problem& p, int64_t head_dim
 }
 
 // Whether rows fill a tile of `cols` columns and can be moved 16 bytes at a time.
-FLASHTILE_HOST_DEVICE bool is_plain(const RowFormat& format, int cols) {
+FLASHTILE_HOST_DEVICE bool fills_tile(const RowFormat& format, int cols) {
   return format.unit == 16 && format.bytes == 2 * cols;
 }
 
