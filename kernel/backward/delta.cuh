@@ -30,7 +30,7 @@ struct BackwardDelta {
     const int thread = ptx::thread_index();
     clear_turns(launch, thread);
     const RowBlock block =
-        row_block<Rows::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
+        row_block<Side::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
     if (block.empty()) return;
     const int64_t tile = block.head * launch.slots_q + block.slot;
     clear_dq(Slot::dq(launch, tile), thread);

@@ -22,7 +22,7 @@ struct BackwardDq {
   static FLASHTILE_DEVICE void run(const Params& launch, char*) {
     const BackwardParams& p = launch.params;
     const RowBlock block =
-        row_block<Rows::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
+        row_block<Side::kQueries, kBlockQ, kBlockQ>(p.problem, launch.slots_q, ptx::block_index());
     if (block.empty()) return;
     const Sequence& s = block.sequence;
     const int64_t tile = block.head * launch.slots_q + block.slot;

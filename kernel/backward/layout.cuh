@@ -119,9 +119,9 @@ struct DqOrder {
 };
 
 // Block `index` of a grid of heads x slots, slots fastest.
-template <Rows kRows, int kBlock, int kBlockQ>
+template <Side kSide, int kBlock, int kBlockQ>
 FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int index) {
-  constexpr bool kQueries = kRows == Rows::kQueries;
+  constexpr bool kQueries = kSide == Side::kQueries;
   const int head = index / static_cast<int>(slots);
   const int slot = index % static_cast<int>(slots);
   Sequence sequence;
@@ -141,7 +141,7 @@ FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int i
     row0 = slot % per_sequence * kBlock;
     first_slot_q = sequence.batch * ceil_div(static_cast<int>(problem.seqlen_q), kBlockQ);
   }
-  RowBlock block = block_from<kRows>(row0, head, sequence);
+  RowBlock block = block_from<kSide>(row0, head, sequence);
   block.slot = slot;
   block.first_slot_q = first_slot_q;
   return block;

@@ -236,7 +236,7 @@ struct BackwardSm80 {
     const int thread = ptx::thread_index();
     const Warp warp(thread);
     int index = Turns::take_work(launch, shared);
-    const RowBlock block = row_block<Rows::kKeys, kBlockK, kBlockQ>(problem, launch.slots_k, index);
+    const RowBlock block = row_block<Side::kKeys, kBlockK, kBlockQ>(problem, launch.slots_k, index);
     if (block.empty()) {
       Turns::finish(launch, index);
       return;

@@ -106,7 +106,7 @@ struct BackwardSm90 {
   }
 
   static FLASHTILE_DEVICE RowBlock key_block(const BackwardLaunch& launch, int index) {
-    return row_block<Rows::kKeys, kBlockK, kBlockQ>(launch.params.problem, launch.slots_k, index);
+    return row_block<Side::kKeys, kBlockK, kBlockQ>(launch.params.problem, launch.slots_k, index);
   }
 
   // By one thread.

@@ -72,7 +72,7 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, u
   // Found again here, so that nothing of it was kept in registers during the main loop.
   const BackwardParams& p = launch.params;
   const RowBlock block =
-      row_block<Rows::kKeys, kConfig.block_k, kConfig.block_q>(p.problem, launch.slots_k, index);
+      row_block<Side::kKeys, kConfig.block_k, kConfig.block_q>(p.problem, launch.slots_k, index);
   const int thread = ptx::thread_index();
   const int lane = thread % 32, warp = thread / 32;
   const int warp_key = warp / kConfig.warps_q, warp_query = warp % kConfig.warps_q;

@@ -116,11 +116,11 @@ struct RowBlock {
   FLASHTILE_DEVICE bool empty() const { return row0 < 0 || owned <= 0; }
 };
 
-enum class Rows { kQueries, kKeys };
+enum class Side { kQueries, kKeys };
 
-template <Rows kRows>
+template <Side kSide>
 FLASHTILE_DEVICE RowBlock block_from(int row0, int head, const Sequence& sequence) {
-  constexpr bool kQueries = kRows == Rows::kQueries;
+  constexpr bool kQueries = kSide == Side::kQueries;
   return {.sequence = sequence,
           .head = head,
           .row0 = row0,
@@ -149,12 +149,12 @@ FLASHTILE_DEVICE RowBlock query_block(const Problem& problem, int index, int blo
   const int slot = blocks - 1 - index % blocks;
   const int head = outer % heads;
   if (!problem.is_varlen()) {
-    return block_from<Rows::kQueries>(slot * block, head, sequence_of(problem, outer / heads));
+    return block_from<Side::kQueries>(slot * block, head, sequence_of(problem, outer / heads));
   }
   const int b = find_sequence(problem.cu_seqlens_q, static_cast<int>(problem.batch), slot, block);
   const Sequence sequence = sequence_of(problem, b);
   const int row0 = static_cast<int>(slot - first_slot(sequence.row_q, b, block)) * block;
-  return block_from<Rows::kQueries>(row0, head, sequence);
+  return block_from<Side::kQueries>(row0, head, sequence);
 }
 
 FLASHTILE_DEVICE RowBlock query_block(const Problem& problem, int index, int blocks, int block) {
