@@ -118,8 +118,8 @@ STATISTICS = [
     mutant(
         "delta from past the row's end",
         DELTA,
-        "format.bytes - lane * kChunkBytes, format.unit);",
-        "format.bytes - lane * kChunkBytes, format.unit >= 4 ? 16 : 2);",
+        "if (format.unit == kChunkBytes && bytes > 0)",
+        "if (format.unit >= 4 && bytes > 0)",
         cases="row formats",
     ),
     mutant(
@@ -220,8 +220,8 @@ ROWS = [
     mutant(
         "queries looked up in the keys' rows",
         LAYOUT,
-        "first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
-        "first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
+        "block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
+        "block.first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
     ),
     mutant(
         "one row of a ragged block too many",

@@ -96,12 +96,8 @@ struct BackwardDelta {
                                         int lane) {
     const Sequence& s = block.sequence;
     const BackwardParams& p = launch.params;
-    const auto chunk = [&](const View& view, const RowFormat& format) {
-      const char* const source = row_address(view, s, s.row_q + row, block.head);
-      return load_chunk(source + lane * kChunkBytes, format.bytes - lane * kChunkBytes,
-                        format.unit);
-    };
-    const uint4 x = chunk(p.out, launch.out), y = chunk(p.dout, launch.dout);
+    const uint4 x = row_chunk(p.out, launch.out, s, s.row_q + row, block.head, lane);
+    const uint4 y = row_chunk(p.dout, launch.dout, s, s.row_q + row, block.head, lane);
     const uint32_t xs[4] = {x.x, x.y, x.z, x.w};  // pairs of T
     const uint32_t ys[4] = {y.x, y.y, y.z, y.w};
     float sum = 0.0f;
@@ -112,6 +108,14 @@ struct BackwardDelta {
       sum += a.x * b.x + a.y * b.y;
     }
     return sum;
+  }
+
+  static FLASHTILE_DEVICE uint4 row_chunk(const View& view, const RowFormat& format,
+                                          const Sequence& s, int64_t row, int head, int lane) {
+    const char* const source = row_address(view, s, row, head, 8 * lane);
+    const int bytes = format.bytes - lane * kChunkBytes;
+    if (format.unit == kChunkBytes && bytes > 0) return *reinterpret_cast<const uint4*>(source);
+    return load_elements(source, bytes);
   }
 
   static FLASHTILE_DEVICE float sum_over_lanes(float x) {

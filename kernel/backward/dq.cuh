@@ -35,8 +35,7 @@ struct BackwardDq {
       const bool is_zero = row >= block.rows || statistics[Slot::lse(row)] == INFINITY;
       const uint4 x = is_zero ? make_uint4(0, 0, 0, 0)
                               : scaled(accumulator, row, 8 * chunk, p.problem.softmax_scale);
-      char* const target =
-          row_address(p.dq, s, s.row_q + block.row0 + row, block.head) + chunk * kChunkBytes;
+      char* const target = row_address(p.dq, s, s.row_q + block.row0 + row, block.head, 8 * chunk);
       store_chunk(target, x, launch.dq.bytes - chunk * kChunkBytes, launch.dq.unit);
     }
   }

@@ -113,7 +113,7 @@ struct RowBlock {
   int64_t first_slot_q = 0;
 
   // A slot past the sequence's rows, or before the first sequence: nothing to write.
-  FLASHTILE_DEVICE bool empty() const { return row0 < 0 || owned <= 0; }
+  FLASHTILE_DEVICE bool empty() const { return owned <= 0 || row0 < 0; }
 };
 
 enum class Side { kQueries, kKeys };
@@ -178,11 +178,12 @@ FLASHTILE_DEVICE BlockRange key_blocks(const Problem& problem, const RowBlock& w
   return band_mask(problem, work.sequence).key_blocks(work.row0, block_q, block_k);
 }
 
-// Row `row` of a head's tensor, or its number.
+// Column `column` in row `row` of a head's tensor; a row's number.
 FLASHTILE_DEVICE char* row_address(const View& view, const Sequence& sequence, int64_t row,
-                                   int head) {
+                                   int head, int column = 0) {
   return static_cast<char*>(view.data) +
-         2 * (sequence.batch * view.stride_batch + row * view.stride_seq + head * view.stride_head);
+         2 * (sequence.batch * view.stride_batch + row * view.stride_seq + head * view.stride_head +
+              column);
 }
 FLASHTILE_DEVICE float* row_address(const RowView& view, const Sequence& sequence, int64_t row,
                                     int head) {
