@@ -2,13 +2,15 @@
 
     python benchmarks/sass_report.py                            the library in build/
     python benchmarks/sass_report.py --classes forward.cubin    any cubins, objects, libraries
+    python benchmarks/sass_report.py --pin                      store the opcode sequences
+    python benchmarks/sass_report.py --compare old.json new.json  two such files
 
 Prints, per kernel: the hot loop's clean path (sass.py) beside the budget pinned here and beside
 FlashAttention-2's (fa2_sass.json); what ptxas gave it; and how long its other units work while the
 tensor cores work for 100. fp16 and bf16 share a row where they agree.
 
-Exit status 1 when a kernel exceeds its budget, accesses local memory in its hot loop, or waits for
-shared memory where it must not.
+Exit status 1 when a kernel exceeds its budget, accesses local memory in its hot loop, waits for
+shared memory where it must not, or has other opcodes than sass_pin.json (sass_pin.py).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import sass_pin
 import sass_sm90
 from sass import Kernel, Loop, find_cuobjdump, hot_loop, many_rows_loop, read_kernels
 
@@ -322,7 +325,7 @@ def default_files() -> list[pathlib.Path]:
     return [path for path in [BUILD / "kernel" / "libflashtile.so"] if path.exists()]
 
 
-def main() -> int:
+def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -338,46 +341,100 @@ def main() -> int:
         default=BUILD / "cpp_tests" / "kernel_plans",
         help="the program that prints the tuning table (built with the tests)",
     )
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--pin", action="store_true", help="store every kernel's opcode sequence in the pin"
+    )
+    parser.add_argument(
+        "--pin-file", type=pathlib.Path, default=sass_pin.DEFAULT, help="the pin, another one"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=pathlib.Path,
+        metavar=("OLD", "NEW"),
+        help="compare two pins, and do nothing else",
+    )
+    return parser, parser.parse_args()
+
+
+@dataclasses.dataclass
+class Report:
+    """What one pass over the machine code has found."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    sm90_rows: list[sass_sm90.Row] = dataclasses.field(default_factory=list)
+    entries: list[tuple[str, str, sass_pin.Entry]] = dataclasses.field(default_factory=list)
+
+    def write(self, path: pathlib.Path) -> None:
+        listing = [row.numbers() | {"dtypes": sorted(row.dtypes)} for row in self.rows]
+        listing += [dataclasses.asdict(row) for row in self.sm90_rows]
+        path.write_text(json.dumps(listing, indent=1) + "\n")
+
+    def failures(self) -> list[str]:
+        return [problem for row in [*self.rows, *self.sm90_rows] for problem in row.failures()]
+
+
+def read_report(arguments: argparse.Namespace, cuobjdump: str, files: list[pathlib.Path]) -> Report:
+    fa2 = json.loads((HERE / "fa2_sass.json").read_text())["loops"]
+    plans = read_plans(arguments.plans)
+    report = Report()
+    for kernel in (kernel for path in files for kernel in read_kernels(cuobjdump, path)):
+        if arguments.filter not in f"{kernel.name} {kernel.dtype} {kernel.architecture}":
+            continue
+        loop = hot_loop(kernel)
+        entry = sass_pin.make_entry(kernel, loop)
+        report.entries.append((kernel.architecture, kernel.symbol, entry))
+        if loop is None:
+            continue
+        if sass_sm90.is_sm90(kernel):
+            report.sm90_rows.append(sass_sm90.make_row(kernel, loop))
+        else:
+            report.rows.append(make_row(kernel, loop, fa2, plans))
+            if (many := many_rows_loop(kernel)) is not None:
+                report.rows.append(make_many_rows(kernel, report.rows[-1], many))
+        if arguments.dump:
+            print(f"\n{kernel.name} {kernel.dtype} {kernel.architecture}")
+            print("\n".join(f"  {i.address:05x}  {i.text}" for i in loop.path))
+    report.rows = merged(report.rows)
+    return report
+
+
+def pin_or_check(
+    arguments: argparse.Namespace, cuobjdump: str, files: list[pathlib.Path], report: Report
+) -> int:
+    """Writes the pin or compares with it: 1 where a kernel differs."""
+    pin = sass_pin.make_pin(cuobjdump, files, report.entries)
+    if arguments.pin:
+        sass_pin.write(pin, arguments.pin_file)
+        print(f"\n{len(pin.kernels)} kernels by {pin.compiler} pinned in {arguments.pin_file}")
+        return 0
+    whole = not arguments.filter and all(".so" in path.name for path in files)
+    return sass_pin.check(arguments.pin_file, pin, whole)
+
+
+def main() -> int:
+    parser, arguments = parse_arguments()
+    if arguments.compare:
+        return sass_pin.compare_files(*arguments.compare)
+    if arguments.pin and arguments.filter:
+        parser.error("--pin stores every kernel: leave --filter out")
     files = arguments.files or default_files()
     if not files:
         parser.error("no library in build/: name the files to read")
-
     cuobjdump = find_cuobjdump(arguments.cuobjdump)
-    fa2 = json.loads((HERE / "fa2_sass.json").read_text())["loops"]
-    plans = read_plans(arguments.plans)
-    rows = []
-    sm90_rows = []
-    for path in files:
-        for kernel in read_kernels(cuobjdump, path):
-            if arguments.filter not in f"{kernel.name} {kernel.dtype} {kernel.architecture}":
-                continue
-            loop = hot_loop(kernel)
-            if loop is None:
-                continue
-            if sass_sm90.is_sm90(kernel):
-                sm90_rows.append(sass_sm90.make_row(kernel, loop))
-            else:
-                rows.append(make_row(kernel, loop, fa2, plans))
-                if (many := many_rows_loop(kernel)) is not None:
-                    rows.append(make_many_rows(kernel, rows[-1], many))
-            if arguments.dump:
-                print(f"\n{kernel.name} {kernel.dtype} {kernel.architecture}")
-                print("\n".join(f"  {i.address:05x}  {i.text}" for i in loop.path))
-    if not rows and not sm90_rows:
+    report = read_report(arguments, cuobjdump, files)
+    if not report.rows and not report.sm90_rows:
         print("no kernel with tensor-core instructions found", file=sys.stderr)
         return 1
-    rows = merged(rows)
-    print_tables(rows, arguments.classes)
-    sass_sm90.print_table(sm90_rows)
+    print_tables(report.rows, arguments.classes)
+    sass_sm90.print_table(report.sm90_rows)
     if arguments.json:
-        listing = [row.numbers() | {"dtypes": sorted(row.dtypes)} for row in rows]
-        listing += [dataclasses.asdict(row) for row in sm90_rows]
-        arguments.json.write_text(json.dumps(listing, indent=1) + "\n")
-    problems = [problem for row in [*rows, *sm90_rows] for problem in row.failures()]
+        report.write(arguments.json)
+    pinned = pin_or_check(arguments, cuobjdump, files, report)
+    problems = report.failures()
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return 1 if problems else pinned
 
 
 if __name__ == "__main__":
