@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "mutation"))
 
 from find_mutants import Found, fuzz, print_all
 from mutant import Mutant
-from mutation_test import patch
+from patching import apply
 
 # Truncated to bfloat16 where the tensors are of 16 bits.
 COARSE = "bit_cast<Vec<C>>(bit_cast<IntVec<C>>({}) & (sizeof(T) == 2 ? -0x10000 : -1))"
@@ -86,9 +86,7 @@ CACHE_MUTANTS = [
 
 def find(arguments: argparse.Namespace, scratch: Path, planted: Mutant) -> Found:
     """Patches the copy, builds the fuzzer, runs it, and takes the patch back."""
-    for file, old, new in planted.patches:
-        path = scratch / "kernel" / file
-        path.write_text(patch(path.read_text(), old, new))
+    apply(scratch / "kernel", planted.patches)
     build = scratch / "build"
     command = [arguments.cmake, "--build", str(build), "--target", "fuzz", "--parallel", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

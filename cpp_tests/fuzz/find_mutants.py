@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "mutation"))
 
 from mutant import Mutant
-from mutation_test import MUTANTS, Settings, patch, write_manifest
+from mutation_test import MUTANTS, Settings, write_manifest
+from patching import apply
 
 PLANTED = [
     "keys past the end unmasked",
@@ -94,9 +95,7 @@ def find(settings: Settings, mutant: Mutant) -> Found:
         scratch = Path(name)
         kernel = scratch / "kernel"
         shutil.copytree(settings.source, kernel, ignore=shutil.ignore_patterns("cpu", "torch"))
-        for file, old, new in mutant.patches:
-            path = kernel / file
-            path.write_text(patch(path.read_text(), old, new))
+        apply(kernel, mutant.patches)
         compile_slice(settings, mutant, kernel, scratch / "mutant.ptx")
         write_manifest(settings, mutant, scratch / "mutant.ptx", scratch / "manifest.txt")
         options = f"--backend machine --device sm_80 --head-dims {HEAD_DIMS} --seconds {SECONDS}"

@@ -1,8 +1,8 @@
 // The cases that mutants of the append and of the check run, in groups.
 #include <cstring>
 
-#include "../append_case.h"
 #include "../kernels/device.h"
+#include "../support/append_case.h"
 
 using namespace flashtile::test;
 

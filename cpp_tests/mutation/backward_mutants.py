@@ -15,19 +15,20 @@ DQ = "backward/dq.cuh"
 TURNS = "backward/turns.cuh"
 MASK = "tile/mask.cuh"
 
-BLOCK_LANDED = (
-    "__syncthreads();  // the block has landed; nobody reads the one before or its dS any more"
-)
-DS_COMPLETE = "__syncthreads();  // dS of the block is complete; nobody reads its dO any more"
-WAIT = "Turns::wait(launch, slot, my.notes);"
+BARRIER = "__syncthreads(); "
+BLOCK_WAIT = "ptx::cp_async_wait<0>(); "
+COME_TO = "Turns::come_to(launch, slot, my.notes); "
+TAKE_BLOCK = COME_TO + "my.stage.flip(my.loader.fill); "  # behind the barrier after a block's wait
+START_HEAD = COME_TO + "my.loader.start("  # behind the barrier after the notes
+WAIT = "Turns::wait(launch, slot, my.notes); "  # before the barrier after dS
 LOAD_DOUT = (
     "if constexpr (kConfig.stages_dout == 1) my.loader.template load<Loader::kDout>"
-    "(launch, next, slot + 1);"
+    "(launch, next, slot + 1); "
 )
-PASS_LAST = (
-    "__syncthreads();  // dQ of the last block has been added to\nTurns::finish(launch, index);"
-)
-PASS_LAST_NOT = "__syncthreads();"
+LOAD_Q = "my.loader.template load<Loader::kQ>(launch, next, slot + 1); "
+FINISH = "Turns::finish(launch, index); "
+STORE_P = "packed.template store<ScoreTile>(my.at.scores + kExchange); "
+STAGE_SUMS = "if (warp_query == 0) { stage_gradient<"
 
 
 def mutant(
@@ -50,24 +51,24 @@ ORDER = [
     mutant(
         "no barrier after K's and V's wait",
         MAIN,
-        "__syncthreads();  // K and V have landed, for every thread",
-        "",
+        BARRIER + "const Places<Shape> at(smem, warp);",
+        "const Places<Shape> at(smem, warp);",
         head_dim=192,
         memory="small",
     ),
-    mutant("no barrier after a block's wait", MAIN, BLOCK_LANDED, ""),
-    mutant("no barrier after dS is stored", MAIN, DS_COMPLETE, ""),
+    mutant("no barrier after a block's wait", MAIN, BARRIER + TAKE_BLOCK, TAKE_BLOCK),
+    mutant("no barrier after dS is stored", MAIN, WAIT + BARRIER, WAIT),
     mutant(
         "no wait for Q and dO",
         MAIN,
-        "ptx::cp_async_wait<0>(); " + BLOCK_LANDED,
-        "__syncthreads();",
+        BLOCK_WAIT + BARRIER + TAKE_BLOCK,
+        BARRIER + TAKE_BLOCK,
     ),
     mutant(
         "no barrier after the notes",
         MAIN,
-        "__syncthreads();  // the notes are there; nobody adds to dQ of the head before any more",
-        "",
+        BARRIER + START_HEAD,
+        START_HEAD,
     ),
     mutant(
         "stages not swapped",
@@ -78,20 +79,20 @@ ORDER = [
     mutant(
         "gradients staged over tiles that are read",
         STORE,
-        "__syncthreads();  // no tile of the main loop is read any more",
-        "",
+        BARRIER + "if constexpr (kPartialSums)",
+        "if constexpr (kPartialSums)",
     ),
     mutant(
         "gradients staged over partial sums",
         STORE,
-        "__syncthreads();  // they have been read",
-        "",
+        BARRIER + STAGE_SUMS,
+        STAGE_SUMS,
     ),
     mutant(
         "gradients stored before they are complete",
         STORE,
-        "__syncthreads();  // dK and dV of the block are complete",
-        "",
+        BARRIER + "store_rows<Copy, Tile>(p.dk,",
+        "store_rows<Copy, Tile>(p.dk,",
     ),
 ]
 
@@ -303,8 +304,8 @@ PRODUCTS = [
     mutant(
         "P read before it is exchanged",
         MAIN,
-        "share_scores();  // P^T of the warp's keys is complete",
-        "",
+        STORE_P + "share_scores();",
+        STORE_P,
         head_dim=192,
     ),
     mutant(
@@ -347,15 +348,15 @@ PRODUCTS = [
     mutant(
         "dO loaded over the one that is read",
         MAIN,
-        WAIT + " " + DS_COMPLETE + " " + LOAD_DOUT,
-        LOAD_DOUT + WAIT + DS_COMPLETE + "\n",
+        WAIT + BARRIER + LOAD_DOUT,
+        LOAD_DOUT + WAIT + BARRIER,
         head_dim=256,
     ),
     mutant(
         "Q loaded over the one that is read",
         MAIN,
-        "__syncthreads();  // nobody reads Q of the block any more",
-        "",
+        BARRIER + LOAD_Q,
+        LOAD_Q,
         head_dim=256,
     ),
     mutant(
@@ -410,7 +411,7 @@ DETERMINISTIC = [
         "false",
         cases="turns",
     ),
-    mutant("last turn not passed on", MAIN, PASS_LAST, PASS_LAST_NOT, cases="turns"),
+    mutant("last turn not passed on", MAIN, BARRIER + FINISH, BARRIER, cases="turns"),
     mutant(
         "turns not cleared",
         DELTA,
@@ -420,7 +421,7 @@ DETERMINISTIC = [
     ),
 ]
 
-TWO_BARRIERS = (MAIN, DS_COMPLETE, "__syncthreads(); __syncthreads();")
+TWO_BARRIERS = (MAIN, WAIT + BARRIER, WAIT + BARRIER + BARRIER)
 CONTROLS = [
     control(
         "control: one barrier more",

@@ -21,11 +21,11 @@ DS_THERE = "ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);"
 P_THERE = "ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);"
 KEYS_FULL = "ptx::mbarrier_wait(smem + Shape::kKeysFull, 0);"
 RELEASE_Q = "if (thread() % 32 == 0) q_ring().release(use);"
-DK_DONE = "ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);  // Q has been read"
-OUR_TURN = "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // it is our turn"
-ADDED = (
-    "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // dQ has been added to"
-)
+DK_DONE = "ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);"
+OWN_GROUP = "ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads); "
+AWAIT = "if (is_first_thread()) await<kGroup>(launch, notes, slot); "
+TELL = "if (is_first_thread()) tell<kGroup>(launch, notes, slot); "
+STAGE = "my.template stage_gradients<kGroup>(dk_tile, dv_tile); "
 
 
 def mutant(name: str, *patch: str, cases: str = "shapes", head_dim: int = 64) -> Mutant:
@@ -43,7 +43,7 @@ BARRIERS = [
     mutant(
         "no barrier after the notes and mbarriers",
         MAIN,
-        "__syncthreads();  // the notes and the mbarriers are there",
+        "__syncthreads();",
         "",
     ),
     mutant("K and V not waited for", MAIN, KEYS_FULL, ""),
@@ -54,7 +54,7 @@ BARRIERS = [
         "Q released before dK is done",
         HALVES,
         f"{DK_DONE} {RELEASE_Q}",
-        f"{RELEASE_Q} ptx::wgmma_wait<0>(); ptx::keep_in_order(dk.d[0]);",
+        f"{RELEASE_Q} {DK_DONE}",
     ),
     mutant("Q never released", HALVES, RELEASE_Q, ""),
     mutant(
@@ -89,14 +89,14 @@ BARRIERS = [
     mutant(
         "gradients staged over keys that are read",
         MAIN,
-        DS_THERE + "  // nobody reads K and V any more",
-        "",
+        DS_THERE + STAGE,
+        STAGE,
     ),
     mutant(
         "gradients stored before they are complete",
         MAIN,
-        DS_THERE + "  // dK and dV are complete",
-        "",
+        STAGE + DS_THERE,
+        STAGE,
     ),
     role_mutant("P never announced", ROLES, P_THERE, ""),
     role_mutant(
@@ -114,7 +114,7 @@ BARRIERS = [
     role_mutant(
         "dS not waited for by the second",
         ROLES,
-        "ptx::named_barrier_sync(kOwnGroup + 1, Shape::kGroupThreads);  // dS is complete",
+        "ptx::named_barrier_sync(kOwnGroup + 1, Shape::kGroupThreads);",
         "",
     ),
 ]
@@ -129,13 +129,13 @@ PRODUCT_MUTANTS = [
     mutant(
         "S read while its product runs",
         HALVES,
-        "ptx::wgmma_wait<1>(); ptx::keep_in_order(p.d[0]);  // S^T is there",
+        "ptx::wgmma_wait<1>(); ptx::keep_in_order(p.d[0]);",
         "ptx::wgmma_wait<2>(); ptx::keep_in_order(p.d[0]);",
     ),
     mutant(
         "dQ read while its product runs",
         HALVES,
-        "ptx::wgmma_wait<1>(); ptx::keep_in_order(dq.d[0]);  // dQ is there",
+        "ptx::wgmma_wait<1>(); ptx::keep_in_order(dq.d[0]);",
         "ptx::keep_in_order(dq.d[0]);",
     ),
     role_mutant(
@@ -226,15 +226,15 @@ ORDER = [
     ),
     mutant("no turn waited for", TURNS, "while (", "if (", cases="turns"),
     role_mutant("no turn waited for by roles", TURNS, "while (", "if (", cases="turns"),
-    role_mutant("the turn not told to the others", TURNS, OUR_TURN, "", cases="turns"),
-    role_mutant("the turn passed too early", TURNS, ADDED, "", cases="turns"),
+    role_mutant("the turn not told to the others", TURNS, AWAIT + OWN_GROUP, AWAIT, cases="turns"),
+    role_mutant("the turn passed too early", TURNS, OWN_GROUP + TELL, TELL, cases="turns"),
 ]
 
 STAGED_DQ = [
     mutant(
         "no proxy fence behind dQ",
         DQ,
-        "ptx::fence_proxy_async_shared();  // to the copy that reads it",
+        "ptx::fence_proxy_async_shared();",
         "",
     ),
     mutant(
@@ -276,7 +276,7 @@ STAGED_DQ = [
     mutant(
         "the turn passed before dQ is added",
         DQ,
-        "ptx::bulk_wait<0>();  // it has been added, not only read",
+        "ptx::bulk_wait<0>();",
         "ptx::bulk_wait_read<0>();",
         cases="turns",
     ),

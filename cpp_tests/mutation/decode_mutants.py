@@ -17,10 +17,11 @@ EDGES = "tile/packed_edges.cuh"
 ALL_CASES = ("cache pages", "cache masks", "cache parts")
 
 WAIT = "ptx::cp_async_wait<kSlots - 2>(); "
-K_LANDED = "__syncwarp();  // K has landed; nobody in the warp reads the V before it any more"
-V_LANDED = "__syncwarp();  // V has landed; nobody in the warp reads K any more"
-MANY_K_LANDED = "__syncthreads();  // K has landed; nobody reads the V before it any more"
-MANY_V_LANDED = "__syncthreads();  // V has landed; nobody reads K any more"
+LANES = "__syncwarp(); "
+BARRIER = "__syncthreads(); "
+ORDER_K = "stream.order_k();"  # behind the wait for K and what follows it
+ORDER_V = "stream.order_v();"
+NEXT_PART = "stream.begin(parts.first(part), parts.last(part));"
 
 
 def mutant(name: str, *patch: str, cases: str = "pages", kernel: str = "decode") -> Mutant:
@@ -30,40 +31,40 @@ def mutant(name: str, *patch: str, cases: str = "pages", kernel: str = "decode")
 
 
 ORDER = [
-    mutant("no wait for K", FEW, WAIT + K_LANDED, "__syncwarp();"),
-    mutant("no wait for V", FEW, WAIT + V_LANDED, "__syncwarp();"),
+    mutant("no wait for K", FEW, WAIT + LANES + ORDER_K, LANES + ORDER_K),
+    mutant("no wait for V", FEW, WAIT + LANES + ORDER_V, LANES + ORDER_V),
     mutant(
         "wait for V one item too lax",
         FEW,
-        WAIT + V_LANDED,
-        "ptx::cp_async_wait<kSlots - 1>(); __syncwarp();",
+        WAIT + LANES + ORDER_V,
+        "ptx::cp_async_wait<kSlots - 1>(); " + LANES + ORDER_V,
     ),
-    mutant("no order of the lanes after K's wait", FEW, K_LANDED, ""),
-    mutant("no order of the lanes after V's wait", FEW, V_LANDED, ""),
+    mutant("no order of the lanes after K's wait", FEW, LANES + ORDER_K, ORDER_K),
+    mutant("no order of the lanes after V's wait", FEW, LANES + ORDER_V, ORDER_V),
     mutant(
         "Q's place is a slot before everybody has read it",
         FEW,
-        "__syncthreads();  // everybody has read Q: its place is a slot",
-        "",
+        "q.load(); " + BARRIER,
+        "q.load();",
         cases="parts",
     ),
     mutant(
         "no barrier before the merge",
         FEW,
-        "__syncthreads();  // the warps' LogSums are there; nobody reads a ring any more",
-        "",
+        BARRIER + "LogSum merged[2];",
+        "LogSum merged[2];",
     ),
     mutant(
         "no barrier before the outputs are added up",
         FEW,
-        "__syncthreads();  // the warps' outputs are there",
-        "",
+        BARRIER + "store_part(to, merged, outputs);",
+        "store_part(to, merged, outputs);",
     ),
     mutant(
         "no barrier before the next part",
         FEW,
-        "__syncthreads();  // the outputs have been read, the rings are free",
-        "",
+        BARRIER + NEXT_PART,
+        NEXT_PART,
         cases="parts",
     ),
 ]
@@ -189,22 +190,38 @@ KEYS = [
 
 ROWS_SHARED = [
     mutant(
-        "many rows: no wait for K", MANY, WAIT + MANY_K_LANDED, "__syncthreads();", cases="parts"
+        "many rows: no wait for K",
+        MANY,
+        WAIT + BARRIER + ORDER_K,
+        BARRIER + ORDER_K,
+        cases="parts",
     ),
     mutant(
-        "many rows: no wait for V", MANY, WAIT + MANY_V_LANDED, "__syncthreads();", cases="parts"
+        "many rows: no wait for V",
+        MANY,
+        WAIT + BARRIER + ORDER_V,
+        BARRIER + ORDER_V,
+        cases="parts",
     ),
     mutant(
-        "many rows: no barrier after K's wait", MANY, MANY_K_LANDED, "__syncwarp();", cases="parts"
+        "many rows: no barrier after K's wait",
+        MANY,
+        BARRIER + ORDER_K,
+        LANES + ORDER_K,
+        cases="parts",
     ),
     mutant(
-        "many rows: no barrier after V's wait", MANY, MANY_V_LANDED, "__syncwarp();", cases="parts"
+        "many rows: no barrier after V's wait",
+        MANY,
+        BARRIER + ORDER_V,
+        LANES + ORDER_V,
+        cases="parts",
     ),
     mutant(
         "many rows: no barrier before the next part",
         MANY,
-        "__syncthreads();  // the ring is free",
-        "",
+        BARRIER + NEXT_PART,
+        NEXT_PART,
         cases="parts",
     ),
     mutant(

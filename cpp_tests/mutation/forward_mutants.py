@@ -15,11 +15,12 @@ FORMAT = "tile/row_format.cuh"
 TILE = "tile/smem_tile.cuh"
 ALL_CASES = ("shapes", "masks", "used rows", "row formats", "values")
 
-Q_LANDED = "__syncthreads();  // Q and K have landed, and Q has its sign"
-V_LANDED = "__syncthreads();  // V_j has landed; nobody reads K_j any more"
-K_LANDED = "__syncthreads();  // K_{j-1} has landed; nobody reads V_j any more"
+WAIT = "ptx::cp_async_wait<0>(); "
+BARRIER = "__syncthreads(); "
+NEGATE_Q = "if (params.negate_q) negate(q_target); "  # before the first barrier
+LOAD_K = "if (j > range.begin) stream.load_previous_k(params); "  # behind that after V's wait
+LOAD_V = "stream.load_previous_v(params); "  # behind that after K's
 KV_HEAD = "head / (static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_heads_kv))"
-LOAD_K = "if (j > range.begin) stream.load_previous_k(params);"
 
 
 def mutant(name: str, *patch: str, cases: str = "shapes", head_dim: int = 64) -> Mutant:
@@ -35,11 +36,11 @@ def control(name: str, *patch: str) -> Mutant:
 
 
 ORDER = [
-    mutant("no barrier after Q's and K's wait", FORWARD, Q_LANDED, ""),
-    mutant("no barrier after V's wait", FORWARD, V_LANDED, ""),
-    mutant("no barrier before V is loaded again", FORWARD, K_LANDED, ""),
-    mutant("no wait for V", FORWARD, "ptx::cp_async_wait<0>(); " + V_LANDED, "__syncthreads();"),
-    mutant("no wait for K", FORWARD, "ptx::cp_async_wait<0>(); " + K_LANDED, "__syncthreads();"),
+    mutant("no barrier after Q's and K's wait", FORWARD, NEGATE_Q + BARRIER, NEGATE_Q),
+    mutant("no barrier after V's wait", FORWARD, BARRIER + LOAD_K, LOAD_K),
+    mutant("no barrier before V is loaded again", FORWARD, BARRIER + LOAD_V, LOAD_V),
+    mutant("no wait for V", FORWARD, WAIT + BARRIER + LOAD_K, BARRIER + LOAD_K),
+    mutant("no wait for K", FORWARD, WAIT + BARRIER + LOAD_V, BARRIER + LOAD_V),
     mutant(
         "first wait one group too lax",
         FORWARD,
@@ -49,8 +50,8 @@ ORDER = [
     mutant(
         "K prefetched into the block that is read",
         FORWARD,
-        V_LANDED + " " + LOAD_K,
-        LOAD_K + V_LANDED + "\n",
+        BARRIER + LOAD_K,
+        LOAD_K + BARRIER,
     ),
     mutant(
         "V loaded over K",
@@ -333,7 +334,7 @@ LAYOUT = [
 ]
 
 CONTROLS = [
-    control("control: one barrier more", FORWARD, V_LANDED, "__syncthreads(); __syncthreads();"),
+    control("control: one barrier more", FORWARD, BARRIER + LOAD_K, BARRIER + BARRIER + LOAD_K),
     control(
         "control: rescale at every block",
         SOFTMAX,

@@ -16,11 +16,9 @@ FENCE = "ptx::wgmma_fence();"
 FIRST_SCORES = "shared.k_ring().wait(use); ptx::wgmma_fence(); issue_scores(s, q, use);"
 RELEASE_K = "if (is_first_lane()) shared.k_ring().release(use);"
 RELEASE_V = "if (is_first_lane()) shared.v_ring().release(use);"
-ROWS_THERE = (
-    "ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);  // all rows of the warpgroup are there"
-)
+ROWS_THERE = "ptx::named_barrier_sync(kOwnBarrier + warpgroup, 128);"
 STORED = "ptx::bulk_wait_read<0>();"
-INIT = "__syncthreads();  // the mbarriers are there"
+INIT = "__syncthreads();"
 
 
 def mutant(name: str, *patch: str, cases: str = "shapes", head_dim: int = 64) -> Mutant:
@@ -134,7 +132,7 @@ BARRIERS = [
     mutant(
         "the first warpgroup waits for its first turn",
         FORWARD,
-        "if (warpgroup == kConsumers - 1) consumer.pass_turn();  // the first one begins",
+        "if (warpgroup == kConsumers - 1) consumer.pass_turn();",
         "",
         cases="masks",
     ),
@@ -238,7 +236,7 @@ STORES = [
     mutant(
         "no barrier behind the signs",
         EPILOGUE,
-        "ptx::named_barrier_sync(barrier, 128);  // the signs are there, also for the products",
+        "ptx::named_barrier_sync(barrier, 128);",
         "",
         cases="values",
     ),

@@ -13,7 +13,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from decode_mutants import DECODE_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
+from patching import apply
 from prefill_sm90_mutants import PREFILL_SM90_MUTANTS
 from turn_mutants import TURN_MUTANTS
 
@@ -57,15 +57,6 @@ class Outcome:
     mutant: Mutant
     right: bool
     text: str
-
-
-def patch(text: str, old: str, new: str) -> str:
-    """Replaces `old`, which must occur exactly once; any white space matches any other."""
-    pattern = re.compile(r"\s+".join(re.escape(word) for word in old.split()))
-    found = pattern.findall(text)
-    if len(found) != 1:
-        raise ValueError(f"found {len(found)} times instead of once: {old}")
-    return pattern.sub(lambda _: new, text)
 
 
 def forward_slice(mutant: Mutant) -> tuple[str, list[str]]:
@@ -211,9 +202,7 @@ def try_mutant(settings: Settings, mutant: Mutant) -> Outcome:
         kernel = scratch / "kernel"
         shutil.copytree(settings.source, kernel, ignore=shutil.ignore_patterns("cpu", "torch"))
         try:
-            for file, old, new in mutant.patches:
-                path = kernel / file
-                path.write_text(patch(path.read_text(), old, new))
+            apply(kernel, mutant.patches)
             compile_slice(settings, mutant, kernel, scratch / "mutant.ptx")
         except (ValueError, OSError) as error:
             return Outcome(mutant, False, f"the patch does not apply: {error}")

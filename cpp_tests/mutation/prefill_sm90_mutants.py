@@ -42,7 +42,7 @@ BY_TMA = [
     mutant(
         "boxes: lanes do not wait for the buffer",
         BOXES,
-        "__syncwarp();  // the buffer is free and expects these bytes",
+        "__syncwarp();",
         "",
     ),
     mutant("boxes: more lanes than pieces", BOXES, "if (piece >= Tile::kRows) return;", ""),

@@ -3,7 +3,7 @@ numbers stay right on every device that is not in a hurry, and where blocks run 
 
 from __future__ import annotations
 
-from backward_mutants import BLOCK_LANDED, MAIN, PASS_LAST
+from backward_mutants import BARRIER, COME_TO, FINISH, MAIN, TAKE_BLOCK
 from backward_sm90_mutants import DQ as DQ_SM90
 from mutant import Mutant
 
@@ -13,13 +13,11 @@ ACQUIRE = "atom.acquire.gpu.global.add.s32"
 RELAXED_RELEASE = (ORDER, RELEASE, RELEASE.replace("release", "relaxed"))
 RELAXED_ACQUIRE = (ORDER, ACQUIRE, ACQUIRE.replace("acquire", "relaxed"))
 
-COME_TO = "Turns::come_to(launch, slot, my.notes);"
-
-FENCE_BEHIND_WAIT = (
-    "ptx::fence_proxy_async_global();  // what the key block before has added comes first"
-)
-ADDED = "ptx::bulk_wait<0>();  // it has been added, not only read"
-FENCE_BEHIND_ADD = (DQ_SM90, ADDED + " ptx::fence_proxy_async_global();", ADDED + "\n")
+AWAIT = "Turns::template await<kGroup>(launch, smem + Shape::kNotes, slot); "
+ADDED = "ptx::bulk_wait<0>(); "
+FENCE = "ptx::fence_proxy_async_global(); "
+FENCE_BEHIND_WAIT = (DQ_SM90, AWAIT + FENCE, AWAIT)
+FENCE_BEHIND_ADD = (DQ_SM90, ADDED + FENCE, ADDED)
 
 
 def mutant(
@@ -41,11 +39,11 @@ SM80 = [
     mutant("turns acquired from their own block", (ORDER, ACQUIRE, ACQUIRE.replace("gpu", "cta"))),
     mutant(
         "a turn ends before all have added",
-        (MAIN, BLOCK_LANDED + " " + COME_TO, COME_TO + BLOCK_LANDED + "\n"),
+        (MAIN, BARRIER + TAKE_BLOCK, COME_TO + BARRIER + TAKE_BLOCK.removeprefix(COME_TO)),
     ),
     mutant(
         "the last turn ends before all have added",
-        (MAIN, PASS_LAST, "Turns::finish(launch, index);"),
+        (MAIN, BARRIER + FINISH, FINISH),
     ),
 ]
 
@@ -54,13 +52,11 @@ SM90 = [
     mutant_sm90("bulk turns taken without an acquire", RELAXED_ACQUIRE),
     mutant_sm90("turns of roles passed without a release", RELAXED_RELEASE, head_dim=256),
     mutant_sm90("turns of roles taken without an acquire", RELAXED_ACQUIRE, head_dim=256),
-    mutant_sm90("no proxy fence behind a turn's wait", (DQ_SM90, FENCE_BEHIND_WAIT, "")),
-    mutant_sm90(
-        "no proxy fences around a turn", (DQ_SM90, FENCE_BEHIND_WAIT, ""), FENCE_BEHIND_ADD
-    ),
+    mutant_sm90("no proxy fence behind a turn's wait", FENCE_BEHIND_WAIT),
+    mutant_sm90("no proxy fences around a turn", FENCE_BEHIND_WAIT, FENCE_BEHIND_ADD),
     mutant_sm90(
         "a proxy fence of the wrong memory behind a turn's wait",
-        (DQ_SM90, FENCE_BEHIND_WAIT, "ptx::fence_proxy_async_shared();"),
+        (DQ_SM90, AWAIT + FENCE, AWAIT + "ptx::fence_proxy_async_shared();"),
     ),
     # The end of a bulk copy is a fence of its proxy by itself.
     Mutant(
