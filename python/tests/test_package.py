@@ -1,5 +1,6 @@
-"""The package itself: what it says about the build, how it loads, what the wheel holds."""
+"""The package itself: what it says about the build, how it loads, what wheel and sdist hold."""
 
+import importlib
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +16,8 @@ import torch
 import flashtile
 
 PACKAGE = Path(flashtile.__path__[0])
-MODULES = [
-    "checks",
-    "functional",
-    "kvcache",
-    "loader",
-    "merging",
-    "options",
-    "registration",
-    "vmap",
-    "written",
-]
-SOURCES = {"__init__.py", "ops.py", "py.typed", *(f"_{name}.py" for name in MODULES)}
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {"py.typed", *(path.name for path in (ROOT / "python" / "flashtile").glob("*.py"))}
 
 
 def test_build_info() -> None:
@@ -188,6 +179,101 @@ def test_wheel_content() -> None:
     assert any(name.startswith(folder) and name.endswith("LICENSE") for name in names)
     for path in (str(ROOT), "/torch/include/"):
         assert path.encode() not in library, "a path of the build machine"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist, as `python -m build --sdist` makes it."""
+    pytest.importorskip("scikit_build_core", reason="the build backend is not installed")
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys, flashtile_build; flashtile_build.build_sdist(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "cmake" / "backend")}
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, env=environment, check=True)
+    archive = folder / f"flashtile-{flashtile.__version__}.tar.gz"
+    assert archive.stat().st_size <= 2 * 2**20
+    shutil.unpack_archive(archive, folder)
+    return folder / f"flashtile-{flashtile.__version__}"
+
+
+def test_sdist_content(sdist: Path) -> None:
+    """What git has, without the settings of tools in the root; no build output and no note."""
+    tracked, untracked = list_git("--cached"), list_git("--others", "--exclude-standard")
+    if not tracked:
+        pytest.skip("not a checkout of git")
+    files = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    expected = {name for name in tracked if not name.startswith(".") and (ROOT / name).is_file()}
+    assert files - untracked == expected | {"PKG-INFO"}
+
+
+def list_git(*options: str) -> set[str]:
+    """Names of files; none where this is no checkout."""
+    command = ["git", "ls-files", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return set(done.stdout.splitlines())
+
+
+def test_sdist_configures(sdist: Path, tmp_path: Path) -> None:
+    """Without kernels, with the tests: every CMakeLists.txt finds what it names."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake in PATH")
+    options = ["-DFLASHTILE_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run(
+        [cmake, "-S", str(sdist), "-B", str(tmp_path / "build"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "flashtile: CUDA kernels off" in done.stdout
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The build backend on a machine without nvcc."""
+    pytest.importorskip("scikit_build_core", reason="the build backend is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "cmake" / "backend"))
+    module = importlib.import_module("flashtile_build")
+    monkeypatch.setattr(module, "TOOLKIT", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDACXX", "FLASHTILE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def test_nvcc_is_fetched_only_where_it_is_asked_for(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> bool:
+        return any("nvcc" in need for need in backend.get_requires_for_build_wheel())
+
+    assert not asked()
+    monkeypatch.setenv("FLASHTILE_CUDA", "ON")
+    assert asked()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    for name, value in (("CUDA_HOME", tmp_path), ("PATH", tmp_path / "bin"), ("CUDACXX", "nvcc")):
+        with monkeypatch.context() as here:
+            here.setenv(name, str(value))
+            assert not asked(), name
+
+
+def test_fetched_nvcc_is_used(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CMake finds no program among Python's packages, which have no links either."""
+    toolkit = tmp_path / "nvidia" / "cu13"
+    for name in ("bin/nvcc", "lib/libcudart.so.13"):
+        (toolkit / name).parent.mkdir(parents=True)
+        (toolkit / name).touch(mode=0o755)
+    monkeypatch.setenv("CUDACXX", "")
+    monkeypatch.setenv("FLASHTILE_CUDA", "ON")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in [name for name in sys.modules if name.split(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(backend._scikit, "build_wheel", lambda *_: os.environ["CUDACXX"])
+    assert backend.build_wheel("dist") == str(toolkit / "bin" / "nvcc")
+    assert (toolkit / "lib64" / "libcudart.so").is_file()
 
 
 def test_sources_are_complete() -> None:
