@@ -70,8 +70,11 @@ if(FLASHTILE_TORCH)
   # The torch component: the operator library and the header-only C++ API. The consumer's own torch
   # is found by its find_package(Torch) or by FindTorchLib.
   install(
-    FILES include/flashtile/torch.h include/flashtile/torch_kvcache.h
-    DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/flashtile" COMPONENT dev
+    DIRECTORY include/flashtile
+    DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
+    COMPONENT dev
+    FILES_MATCHING
+    PATTERN "torch*.h"
   )
   install(FILES $<TARGET_FILE:flashtile_torch> DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT runtime)
 endif()

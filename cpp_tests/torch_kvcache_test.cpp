@@ -2,7 +2,7 @@
 #include <flashtile/torch.h>
 #include <torch/torch.h>
 
-#include "check.h"
+#include "support/check.h"
 
 namespace {
 
@@ -52,7 +52,7 @@ TEST("flashtile/torch.h reads pages") {
   const Pages pages;
   const at::Tensor q = at::randn({2, 3, 4, 32});
   const auto [out, lse] = flashtile::attention_with_kvcache(
-      q, {.k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table},
+      q, {.k = pages.k, .v = pages.v, .block_table = pages.table, .cache_seqlens = pages.lengths},
       {.causal = true, .return_lse = true});
   for (int64_t b = 0; b < 2; ++b) {
     const int64_t keys = b == 0 ? 5 : 12;
@@ -70,7 +70,8 @@ TEST("flashtile/torch.h appends, rotates and serves packed queries") {
   const at::Tensor angles = at::randn({40, 8}), cos = angles.cos(), sin = angles.sin();
   const at::Tensor out =
       flashtile::attention_with_kvcache(
-          q, {.k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table},
+          q,
+          {.k = pages.k, .v = pages.v, .block_table = pages.table, .cache_seqlens = pages.lengths},
           {.append = flashtile::NewKeys{.k = k,
                                         .v = v,
                                         .rotary_cos = cos,
@@ -100,7 +101,8 @@ TEST("flashtile/torch.h names a wrong number of the cache where it checks") {
   const auto said = [&](bool check) {
     try {
       flashtile::attention_with_kvcache(
-          q, {.k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table},
+          q,
+          {.k = pages.k, .v = pages.v, .block_table = pages.table, .cache_seqlens = pages.lengths},
           {.append = added, .check = check});
     } catch (const std::exception& error) {
       return std::string(error.what());
@@ -121,7 +123,7 @@ TEST("flashtile/torch.h over a cache: out, the top-left corner, autocast, and no
   const Pages pages;
   const at::Tensor q = at::randn({2, 3, 4, 32});
   const flashtile::KVCache cache = {
-      .k = pages.k, .v = pages.v, .seqlens = pages.lengths, .block_table = pages.table};
+      .k = pages.k, .v = pages.v, .block_table = pages.table, .cache_seqlens = pages.lengths};
   const flashtile::KVCacheOptions top_left = {
       .causal = true, .causal_alignment = flashtile::CausalAlignment::kTopLeft};
   const at::Tensor first = flashtile::attention_with_kvcache(q, cache, top_left).out;
@@ -171,15 +173,70 @@ TEST("flashtile/torch.h refuses a cache call that makes no sense") {
     CHECK_EQ(text, std::string(sentence));
   };
   is(said({.k = pages.k, .v = pages.v}, {.append = added}),
-     "cache.seqlens is unset; allowed: a tensor, which says where append.k belongs");
-  is(said({.k = pages.k.clone().requires_grad_(), .v = pages.v, .seqlens = pages.lengths},
+     "cache_seqlens is unset; allowed: a tensor, which says where append.k belongs");
+  is(said({.k = pages.k.clone().requires_grad_(), .v = pages.v, .cache_seqlens = pages.lengths},
           {.append = added}),
      "append is set and cache.k requires grad; allowed: none, or at::NoGradGuard, as what is "
      "written into the cache has no gradient");
-  is(said({.k = pages.k, .v = pages.v, .seqlens = ints({1})}, {}),
+  is(said({.k = pages.k, .v = pages.v, .cache_seqlens = ints({1})}, {}),
      "cache_seqlens has shape (1,); allowed: (2,)");
   is(said({.k = pages.k, .v = pages.v}, {.num_splits = -1}),
      "num_splits is -1; allowed: 0 to 2147483647");
   is(said({.k = pages.k, .v = pages.v}, {.out = pages.v.slice(0, 0, 2).slice(1, 0, 1)}),
      "out has shape (2, 1, 2, 48); allowed: (2, 1, 4, 48)");
+}
+
+TEST("flashtile/torch.h knows members of the cache by their earlier names") {
+  const at::NoGradGuard guard;
+  const at::Tensor k = at::randn({3, 8, 2, 32}), v = at::randn({3, 8, 2, 48});
+  const at::Tensor lengths = ints({5, 7}), entries = ints({2, 0}), padding = ints({1, 0});
+  const at::Tensor q = at::randn({2, 1, 4, 32});
+  const flashtile::KVCache earlier = {
+      .k = k, .v = v, .seqlens = lengths, .batch_idx = entries, .leftpad = padding};
+  const flashtile::KVCache cache = {.k = k,
+                                    .v = v,
+                                    .cache_seqlens = lengths,
+                                    .cache_batch_idx = entries,
+                                    .cache_leftpad = padding};
+  const at::Tensor out = flashtile::attention_with_kvcache(q, cache).out;
+  CHECK(at::equal(flashtile::attention_with_kvcache(q, earlier).out, out));
+  const at::Tensor expected = manual(q[0], k[2].slice(0, 1, 5), v[2].slice(0, 1, 5));
+  CHECK((out[0] - expected).abs().max().item<double>() < 1e-5);
+
+  flashtile::KVCache both = cache;
+  both.leftpad = padding;
+  const auto answer = flashtile::can_run_with_kvcache(q, both);
+  CHECK(!answer.ok);
+  CHECK_EQ(answer.why,
+           std::string("cache_leftpad and leftpad are set; allowed: cache_leftpad, its name"));
+}
+
+TEST("flashtile/torch.h answers for a call over a cache, and writes nothing") {
+  const at::NoGradGuard guard;
+  const Pages pages;
+  const at::Tensor q = at::randn({2, 1, 4, 32}), before = pages.k.clone();
+  flashtile::KVCache cache = {
+      .k = pages.k, .v = pages.v, .block_table = pages.table, .cache_seqlens = pages.lengths};
+  const at::Tensor angles = at::randn({40, 8});
+  flashtile::KVCacheOptions options = {.append = flashtile::NewKeys{.k = at::randn({2, 1, 2, 32}),
+                                                                    .v = at::randn({2, 1, 2, 48}),
+                                                                    .rotary_cos = angles.cos(),
+                                                                    .rotary_sin = angles.sin()},
+                                       .causal = true};
+  const auto is = [&](bool ok, const char* sentence) {
+    const auto answer = flashtile::can_run_with_kvcache(q, cache, options);
+    CHECK_EQ(answer.ok, ok);
+    CHECK_EQ(answer.why, std::string(sentence));
+  };
+  is(true, "");
+  CHECK(at::equal(pages.k, before));
+  cache.cache_seqlens = ints({5, 24});
+  is(false, "cache_seqlens[1] is 24 and 1 new rows follow; allowed: 24 in all, the capacity");
+  options.append.reset();
+  is(true, "");
+  options.num_splits = -1;
+  is(false, "num_splits is -1; allowed: 0 to 2147483647");
+  cache.cache_seqlens = std::nullopt;
+  options = {.append = flashtile::NewKeys{.k = q, .v = q}};
+  is(false, "cache_seqlens is unset; allowed: a tensor, which says where append.k belongs");
 }

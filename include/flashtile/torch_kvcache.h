@@ -1,136 +1,81 @@
-// The part of flashtile/torch.h, which includes it, that is about a key/value cache.
+// The part of flashtile/torch.h that is about a key/value cache.
 #pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "torch_autograd.h"
+#include "torch_ops.h"
+#include "torch_options.h"
 
 namespace flashtile {
 
-// A key/value cache, and what a call appends to it. New members are added at the end.
-//
-// k and v are (batch_cache, seqlen_cache, num_heads_kv, head_dim), where sequence b owns entry
-// batch_idx[b] (unset: b), or with block_table pages, (num_pages, page_size, ...): row j of
-// sequence b is row j % page_size of page block_table[b][j / page_size]. All numbers are int32 on
-// the cache's device; none is waited for, and none, however wrong, makes a call touch memory
-// outside the tensors.
-struct KVCache {
-  at::Tensor k, v;
-  std::optional<at::Tensor> seqlens = std::nullopt;      // (batch): rows in use; unset: all
-  std::optional<at::Tensor> batch_idx = std::nullopt;    // (batch)
-  std::optional<at::Tensor> leftpad = std::nullopt;      // (batch): first rows that nobody sees
-  std::optional<at::Tensor> block_table = std::nullopt;  // (batch, max_blocks)
-};
-
-// Rows that attention_with_kvcache writes into the cache, behind those in use, before it reads.
-struct NewKeys {
-  at::Tensor k, v;  // (batch, seqlen_new, num_heads_kv, head_dim); (total_q, ...) with packed q
-  // Both or neither: (seqlen_rotary, rotary_dim / 2); q and k are rotated by their position.
-  std::optional<at::Tensor> rotary_cos = std::nullopt;
-  std::optional<at::Tensor> rotary_sin = std::nullopt;
-  bool rotary_interleaved = true;  // pairs (2 d, 2 d + 1); else (d, d + rotary_dim / 2)
-};
-
-struct KVCacheOptions {
-  std::optional<NewKeys> append = std::nullopt;
-  std::optional<at::Tensor> cu_seqlens_q = std::nullopt;  // (batch + 1): q is packed
-  int64_t max_seqlen_q = 0;                               // then a hint
-  bool causal = false;                                    // as in AttentionOptions
-  std::pair<int64_t, int64_t> window_size = {-1, -1};
-  std::optional<double> softmax_scale = std::nullopt;
-  int64_t num_splits = 0;  // parts of a sequence's keys at most; 0: from its length
-  bool return_lse = false;
-  // Report wrong numbers of the cache: on the CPU by throwing at once, on CUDA, for which the host
-  // does not wait, by throwing from a later call that checks or from raise_pending_checks(); the
-  // first such call on a device allocates what the device writes to, so make it before a capture.
-  // FLASHTILE_CHECK=1 in the environment: every call over a cache checks. New rows that have no
-  // place are an error on the CPU, with check or without, and nothing is written.
-  bool check = false;
-  CausalAlignment causal_alignment = CausalAlignment::kBottomRight;  // of causal and window_size
-  // Written and returned as out; as in AttentionOptions, and it shares no memory with the cache.
-  std::optional<at::Tensor> out = std::nullopt;
-};
-
 namespace detail {
 
-// An op of the cache by its name and signature.
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// What goes to the ops: members of the cache under their own names, tensors cast.
+struct CacheCall {
+  at::Tensor q;
+  KVCache cache;
+  KVCacheOptions options;
+
+  bool appends() const { return options.append.has_value(); }
+  bool rotates() const { return appends() && options.append->rotary_cos.has_value(); }
+};
+
+inline void append_kv(const CacheCall& call) {
+  static const Op op("flashtile::append_kv");
+  const auto& [q, cache, options] = call;
+  Stack stack = {cache.k, cache.v, options.append->k, options.append->v};
+  push_places(stack, cache, options);
+  op(stack);
 }
 
-// cache.seqlens is set.
-inline void append_kv(const KVCache& cache, const NewKeys& added, const KVCacheOptions& options) {
-  using Signature = void(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, OptionalRef,
-                         OptionalRef, OptionalRef, bool);
-  static const auto op = find_op<Signature>("flashtile::append_kv");
-  at::Tensor k = cache.k, v = cache.v;
-  // NOLINTNEXTLINE(bugprone-unchecked-optional-access)
-  op.call(k, v, added.k, added.v, *cache.seqlens, cache.batch_idx, cache.block_table,
-          options.cu_seqlens_q, options.check);
-}
-
-// Returns q, rotated. cache.seqlens and both tables are set.
-inline at::Tensor append_kv_rotary(TensorRef q, const KVCache& cache, const NewKeys& added,
-                                   const KVCacheOptions& options) {
-  using Signature =
-      at::Tensor(at::Tensor&, at::Tensor&, TensorRef, TensorRef, TensorRef, TensorRef, TensorRef,
-                 bool, bool, TensorRef, OptionalRef, OptionalRef, OptionalRef, bool);
-  static const auto op = find_op<Signature>("flashtile::append_kv_rotary");
+// Returns q, rotated.
+inline at::Tensor append_kv_rotary(const CacheCall& call) {
+  static const Op op("flashtile::append_kv_rotary");
+  const auto& [q, cache, options] = call;
+  const NewKeys& added = *options.append;
   const bool q_fixed =
       !options.causal && options.window_size == std::pair<int64_t, int64_t>(-1, -1);
-  at::Tensor k = cache.k, v = cache.v;
-  // NOLINTBEGIN(bugprone-unchecked-optional-access)
-  return op.call(k, v, added.k, added.v, q, *added.rotary_cos, *added.rotary_sin,
-                 added.rotary_interleaved, q_fixed, *cache.seqlens, cache.batch_idx,
-                 cache.block_table, options.cu_seqlens_q, options.check);
-  // NOLINTEND(bugprone-unchecked-optional-access)
+  Stack stack = {cache.k, cache.v, added.k, added.v, q};
+  torch::jit::push(stack, added.rotary_cos, added.rotary_sin, added.rotary_interleaved, q_fixed);
+  push_places(stack, cache, options);
+  op(stack);
+  return stack[0].toTensor();
 }
 
-// An op that takes tensors, and then how to read the cache.
-template <class Result, class... Tensors>
-Result read_with(const char* name, const KVCache& cache, const KVCacheOptions& options,
-                 Tensors&... tensors) {
-  using Signature = Result(Tensors & ..., std::optional<double>, c10::SymInt, c10::SymInt,
-                           c10::SymInt, c10::SymInt, c10::SymInt, OptionalRef, OptionalRef,
-                           OptionalRef, OptionalRef, OptionalRef, OptionalRef, bool, int64_t);
-  static const auto op = find_op<Signature>(name);
-  const bool appended = options.append.has_value(), packed = options.cu_seqlens_q.has_value();
-  const int64_t seqlen_new = appended && !packed ? options.append->k.size(1) : 0;
-  return op.call(tensors..., options.softmax_scale, options.window_size.first,
-                 options.causal ? 0 : options.window_size.second, seqlen_new, options.num_splits,
-                 options.max_seqlen_q, options.cu_seqlens_q,
-                 appended ? options.cu_seqlens_q : std::nullopt, cache.seqlens, cache.batch_idx,
-                 cache.leftpad, cache.block_table, options.check,
-                 static_cast<int64_t>(options.causal_alignment));
-}
-
-inline Forward read_kvcache(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
-  if (!options.out.has_value()) {
-    return read_with<Forward>("flashtile::forward_kvcache", cache, options, q, cache.k, cache.v);
+inline Forward read_kvcache(TensorRef q, const CacheCall& call) {
+  static const Op op("flashtile::forward_kvcache"), op_out("flashtile::forward_kvcache_out");
+  const std::optional<at::Tensor>& out = call.options.out;
+  Stack stack = {q, call.cache.k, call.cache.v};
+  if (out.has_value()) stack.emplace_back(*out);
+  push_options(stack, call.options);
+  push_cache(stack, call.cache, call.options);
+  if (!out.has_value()) {
+    op(stack);
+    return {stack[0].toTensor(), stack[1].toTensor()};
   }
-  at::Tensor out = *options.out;
-  at::Tensor lse = read_with<at::Tensor>("flashtile::forward_kvcache_out", cache, options, q,
-                                         cache.k, cache.v, out);
-  return {out, lse};
+  op_out(stack);
+  return {*out, stack[0].toTensor()};
 }
 
 // Appends, if there is something to append, and attends.
-inline Forward append_and_read(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
-  at::Tensor queries = q;
-  if (options.append.has_value()) {
-    const NewKeys& added = *options.append;
-    raise_unless(cache.seqlens.has_value(),
-                 "cache.seqlens is unset; allowed: a tensor, which says where append.k belongs");
-    raise_unless(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
-                 "one of rotary_cos and rotary_sin is unset; allowed: both or neither");
-    if (added.rotary_cos.has_value()) {
-      queries = append_kv_rotary(q, cache, added, options);
-    } else {
-      append_kv(cache, added, options);
-    }
-  }
-  return read_kvcache(queries, cache, options);
+inline Forward append_and_read(const CacheCall& call) {
+  if (!call.appends()) return read_kvcache(call.q, call);
+  if (call.rotates()) return read_kvcache(append_kv_rotary(call), call);
+  append_kv(call);
+  return read_kvcache(call.q, call);
 }
 
-// The node of a result over a cache: whoever goes backward through it hears that it has no
-// gradient.
+// The node of a result over a cache: going backward through it throws, as there is no gradient.
 struct CacheFunction : torch::autograd::Function<CacheFunction> {
   static Gradients forward(AutogradContext*, const Forward& result, TensorRef, TensorRef, TensorRef,
                            OptionalRef, OptionalRef) {
@@ -157,19 +102,6 @@ inline at::Tensor autocast_like(TensorRef tensor, TensorRef cache) {
   return tensor.to(cache.scalar_type());
 }
 
-// The same for everything that goes with a cache; the options by value, as they are changed.
-inline Forward attend_cast(TensorRef q, const KVCache& cache, KVCacheOptions options) {
-  if (options.append.has_value()) {
-    NewKeys& added = *options.append;
-    added.k = autocast_like(added.k, cache.k);
-    added.v = autocast_like(added.v, cache.v);
-    for (std::optional<at::Tensor>* table : {&added.rotary_cos, &added.rotary_sin}) {
-      if (table->has_value()) *table = autocast_like(**table, cache.k);
-    }
-  }
-  return append_and_read(autocast_like(q, cache.k), cache, options);
-}
-
 // What is written must not need a gradient. Returns whether anything that is read wants one.
 inline bool check_gradients(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
   if (!at::GradMode::is_enabled()) return false;
@@ -185,6 +117,41 @@ inline bool check_gradients(TensorRef q, const KVCache& cache, const KVCacheOpti
   return wanted || k_new.requires_grad() || v_new.requires_grad();
 }
 
+// A member of the cache under its name or its earlier one.
+inline std::optional<at::Tensor> either(const char* name, OptionalRef value, OptionalRef earlier) {
+  if (!earlier.has_value()) return value;
+  raise_unless(!value.has_value(), std::string("cache_") + name + " and " + name +
+                                       " are set; allowed: cache_" + name + ", its name");
+  return earlier;
+}
+
+// What no op can refuse, since it does not see it; then the call as the ops take it.
+inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
+  refuse_tangents({&q, &cache.k, &cache.v});
+  if (options.append.has_value()) refuse_tangents({&options.append->k, &options.append->v});
+  CacheCall call = {q, cache, options};
+  call.cache.cache_seqlens = either("seqlens", cache.cache_seqlens, cache.seqlens);
+  call.cache.cache_batch_idx = either("batch_idx", cache.cache_batch_idx, cache.batch_idx);
+  call.cache.cache_leftpad = either("leftpad", cache.cache_leftpad, cache.leftpad);
+  if (call.appends()) {
+    const NewKeys& added = *options.append;
+    raise_unless(call.cache.cache_seqlens.has_value(),
+                 "cache_seqlens is unset; allowed: a tensor, which says where append.k belongs");
+    raise_unless(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
+                 "one of rotary_cos and rotary_sin is unset; allowed: both or neither");
+  }
+  if (!is_autocast(cache.k)) return call;
+  call.q = autocast_like(q, cache.k);
+  if (!call.appends()) return call;
+  NewKeys& added = *call.options.append;
+  added.k = autocast_like(added.k, cache.k);
+  added.v = autocast_like(added.v, cache.v);
+  for (std::optional<at::Tensor>* table : {&added.rotary_cos, &added.rotary_sin}) {
+    if (table->has_value()) *table = autocast_like(**table, cache.k);
+  }
+  return call;
+}
+
 }  // namespace detail
 
 // Attention of new queries over a cache, into which options.append is written first, in place. q is
@@ -195,13 +162,10 @@ inline bool check_gradients(TensorRef q, const KVCache& cache, const KVCacheOpti
 // grad, but going backward throws. Under autocast q, new rows and tables take the cache's dtype.
 inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                               const KVCacheOptions& options = {}) {
-  detail::refuse_tangents({&q, &cache.k, &cache.v});
-  if (options.append.has_value()) detail::refuse_tangents({&options.append->k, &options.append->v});
   const bool differentiable = detail::check_gradients(q, cache, options);
   const auto attend = [&] {
     const at::NoGradGuard guard;
-    return detail::is_autocast(cache.k) ? detail::attend_cast(q, cache, options)
-                                        : detail::append_and_read(q, cache, options);
+    return detail::append_and_read(detail::checked(q, cache, options));
   };
   auto [out, lse] = attend();
   if (differentiable) {
@@ -216,11 +180,36 @@ inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache
   return {out, options.return_lse ? lse : at::Tensor()};
 }
 
+// Whether attention_with_kvcache would run: makes the checks and the choice of kernel that the call
+// makes, of its append and of what it reads, and neither writes nor computes anything. Values of
+// lengths, tables and indices are looked at where the call itself would throw for them, on the CPU.
+inline CanRun can_run_with_kvcache(const at::Tensor& q, const KVCache& cache,
+                                   const KVCacheOptions& options = {}) {
+  static const detail::Op op("flashtile::can_run_kvcache");
+  return detail::answer_of([&](detail::Stack& stack) {
+    detail::check_gradients(q, cache, options);
+    const at::NoGradGuard guard;
+    const detail::CacheCall call = detail::checked(q, cache, options);
+    torch::jit::push(stack, call.q, cache.k, cache.v);
+    if (call.appends()) {
+      const NewKeys& added = *call.options.append;
+      torch::jit::push(stack, added.k, added.v, added.rotary_cos, added.rotary_sin);
+    } else {
+      stack.resize(stack.size() + 4);  // none of them
+    }
+    stack.emplace_back(options.out);
+    detail::push_options(stack, options);
+    detail::push_cache(stack, call.cache, call.options);
+    op(stack);
+  });
+}
+
 // Throws what a call with `check` has found on a CUDA device since the last look. Does not wait:
 // synchronise the stream before, to hear of everything that was enqueued.
 inline void raise_pending_checks() {
-  static const auto op = detail::find_op<void()>("flashtile::raise_pending_checks");
-  op.call();
+  static const detail::Op op("flashtile::raise_pending_checks");
+  detail::Stack stack;
+  op(stack);
 }
 
 }  // namespace flashtile

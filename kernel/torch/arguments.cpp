@@ -2,12 +2,22 @@
 // structs. python/flashtile/_checks.py says the same sentences before an op is called.
 #include "arguments.h"
 
-#include <algorithm>
-
 #include "overlap.h"
 #include "sentences.h"
 
 namespace flashtile::ops {
+
+std::vector<int64_t> lse_sizes(const Tensor& q) {
+  if (q.dim() == 3) return {q.size(1), q.size(0)};
+  return {q.size(0), q.size(2), q.size(1)};
+}
+
+std::vector<int64_t> out_sizes(const Tensor& q, const Tensor& v) {
+  std::vector<int64_t> sizes(q.sizes().begin(), q.sizes().end());
+  sizes.back() = v.size(v.dim() - 1);
+  return sizes;
+}
+
 namespace {
 
 // k and v against q. One sentence for all three dtypes: which of them is wrong is not ours to say.
@@ -38,7 +48,8 @@ std::string kv_refusal(const Arguments& args) {
 }
 
 std::string sequences_refusal(const Arguments& args) {
-  const std::optional<Tensor>&cu_q = args.cu_seqlens_q, &cu_k = args.cu_seqlens_k;
+  const Sequences& sequences = args.sequences;
+  const OptionalTensor &cu_q = sequences.cu_seqlens_q, &cu_k = sequences.cu_seqlens_k;
   if (cu_q.has_value() != cu_k.has_value()) {
     const auto [unset, set] = cu_q.has_value() ? std::pair("cu_seqlens_k", "cu_seqlens_q")
                                                : std::pair("cu_seqlens_q", "cu_seqlens_k");
@@ -50,8 +61,8 @@ std::string sequences_refusal(const Arguments& args) {
     if (text.empty()) text = cu_seqlens_refusal("cu_seqlens_k", *cu_k, args.q);
     if (text.empty()) text = shape_refusal("cu_seqlens_k", *cu_k, {cu_q->size(0)});
   }
-  for (const auto& [name, used] :
-       {std::pair("seqused_q", &args.seqused_q), std::pair("seqused_k", &args.seqused_k)}) {
+  for (const auto& [name, used] : {std::pair("seqused_q", &sequences.seqused_q),
+                                   std::pair("seqused_k", &sequences.seqused_k)}) {
     if (!text.empty() || !used->has_value()) continue;
     text = shape_refusal(name, **used, {args.batch()});
     if (text.empty()) text = kind_refusal(name, **used, args.q, ScalarType::Int);
@@ -59,92 +70,80 @@ std::string sequences_refusal(const Arguments& args) {
   return text;
 }
 
-// Anything shaped like out: out itself, dout.
-std::string like_out_refusal(const char* name, const Tensor& tensor, const Arguments& args) {
-  const Tensor& q = args.q;
-  std::string text =
-      args.is_varlen()
-          ? shape_refusal(name, tensor, {q.size(0), q.size(1), args.head_dim_v()})
-          : shape_refusal(name, tensor, {q.size(0), q.size(1), q.size(2), args.head_dim_v()});
+std::string like_out_refusal(const char* name, const Tensor& tensor, const Tensor& q,
+                             const Tensor& v) {
+  const std::string text = sizes_refusal(name, tensor, out_sizes(q, v));
   return text.empty() ? kind_refusal(name, tensor, q) : text;
 }
 
-std::string lse_refusal(const char* name, const Tensor& tensor, const Arguments& args) {
-  const Tensor& q = args.q;
-  std::string text = args.is_varlen()
-                         ? shape_refusal(name, tensor, {q.size(1), q.size(0)})
-                         : shape_refusal(name, tensor, {q.size(0), q.size(2), q.size(1)});
+std::string lse_refusal(const char* name, const Tensor& tensor, const Tensor& q) {
+  const std::string text = sizes_refusal(name, tensor, lse_sizes(q));
   return text.empty() ? kind_refusal(name, tensor, q, lse_dtype(q.scalar_type())) : text;
 }
 
-std::string written_refusal(const Tensor& out, const Arguments& args) {
-  std::string text = like_out_refusal("out", out, args);
-  if (!text.empty()) return text;
-  return overlap_refusal({"out", &out}, {{"q", &args.q}, {"k", &args.k}, {"v", &args.v}});
-}
-
 }  // namespace
+
+std::string out_refusal(const OptionalTensor& out, const NamedTensor& q, const NamedTensor& k,
+                        const NamedTensor& v) {
+  if (!out.has_value()) return {};
+  const std::string text = like_out_refusal("out", *out, *q.second, *v.second);
+  return text.empty() ? overlap_refusal({"out", &*out}, {q, k, v}) : text;
+}
 
 std::string refusal(const Arguments& args) {
   std::string text = q_refusal(args.q, args.is_varlen());
   if (text.empty()) text = dtypes_refusal(args);
   if (text.empty()) text = kv_refusal(args);
   if (text.empty()) text = sequences_refusal(args);
-  if (text.empty() && args.out.has_value()) text = written_refusal(*args.out, args);
-  return text;
+  if (!text.empty()) return text;
+  return out_refusal(args.out, {"q", &args.q}, {"k", &args.k}, {"v", &args.v});
 }
 
 std::string refusal(const BackwardArguments& args) {
   const Arguments& forward = args.forward;
   std::string text = refusal(forward);
-  if (text.empty()) text = like_out_refusal("dout", args.dout, forward);
-  if (text.empty()) text = like_out_refusal("out", args.out, forward);
-  if (text.empty()) text = lse_refusal("softmax_lse", args.softmax_lse, forward);
-  if (text.empty() && args.dsoftmax_lse.has_value()) {
-    text = lse_refusal("dsoftmax_lse", *args.dsoftmax_lse, forward);
-  }
+  if (text.empty()) text = like_out_refusal("dout", args.dout, forward.q, forward.v);
+  if (text.empty()) text = like_out_refusal("out", args.out, forward.q, forward.v);
+  if (text.empty()) text = lse_refusal("softmax_lse", args.softmax_lse, forward.q);
+  if (text.empty() && args.dsoftmax_lse.has_value())
+    text = lse_refusal("dsoftmax_lse", *args.dsoftmax_lse, forward.q);
   return text;
 }
 
-void set_numbers(ScalarType q, std::optional<double> softmax_scale, flashtile_problem& problem) {
-  problem.dtype = to_dtype(q).value();
+flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v) {
+  flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
+  problem.device = q.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
+  problem.device_index = q.is_cuda() ? q.get_device_index() : -1;
+  problem.dtype = to_dtype(q.scalar_type()).value();
   problem.dtype_kv = problem.dtype;
   problem.dtype_out = problem.dtype;
-  problem.lse_dtype = to_dtype(lse_dtype(q)).value();
-  if (!softmax_scale.has_value()) return;
-  problem.softmax_scale_f64 = *softmax_scale;
-  if (*softmax_scale == 0) problem.flags |= FLASHTILE_ZERO_SCALE;
+  problem.lse_dtype = to_dtype(lse_dtype(q.scalar_type())).value();
+  problem.num_heads = q.size(q.dim() - 2);
+  problem.num_heads_kv = k.size(k.dim() - 2);
+  problem.head_dim = q.size(q.dim() - 1);
+  problem.head_dim_v = v.size(v.dim() - 1);
+  return problem;
 }
 
 flashtile_problem to_problem(const Arguments& args) {
   const Tensor& q = args.q;
-  const int64_t heads_dim = q.dim() - 2;
-  flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
-  problem.device = q.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
-  problem.device_index = q.is_cuda() ? q.get_device_index() : -1;
-  set_numbers(q.scalar_type(), args.softmax_scale, problem);
-  problem.num_heads = q.size(heads_dim);
-  problem.num_heads_kv = args.k.size(heads_dim);
-  problem.head_dim = q.size(heads_dim + 1);
-  problem.head_dim_v = args.head_dim_v();
+  const Sequences& sequences = args.sequences;
+  flashtile_problem problem = problem_like(q, args.k, args.v);
+  set_options(args.options, problem);
   problem.batch = args.batch();
-  problem.cu_seqlens_q = int_data(args.cu_seqlens_q);
-  problem.cu_seqlens_k = int_data(args.cu_seqlens_k);
-  problem.seqused_q = int_data(args.seqused_q);
-  problem.seqused_k = int_data(args.seqused_k);
+  problem.cu_seqlens_q = int_data(sequences.cu_seqlens_q);
+  problem.cu_seqlens_k = int_data(sequences.cu_seqlens_k);
+  problem.seqused_q = int_data(sequences.seqused_q);
+  problem.seqused_k = int_data(sequences.seqused_k);
   if (args.is_varlen()) {
-    problem.seqlen_q = args.max_seqlen_q;
-    problem.seqlen_k = args.max_seqlen_k;
+    problem.seqlen_q = sequences.max_seqlen_q;
+    problem.seqlen_k = sequences.max_seqlen_k;
     problem.total_q = q.size(0);
     problem.total_k = args.k.size(0);
   } else {
     problem.seqlen_q = q.size(1);
     problem.seqlen_k = args.k.size(1);
   }
-  problem.window_left = args.window_left;
-  problem.window_right = args.window_right;
-  problem.alignment = static_cast<int32_t>(std::clamp<int64_t>(args.alignment, -1, INT32_MAX));
-  if (args.deterministic) problem.flags |= FLASHTILE_DETERMINISTIC;
   return problem;
 }
 

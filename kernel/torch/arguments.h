@@ -6,37 +6,55 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "flashtile/flashtile.h"
+#include "options.h"
+#include "overlap.h"
 #include "sentences.h"
 
 namespace flashtile::ops {
 
+// Where packed sequences begin and end; without cu_seqlens the batch is dense. seqused counts in
+// both. Tensors are positional in the schemas: torch registers neither gradients nor vmap rules for
+// ops with keyword-only tensors.
+struct Sequences {
+  int64_t max_seqlen_q;         // varlen only
+  int64_t max_seqlen_k;         // varlen only
+  OptionalTensor cu_seqlens_q;  // [batch + 1], int32; both or neither
+  OptionalTensor cu_seqlens_k;  // [batch + 1], int32
+  OptionalTensor seqused_q;     // [batch], int32; unset: all rows
+  OptionalTensor seqused_k;     // [batch], int32
+
+  template <class Visit>
+  void visit(const Visit& member) {
+    member("SymInt max_seqlen_q=0", max_seqlen_q);
+    member("SymInt max_seqlen_k=0", max_seqlen_k);
+    member("Tensor? cu_seqlens_q=None", cu_seqlens_q);
+    member("Tensor? cu_seqlens_k=None", cu_seqlens_k);
+    member("Tensor? seqused_q=None", seqused_q);
+    member("Tensor? seqused_k=None", seqused_k);
+  }
+};
+
 // Dense: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_kv, head_dim), v
-// and out the same with head_dim_v. Varlen: q and out (total_q, ...), k and v (total_k, ...). From
-// softmax_scale to seqused_k the members are the options of the op schemas, in their order.
+// and out the same with head_dim_v. Varlen: q and out (total_q, ...), k and v (total_k, ...).
 struct Arguments {
   Tensor q, k, v;
-  std::optional<double> softmax_scale = std::nullopt;  // unset: 1 / sqrt(head_dim)
-  int64_t window_left = FLASHTILE_UNLIMITED;
-  int64_t window_right = FLASHTILE_UNLIMITED;
-  bool deterministic = false;
-  int64_t alignment = FLASHTILE_BOTTOM_RIGHT;
-  int64_t max_seqlen_q = 0;                           // varlen only
-  int64_t max_seqlen_k = 0;                           // varlen only
-  std::optional<Tensor> cu_seqlens_q = std::nullopt;  // [batch + 1], int32; both set: varlen
-  std::optional<Tensor> cu_seqlens_k = std::nullopt;  // [batch + 1], int32
-  std::optional<Tensor> seqused_q = std::nullopt;     // [batch], int32; unset: all rows
-  std::optional<Tensor> seqused_k = std::nullopt;     // [batch], int32
-  std::optional<Tensor> out = std::nullopt;           // forward: written; unset: a new tensor
+  OptionalTensor out = std::nullopt;  // forward: written; unset: a new tensor
+  Options options = {};
+  Sequences sequences = {};
 
-  bool is_varlen() const { return cu_seqlens_q.has_value(); }
-  int64_t batch() const { return is_varlen() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
+  template <class Visit>
+  void visit(const Visit& member) {
+    options.visit(member);
+    sequences.visit(member);
+  }
+  bool is_varlen() const { return sequences.cu_seqlens_q.has_value(); }
+  int64_t batch() const { return is_varlen() ? sequences.cu_seqlens_q->size(0) - 1 : q.size(0); }
   int64_t head_dim_v() const { return v.size(v.dim() - 1); }
   // Lengths are arguments of varlen alone; in dense they are sizes.
   OpNames names() const {
@@ -48,20 +66,28 @@ struct Arguments {
 
 struct BackwardArguments {
   Arguments forward;
-  Tensor dout;                                        // shaped like out
-  Tensor out;                                         // shaped like q, with head_dim_v
-  Tensor softmax_lse;                                 // in lse_dtype(q), see lse_sizes
-  std::optional<Tensor> dsoftmax_lse = std::nullopt;  // shaped like softmax_lse
+  Tensor dout;                  // shaped like out
+  Tensor out;                   // shaped like q, with head_dim_v
+  Tensor softmax_lse;           // in lse_dtype(q), shaped as lse_sizes(q)
+  OptionalTensor dsoftmax_lse;  // shaped like softmax_lse
 };
+
+// (batch, num_heads, seqlen_q), packed (num_heads, total_q).
+std::vector<int64_t> lse_sizes(const Tensor& q);
+// Shaped like q, with the head_dim of v.
+std::vector<int64_t> out_sizes(const Tensor& q, const Tensor& v);
 
 // One sentence that names the argument, what it was and what is allowed; empty when all is well.
 std::string refusal(const Arguments& args);
 std::string refusal(const BackwardArguments& args);
+// The same of an out that is given: it can be written while the others are read.
+std::string out_refusal(const OptionalTensor& out, const NamedTensor& q, const NamedTensor& k,
+                        const NamedTensor& v);
 
 flashtile_problem to_problem(const Arguments& args);
-// Scale (unset: 1 / sqrt(head_dim)) and dtypes, for q of a dtype that q_refusal() lets pass.
-void set_numbers(torch::headeronly::ScalarType q, std::optional<double> softmax_scale,
-                 flashtile_problem& problem);
+// The problem's device, dtypes and heads, for q of a dtype that q_refusal() lets pass; k and v may
+// be a cache.
+flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v);
 flashtile_tensor to_view(const Tensor& tensor, void* data);
 inline flashtile_tensor read_view(const Tensor& tensor) {
   return to_view(tensor, const_cast<void*>(tensor.const_data_ptr()));
@@ -69,22 +95,5 @@ inline flashtile_tensor read_view(const Tensor& tensor) {
 inline flashtile_tensor write_view(const Tensor& tensor) {
   return to_view(tensor, tensor.mutable_data_ptr());
 }
-
-// Stands in for a tensor that does not exist yet: contiguous, at an address where no tensor lies;
-// `number` tells such tensors apart.
-inline flashtile_tensor contiguous_view(const IntHeaderOnlyArrayRef& sizes, uintptr_t number) {
-  flashtile_tensor view = {};
-  // NOLINTNEXTLINE(performance-no-int-to-ptr): nobody reads there
-  view.data = reinterpret_cast<void*>((number + 1) << 59);
-  const size_t seq_dim = sizes.size() - 3;
-  view.stride_head = sizes[seq_dim + 2];
-  view.stride_seq = view.stride_head * sizes[seq_dim + 1];
-  view.stride_batch = view.stride_seq * sizes[seq_dim];
-  return view;
-}
-
-// Whether a call would run, the kernel's name or "", and why: why not, or why that kernel is not
-// the one that the device has for such problems.
-using Answer = std::tuple<bool, std::string, std::string>;
 
 }  // namespace flashtile::ops

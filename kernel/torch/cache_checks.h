@@ -1,7 +1,7 @@
 // `check` of the cache's ops: wrong lengths, tables and indices are reported instead of clamped in
-// silence. On the CPU by the call that brings them. On CUDA nobody waits: the device writes a
-// report into pinned host memory, one for each device, and the next call that checks, or the op
-// raise_pending_checks, finds it there and raises.
+// silence. On the CPU the call that brings them raises. On CUDA the check is asynchronous: the
+// device writes a report into pinned host memory, one for each device, and the next call that
+// checks, or the op raise_pending_checks, finds it there and raises.
 #pragma once
 
 #include "call.h"

@@ -1,5 +1,5 @@
-// What every torch op does around a call of the C API: raise its refusals, name torch's stream, get
-// scratch memory from torch.
+// What every torch op does around a call of the core: raise its refusals, name torch's stream, get
+// outputs and scratch memory from torch.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,7 +10,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
+#include "api/call.h"
 #include "flashtile/flashtile.h"
 #include "sentences.h"
 
@@ -64,5 +66,38 @@ struct Workspace {
   void* data = nullptr;
   std::optional<Tensor> memory;
 };
+
+inline View to_core(const flashtile_tensor& view) {
+  return {view.data, view.stride_batch, view.stride_seq, view.stride_head};
+}
+
+// Checks, plans and computes. `user` has all but the workspace, with stand-ins for outputs that do
+// not exist yet: only a call that is not refused gets memory. `allocate(params)` then puts them
+// into the core's params, ForwardParams or BackwardParams. `like` is on the device; `names` are for
+// refusals.
+template <class Params, class UserParams, class Allocate>
+void run_call(const UserParams& user, const Tensor& like, CUstream_st* stream, OpNames names,
+              const Allocate& allocate) {
+  Call<Params> call;
+  raise_unless_ok(prepare(&user, call), names);
+  allocate(call.params);
+  const Workspace workspace(like, call.plan.workspace.wanted);
+  call.params.workspace = workspace.data;
+  call.params.workspace_bytes = workspace.size;
+  raise_unless_ok(flashtile::run(call, stream), names);
+}
+
+// Whether a call would run, the kernel's name or "", and why: why not, or why that kernel is not
+// the one that the device has for such problems.
+using Answer = std::tuple<bool, std::string, std::string>;
+
+// Checks and plans, and computes nothing.
+template <class Params, class UserParams>
+Answer ask_call(const UserParams& user, OpNames names) {
+  Call<Params> call;
+  if (prepare(&user, call) != FLASHTILE_OK)
+    return {false, "", in_words_of_op(flashtile_last_error(), names)};
+  return {true, call.plan.name.text, in_words_of_op(call.plan.name.note, names)};
+}
 
 }  // namespace flashtile::ops

@@ -3,39 +3,99 @@
 // has a struct of arguments, so that can_run_kvcache asks exactly what they ask.
 #include "kvcache.h"
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
-#include "arguments.h"
+#include "boxed.h"
 #include "cache_checks.h"
 #include "call.h"
+#include "forward.h"
 #include "kvcache_arguments.h"
+#include "options.h"
 
 namespace flashtile::ops {
 namespace {
 
-std::tuple<Tensor, Tensor> read(const ReadArguments& args) {
+// Of an append, where there is one, and the attention after it.
+struct Question {
+  std::optional<AppendArguments> append;
+  ReadArguments read;
+};
+
+// From here on one function per schema, which reads its arguments in their order.
+
+ReadArguments read_inputs(Reader& reader) {
+  return {.q = reader.next<Tensor>(),
+          .cache = {.k_cache = reader.next<Tensor>(), .v_cache = reader.next<Tensor>()}};
+}
+
+template <bool kHasOut>
+ReadArguments read_forward(Reader& reader) {
+  ReadArguments args = read_inputs(reader);
+  if (kHasOut) args.out = reader.next<Tensor>();
+  reader.read(args);
+  return args;
+}
+
+template <bool kHasRotation>
+AppendArguments read_append(Reader& reader) {
+  AppendArguments args = {
+      .cache = {.k_cache = reader.next<Tensor>(), .v_cache = reader.next<Tensor>()},
+      .k = reader.next<Tensor>(),
+      .v = reader.next<Tensor>()};
+  if (kHasRotation) {
+    args.rotation = Rotation{.q = reader.next<Tensor>(),
+                             .cos = reader.next<Tensor>(),
+                             .sin = reader.next<Tensor>(),
+                             .interleaved = reader.next<bool>(),
+                             .q_fixed = reader.next<bool>()};
+  }
+  reader.read(args);
+  return args;
+}
+
+// Without the attention's new rows and padding, which an append does not look at.
+AppendArguments append_of(const ReadArguments& read, Tensor k, Tensor v) {
+  AppendArguments args = {.cache = read.cache,
+                          .k = std::move(k),
+                          .v = std::move(v),
+                          .cu_seqlens_new = read.added.cu_seqlens,
+                          .check = read.check};
+  args.cache.cache_leftpad.reset();
+  return args;
+}
+
+Question read_question(Reader& reader) {
+  ReadArguments read = read_inputs(reader);
+  auto k = reader.next<OptionalTensor>(), v = reader.next<OptionalTensor>();
+  auto cos = reader.next<OptionalTensor>(), sin = reader.next<OptionalTensor>();
+  read.out = reader.next<OptionalTensor>();
+  reader.read(read);
+  std::optional<AppendArguments> append;
+  if (k.has_value() && v.has_value()) {
+    append = append_of(read, std::move(*k), std::move(*v));
+    if (cos.has_value() && sin.has_value())
+      append->rotation = Rotation{read.q, std::move(*cos), std::move(*sin), true, false};
+  }
+  return {std::move(append), std::move(read)};
+}
+
+ForwardCall to_call(const ReadArguments& args, const flashtile_problem& problem) {
+  return {args.q, args.cache.k_cache, args.cache.v_cache, args.out, problem, kCacheNames};
+}
+
+std::tuple<Tensor, Tensor> forward_kvcache(const ReadArguments& args) {
   raise_unless_empty(refusal(args));
   const flashtile_problem problem = to_problem(args);
   const DeviceScope device(args.q);
   if (is_checked(args.check)) check_numbers(problem, device.stream());
-  flashtile_forward_params params = to_params(args, problem);
-  size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size(&params, &bytes), kCacheNames);
-  const Tensor out =
-      args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, args.out_sizes());
-  const Tensor lse =
-      torch::stable::new_empty(args.q, args.lse_sizes(), lse_dtype(args.q.scalar_type()));
-  const Workspace workspace(args.q, bytes);
-  params.out = write_view(out);
-  params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.lse_stride_batch = args.is_packed() ? 0 : lse.stride(0);
-  params.lse_stride_head = lse.stride(args.is_packed() ? 0 : 1);
-  params.workspace = workspace.data;
-  params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_forward(&params, device.stream()), kCacheNames);
-  return {out, lse};
+  return run(to_call(args, problem), device.stream());
 }
+
+Tensor forward_kvcache_out(const ReadArguments& args) { return std::get<1>(forward_kvcache(args)); }
 
 // Returns q, rotated.
 OptionalTensor append(const AppendArguments& args) {
@@ -52,6 +112,10 @@ OptionalTensor append(const AppendArguments& args) {
   raise_unless_ok(flashtile_append_kv(&params, device.stream()), kCacheNames);
   return q_out;
 }
+
+void append_kv(const AppendArguments& args) { append(args); }
+
+Tensor append_kv_rotary(const AppendArguments& args) { return append(args).value(); }
 
 // The answers of the C API; no data but numbers on the CPU is read.
 std::string append_answer(const AppendArguments& args) {
@@ -75,110 +139,15 @@ Answer read_answer(const ReadArguments& args) {
   const flashtile_problem problem = to_problem(args);
   if (problem.device == FLASHTILE_CPU && is_checked(args.check)) text = numbers_refusal(problem);
   if (!text.empty()) return {false, "", text};
-  flashtile_forward_params params = to_params(args, problem);
-  params.out = args.out.has_value() ? write_view(*args.out) : contiguous_view(args.out_sizes(), 0);
-  char name[256] = "", why[512] = "";
-  flashtile_status status = flashtile_can_run(&params, why, sizeof(why));
-  if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));
-  return {status == FLASHTILE_OK, name, in_words_of_op(why, kCacheNames)};
+  return answer(to_call(args, problem));
 }
 
-// From here on one function per op. Their parameters are the op's schema, one to one.
-
-std::tuple<Tensor, Tensor> forward_kvcache(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    int64_t seqlen_new, int64_t num_splits, int64_t max_seqlen_q,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_new,
-    const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table, bool check,
-    int64_t alignment) {
-  return read({q,
-               {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, cache_leftpad,
-                cu_seqlens_new},
-               cu_seqlens_q,
-               softmax_scale,
-               window_left,
-               window_right,
-               seqlen_new,
-               num_splits,
-               max_seqlen_q,
-               check,
-               alignment});
-}
-
-Tensor forward_kvcache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                           const Tensor& out, std::optional<double> softmax_scale,
-                           int64_t window_left, int64_t window_right, int64_t seqlen_new,
-                           int64_t num_splits, int64_t max_seqlen_q,
-                           const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_new,
-                           const OptionalTensor& cache_seqlens,
-                           const OptionalTensor& cache_batch_idx,
-                           const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
-                           bool check, int64_t alignment) {
-  return std::get<1>(read({q,
-                           {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table,
-                            cache_leftpad, cu_seqlens_new},
-                           cu_seqlens_q,
-                           softmax_scale,
-                           window_left,
-                           window_right,
-                           seqlen_new,
-                           num_splits,
-                           max_seqlen_q,
-                           check,
-                           alignment,
-                           out}));
-}
-
-void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-               const Tensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-               const OptionalTensor& block_table, const OptionalTensor& cu_seqlens, bool check) {
-  append({k,
-          v,
-          {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, std::nullopt, cu_seqlens},
-          check});
-}
-
-Tensor append_kv_rotary(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                        const Tensor& v, const Tensor& q, const Tensor& rotary_cos,
-                        const Tensor& rotary_sin, bool interleaved, bool q_fixed,
-                        const Tensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-                        const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
-                        bool check) {
-  return append({k,
-                 v,
-                 {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, std::nullopt,
-                  cu_seqlens},
-                 check,
-                 Rotation{q, rotary_cos, rotary_sin, interleaved, q_fixed}})
-      .value();
-}
-
-// Of an append, where k is set, and the attention after it. The calls of attention_with_kvcache.
-Answer can_run_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                       const OptionalTensor& k, const OptionalTensor& v,
-                       const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
-                       const OptionalTensor& out, std::optional<double> softmax_scale,
-                       int64_t window_left, int64_t window_right, int64_t num_splits,
-                       int64_t max_seqlen_q, const OptionalTensor& cu_seqlens_q,
-                       const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-                       const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
-                       bool check, int64_t alignment) {
-  CacheArguments cache = {k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table};
-  int64_t seqlen_new = 0;
-  if (k.has_value() && v.has_value()) {
-    cache.cu_seqlens_new = cu_seqlens_q;
-    AppendArguments args = {*k, *v, cache, check};
-    if (rotary_cos.has_value() && rotary_sin.has_value())
-      args.rotation = {q, *rotary_cos, *rotary_sin, true, false};
-    const std::string text = append_answer(args);
+Answer can_run_kvcache(const Question& question) {
+  if (question.append.has_value()) {
+    const std::string text = append_answer(*question.append);
     if (!text.empty()) return {false, "", text};
-    if (!cu_seqlens_q.has_value()) seqlen_new = k->size(1);
   }
-  cache.cache_leftpad = cache_leftpad;
-  return read_answer({q, cache, cu_seqlens_q, softmax_scale, window_left, window_right, seqlen_new,
-                      num_splits, max_seqlen_q, check, alignment, out});
+  return read_answer(question.read);
 }
 
 // The gradient, a 0-d tensor, of whatever went into attention over a cache: an op, so that
@@ -192,46 +161,38 @@ Tensor gradient_of_kvcache(const Tensor&) {
 }  // namespace
 
 void define_kvcache_ops(torch::stable::detail::StableLibrary& library) {
-  // How to attend, the same at the end of both that do.
-  const std::string options =
-      "float? softmax_scale, SymInt window_left, SymInt window_right, SymInt seqlen_new, "
-      "SymInt num_splits, SymInt max_seqlen_q, Tensor? cu_seqlens_q, Tensor? cu_seqlens_new, "
-      "Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
-      "Tensor? block_table, bool check=False, int alignment=0)";
-  library.def(("forward_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, " + options +
-               " -> (Tensor out, Tensor softmax_lse)")
-                  .c_str());
-  library.def(("forward_kvcache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out, " +
-               options + " -> Tensor softmax_lse")
-                  .c_str());
-  library.def(
-      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
-      "Tensor? cache_batch_idx, Tensor? block_table, Tensor? cu_seqlens, bool check=False) -> ()");
+  const auto def = [&](const char* name, const char* tensors, const std::string& rest,
+                       const char* returns) {
+    library.def(sentence(name, "(", tensors, ", ", rest, ") -> ", returns).c_str());
+  };
+  const std::string read = schema_of<ReadArguments>(), append = schema_of<AppendArguments>();
+  def("forward_kvcache", "Tensor q, Tensor k_cache, Tensor v_cache", read,
+      "(Tensor out, Tensor softmax_lse)");
+  def("forward_kvcache_out", "Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out", read,
+      "Tensor softmax_lse");
+  def("append_kv", "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v", append, "()");
+  def("append_kv_rotary",
+      "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor q, Tensor rotary_cos, "
+      "Tensor rotary_sin, bool interleaved, bool q_fixed",
+      append, "Tensor");
+  def("can_run_kvcache",
+      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k, Tensor? v, Tensor? rotary_cos, "
+      "Tensor? rotary_sin, Tensor? out",
+      read, "(bool ok, str kernel, str why)");
   library.def("raise_pending_checks() -> ()");
-  library.def(
-      "append_kv_rotary(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor q, "
-      "Tensor rotary_cos, Tensor rotary_sin, bool interleaved, bool q_fixed, Tensor cache_seqlens, "
-      "Tensor? cache_batch_idx, Tensor? block_table, Tensor? cu_seqlens, bool check=False) -> "
-      "Tensor");
-  library.def(
-      "can_run_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k, Tensor? v, "
-      "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? out, float? softmax_scale, int window_left, "
-      "int window_right, int num_splits, int max_seqlen_q, Tensor? cu_seqlens_q, "
-      "Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, "
-      "bool check, int alignment) -> (bool ok, str kernel, str why)");
   library.def("gradient_of_kvcache(Tensor dout) -> Tensor");
 }
 
 void implement_kvcache_ops(torch::stable::detail::StableLibrary& library) {
-  library.impl("forward_kvcache", TORCH_BOX(&forward_kvcache));
-  library.impl("forward_kvcache_out", TORCH_BOX(&forward_kvcache_out));
-  library.impl("append_kv", TORCH_BOX(&append_kv));
-  library.impl("append_kv_rotary", TORCH_BOX(&append_kv_rotary));
+  library.impl("forward_kvcache", boxed<read_forward<false>, forward_kvcache>);
+  library.impl("forward_kvcache_out", boxed<read_forward<true>, forward_kvcache_out>);
+  library.impl("append_kv", boxed<read_append<false>, append_kv>);
+  library.impl("append_kv_rotary", boxed<read_append<true>, append_kv_rotary>);
   library.impl("gradient_of_kvcache", TORCH_BOX(&gradient_of_kvcache));
 }
 
 void implement_kvcache_questions(torch::stable::detail::StableLibrary& library) {
-  library.impl("can_run_kvcache", TORCH_BOX(&can_run_kvcache));
+  library.impl("can_run_kvcache", boxed<read_question, can_run_kvcache>);
   library.impl("raise_pending_checks", TORCH_BOX(&raise_pending_checks));
 }
 

@@ -1,6 +1,5 @@
 #include "kvcache_arguments.h"
 
-#include <algorithm>
 #include <initializer_list>
 #include <iterator>
 #include <utility>
@@ -43,16 +42,8 @@ std::string cache_refusal(const CacheArguments& cache, const Tensor& like, int64
 
 // The problem of sequences in a cache; `like` has num_heads heads of head_dim.
 flashtile_problem cache_problem(const CacheArguments& cache, const Tensor& like, int64_t batch) {
-  const int64_t heads_dim = like.dim() - 2;
-  flashtile_problem problem = FLASHTILE_PROBLEM_INIT;
-  problem.device = like.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
-  problem.device_index = like.is_cuda() ? like.get_device_index() : -1;
-  set_numbers(like.scalar_type(), std::nullopt, problem);
+  flashtile_problem problem = problem_like(like, cache.k_cache, cache.v_cache);
   problem.batch = batch;
-  problem.num_heads = like.size(heads_dim);
-  problem.num_heads_kv = cache.k_cache.size(2);
-  problem.head_dim = like.size(heads_dim + 1);
-  problem.head_dim_v = cache.v_cache.size(3);
   problem.seqused_k = int_data(cache.cache_seqlens);
   problem.page_size = cache.k_cache.size(1);
   problem.num_pages = cache.k_cache.size(0);
@@ -67,10 +58,12 @@ flashtile_problem cache_problem(const CacheArguments& cache, const Tensor& like,
     problem.block_table_stride = cache.block_table->stride(0);
     problem.max_blocks = cache.block_table->size(1);
   }
-  if (cache.cu_seqlens_new.has_value()) {
-    problem.cu_seqlens_new = int_data(cache.cu_seqlens_new);
-  }
   return problem;
+}
+
+void add_new_rows(const NewRows& added, flashtile_problem& problem) {
+  problem.cu_seqlens_new = int_data(added.cu_seqlens);
+  (added.is_packed() ? problem.total_new : problem.seqlen_new) = added.rows;
 }
 
 // The queries' part of the problem.
@@ -91,24 +84,11 @@ std::string queries_refusal(const Tensor& q, const OptionalTensor& cu_seqlens_q,
   return text;
 }
 
-std::string out_refusal(const Tensor& out, const ReadArguments& args) {
-  const Tensor& q = args.q;
-  const int64_t dim_v = args.cache.v_cache.size(3);
-  std::string text = args.is_packed()
-                         ? shape_refusal("out", out, {q.size(0), q.size(1), dim_v})
-                         : shape_refusal("out", out, {q.size(0), q.size(1), q.size(2), dim_v});
-  if (text.empty()) text = kind_refusal("out", out, q);
-  if (!text.empty()) return text;
-  return overlap_refusal(
-      {"out", &out},
-      {{"q", &q}, {"k_cache", &args.cache.k_cache}, {"v_cache", &args.cache.v_cache}});
-}
-
 // k and v, the new rows.
 std::string new_rows_refusal(const AppendArguments& args) {
   const CacheArguments& cache = args.cache;
   const Tensor &k = args.k, &v = args.v;
-  const bool packed = cache.cu_seqlens_new.has_value();
+  const bool packed = args.is_packed();
   const int64_t heads = cache.k_cache.size(2), dim = cache.k_cache.size(3);
   const int64_t dim_v = cache.v_cache.size(3);
   std::string text = packed ? shape_refusal("k", k, {"total_new", heads, dim})
@@ -159,17 +139,18 @@ std::string refusal(const ReadArguments& args) {
   std::string text = queries_refusal(args.q, args.cu_seqlens_q);
   if (!text.empty()) return text;
   text = cache_refusal(args.cache, args.q, args.batch());
-  const OptionalTensor& cu_new = args.cache.cu_seqlens_new;
+  const OptionalTensor& cu_new = args.added.cu_seqlens;
   if (text.empty() && cu_new.has_value()) {
     text = shape_refusal("cu_seqlens_new", *cu_new, {args.batch() + 1});
     if (text.empty()) text = kind_refusal("cu_seqlens_new", *cu_new, args.q, ScalarType::Int);
   }
-  return text.empty() && args.out.has_value() ? out_refusal(*args.out, args) : text;
+  if (!text.empty()) return text;
+  return out_refusal(args.out, {"q", &args.q}, {"k_cache", &args.cache.k_cache},
+                     {"v_cache", &args.cache.v_cache});
 }
 
 std::string refusal(const AppendArguments& args) {
-  const OptionalTensor& cu_seqlens = args.cache.cu_seqlens_new;
-  std::string text = queries_refusal(args.like(), cu_seqlens, args.rotation ? "q" : "k");
+  std::string text = queries_refusal(args.like(), args.cu_seqlens_new, args.rotation ? "q" : "k");
   if (text.empty()) text = cache_refusal(args.cache, args.like(), args.batch());
   if (text.empty()) text = new_rows_refusal(args);
   if (text.empty() && args.rotation.has_value()) text = rotary_refusal(*args.rotation);
@@ -182,38 +163,19 @@ std::string refusal(const AppendArguments& args) {
 
 flashtile_problem to_problem(const ReadArguments& args) {
   flashtile_problem problem = cache_problem(args.cache, args.q, args.batch());
+  set_options(args.options, problem);
   add_queries(args.q, args.cu_seqlens_q, problem);
   if (args.is_packed()) problem.seqlen_q = args.max_seqlen_q;
-  problem.seqlen_new = args.cache.cu_seqlens_new.has_value() ? 0 : args.seqlen_new;
-  problem.total_new = INT32_MAX;  // the new rows are in the cache: any number of them
+  add_new_rows(args.added, problem);
   problem.num_splits = args.num_splits;
-  set_numbers(args.q.scalar_type(), args.softmax_scale, problem);
-  problem.window_left = args.window_left;
-  problem.window_right = args.window_right;
-  problem.alignment = static_cast<int32_t>(std::clamp<int64_t>(args.alignment, -1, INT32_MAX));
   return problem;
 }
 
 flashtile_problem to_problem(const AppendArguments& args) {
-  const OptionalTensor& cu_seqlens = args.cache.cu_seqlens_new;
   flashtile_problem problem = cache_problem(args.cache, args.like(), args.batch());
-  if (args.rotation.has_value()) add_queries(args.rotation->q, cu_seqlens, problem);
-  if (cu_seqlens.has_value()) {
-    problem.total_new = args.k.size(0);
-  } else {
-    problem.seqlen_new = args.k.size(1);
-  }
+  if (args.rotation.has_value()) add_queries(args.rotation->q, args.cu_seqlens_new, problem);
+  add_new_rows(args.added(), problem);
   return problem;
-}
-
-flashtile_forward_params to_params(const ReadArguments& args, const flashtile_problem& problem) {
-  flashtile_forward_params params;
-  flashtile_forward_init(&params);
-  params.problem = &problem;
-  params.q = read_view(args.q);
-  params.k = read_view(args.cache.k_cache);
-  params.v = read_view(args.cache.v_cache);
-  return params;
 }
 
 flashtile_append_kv_params to_params(const AppendArguments& args,

@@ -2,56 +2,62 @@
 // structs of the C API.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "arguments.h"
+#include "options.h"
 
 namespace flashtile::ops {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // Where the sequences' rows are. k_cache (num_pages, page_size, num_heads_kv, head_dim), v_cache
 // the same with head_dim_v.
 struct CacheArguments {
   Tensor k_cache, v_cache;
-  OptionalTensor cache_seqlens;                 // [batch]
-  OptionalTensor cache_batch_idx;               // [batch]
-  OptionalTensor block_table;                   // [batch, max_blocks]
-  OptionalTensor cache_leftpad = std::nullopt;  // [batch]
-  OptionalTensor cu_seqlens_new = std::nullopt;
+  OptionalTensor cache_seqlens = std::nullopt;    // [batch]: rows in use before any new ones
+  OptionalTensor cache_batch_idx = std::nullopt;  // [batch]
+  OptionalTensor cache_leftpad = std::nullopt;    // [batch]
+  OptionalTensor block_table = std::nullopt;      // [batch, max_blocks]
 };
 
-inline int64_t batch_of(const Tensor& tensor, const OptionalTensor& cu_seqlens) {
-  return cu_seqlens.has_value() ? cu_seqlens->size(0) - 1 : tensor.size(0);
-}
+// The rows that an append writes. The attention after it is told of them, too: cache_seqlens are
+// those before the append, and the core adds these.
+struct NewRows {
+  int64_t rows = 0;                          // of every sequence; with offsets: of all together
+  OptionalTensor cu_seqlens = std::nullopt;  // [batch + 1]: the rows are packed
+
+  bool is_packed() const { return cu_seqlens.has_value(); }
+};
 
 // Everything that attention over a cache reads, and how.
 struct ReadArguments {
   Tensor q;
   CacheArguments cache;
-  OptionalTensor cu_seqlens_q;
-  std::optional<double> softmax_scale;
-  int64_t window_left, window_right;
-  int64_t seqlen_new;  // dense: new rows of every sequence, which the cache holds by now
-  int64_t num_splits;
-  int64_t max_seqlen_q;
-  bool check;
-  int64_t alignment;
   OptionalTensor out = std::nullopt;  // written; unset: a new tensor
+  Options options = {};
+  int64_t num_splits = 0;
+  int64_t max_seqlen_q = 0;
+  OptionalTensor cu_seqlens_q = std::nullopt;  // [batch + 1]: q is packed
+  NewRows added = {};
+  bool check = false;
 
+  template <class Visit>
+  void visit(const Visit& member) {
+    options.visit(member);
+    member("SymInt num_splits=0", num_splits);
+    member("SymInt max_seqlen_q=0", max_seqlen_q);
+    member("Tensor? cu_seqlens_q=None", cu_seqlens_q);
+    member("SymInt rows_new=0", added.rows);
+    member("Tensor? cu_seqlens_new=None", added.cu_seqlens);
+    member("Tensor? cache_seqlens=None", cache.cache_seqlens);
+    member("Tensor? cache_batch_idx=None", cache.cache_batch_idx);
+    member("Tensor? cache_leftpad=None", cache.cache_leftpad);
+    member("Tensor? block_table=None", cache.block_table);
+    member("bool check=False", check);
+  }
   bool is_packed() const { return cu_seqlens_q.has_value(); }
-  int64_t batch() const { return batch_of(q, cu_seqlens_q); }
-  std::vector<int64_t> out_sizes() const {
-    std::vector<int64_t> sizes(q.sizes().begin(), q.sizes().end());
-    sizes.back() = cache.v_cache.size(3);
-    return sizes;
-  }
-  std::vector<int64_t> lse_sizes() const {
-    if (is_packed()) return {q.size(1), q.size(0)};
-    return {q.size(0), q.size(2), q.size(1)};
-  }
+  int64_t batch() const { return is_packed() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
 };
 
 // What is written, and how.
@@ -60,13 +66,24 @@ struct Rotation {
   bool interleaved, q_fixed;
 };
 struct AppendArguments {
+  CacheArguments cache;
   Tensor k, v;
-  CacheArguments cache;  // with cu_seqlens_new k and v are packed, and so is q
-  bool check;
   std::optional<Rotation> rotation = std::nullopt;
+  OptionalTensor cu_seqlens_new = std::nullopt;  // [batch + 1]: k and v are packed, and so is q
+  bool check = false;
 
+  template <class Visit>
+  void visit(const Visit& member) {
+    member("Tensor? cache_seqlens", cache.cache_seqlens);
+    member("Tensor? cache_batch_idx", cache.cache_batch_idx);
+    member("Tensor? block_table", cache.block_table);
+    member("Tensor? cu_seqlens_new", cu_seqlens_new);
+    member("bool check=False", check);
+  }
   const Tensor& like() const { return rotation.has_value() ? rotation->q : k; }
-  int64_t batch() const { return batch_of(like(), cache.cu_seqlens_new); }
+  bool is_packed() const { return cu_seqlens_new.has_value(); }
+  int64_t batch() const { return is_packed() ? cu_seqlens_new->size(0) - 1 : like().size(0); }
+  NewRows added() const { return {k.size(is_packed() ? 0 : 1), cu_seqlens_new}; }
 };
 
 // One sentence that names the argument, what it was and what is allowed; empty when all is well.
@@ -76,8 +93,7 @@ std::string refusal(const AppendArguments& args);
 flashtile_problem to_problem(const ReadArguments& args);
 flashtile_problem to_problem(const AppendArguments& args);
 
-// Where out, the LSE and the rotated q go is not said. The problem must outlive the params.
-flashtile_forward_params to_params(const ReadArguments& args, const flashtile_problem& problem);
+// Where the rotated q goes is not said. The problem must outlive the params.
 flashtile_append_kv_params to_params(const AppendArguments& args, const flashtile_problem& problem);
 
 }  // namespace flashtile::ops

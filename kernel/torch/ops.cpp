@@ -1,7 +1,7 @@
 // The torch ops flashtile::{forward, forward_out, backward, can_run, build_info}, and those of
 // kvcache.cpp, on the libtorch stable ABI: one library serves every torch from 2.11 on, with or
-// without CUDA. Each op checks its tensors, allocates outputs and workspace through torch, fills
-// the C structs and calls the C API.
+// without CUDA. Each op checks its tensors, fills the structs of the C API, lets the core check and
+// plan them once, allocates outputs and workspace through torch, and runs.
 //
 // Dense and varlen are one op: cu_seqlens make the difference. New outputs are contiguous, and the
 // core writes every row of them, also those that belong to no sequence.
@@ -9,72 +9,92 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
+#include "boxed.h"
 #include "call.h"
+#include "forward.h"
 #include "kvcache.h"
+#include "options.h"
 #include "sentences.h"
 
 namespace flashtile::ops {
 namespace {
 
-std::vector<int64_t> out_sizes(const Arguments& args) {
-  std::vector<int64_t> sizes(args.q.sizes().begin(), args.q.sizes().end());
-  sizes.back() = args.v.size(args.v.dim() - 1);
-  return sizes;
+struct Question {
+  Arguments args;
+  bool backward;
+};
+
+// From here on one function per schema, which reads its arguments in their order. All schemas end
+// with what Arguments::visit lists.
+
+Arguments read_inputs(Reader& reader) {
+  return {.q = reader.next<Tensor>(), .k = reader.next<Tensor>(), .v = reader.next<Tensor>()};
 }
 
-std::vector<int64_t> lse_sizes(const Arguments& args) {
-  const Tensor& q = args.q;
-  if (args.is_varlen()) return {q.size(1), q.size(0)};
-  return {q.size(0), q.size(2), q.size(1)};
+template <bool kHasOut>
+Arguments read_forward(Reader& reader) {
+  Arguments args = read_inputs(reader);
+  if (kHasOut) args.out = reader.next<Tensor>();
+  reader.read(args);
+  return args;
 }
 
-int64_t lse_stride_batch(const Tensor& lse) { return lse.dim() == 3 ? lse.stride(0) : 0; }
-int64_t lse_stride_head(const Tensor& lse) { return lse.stride(lse.dim() - 2); }
-
-flashtile_forward_params forward_params(const Arguments& args, const flashtile_problem& problem) {
-  flashtile_forward_params params;
-  flashtile_forward_init(&params);
-  params.problem = &problem;
-  params.q = read_view(args.q);
-  params.k = read_view(args.k);
-  params.v = read_view(args.v);
-  return params;
+BackwardArguments read_backward(Reader& reader) {
+  Tensor dout = reader.next<Tensor>();
+  Arguments forward = read_inputs(reader);
+  BackwardArguments args = {.forward = std::move(forward),
+                            .dout = std::move(dout),
+                            .out = reader.next<Tensor>(),
+                            .softmax_lse = reader.next<Tensor>(),
+                            .dsoftmax_lse = reader.next<OptionalTensor>()};
+  reader.read(args.forward);
+  return args;
 }
 
-std::tuple<Tensor, Tensor> run_forward(const Arguments& args) {
+Question read_question(Reader& reader) {
+  Question question = {.args = read_inputs(reader), .backward = reader.next<bool>()};
+  question.args.out = reader.next<OptionalTensor>();
+  reader.read(question.args);
+  return question;
+}
+
+ForwardCall to_call(const Arguments& args, const flashtile_problem& problem) {
+  return {args.q, args.k, args.v, args.out, problem, args.names()};
+}
+
+std::tuple<Tensor, Tensor> forward(const Arguments& args) {
   raise_unless_empty(refusal(args));
   const DeviceScope device(args.q);
   const flashtile_problem problem = to_problem(args);
-  flashtile_forward_params params = forward_params(args, problem);
-
-  size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size(&params, &bytes), args.names());
-  const Tensor out =
-      args.out.has_value() ? *args.out : torch::stable::new_empty(args.q, out_sizes(args));
-  const Tensor lse =
-      torch::stable::new_empty(args.q, lse_sizes(args), lse_dtype(args.q.scalar_type()));
-  const Workspace workspace(args.q, bytes);
-  params.out = write_view(out);
-  params.softmax_lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.lse_stride_batch = lse_stride_batch(lse);
-  params.lse_stride_head = lse_stride_head(lse);
-  params.workspace = workspace.data;
-  params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_forward(&params, device.stream()), args.names());
-  return {out, lse};
+  return run(to_call(args, problem), device.stream());
 }
 
-flashtile_backward_params backward_params(const BackwardArguments& args,
-                                          const flashtile_problem& problem) {
+Tensor forward_out(const Arguments& args) { return std::get<1>(forward(args)); }
+
+// The gradients are stand-ins here.
+flashtile_backward_params to_params(const Arguments& forward, const flashtile_problem& problem) {
   flashtile_backward_params params;
   flashtile_backward_init(&params);
   params.problem = &problem;
-  params.q = read_view(args.forward.q);
-  params.k = read_view(args.forward.k);
-  params.v = read_view(args.forward.v);
+  params.q = read_view(forward.q);
+  params.k = read_view(forward.k);
+  params.v = read_view(forward.v);
+  params.dq = contiguous_view(forward.q.sizes(), 0);
+  params.dk = contiguous_view(forward.k.sizes(), 1);
+  params.dv = contiguous_view(forward.v.sizes(), 2);
+  return params;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& args) {
+  raise_unless_empty(refusal(args));
+  const Arguments& forward = args.forward;
+  const DeviceScope device(forward.q);
+  const flashtile_problem problem = to_problem(forward);
+  flashtile_backward_params params = to_params(forward, problem);
   params.out = read_view(args.out);
   params.dout = read_view(args.dout);
   params.softmax_lse = static_cast<const float*>(args.softmax_lse.const_data_ptr());
@@ -86,122 +106,38 @@ flashtile_backward_params backward_params(const BackwardArguments& args,
     params.dlse_stride_batch = lse_stride_batch(dlse);
     params.dlse_stride_head = lse_stride_head(dlse);
   }
-  return params;
-}
-
-std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardArguments& args) {
-  raise_unless_empty(refusal(args));
-  const Arguments& forward = args.forward;
-  const DeviceScope device(forward.q);
-  const flashtile_problem problem = to_problem(forward);
-  flashtile_backward_params params = backward_params(args, problem);
-
-  size_t bytes = 0;
-  raise_unless_ok(flashtile_workspace_size_backward(&params, &bytes), forward.names());
-  auto gradient_of = [&](const Tensor& tensor) {
-    return torch::stable::new_empty(tensor, tensor.sizes());
+  OptionalTensor dq, dk, dv;
+  const auto gradient = [](const Tensor& of, OptionalTensor& tensor) {
+    tensor = torch::stable::new_empty(of, of.sizes());
+    return to_core(write_view(*tensor));
   };
-  const Tensor dq = gradient_of(forward.q);
-  const Tensor dk = gradient_of(forward.k);
-  const Tensor dv = gradient_of(forward.v);
-  const Workspace workspace(forward.q, bytes);
-  params.dq = write_view(dq);
-  params.dk = write_view(dk);
-  params.dv = write_view(dv);
-  params.workspace = workspace.data;
-  params.workspace_bytes = workspace.size;
-  raise_unless_ok(flashtile_backward(&params, device.stream()), forward.names());
-  return {dq, dk, dv};
+  const auto allocate = [&](BackwardParams& core) {
+    core.dq = gradient(forward.q, dq);
+    core.dk = gradient(forward.k, dk);
+    core.dv = gradient(forward.v, dv);
+  };
+  run_call<BackwardParams>(params, forward.q, device.stream(), forward.names(), allocate);
+  return {*dq, *dk, *dv};
 }
 
-// The answer of the C API. No data is read.
-Answer answer(const Arguments& args, bool backward) {
+Answer answer_backward(const Arguments& args, const flashtile_problem& problem) {
+  flashtile_backward_params params = to_params(args, problem);
+  double lse = 0.0;
+  const std::vector<int64_t> sizes = out_sizes(args.q, args.v);
+  params.out = args.out.has_value() ? read_view(*args.out) : contiguous_view(sizes, 3);
+  params.dout = contiguous_view(sizes, 4);
+  params.softmax_lse = reinterpret_cast<const float*>(&lse);
+  return ask_call<BackwardParams>(params, args.names());
+}
+
+// No data is read.
+Answer can_run(const Question& question) {
+  const Arguments& args = question.args;
   const std::string text = refusal(args);
   if (!text.empty()) return {false, "", text};
   const DeviceScope device(args.q);
   const flashtile_problem problem = to_problem(args);
-  char name[256] = "", why[512] = "";
-  double lse = 0.0;
-  const std::vector<int64_t> sizes = out_sizes(args);
-  const flashtile_tensor out =
-      args.out.has_value() ? write_view(*args.out) : contiguous_view(sizes, 0);
-  flashtile_status status = FLASHTILE_OK;
-  if (backward) {
-    flashtile_backward_params params;
-    flashtile_backward_init(&params);
-    params.problem = &problem;
-    params.q = read_view(args.q);
-    params.k = read_view(args.k);
-    params.v = read_view(args.v);
-    params.out = out;
-    params.dout = contiguous_view(sizes, 1);
-    params.dq = contiguous_view(args.q.sizes(), 2);
-    params.dk = contiguous_view(args.k.sizes(), 3);
-    params.dv = contiguous_view(args.v.sizes(), 4);
-    params.softmax_lse = reinterpret_cast<const float*>(&lse);
-    status = flashtile_can_run_backward(&params, why, sizeof(why));
-    if (status == FLASHTILE_OK) status = flashtile_plan_backward(&params, name, sizeof(name));
-  } else {
-    flashtile_forward_params params = forward_params(args, problem);
-    params.out = out;
-    status = flashtile_can_run(&params, why, sizeof(why));
-    if (status == FLASHTILE_OK) status = flashtile_plan(&params, name, sizeof(name));
-  }
-  return {status == FLASHTILE_OK, name, in_words_of_op(why, args.names())};
-}
-
-// From here on one function per op. Their parameters are the op's schema, one to one; the members
-// of Arguments have the same order.
-
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   std::optional<double> softmax_scale, int64_t window_left,
-                                   int64_t window_right, bool deterministic, int64_t alignment,
-                                   int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                   const std::optional<Tensor>& cu_seqlens_q,
-                                   const std::optional<Tensor>& cu_seqlens_k,
-                                   const std::optional<Tensor>& seqused_q,
-                                   const std::optional<Tensor>& seqused_k) {
-  return run_forward({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
-                      max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q,
-                      seqused_k});
-}
-
-Tensor forward_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                   std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-                   bool deterministic, int64_t alignment, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, const std::optional<Tensor>& cu_seqlens_q,
-                   const std::optional<Tensor>& cu_seqlens_k,
-                   const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k) {
-  return std::get<1>(run_forward({q, k, v, softmax_scale, window_left, window_right, deterministic,
-                                  alignment, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k,
-                                  seqused_q, seqused_k, out}));
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& softmax_lse, const std::optional<Tensor>& dsoftmax_lse,
-    std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-    bool deterministic, int64_t alignment, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k) {
-  return run_backward(
-      {.forward = {q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
-                   max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
-       .dout = dout,
-       .out = out,
-       .softmax_lse = softmax_lse,
-       .dsoftmax_lse = dsoftmax_lse});
-}
-
-Answer can_run(const Tensor& q, const Tensor& k, const Tensor& v, bool backward,
-               const std::optional<Tensor>& out, std::optional<double> softmax_scale,
-               int64_t window_left, int64_t window_right, bool deterministic, int64_t alignment,
-               int64_t max_seqlen_q, int64_t max_seqlen_k,
-               const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-               const std::optional<Tensor>& seqused_q, const std::optional<Tensor>& seqused_k) {
-  return answer({q, k, v, softmax_scale, window_left, window_right, deterministic, alignment,
-                 max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, out},
-                backward);
+  return question.backward ? answer_backward(args, problem) : answer(to_call(args, problem));
 }
 
 // Lines "name=value"; the lists among the values are comma-separated.
@@ -221,14 +157,9 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY(flashtile, m) {
   define_kvcache_ops(m);
-  // How to attend, the same at the end of every op. Tensors among them are positional because torch
-  // registers neither gradients nor vmap rules for ops with keyword-only tensors.
-  const std::string options =
-      "float? softmax_scale, SymInt window_left, SymInt window_right, bool deterministic=False, "
-      "int alignment=0, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, Tensor? seqused_k=None)";
   const auto def = [&](const char* name, const char* tensors, const char* returns) {
-    m.def((std::string(name) + "(" + tensors + ", " + options + " -> " + returns).c_str());
+    const std::string rest = schema_of<Arguments>();
+    m.def(sentence(name, "(", tensors, ", ", rest, ") -> ", returns).c_str());
   };
   def("forward", "Tensor q, Tensor k, Tensor v", "(Tensor out, Tensor softmax_lse)");
   def("forward_out", "Tensor q, Tensor k, Tensor v, Tensor(a!) out", "Tensor softmax_lse");
@@ -241,22 +172,23 @@ STABLE_TORCH_LIBRARY(flashtile, m) {
   m.def("build_info() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flashtile, CPU, m) {
-  implement_kvcache_ops(m);
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("forward_out", TORCH_BOX(&forward_out));
-  m.impl("backward", TORCH_BOX(&backward));
+namespace {
+
+void implement_ops(torch::stable::detail::StableLibrary& library) {
+  implement_kvcache_ops(library);
+  library.impl("forward", boxed<read_forward<false>, forward>);
+  library.impl("forward_out", boxed<read_forward<true>, forward_out>);
+  library.impl("backward", boxed<read_backward, backward>);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) {
-  implement_kvcache_ops(m);
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("forward_out", TORCH_BOX(&forward_out));
-  m.impl("backward", TORCH_BOX(&backward));
-}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashtile, CPU, m) { implement_ops(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(flashtile, CUDA, m) { implement_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(flashtile, CompositeExplicitAutograd, m) {
-  m.impl("can_run", TORCH_BOX(&can_run));
+  m.impl("can_run", boxed<read_question, can_run>);
   m.impl("build_info", TORCH_BOX(&build_info));
   implement_kvcache_questions(m);
 }

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -12,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "flashtile/flashtile.h"
 
@@ -21,6 +23,8 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Parts>
 std::string sentence(const Parts&... parts) {
@@ -117,14 +121,18 @@ inline std::ostream& operator<<(std::ostream& stream, const Extent& extent) {
 inline std::string shape_refusal(const char* name, const Tensor& tensor,
                                  std::initializer_list<Extent> allowed) {
   const IntHeaderOnlyArrayRef sizes = tensor.sizes();
-  bool same = sizes.size() == allowed.size();
-  size_t dim = 0;
-  for (const Extent& extent : allowed) {
-    same = same && (extent.name != nullptr || extent.size == sizes[dim]);
-    ++dim;
-  }
+  const bool same = std::ranges::equal(sizes, allowed, [](int64_t size, const Extent& extent) {
+    return extent.name != nullptr || extent.size == size;
+  });
   if (same) return {};
   return sentence(name, " has shape ", tuple_text(sizes), "; allowed: ", tuple_text(allowed));
+}
+
+inline std::string sizes_refusal(const char* name, const Tensor& tensor,
+                                 const std::vector<int64_t>& allowed) {
+  if (std::ranges::equal(tensor.sizes(), allowed)) return {};
+  return sentence(name, " has shape ", tuple_text(tensor.sizes()),
+                  "; allowed: ", tuple_text(allowed));
 }
 
 // Device, dtype and the stride of the last dimension, against those of q.
@@ -171,7 +179,7 @@ inline std::string cu_seqlens_refusal(const char* name, const Tensor& cu_seqlens
   return text;
 }
 
-inline const int32_t* int_data(const std::optional<Tensor>& tensor) {
+inline const int32_t* int_data(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const int32_t*>(tensor->const_data_ptr()) : nullptr;
 }
 

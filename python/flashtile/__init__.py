@@ -10,18 +10,21 @@ from flashtile import _loader, _registration
 _loader.load(__path__)
 _registration.register()
 
+from flashtile._build import build_info  # noqa: E402
+from flashtile._can_run import can_run, can_run_with_kvcache  # noqa: E402
 from flashtile._kvcache import (  # noqa: E402
+    append_kv,
     attention_with_kvcache,
-    can_run_with_kvcache,
     raise_pending_checks,
 )
 from flashtile._merging import merge  # noqa: E402
-from flashtile.ops import attention, attention_varlen, build_info, can_run  # noqa: E402
+from flashtile.ops import attention, attention_varlen  # noqa: E402
 
 __version__: str = str(build_info()["version"])
 
 __all__ = [
     "__version__",
+    "append_kv",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",

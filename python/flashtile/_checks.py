@@ -1,7 +1,7 @@
 """Checks made before an op is called.
 
-Every refusal names the argument, what it was and what is allowed, in the words of kernel/api/check.cpp
-and kernel/torch/arguments.cpp.
+Every refusal names the argument, what it was and what is allowed, in the words of
+kernel/api/check.cpp and kernel/torch/arguments.cpp.
 """
 
 import math
@@ -273,7 +273,7 @@ def alignment(name: str, value: object) -> int:
     return _ALIGNMENTS.index(value)
 
 
-def softmax_scale(value: object) -> float | None:
+def number(name: str, value: object) -> float | None:
     """`value` as a float, or TypeError; whether it is finite the op says."""
     if value is None or isinstance(value, (float, torch.SymFloat)):
         return value  # type: ignore[return-value]
@@ -282,8 +282,8 @@ def softmax_scale(value: object) -> float | None:
         try:
             return float(value)
         except OverflowError:
-            raise ValueError(f"softmax_scale is {value}; allowed: a finite number") from None
-    raise TypeError(f"softmax_scale is a {type(value).__name__}; allowed: float or None")
+            raise ValueError(f"{name} is {value}; allowed: a finite number") from None
+    raise TypeError(f"{name} is a {type(value).__name__}; allowed: float or None")
 
 
 def check_finite(scale: float | None, q: Tensor) -> None:

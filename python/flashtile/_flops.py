@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashtile._options import Options
+from flashtile._options import of_attention, of_cache
 
 
 def _numbers(tensor: Tensor | None) -> list[int] | None:
@@ -31,36 +31,39 @@ def _lengths(cu_seqlens: Tensor, used: Tensor | None, longest: int) -> list[int]
     return _numbers(used) or lengths
 
 
-def _pairs(q: Tensor, k: Tensor, options: Options) -> int:
+def _pairs(q: Tensor, k: Tensor, arguments: tuple[Any, ...]) -> int:
     """Pairs of a query and a key, in all sequences."""
-    if options.cu_seqlens_q is not None and options.cu_seqlens_k is not None:
-        queries = _lengths(options.cu_seqlens_q, options.seqused_q, options.max_seqlen_q)
-        keys = _lengths(options.cu_seqlens_k, options.seqused_k, options.max_seqlen_k)
+    _, s = of_attention(arguments)
+    if s.cu_seqlens_q is not None and s.cu_seqlens_k is not None:
+        queries = _lengths(s.cu_seqlens_q, s.seqused_q, s.max_seqlen_q)
+        keys = _lengths(s.cu_seqlens_k, s.seqused_k, s.max_seqlen_k)
         return sum(rows * columns for rows, columns in zip(queries, keys, strict=True))
     return q.shape[0] * q.shape[1] * k.shape[1]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any, **_rest: Any) -> int:
-    return 2 * _pairs(q, k, Options(*options)) * q.shape[-2] * (q.shape[-1] + v.shape[-1])
+def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **_rest: Any) -> int:
+    return 2 * _pairs(q, k, arguments) * q.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-def _forward_out(q: Tensor, k: Tensor, v: Tensor, _out: Tensor, *options: Any, **_rest: Any) -> int:
-    return _forward(q, k, v, *options)
+def _forward_out(
+    q: Tensor, k: Tensor, v: Tensor, _out: Tensor, *arguments: Any, **_rest: Any
+) -> int:
+    return _forward(q, k, v, *arguments)
 
 
 def _backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_rest: Any) -> int:
-    pairs = _pairs(q, k, Options(*rest[3:]))
+    pairs = _pairs(q, k, rest[3:])
     return 2 * pairs * q.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
-def _cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any, **_rest: Any) -> int:
-    """The options are those of the op's schema."""
-    _, _, _, seqlen_new, _, longest, cu_q, cu_new, seqlens, _, _, table = options[:12]
+def _cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any, **_rest: Any) -> int:
+    _, cache = of_cache(arguments)
+    cu_q, cu_new, longest = cache.cu_seqlens_q, cache.cu_seqlens_new, cache.max_seqlen_q
+    table, before = cache.block_table, _numbers(cache.cache_seqlens)
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     queries = [q.shape[1]] * batch if cu_q is None else _lengths(cu_q, None, longest)
-    new = [seqlen_new] * batch if cu_new is None else _lengths(cu_new, None, longest)
-    before = _numbers(seqlens)
+    new = [cache.rows_new] * batch if cu_new is None else _lengths(cu_new, None, longest)
     keys = [capacity] * batch
     if before is not None:
         keys = [min(max(b, 0) + n, capacity) for b, n in zip(before, new, strict=True)]
@@ -69,9 +72,9 @@ def _cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any, **_rest: 
 
 
 def _cache_out(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, _out: Tensor, *options: Any, **_rest: Any
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, _out: Tensor, *arguments: Any, **_rest: Any
 ) -> int:
-    return _cache(q, k_cache, v_cache, *options)
+    return _cache(q, k_cache, v_cache, *arguments)
 
 
 def register() -> None:

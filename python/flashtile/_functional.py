@@ -2,7 +2,7 @@
 
 ``torch.library.register_autograd`` builds a formula that torch.func refuses. A formula that acts
 on one level at a time, as those of torch's own ops do, serves all of them: the dispatcher calls it
-once per level, and whoever traces sees the op.
+once per level, and tracers see the op.
 """
 
 from collections.abc import Callable

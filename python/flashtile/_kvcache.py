@@ -1,236 +1,16 @@
 """Attention over a key/value cache."""
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flashtile import _checks, _functional, _kvcache_ops, _sharding, _traced
-from flashtile._options import UNLIMITED
-from flashtile._written import mark_written
+from flashtile import _checks, _kvcache_call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_LOW = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
-
-
-_CACHES = ("k_cache", "v_cache")
-_TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad",
-            "block_table", "cu_seqlens_q")  # fmt: skip
-_READ = ("q", *_CACHES)
-_FLAGS = ("causal", "rotary_interleaved", "return_lse", "check")
-
-
-class _Call(NamedTuple):
-    """Arguments that are checked, as far as that is done before the ops."""
-
-    tensors: dict[str, Any]  # with q and the caches, by name
-    wanting: tuple[Tensor, ...]  # those of them that require grad
-    seqlens: Tensor | None
-    out: Tensor | None
-    flags: dict[str, bool]
-    mask: tuple[float | None, int, int]  # softmax_scale, window_left, window_right
-    numbers: tuple[int, int]  # num_splits, max_seqlen_q
-    alignment: int
-
-
-# Of the ops that write: which of their arguments.
-_WRITTEN = {
-    "append_kv": slice(0, 2),
-    "append_kv_rotary": slice(0, 2),
-    "forward_kvcache_out": slice(3, 4),
-}
-
-
-def _run(name: str, *args: Any) -> Any:
-    """An op, whose refusals become ValueError where its fake kernel refuses, too."""
-    op = getattr(torch.ops.flashtile, name)
-    if torch.compiler.is_compiling():
-        return op(*args)
-    try:
-        result = op(*args)
-    except RuntimeError as error:
-        refusal = error
-    else:
-        if name in _WRITTEN:
-            mark_written(*args[_WRITTEN[name]])
-        return result
-    raise _checks.refused(refusal, lambda: _ask_fake(name, *args))
-
-
-def _ask_fake(name: str, *args: Any) -> Any:
-    """The fake kernel of an op, which knows shapes alone."""
-    return _kvcache_ops.FAKES[name](*args)
-
-
-class _NoGradient(torch.autograd.Function):
-    """The node of a result: whoever goes backward through it hears that it has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, result: tuple[Tensor, Tensor], *wanting: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.shapes = [tensor.shape for tensor in wanting]
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        # An op: compilers trace it, and it raises when it runs.
-        nothing = torch.ops.flashtile.gradient_of_kvcache(dout)
-        return (None, *(nothing.expand(shape) for shape in ctx.shapes))
-
-
-def _seqlens(value: object, q: Tensor, batch: int) -> Tensor | None:
-    """cache_seqlens as a tensor."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    length = _checks.length("cache_seqlens", value, "Tensor, int or None")
-    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
-
-
-def _wanting(tensors: dict[str, Any], out: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors that require grad, of which none may be written or go into what is written."""
-    wanting = [(n, t) for n, t in tensors.items() if t is not None and t.requires_grad]
-    if out is not None and out.requires_grad:
-        wanting.append(("out", out))
-    if not wanting:
-        return ()
-    for name, _ in wanting:
-        why, where = ("out", "out") if out is not None else ("k", "the cache")
-        if out is not None or (tensors["k"] is not None and name.endswith("_cache")):
-            raise RuntimeError(
-                f"{why} is a tensor and {name} requires grad; allowed: None, or torch.no_grad(), "
-                f"as what is written into {where} has no gradient"
-            )
-    return tuple(tensor for _, tensor in wanting)
-
-
-def _refuse_tangents(tensors: dict[str, Any]) -> None:
-    """A forward-mode tangent would get lost in silence."""
-    for tensor in tensors.values():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            _checks.refuse_tangents()
-
-
-def _autocast(tensors: dict[str, Any], cache: Tensor) -> None:
-    """Under ``torch.autocast`` what meets a cache takes its dtype: a cache is never cast."""
-    device = "cpu" if cache.is_cpu else cache.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return
-    for name in ("q", "k", "v", "rotary_cos", "rotary_sin"):
-        tensor = tensors[name]
-        if tensor is not None and tensor.dtype in _LOW and cache.dtype in _LOW:
-            tensors[name] = tensor.to(cache.dtype)
-
-
-def _checked(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: dict[str, Any]) -> _Call:
-    """The arguments of a call, all of them; or TypeError, ValueError or RuntimeError."""
-    tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    for name in _TENSORS:
-        tensors[name] = given[name]
-    _kvcache_ops.check_together(tensors, given["cache_seqlens"])
-    for name in _READ:
-        if type(tensors[name]) is not Tensor:  # None is not checked yet
-            _checks.check_tensor_type(name, tensors[name])
-            _sharding.refuse(name, tensors[name])
-    out = given["out"]
-    if out is not None:
-        _checks.check_tensor_type("out", out)
-        if _functional.is_active():
-            raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
-    flags = {name: given[name] for name in _FLAGS}
-    for name, value in flags.items():
-        if value is not True and value is not False:
-            flags[name] = _checks.flag(name, value)
-    wanting = _wanting(tensors, out) if torch.is_grad_enabled() else ()
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
-    scale = _checks.softmax_scale(given["softmax_scale"])
-    left, right = _checks.window(given["window_size"])
-    alignment = _checks.alignment("causal_alignment", given["causal_alignment"])
-    splits = _checks.length("num_splits", given["num_splits"], "int")
-    longest = given["max_seqlen_q"]
-    longest = 0 if longest is None else _checks.max_seqlen("max_seqlen_q", longest, q)
-    _autocast(tensors, k_cache)
-    q = tensors["q"]
-    if scale is not None:
-        _checks.check_finite(scale, q)  # the op would say so only after the append
-    batch = _kvcache_ops.check_queries("q", q, tensors["cu_seqlens_q"])
-    seqlens = _seqlens(given["cache_seqlens"], q, batch)
-    if tensors["k"] is not None:
-        is_packed = tensors["cu_seqlens_q"] is not None
-        new, caches = (tensors["k"], tensors["v"]), (k_cache, v_cache)
-        _kvcache_ops.check_new_rows(*new, q, caches, is_packed=is_packed)
-    mask = (scale, left, 0 if flags["causal"] else right)
-    return _Call(tensors, wanting, seqlens, out, flags, mask, (splits, longest), alignment)
-
-
-def _append(call: _Call, run: Callable[..., Any]) -> Tensor:
-    """Writes the new rows to the caches. Returns q, rotated if that is asked for."""
-    t, q = call.tensors, call.tensors["q"]
-    new = (t["k_cache"], t["v_cache"], t["k"], t["v"])
-    where = (call.seqlens, t["cache_batch_idx"], t["block_table"], t["cu_seqlens_q"])
-    traced = torch.compiler.is_compiling()
-    if traced:
-        _kvcache_ops.check_append(*new, q, where, (t["rotary_cos"], t["rotary_sin"]))
-    if t["rotary_cos"] is None:
-        if traced:
-            _traced.append(new[:2], new[2:], where, call.flags["check"])
-            return q  # type: ignore[no-any-return]
-        run("append_kv", *new, *where, call.flags["check"])
-        return q  # type: ignore[no-any-return]
-    q_fixed = call.mask[1:] == (UNLIMITED, UNLIMITED)
-    rotation = (t["rotary_cos"], t["rotary_sin"], call.flags["rotary_interleaved"], q_fixed)
-    if traced:
-        check = call.flags["check"]
-        return _traced.append_rotary(new[:2], new[2:], q, rotation, where, check)
-    return run("append_kv_rotary", *new, q, *rotation, *where, call.flags["check"])  # type: ignore[no-any-return]
-
-
-def _attend(call: _Call, run: Callable[..., Any] = _run) -> tuple[Tensor, Tensor]:
-    """Appends, if there is something to append, and attends: by ops, through `run`. Out and LSE."""
-    t, cu_seqlens_q = call.tensors, call.tensors["cu_seqlens_q"]
-    q, seqlen_new, cu_seqlens_new = t["q"], 0, None
-    if t["k"] is not None:
-        q, cu_seqlens_new = _append(call, run), cu_seqlens_q
-        seqlen_new = 0 if cu_seqlens_q is not None else t["k"].shape[1]
-    tensors = (q, t["k_cache"], t["v_cache"])
-    how = (*call.mask, seqlen_new, *call.numbers)
-    where = (cu_seqlens_q, cu_seqlens_new, call.seqlens, t["cache_batch_idx"])
-    rest = (t["cache_leftpad"], t["block_table"], call.flags["check"], call.alignment)
-    options: tuple[Any, ...] = (*how, *where, *rest)
-    if call.out is None or torch.compiler.is_compiling():
-        out, lse = run("forward_kvcache", *tensors, *options)
-        if call.out is None:
-            return out, lse
-        _traced.write(call.out, out)
-        return call.out, lse
-    return call.out, run("forward_kvcache_out", *tensors, call.out, *options)
-
-
-class KVCacheOptions(TypedDict, total=False):
-    """Keywords of :func:`attention_with_kvcache`, as type checkers see them, without return_lse."""
-
-    k: Tensor | None
-    v: Tensor | None
-    rotary_cos: Tensor | None
-    rotary_sin: Tensor | None
-    rotary_interleaved: bool
-    cache_seqlens: Tensor | int | None
-    cache_batch_idx: Tensor | None
-    cache_leftpad: Tensor | None
-    block_table: Tensor | None
-    cu_seqlens_q: Tensor | None
-    max_seqlen_q: int | Tensor | None
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int, int]
-    num_splits: int
-    check: bool
-    causal_alignment: Literal["bottom_right", "top_left"]
-    out: Tensor | None
+    from flashtile._options import AppendOptions, KVCacheOptions
 
 
 @overload
@@ -366,6 +146,12 @@ def attention_with_kvcache(
     raises may have appended; making it again writes the same rows. Numerics and errors are those of
     :func:`attention`; :func:`can_run_with_kvcache` gives the sentence without a call.
     """
+    how = {
+        "causal": causal,
+        "causal_alignment": causal_alignment,
+        "window_size": window_size,
+        "softmax_scale": softmax_scale,
+    }
     given = {
         "k": k,
         "v": v,
@@ -378,76 +164,115 @@ def attention_with_kvcache(
         "block_table": block_table,
         "cu_seqlens_q": cu_seqlens_q,
         "max_seqlen_q": max_seqlen_q,
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_size": window_size,
         "num_splits": num_splits,
         "return_lse": return_lse,
         "check": check,
-        "causal_alignment": causal_alignment,
         "out": out,
     }
-    call = _checked(q, k_cache, v_cache, given)
+    call = _kvcache_call.checked(q, k_cache, v_cache, given, how)
     if call.wanting:
         with torch.no_grad():
-            result = _attend(call)
-        result = _NoGradient.apply(result, *call.wanting)  # type: ignore[no-untyped-call]
+            result = _kvcache_call.attend(call)
+        result = _kvcache_call.NoGradient.apply(result, *call.wanting)  # type: ignore[no-untyped-call]
     else:
-        result = _attend(call)
+        result = _kvcache_call.attend(call)
     return result if call.flags["return_lse"] else result[0]
 
 
-def can_run_with_kvcache(
-    q: Tensor,
+@overload
+def append_kv(
     k_cache: Tensor,
     v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    return_lse: bool = False,
-    **options: "Unpack[KVCacheOptions]",
-) -> tuple[bool, str]:
-    """Whether :func:`attention_with_kvcache` would run.
+    cache_seqlens: Tensor | int,
+    q: None = ...,
+    **options: "Unpack[AppendOptions]",
+) -> None: ...
 
-    Makes the checks and the choice of kernel that the call makes, of its append and of what it
-    reads, and neither writes nor computes anything. Values of lengths, tables and indices are
-    looked at where the call itself would raise for them, on the CPU.
+
+@overload
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache_seqlens: Tensor | int,
+    q: Tensor,
+    **options: "Unpack[AppendOptions]",
+) -> Tensor: ...
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache_seqlens: Tensor | int,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    q: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    rotary_q_fixed: bool = False,
+    check: bool = False,
+) -> Tensor | None:
+    """Writes new keys and values into a cache, behind the rows in use, and rotates q on the way.
+
+    The first half of :func:`attention_with_kvcache`, for rows that are appended without attention,
+    or once for several calls that read them. Row i of sequence b goes to row
+    ``cache_seqlens[b] + i``; what has no place is treated as there. cache_seqlens is not changed:
+    the call that reads next is given its sum with the new rows.
 
     Args:
-        q: Queries.
-        k_cache: Keys.
-        v_cache: Values.
-        return_lse: Changes nothing.
-        options: The keywords of the call that is asked about.
+        k_cache: See :func:`attention_with_kvcache`, as for all arguments that are not described
+            here. Written **in place**.
+        v_cache: Written in place.
+        k: New keys, ``(batch, seqlen_new, num_heads_kv, head_dim)``, or with cu_seqlens_q
+            ``(total_q, num_heads_kv, head_dim)``.
+        v: New values, the same with head_dim_v.
+        cache_seqlens: Rows in use before, ``(batch,)`` int32, or one int for all.
+        cache_batch_idx: ``(batch,)`` int32, the entry of every sequence. Not with block_table.
+        block_table: ``(batch, max_blocks)`` int32, the pages of every sequence.
+        cu_seqlens_q: ``(batch + 1,)`` int32: k, v and q are packed, with one row each per token.
+        q: Queries to rotate, ``(batch, seqlen_q, num_heads, head_dim)`` or ``(total_q, num_heads,
+            head_dim)``. With the rotary tables, and only with them.
+        rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``: k and q are rotated by their position.
+        rotary_sin: The same for the sine.
+        rotary_interleaved: Pairs are ``(2 d, 2 d + 1)``; else ``(d, d + rotary_dim / 2)``.
+        rotary_q_fixed: All queries of a sequence stand at ``cache_seqlens``, as in
+            :func:`attention_with_kvcache` without a mask; else query i at ``cache_seqlens + i``.
+        check: Report wrong numbers.
 
     Returns:
-        ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise;
-        ``(True, reason)`` as in :func:`can_run`.
+        q, rotated, a new tensor; None without q.
+
+    Not differentiable: no tensor may require grad. Autocast, ``torch.compile``, ``torch.vmap``,
+    DTensors, numerics and errors are as in :func:`attention_with_kvcache`.
     """
-    names = inspect.signature(attention_with_kvcache).parameters
-    given = {name: parameter.default for name, parameter in names.items()}
-    for name in options:
-        if name not in names:
-            raise TypeError(f"{name} is no keyword; allowed: those of attention_with_kvcache")
-    given.update(options, return_lse=return_lse)
-    try:
-        call = _checked(q, k_cache, v_cache, given)
-        tensors = call.tensors
-        if _checks.are_foreign((*tensors.values(), call.seqlens, call.out)):
-            _attend(call, _ask_fake)
-            return True, ""
-    except (TypeError, ValueError, RuntimeError) as error:
-        return False, str(error)
-    ok, _, why = torch.ops.flashtile.can_run_kvcache(
-        *(tensors[name] for name in ("q", *_CACHES, "k", "v", "rotary_cos", "rotary_sin")),
-        call.out,
-        *call.mask,
-        *call.numbers,
-        tensors["cu_seqlens_q"],
-        call.seqlens,
-        *(tensors[name] for name in ("cache_batch_idx", "cache_leftpad", "block_table")),
-        call.flags["check"],
-        call.alignment,
-    )
-    return ok, why
+    given = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_batch_idx": cache_batch_idx,
+        "block_table": block_table,
+        "cu_seqlens_q": cu_seqlens_q,
+    }
+    flags = {
+        "rotary_interleaved": rotary_interleaved,
+        "rotary_q_fixed": rotary_q_fixed,
+        "check": check,
+    }
+    return _kvcache_call.append_alone(given, cache_seqlens, flags)
 
 
 def raise_pending_checks() -> None:

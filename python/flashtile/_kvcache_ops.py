@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashtile import _checks
+from flashtile._options import of_cache
 
 _INTS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
 
@@ -84,37 +85,22 @@ def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
 
 
 def _fake_forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    _softmax_scale: float | None,
-    _window_left: int,
-    _window_right: int,
-    _seqlen_new: int,
-    _num_splits: int,
-    _max_seqlen_q: int,
-    cu_seqlens_q: Tensor | None,
-    _cu_seqlens_new: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    _check: bool = False,
-    _alignment: int = 0,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    batch = check_queries("q", q, cu_seqlens_q)
-    numbers = dict(zip(_INTS, (cache_seqlens, cache_batch_idx, cache_leftpad), strict=True))
-    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
+    _, cache = of_cache(arguments)
+    batch = check_queries("q", q, cache.cu_seqlens_q)
+    numbers = {name: getattr(cache, name) for name in _INTS}
+    _check_cache(q, k_cache, v_cache, batch, numbers, cache.block_table)
     *rows, heads, _ = q.shape
-    lse_shape = (heads, rows[0]) if cu_seqlens_q is not None else (rows[0], heads, rows[1])
+    lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     return out, q.new_empty(lse_shape, dtype=_checks.lse_dtype(q.dtype))
 
 
 def _fake_forward_out(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, *options: Any
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, *arguments: Any
 ) -> Tensor:
-    _, lse = _fake_forward(q, k_cache, v_cache, *options)
+    _, lse = _fake_forward(q, k_cache, v_cache, *arguments)
     _checks.check_shape("out", out, (*q.shape[:-1], v_cache.shape[-1]))
     _checks.check_kind("out", out, q)
     return lse
@@ -148,10 +134,10 @@ def _fake_append(
     cache_seqlens: Tensor,
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens_new: Tensor | None,
     _check: bool = False,
 ) -> None:
-    where = (cache_seqlens, cache_batch_idx, block_table, cu_seqlens)
+    where = (cache_seqlens, cache_batch_idx, block_table, cu_seqlens_new)
     check_append(k_cache, v_cache, k, v, k, where, (None, None))
 
 
@@ -168,10 +154,10 @@ def _fake_append_rotary(
     cache_seqlens: Tensor,
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens_new: Tensor | None,
     _check: bool = False,
 ) -> Tensor:
-    where = (cache_seqlens, cache_batch_idx, block_table, cu_seqlens)
+    where = (cache_seqlens, cache_batch_idx, block_table, cu_seqlens_new)
     check_append(k_cache, v_cache, k, v, q, where, (rotary_cos, rotary_sin))
     return q.new_empty(q.shape)
 

@@ -1,20 +1,109 @@
-"""The options that every op takes."""
+"""How to attend: the options as callers write them, and the arguments that the ops take.
 
-from typing import Any, NamedTuple
+An option stands here three times: as a keyword for type checkers, as a field of `Options`, and in
+`checked_options`, which turns the first into the second. The functions of the package add it to
+their signatures and docstrings.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from torch import Tensor
 
+from flashtile import _checks
+
 UNLIMITED = -1  # window_left, window_right: no bound on this side (FLASHTILE_UNLIMITED)
+
+Alignment: TypeAlias = Literal["bottom_right", "top_left"]
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keywords of every attention, as type checkers see them, without return_lse."""
+
+    causal: bool
+    causal_alignment: Alignment
+    window_size: tuple[int, int]
+    softmax_scale: float | None
+    out: Tensor | None
+
+
+class AttentionOptions(CommonOptions, total=False):
+    """Keywords of :func:`attention`."""
+
+    deterministic: bool
+
+
+class VarlenOptions(AttentionOptions, total=False):
+    """Keywords of :func:`attention_varlen`."""
+
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    check: bool
+
+
+class _PlaceOptions(TypedDict, total=False):
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    cache_batch_idx: Tensor | None
+    block_table: Tensor | None
+    cu_seqlens_q: Tensor | None
+    check: bool
+
+
+class AppendOptions(_PlaceOptions, total=False):
+    """Keywords of :func:`append_kv`, without q and cache_seqlens."""
+
+    rotary_q_fixed: bool
+
+
+class KVCacheOptions(CommonOptions, _PlaceOptions, total=False):
+    """Keywords of :func:`attention_with_kvcache`."""
+
+    k: Tensor | None
+    v: Tensor | None
+    cache_seqlens: Tensor | int | None
+    cache_leftpad: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    num_splits: int
+
+
+def check_keywords(given: Iterable[str], known: frozenset[str], functions: str) -> None:
+    """TypeError if a keyword is not among those of the functions."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{name} is no keyword; allowed: those of {functions}")
 
 
 class Options(NamedTuple):
-    """How to attend: the last parameters of every op, in the order of its schema."""
+    """What every op takes behind its tensors, in the order of kernel/torch/options.h."""
 
     softmax_scale: float | None = None
     window_left: int = UNLIMITED
     window_right: int = UNLIMITED
     deterministic: bool = False
     alignment: int = 0  # flashtile_alignment
+
+
+def checked_options(
+    causal: object = False,
+    causal_alignment: object = "bottom_right",
+    window_size: object = _checks.NO_WINDOW,
+    softmax_scale: object = None,
+    deterministic: object = False,
+) -> Options:
+    """What callers give as options; or TypeError or ValueError."""
+    causal = _checks.flag("causal", causal)
+    deterministic = _checks.flag("deterministic", deterministic)
+    scale = _checks.number("softmax_scale", softmax_scale)
+    left, right = _checks.window(window_size)
+    alignment = _checks.alignment("causal_alignment", causal_alignment)
+    return Options(scale, left, 0 if causal else right, deterministic, alignment)
+
+
+class Sequences(NamedTuple):
+    """What attention's ops take behind the options; without cu_seqlens they are dense."""
+
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     cu_seqlens_q: Tensor | None = None
@@ -22,10 +111,34 @@ class Options(NamedTuple):
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
 
-    def numbers(self) -> tuple[Any, ...]:
-        """The part that is not tensors."""
-        return self[:7]
-
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """The part that is tensors, or may be."""
-        return self[7:]
+        return self[2:]
+
+
+class CacheArguments(NamedTuple):
+    """What the ops that read a cache take behind the options."""
+
+    num_splits: int = 0
+    max_seqlen_q: int = 0
+    cu_seqlens_q: Tensor | None = None
+    rows_new: int = 0  # appended before: to every sequence; with cu_seqlens_new in all
+    cu_seqlens_new: Tensor | None = None
+    cache_seqlens: Tensor | None = None  # without the new rows
+    cache_batch_idx: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    block_table: Tensor | None = None
+    check: bool = False
+
+
+_COUNT = len(Options._fields)
+
+
+def of_attention(arguments: tuple[Any, ...]) -> tuple[Options, Sequences]:
+    """An op's arguments behind its tensors, of which torch leaves out defaults at the end."""
+    return Options(*arguments[:_COUNT]), Sequences(*arguments[_COUNT:])
+
+
+def of_cache(arguments: tuple[Any, ...]) -> tuple[Options, CacheArguments]:
+    """The same for the ops that read a cache."""
+    return Options(*arguments[:_COUNT]), CacheArguments(*arguments[_COUNT:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtile import _checks, _flops, _functional, _kvcache_ops, _traced, _vmap
-from flashtile._options import Options
+from flashtile._options import Options, Sequences, of_attention
 
 _REGISTERED = "python_registered"  # set on torch.ops.flashtile, which outlives a reload
 
@@ -22,13 +22,15 @@ def _new_lse(q: Tensor) -> Tensor:
     return q.new_empty((*batch, num_heads, rows), dtype=_checks.lse_dtype(q.dtype))
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    _checks.check_tensors(q, k, v, *Options(*options).tensors())
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _, sequences = of_attention(arguments)
+    _checks.check_tensors(q, k, v, *sequences.tensors())
     return q.new_empty((*q.shape[:-1], v.shape[-1])), _new_lse(q)
 
 
-def _fake_forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
-    _checks.check_tensors(q, k, v, *Options(*options).tensors(), out)
+def _fake_forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *arguments: Any) -> Tensor:
+    _, sequences = of_attention(arguments)
+    _checks.check_tensors(q, k, v, *sequences.tensors(), out)
     return _new_lse(q)
 
 
@@ -40,11 +42,11 @@ def _fake_backward(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Saves what the backward op reads."""
-    q, k, v, *rest = inputs
-    options = Options(*rest)
-    ctx.numbers = options.numbers()
+    q, k, v, *arguments = inputs
+    ctx.options, sequences = of_attention(tuple(arguments))
+    ctx.lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, q, k, v, *options.tensors())
+    ctx.save_for_backward(*output, q, k, v, *sequences.tensors())
 
 
 def _torch_is_deterministic() -> bool:
@@ -86,18 +88,19 @@ def _saved(ctx: Any) -> list[Any]:
 
 def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     """The gradients of all inputs of the forward op, by way of the backward op."""
-    none_of_options = (None,) * len(Options._fields)
+    none_of_the_rest = (None,) * len((*Options._fields, *Sequences._fields))
     if dout is None and dlse is None:
-        return (None, None, None, *none_of_options)
+        return (None, None, None, *none_of_the_rest)
     out, lse, q, k, v, *tensors = _saved(ctx)
     # Torch chooses layouts badly: the gradient of ``out.sum()`` is one number, expanded.
     dout = torch.zeros_like(out) if dout is None else _readable(dout)
     dlse = None if dlse is None else _readable_lse(dlse)
-    options = Options(*ctx.numbers, *tensors)
+    options = ctx.options
     if _torch_is_deterministic():
         options = options._replace(deterministic=True)
-    dq, dk, dv = torch.ops.flashtile.backward(dout, q, k, v, out, lse, dlse, *options)
-    return (dq, dk, dv, *none_of_options)
+    arguments = (*options, *ctx.lengths, *tensors)
+    dq, dk, dv = torch.ops.flashtile.backward(dout, q, k, v, out, lse, dlse, *arguments)
+    return (dq, dk, dv, *none_of_the_rest)
 
 
 def _keep_nothing(_ctx: Any, _inputs: tuple[Any, ...], _output: Any) -> None:

@@ -11,27 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile._options import Options
+from flashtile._options import Options, Sequences, of_attention
 
 _MODULE = "torch.distributed.tensor"  # never imported here unless its user has done so
 
 
-def _of_options(options: Options, rows: Any, other: Any) -> list[Any]:
-    """A placement per option: ``rows`` for those with a number per sequence."""
-    cu_q, cu_k, *used = options.tensors()
-    cu = [other if t is not None else None for t in (cu_q, cu_k)]
-    return [None] * 7 + cu + [rows if t is not None else None for t in used]
+def _of_arguments(sequences: Sequences, rows: Any, other: Any) -> list[Any]:
+    """A placement per argument: ``rows`` for those with a number per sequence."""
+    placements = dict.fromkeys((*Options._fields, *Sequences._fields))
+    for name, value in sequences._asdict().items():
+        if isinstance(value, (int, type(None))):
+            continue
+        placements[name] = rows if name.startswith("seqused") else other
+    return list(placements.values())
 
 
-def _strategies(q: Any, k: Any, options: Options) -> list[tuple[Any, Any, Any, list[Any]]]:
-    """Placements of q, of k and v, of LSE, and of the options; out is placed as q."""
+def _strategies(q: Any, k: Any, sequences: Sequences) -> list[tuple[Any, Any, Any, list[Any]]]:
+    """Placements of q, of k and v, of LSE, and of what is no tensor of rows; out is placed as q."""
     tensor = sys.modules[_MODULE]
     shard, whole = tensor.Shard, tensor.Replicate()
-    everywhere = _of_options(options, whole, whole)
+    everywhere = _of_arguments(sequences, whole, whole)
     found: list[tuple[Any, Any, Any, list[Any]]] = [(whole, whole, whole, everywhere)]
-    packed = options.cu_seqlens_q is not None
+    packed = sequences.cu_seqlens_q is not None
     if not packed:
-        found.append((shard(0), shard(0), shard(0), _of_options(options, shard(0), whole)))
+        found.append((shard(0), shard(0), shard(0), _of_arguments(sequences, shard(0), whole)))
     heads, lse = (shard(1), shard(0)) if packed else (shard(2), shard(1))
     num_heads, num_heads_kv = q.shape[-2], k.shape[-2]
     # A query head's key head must be on its device.
@@ -42,22 +45,24 @@ def _strategies(q: Any, k: Any, options: Options) -> list[tuple[Any, Any, Any, l
     return found
 
 
-def _forward(q: Any, k: Any, _v: Any, *options: Any) -> list[Any]:
+def _forward(q: Any, k: Any, _v: Any, *arguments: Any) -> list[Any]:
+    _, sequences = of_attention(arguments)
     return [
-        ([of_q, of_lse], [of_q, of_k, of_k, *rest[: len(options)]])
-        for of_q, of_k, of_lse, rest in _strategies(q, k, Options(*options))
+        ([of_q, of_lse], [of_q, of_k, of_k, *rest[: len(arguments)]])
+        for of_q, of_k, of_lse, rest in _strategies(q, k, sequences)
     ]
 
 
 def _backward(_dout: Any, q: Any, k: Any, _v: Any, *rest: Any) -> list[Any]:
     tensor = sys.modules[_MODULE]
-    _, _, dlse, *options = rest
+    _, _, dlse, *arguments = rest
+    _, sequences = of_attention(tuple(arguments))
     found = []
-    for of_q, of_k, of_lse, of_options in _strategies(q, k, Options(*options)):
+    for of_q, of_k, of_lse, of_arguments in _strategies(q, k, sequences):
         shared = of_k.is_replicate() and not of_q.is_replicate()
         of_dk = tensor.Partial() if shared else of_k  # every device has some of the queries
         inputs = [of_q, of_q, of_k, of_k, of_q, of_lse, of_lse if dlse is not None else None]
-        found.append(([of_q, of_dk, of_dk], [*inputs, *of_options[: len(options)]]))
+        found.append(([of_q, of_dk, of_dk], [*inputs, *of_arguments[: len(arguments)]]))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtile import _checks
-from flashtile._options import UNLIMITED
+from flashtile._options import Options
 
 
 def write(out: Tensor, result: Tensor) -> None:
@@ -88,16 +88,23 @@ def _placed(
     page_size: int,
     check: bool,
 ) -> Tensor:
-    """cache_seqlens, or the refusal of the append: asked of tensors that nobody reads or writes."""
+    """cache_seqlens, or the refusal of the append: asked of tensors without values."""
     batch = cache_seqlens.shape[0]
-    rows = (new_rows,) if cu_seqlens is not None else (batch, new_rows)
+    packed = cu_seqlens is not None
+    rows = (new_rows,) if packed else (batch, new_rows)
     new = cache_seqlens.new_empty((*rows, 1, 1), dtype=torch.float16)
     pages = (num_pages, page_size, 1, 1)
     caches = [new.new_empty(pages) for _ in range(2)]
     ok, _, why = torch.ops.flashtile.can_run_kvcache(
         *(new, *caches, new, new, None, None, None),
-        *(None, UNLIMITED, UNLIMITED, 0, 0),
-        *(cu_seqlens, cache_seqlens, cache_batch_idx, None, block_table, check, 0),
+        *Options(),
+        cu_seqlens_q=cu_seqlens,
+        rows_new=new_rows,
+        cu_seqlens_new=cu_seqlens,
+        cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        block_table=block_table,
+        check=check,
     )
     if not ok:
         raise RuntimeError(why)

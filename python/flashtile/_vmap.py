@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from flashtile._options import Options
+from flashtile._options import Options, Sequences, of_attention
 
 InDims: TypeAlias = tuple[int | None, ...]
 OutDims: TypeAlias = tuple[int, ...]
@@ -32,50 +32,54 @@ def _unfold(tensor: Tensor, dim: int, size: int, length: int) -> Tensor:
     return tensor.view(*tensor.shape[:dim], size, length, *tensor.shape[dim + 1 :])
 
 
-def _fold_options(options: Options, in_dims: InDims, size: int) -> Options:
-    """In dense every entry brings its lengths; in varlen they are the same for all."""
-    mapped = dict(zip(options._fields, in_dims, strict=False))  # torch leaves out defaults
+def _fold_sequences(sequences: Sequences, in_dims: InDims, size: int) -> Sequences:
+    """In dense every entry brings its lengths; in varlen they are the same for all.
+
+    in_dims are those of the options and the sequences.
+    """
+    names = (*Options._fields, *Sequences._fields)
+    mapped = dict(zip(names, in_dims, strict=False))  # torch leaves out defaults
     folded: dict[str, Any] = {}
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
-        tensor, in_dim = getattr(options, name), mapped.get(name)
-        if options.cu_seqlens_q is None and tensor is not None:
+        tensor, in_dim = getattr(sequences, name), mapped.get(name)
+        if sequences.cu_seqlens_q is None and tensor is not None:
             folded[name] = _fold(tensor, in_dim, size, 0)
         elif in_dim is not None:
             raise RuntimeError(
                 f"{name} is mapped by vmap; allowed: one for all entries "
                 "(sequences of different lengths can be packed into one call)"
             )
-    return options._replace(**folded)
+    return sequences._replace(**folded)
 
 
-def _rows_dim(options: Options) -> int:
+def _rows_dim(sequences: Sequences) -> int:
     """Where tensors with a head_dim are folded: batch, or heads in varlen."""
-    return 0 if options.cu_seqlens_q is None else 1
+    return 0 if sequences.cu_seqlens_q is None else 1
 
 
 def forward(
     info: Any, in_dims: InDims, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[tuple[Tensor, ...], OutDims]:
     """The rule of ``flashtile::forward``."""
-    size, options = info.batch_size, Options(*rest)
-    dim = _rows_dim(options)
+    size, (options, sequences) = info.batch_size, of_attention(rest)
+    dim = _rows_dim(sequences)
     inputs = [_fold(t, in_dims[i], size, dim) for i, t in enumerate((q, k, v))]
-    options = _fold_options(options, in_dims[3:], size)
-    out, lse = torch.ops.flashtile.forward(*inputs, *options)
+    sequences = _fold_sequences(sequences, in_dims[3:], size)
+    out, lse = torch.ops.flashtile.forward(*inputs, *options, *sequences)
     length = _length(q, in_dims[0], dim)  # batch, or query heads in varlen
     return (_unfold(out, dim, size, length), _unfold(lse, 0, size, length)), (dim, 0)
 
 
 def backward(info: Any, in_dims: InDims, *args: Any) -> tuple[tuple[Tensor, ...], OutDims]:
     """The rule of ``flashtile::backward``."""
-    size, options = info.batch_size, Options(*args[7:])
-    dim = _rows_dim(options)
+    size, (options, sequences) = info.batch_size, of_attention(args[7:])
+    dim = _rows_dim(sequences)
     dims = (dim, dim, dim, dim, dim, 0, 0)  # dout, q, k, v, out, softmax_lse, dsoftmax_lse
     inputs = [
         None if t is None else _fold(t, in_dims[i], size, dims[i]) for i, t in enumerate(args[:7])
     ]
-    options = _fold_options(options, in_dims[7:], size)
-    dq, dk, dv = torch.ops.flashtile.backward(*inputs, *options)
+    sequences = _fold_sequences(sequences, in_dims[7:], size)
+    dq, dk, dv = torch.ops.flashtile.backward(*inputs, *options, *sequences)
     lengths = [_length(args[i], in_dims[i], dim) for i in (1, 2, 3)]
     gradients = [_unfold(t, dim, size, n) for t, n in zip((dq, dk, dv), lengths, strict=True)]
     return tuple(gradients), (dim, dim, dim)

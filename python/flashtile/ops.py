@@ -1,145 +1,20 @@
-"""The functions of the package: defaults, checks, one op call."""
+"""Attention of tensors that are there as a whole, and of packed sequences."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flashtile import _checks, _functional, _sharding, _traced
-from flashtile._options import Options
-from flashtile._written import mark_written
+from flashtile import _checks
+from flashtile._attend import AttentionOutput, attend, checked_sequences, prepared
+from flashtile._options import checked_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-AttentionOutput: TypeAlias = Tensor | tuple[Tensor, Tensor]
-
-_LISTS = ("cuda_architectures", "cuda_head_dims", "cpu_instruction_sets")
+    from flashtile._options import AttentionOptions, VarlenOptions
 
 
-class AttentionOptions(TypedDict, total=False):
-    """Keywords of :func:`attention`, as type checkers see them, without return_lse."""
-
-    causal: bool
-    causal_alignment: Literal["bottom_right", "top_left"]
-    window_size: tuple[int, int]
-    softmax_scale: float | None
-    deterministic: bool
-    out: Tensor | None
-
-
-class VarlenOptions(AttentionOptions, total=False):
-    """Keywords of :func:`attention_varlen`, without return_lse."""
-
-    seqused_q: Tensor | None
-    seqused_k: Tensor | None
-    check: bool
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under ``torch.autocast`` 16 and 32 bit inputs become its dtype, as in torch's attention."""
-    device = q.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    low = (torch.float16, torch.bfloat16, torch.float32)
-    q, k, v = (t.to(dtype) if t.dtype in low else t for t in (q, k, v))
-    return q, k, v
-
-
-def _call(op: Callable[..., Any], tensors: tuple[Tensor, ...], options: Options) -> Any:
-    """The op, whose refusals become TypeError and ValueError.
-
-    The op makes every check itself before anything runs. Only when it refuses are they made here
-    again, so a call that runs pays once. While tracing, the fake kernel makes them.
-    """
-    _refuse_tangents(tensors[:3])
-    if torch.compiler.is_compiling():
-        return op(*tensors, *options)
-    try:
-        return op(*tensors, *options)
-    except RuntimeError as error:
-        refusal = error
-    q, k, v, *out = tensors
-    raise _checks.refused(refusal, lambda: _check(q, k, v, options, *out))
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None = None) -> None:
-    """ValueError where the op and its fake kernel would refuse for shapes, dtypes or the scale."""
-    _checks.check_tensors(q, k, v, *options.tensors(), out)
-    _checks.check_finite(options.softmax_scale, q)
-
-
-def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
-    """Torch would drop a forward-mode tangent in silence."""
-    if forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
-        _checks.refuse_tangents()
-
-
-def _tensors(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _checks.check_tensor_type(name, tensor)
-    if out is not None:
-        _checks.check_tensor_type("out", out)
-        if type(out) is not Tensor:
-            _sharding.refuse("out", out)
-        if _functional.is_active():
-            raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
-        if torch.is_grad_enabled():
-            for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-                if tensor.requires_grad:
-                    raise RuntimeError(
-                        f"out is a tensor and {name} requires grad; allowed: None, or "
-                        "torch.no_grad(), as what is written into out has no gradient"
-                    )
-    return _autocast(q, k, v)
-
-
-def _options(
-    causal: bool,
-    causal_alignment: str,
-    window_size: tuple[int, int],
-    softmax_scale: float | None,
-    deterministic: bool,
-) -> Options:
-    causal = _checks.flag("causal", causal)
-    deterministic = _checks.flag("deterministic", deterministic)
-    scale = _checks.softmax_scale(softmax_scale)
-    left, right = _checks.window(window_size)
-    alignment = _checks.alignment("causal_alignment", causal_alignment)
-    return Options(scale, left, 0 if causal else right, deterministic, alignment)
-
-
-def _with_sequences(options: Options, q: Tensor, k: Tensor, sequences: dict[str, Any]) -> Options:
-    """The options together with those of varlen, each of the right type."""
-    for name, rows in (("max_seqlen_q", q), ("max_seqlen_k", k)):
-        sequences[name] = _checks.max_seqlen(name, sequences[name], rows)
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
-        if sequences[name] is not None:
-            _checks.check_tensor_type(name, sequences[name])
-    return options._replace(**sequences)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None, *, return_lse: bool
-) -> AttentionOutput:
-    return_lse = _checks.flag("return_lse", return_lse)
-    if out is None:
-        out, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
-    elif torch.compiler.is_compiling():
-        result, lse = _call(torch.ops.flashtile.forward, (q, k, v), options)
-        _traced.write(out, result)
-    else:
-        lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options)
-        mark_written(out)
-    return (out, lse) if return_lse else out
-
-
-# The overloads say which return_lse gives which result; the keywords stand in AttentionOptions.
+# The overloads say which return_lse gives which result; the keywords stand in _options.py.
 @overload
 def attention(
     q: Tensor,
@@ -242,9 +117,9 @@ def attention(
     Source:
         FlashAttention-2, https://arxiv.org/abs/2307.08691
     """
-    q, k, v = _tensors(q, k, v, out)
-    options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
-    return _attend(q, k, v, options, out, return_lse=return_lse)
+    q, k, v = prepared(q, k, v, out)
+    options = checked_options(causal, causal_alignment, window_size, softmax_scale, deterministic)
+    return attend(q, k, v, options, None, out, return_lse=return_lse)
 
 
 @overload
@@ -355,118 +230,15 @@ def attention_varlen(
     lengths nor a new ``max_seqlen`` recompile under ``torch.compile(dynamic=True)``. Under
     ``torch.vmap`` all entries share cu_seqlens and seqused.
     """
-    q, k, v = _tensors(q, k, v, out)
+    q, k, v = prepared(q, k, v, out)
     _checks.check_tensor_type("cu_seqlens_q", cu_seqlens_q)
     _checks.check_tensor_type("cu_seqlens_k", cu_seqlens_k)
-    options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
-    sequences = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "seqused_q": seqused_q,
-        "seqused_k": seqused_k,
-    }
-    options = _with_sequences(options, q, k, sequences)
+    options = checked_options(causal, causal_alignment, window_size, softmax_scale, deterministic)
+    lengths = (max_seqlen_q, max_seqlen_k)
+    tensors = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    sequences = checked_sequences(q, k, lengths, tensors)
     check = _checks.flag("check", check)
     if check and q.is_cuda:
-        _checks.check_tensors(q, k, v, *options.tensors(), out)
-        _checks.assert_sequences(q.shape[0], k.shape[0], *options.tensors())
-    return _attend(q, k, v, options, out, return_lse=return_lse)
-
-
-def can_run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | Tensor = 0,
-    max_seqlen_k: int | Tensor = 0,
-    *,
-    causal: bool = False,
-    causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
-    window_size: tuple[int, int] = _checks.NO_WINDOW,
-    softmax_scale: float | None = None,
-    deterministic: bool = False,
-    return_lse: bool = False,
-    out: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    check: bool = False,
-    backward: bool = False,
-) -> tuple[bool, str]:
-    """Whether :func:`attention` (or, with cu_seqlens, :func:`attention_varlen`) would run.
-
-    Makes the checks and the choice of kernel that the call makes, and computes nothing. All
-    arguments but the last are those of the call that is asked about.
-
-    Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        cu_seqlens_q: None asks about :func:`attention`.
-        cu_seqlens_k: None asks about :func:`attention`.
-        max_seqlen_q: Read with cu_seqlens only.
-        max_seqlen_k: Read with cu_seqlens only.
-        causal: Whether the mask is causal.
-        causal_alignment: Where queries stand among the keys.
-        window_size: ``(left, right)``, in keys.
-        softmax_scale: None is ``1 / sqrt(head_dim)``.
-        deterministic: Whether gradients are to be bitwise equal from run to run.
-        return_lse: Changes nothing.
-        out: Where out would be written.
-        seqused_q: Query rows in use of every sequence.
-        seqused_k: Key rows in use of every sequence.
-        check: Changes nothing: on CUDA no values are looked at.
-        backward: Ask about the gradients instead of the result.
-
-    Returns:
-        ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise. On a GPU
-        of compute capability 9.0 ``(True, reason)`` where the tensors, or the driver, are such that
-        the kernels for sm_80 run instead of those for sm_90a: ``"k.stride_seq is 516; ..."``.
-    """
-    sequences = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "seqused_q": seqused_q,
-        "seqused_k": seqused_k,
-    }
-    try:
-        q, k, v = _tensors(q, k, v, out)
-        for name in ("cu_seqlens_q", "cu_seqlens_k"):
-            if sequences[name] is not None:
-                _checks.check_tensor_type(name, sequences[name])
-        options = _options(causal, causal_alignment, window_size, softmax_scale, deterministic)
-        options = _with_sequences(options, q, k, sequences)
-        for name, flag in (("check", check), ("return_lse", return_lse), ("backward", backward)):
-            _checks.flag(name, flag)
-        _refuse_tangents((q, k, v))
-        if backward and out is not None:
-            return False, "out is a tensor and gradients are asked for; allowed: None"
-        tensors = (q, k, v, out, *options.tensors())
-        if _checks.are_foreign(tensors):
-            _checks.check_tensors(q, k, v, *options.tensors(), out)  # as the fake kernel does
-            return True, ""
-    except (TypeError, ValueError, RuntimeError) as error:
-        return False, str(error)
-    ok, _, why = torch.ops.flashtile.can_run(q, k, v, backward, out, *options)
-    return ok, why
-
-
-def build_info() -> dict[str, str | list[str]]:
-    """What is in this build.
-
-    Returns:
-        ``version``; ``cuda_architectures`` (such as ``["80", "89", "90"]``, empty without CUDA) and
-        ``cuda_head_dims`` of the CUDA kernels; ``cpu_instruction_sets`` compiled in and
-        ``cpu_instruction_set_used`` on this machine; ``torch_headers``, the torch it was built
-        against (it runs with 2.11 and later).
-    """
-    info: dict[str, str | list[str]] = {}
-    for line in torch.ops.flashtile.build_info().splitlines():
-        name, _, value = line.partition("=")
-        info[name] = [item for item in value.split(",") if item] if name in _LISTS else value
-    return info
+        _checks.check_tensors(q, k, v, *sequences.tensors(), out)
+        _checks.assert_sequences(q.shape[0], k.shape[0], *sequences.tensors())
+    return attend(q, k, v, options, sequences, out, return_lse=return_lse)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile._options import Options
+from flashtile._options import Options, Sequences
 
 Change = Callable[[Any], Any]
 
@@ -345,9 +345,9 @@ def test_varlen(refusal: Refusal) -> None:
 @pytest.mark.parametrize("refusal", [r for r in VARLEN if r.in_op], ids=lambda r: r.name)
 def test_varlen_op(refusal: Refusal) -> None:
     call = changed(varlen_call(), refusal)
-    options = {name: call.pop(name) for name in Options._fields if name in call}
+    sequences = Sequences(**{name: call.pop(name) for name in Sequences._fields if name in call})
     with pytest.raises((RuntimeError, ValueError), match="^" + has(refusal.sentence)):
-        torch.ops.flashtile.forward(*call.values(), *Options(**options))
+        torch.ops.flashtile.forward(*call.values(), *Options(), *sequences)
 
 
 @pytest.mark.parametrize(("values", "sentence"), OFFSETS)

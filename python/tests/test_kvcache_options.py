@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile._kvcache import KVCacheOptions
+from flashtile._options import KVCacheOptions
 from test_kvcache import Cache, int32
 from test_kvcache_torch import arguments, tables
 

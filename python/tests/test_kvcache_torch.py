@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashtile
+from flashtile._options import CacheArguments, Options
 from test_kvcache import Cache, int32
 
 Change = Callable[[dict[str, Any]], None]
@@ -44,13 +45,18 @@ def test_opcheck(packed: bool) -> None:
     cu = call.get("cu_seqlens_q")
     lengths, table = call["cache_seqlens"], call["block_table"]
     ops = torch.ops.flashtile
-    torch.library.opcheck(
-        ops.forward_kvcache.default,
-        (
-            *(call["q"], call["k_cache"], call["v_cache"], None, -1, 0, 0 if packed else 2, 0, 3),
-            *(cu, cu, lengths, None, int32([1, 0]), table, True),
-        ),
+    read = CacheArguments(
+        max_seqlen_q=3,
+        cu_seqlens_q=cu,
+        rows_new=5 if packed else 2,
+        cu_seqlens_new=cu,
+        cache_seqlens=lengths,
+        cache_leftpad=int32([1, 0]),
+        block_table=table,
+        check=True,
     )
+    tensors = (call["q"], call["k_cache"], call["v_cache"])
+    torch.library.opcheck(ops.forward_kvcache.default, (*tensors, *Options(window_right=0), *read))
     new = (call["k_cache"], call["v_cache"], call["k"], call["v"])
     torch.library.opcheck(ops.append_kv.default, (*new, lengths, None, table, cu, True))
     rotation = (call["q"], *tables(40, 32), True, False)

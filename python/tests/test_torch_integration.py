@@ -1,6 +1,7 @@
 """What torch asks of an op: opcheck, gradcheck, compile, export, autocast, second derivatives."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashtile
-from flashtile._options import Options
+from flashtile._options import Options, Sequences
 from reference import (
     CUDA_DTYPES,
     TARGETS,
@@ -31,7 +32,9 @@ def dense(dtype: torch.dtype, device: str, *, grad: bool = False) -> Triple:
     return q.requires_grad_(grad), k.requires_grad_(grad), v.requires_grad_(grad)
 
 
-def varlen(dtype: torch.dtype, device: str, *, grad: bool = False) -> tuple[Triple, Options]:
+def varlen(
+    dtype: torch.dtype, device: str, *, grad: bool = False
+) -> tuple[Triple, tuple[Any, ...]]:
     """Everything at once: a window from the top left, rows out of use, rows of no sequence."""
     q, k, v = (
         torch.randn(11, heads, dim).to(device, dtype).requires_grad_(grad)
@@ -40,7 +43,8 @@ def varlen(dtype: torch.dtype, device: str, *, grad: bool = False) -> tuple[Trip
     cu, used = (
         torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 3, 10], [2, 7])
     )
-    return (q, k, v), Options(0.2, 3, 1, True, 1, 7, 7, cu, cu.clone(), used, used.clone())
+    sequences = Sequences(7, 7, cu, cu.clone(), used, used.clone())
+    return (q, k, v), (*Options(0.2, 3, 1, True, 1), *sequences)
 
 
 @pytest.mark.parametrize("options", [FULL, CAUSAL], ids=["full", "causal"])
@@ -82,7 +86,7 @@ def test_opcheck_backward_varlen(device: str, dtype: torch.dtype, with_dlse: boo
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize(("device", "dtype"), FEW)
 def test_opcheck_forward_out(device: str, dtype: torch.dtype, packed: bool) -> None:
-    inputs, options = varlen(dtype, device) if packed else (dense(dtype, device), Options(0.2))
+    inputs, options = varlen(dtype, device) if packed else (dense(dtype, device), (*Options(0.2),))
     out = torch.empty(*inputs[0].shape[:-1], 48, dtype=dtype, device=device)
     torch.library.opcheck(torch.ops.flashtile.forward_out.default, (*inputs, out, *options))
 

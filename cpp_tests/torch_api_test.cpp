@@ -1,0 +1,133 @@
+// flashtile/torch.h beside attention itself: can_run, merge and build_info, which say what Python's
+// say.
+#include <ATen/ATen.h>
+#include <flashtile/torch.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "support/check.h"
+
+namespace {
+
+void is_refused(const flashtile::CanRun& answer, const std::string& sentence) {
+  CHECK(!answer.ok);
+  CHECK_EQ(answer.why, sentence);
+}
+
+void runs(const flashtile::CanRun& answer) {
+  CHECK(answer.ok);
+  CHECK_EQ(answer.why, std::string());
+}
+
+template <class Call>
+void throws(const Call& call, const std::string& sentence) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    CHECK_EQ(std::string(error.what()), sentence);
+    return;
+  }
+  CHECK_MESSAGE(false, "nothing was thrown; expected: " + sentence);
+}
+
+double difference(const at::Tensor& a, const at::Tensor& b) {
+  return (a - b).abs().max().item<double>();
+}
+
+}  // namespace
+
+TEST("can_run of flashtile/torch.h says what the call says") {
+  const at::Tensor q = at::randn({2, 5, 4, 16}), k = at::randn({2, 7, 2, 16}),
+                   v = at::randn({2, 7, 2, 24});
+  for (const bool backward : {false, true}) {
+    runs(flashtile::can_run(q, k, v, {.causal = true, .deterministic = true}, backward));
+    is_refused(flashtile::can_run(q, k.slice(1, 0, 6), v, {}, backward),
+               "v has shape (2, 7, 2, 24); allowed: (2, 6, 2, head_dim_v)");
+    is_refused(flashtile::can_run(q, k, v, {.window_size = {-2, 0}}, backward),
+               "window_left is -2; allowed: 0 and more keys, or -1 (unlimited)");
+    is_refused(flashtile::can_run(q, k, v, {.softmax_scale = INFINITY}, backward),
+               "softmax_scale is inf; allowed: a finite number");
+  }
+  const at::Tensor out = at::empty({2, 5, 4, 24});
+  runs(flashtile::can_run(q, k, v, {.out = out}));
+  is_refused(flashtile::can_run(q, k, v, {.out = out[0]}),
+             "out has shape (5, 4, 24); allowed: (2, 5, 4, 24)");
+  is_refused(flashtile::can_run(q, k, v, {.out = out}, /*backward=*/true),
+             "out is a tensor and gradients are asked for; allowed: none");
+  is_refused(flashtile::can_run(q.clone().requires_grad_(), k, v, {.out = out}),
+             "out is a tensor and q requires grad; allowed: none, or at::NoGradGuard, as what is "
+             "written into out has no gradient");
+
+  const at::Tensor offsets = at::tensor({0, 2, 5}, at::kInt),
+                   keys = at::tensor({0, 3, 7}, at::kInt);
+  flashtile::Sequences sequences = {.cu_seqlens_q = offsets, .cu_seqlens_k = keys};
+  runs(flashtile::can_run_varlen(q[0], k[0], v[0], sequences));
+  sequences.seqused_k = at::tensor({3}, at::kInt);
+  is_refused(flashtile::can_run_varlen(q[0], k[0], v[0], sequences),
+             "seqused_k has shape (1,); allowed: (2,)");
+  sequences = {.cu_seqlens_q = offsets, .cu_seqlens_k = keys, .max_seqlen_q = -1};
+  is_refused(flashtile::can_run_varlen(q[0], k[0], v[0], sequences),
+             "max_seqlen_q is -1; allowed: 0 to 2147483647");
+}
+
+TEST("build_info of flashtile/torch.h") {
+  const flashtile::BuildInfo info = flashtile::build_info();
+  CHECK_EQ(std::count(info.version.begin(), info.version.end(), '.'), 2);
+  const auto& sets = info.cpu_instruction_sets;
+  for (const std::string& set : {std::string("portable"), info.cpu_instruction_set_used})
+    CHECK(std::find(sets.begin(), sets.end(), set) != sets.end());
+  CHECK_EQ(info.cuda_architectures.empty(), info.cuda_head_dims.empty());
+  CHECK_EQ(info.torch_headers.substr(0, 2), std::string("2."));
+}
+
+TEST("merge of flashtile/torch.h is attention over all keys, with its gradients") {
+  const auto leaf = [](at::IntArrayRef sizes) {
+    return at::randn(sizes, at::kDouble).requires_grad_();
+  };
+  const at::Tensor q = leaf({2, 5, 4, 16}), k = leaf({2, 9, 2, 16}), v = leaf({2, 9, 2, 24});
+  const auto of_keys = [&](int64_t begin, int64_t end) {
+    return flashtile::attention(q, k.slice(1, begin, end), v.slice(1, begin, end),
+                                {.return_lse = true});
+  };
+  const auto first = of_keys(0, 3), second = of_keys(3, 9), whole = of_keys(0, 9);
+  const auto merged =
+      flashtile::merge({first.out, second.out}, {first.softmax_lse, second.softmax_lse});
+  CHECK(difference(merged.out, whole.out) < 1e-12);
+  CHECK(difference(merged.softmax_lse, whole.softmax_lse) < 1e-12);
+  const auto gradients = [&](const flashtile::AttentionResult& result) {
+    const at::Tensor loss = result.out.sin().sum() + result.softmax_lse.sin().sum();
+    return torch::autograd::grad({loss}, {q, k, v}, {}, /*retain_graph=*/true);
+  };
+  const auto ours = gradients(merged), expected = gradients(whole);
+  for (size_t i = 0; i < ours.size(); ++i) CHECK(difference(ours[i], expected[i]) < 1e-12);
+
+  // A row that no part sees, and one that one part does not see, whose out is not read.
+  const at::Tensor out = at::ones({1, 2, 1, 4}), nan = at::full_like(out, NAN);
+  const at::Tensor none = at::full({1, 1, 2}, -INFINITY);
+  at::Tensor lse = none.clone();
+  lse[0][0][1] = 0.5;
+  const auto blind = flashtile::merge({out, nan}, {lse, none});
+  CHECK(at::equal(blind.out[0][0][0], at::zeros({4})) && at::equal(blind.softmax_lse, lse));
+  CHECK(at::equal(blind.out[0][1][0], at::ones({4})));
+}
+
+TEST("merge of flashtile/torch.h refuses parts that do not fit") {
+  const at::Tensor out = at::ones({2, 4, 1, 8}), lse = at::zeros({2, 1, 4});
+  const auto says = [](const std::vector<at::Tensor>& outs, const std::vector<at::Tensor>& lses,
+                       const std::string& sentence) {
+    throws([&] { flashtile::merge(outs, lses); }, sentence);
+  };
+  says({}, {}, "outs has 0 parts; allowed: at least 1");
+  says({out, out}, {lse}, "lses has 1 parts; allowed: 2, as outs has");
+  says({out[0][0]}, {lse}, "outs[0] has shape (1, 8); allowed: (total_q, num_heads, head_dim_v)");
+  says({out.to(at::kLong)}, {lse}, "outs[0] has dtype int64; allowed: floating");
+  says({out, out.slice(3, 0, 7)}, {lse, lse},
+       "outs[1] has shape (2, 4, 1, 7); allowed: (2, 4, 1, 8)");
+  says({out, out.to(at::kHalf)}, {lse, lse}, "outs[1] has dtype float16; allowed: float32");
+  says({out}, {lse[0]}, "lses[0] has shape (1, 4); allowed: (2, 1, 4)");
+  says({out}, {lse.to(at::kHalf)}, "lses[0] has dtype float16; allowed: float32 or float64");
+  says({out}, {lse.to(at::kMeta)}, "lses[0] is on meta; allowed: cpu, the device of outs[0]");
+}

@@ -1,0 +1,106 @@
+// The part of flashtile/torch.h that calls the ops of libflashtile_torch.so, and what every call
+// checks before.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/stack.h>
+#include <c10/util/Exception.h>
+
+#include <exception>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "torch_options.h"
+
+namespace flashtile {
+
+namespace detail {
+
+using TensorRef = const at::Tensor&;
+using OptionalRef = const std::optional<at::Tensor>&;
+
+// Refusals are the sentence and nothing else, as those of the ops are: what() of TORCH_CHECK's
+// exception would go on with a backtrace.
+inline void raise_unless(bool allowed, const std::string& sentence) {
+  if (!allowed) throw std::runtime_error(sentence);
+}
+
+// An op. Calls are boxed: the ops' kernels are, and so an option has a place in one list instead of
+// in a signature for each op.
+class Op {
+ public:
+  explicit Op(const char* name) : handle_(find(name)) {}
+  // Arguments in the order of the schema become results.
+  void operator()(Stack& stack) const { handle_.callBoxed(stack); }
+
+ private:
+  static c10::OperatorHandle find(const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    raise_unless(op.has_value(), std::string("the op ") + name +
+                                     " is not registered; allowed: a process with "
+                                     "libflashtile_torch.so, which the CMake target "
+                                     "flashtile::torch links");
+    return *op;
+  }
+  c10::OperatorHandle handle_;
+};
+
+// What `ask(stack)` leaves there, the results of an op that was asked (ok, kernel, why); or the
+// sentence that it throws.
+template <class Ask>
+CanRun answer_of(const Ask& ask) {
+  try {
+    Stack stack;
+    ask(stack);
+    return {stack[0].toBool(), stack[2].toStringRef()};
+  } catch (const c10::Error& error) {
+    return {false, error.what_without_backtrace()};
+  } catch (const std::exception& error) {
+    return {false, error.what()};
+  }
+}
+
+// Under torch's autocast 16 and 32 bit inputs become its dtype, as in torch's own attention.
+inline at::Tensor autocast(const at::Tensor& tensor) {
+  const at::DeviceType device = tensor.device().type();
+  const bool known = device == at::kCPU || device == at::kCUDA;
+  if (!known || !at::autocast::is_autocast_enabled(device)) return tensor;
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+}
+
+// A forward-mode tangent would get lost in silence.
+inline void refuse_tangents(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors) {
+    raise_unless(!tensor->_fw_grad(/*level=*/0).defined(),
+                 "an input carries a forward-mode tangent; allowed: reverse mode (use torch's math "
+                 "attention for forward mode)");
+  }
+}
+
+using Named = std::pair<const char*, const at::Tensor*>;
+
+inline bool wants_gradient(TensorRef tensor) {
+  return at::GradMode::is_enabled() && tensor.requires_grad();
+}
+
+// Of a call that writes: `why`, like "out is a tensor", and `where`, like "out".
+inline void refuse_gradients(const std::string& why, const std::string& where,
+                             std::initializer_list<Named> tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    if (!wants_gradient(*tensor)) continue;
+    throw std::runtime_error(why + " and " + name +
+                             " requires grad; allowed: none, or at::NoGradGuard, as what is "
+                             "written into " +
+                             where + " has no gradient");
+  }
+}
+
+}  // namespace detail
+
+}  // namespace flashtile
