@@ -11,12 +11,12 @@
 #include <utility>
 #include <vector>
 
-#include "attempt.h"
-#include "cases.h"
-#include "check.h"
-#include "compare.h"
-#include "error_table.h"
-#include "matrix.h"
+#include "support/attempt.h"
+#include "support/cases.h"
+#include "support/check.h"
+#include "support/compare.h"
+#include "support/error_table.h"
+#include "support/matrix.h"
 #if defined(FLASHTILE_TEST_MACHINE)
 #include "kernels/kernel_cases.h"
 #endif

@@ -1,10 +1,10 @@
 // The CPU op over the case table through the C API: all dtypes, on every instruction set of this
 // machine.
-#include "attempt.h"
-#include "cases.h"
-#include "check.h"
-#include "error_table.h"
-#include "instruction_sets.h"
+#include "support/attempt.h"
+#include "support/cases.h"
+#include "support/check.h"
+#include "support/error_table.h"
+#include "support/instruction_sets.h"
 
 using namespace flashtile::test;
 

@@ -1,9 +1,9 @@
 // Every row of matrix.h on the CPU op: out, LSE, dq, dk, dv against manual attention in fp64.
-#include "attempt.h"
-#include "check.h"
-#include "error_table.h"
-#include "matrix.h"
-#include "matrix_report.h"
+#include "support/attempt.h"
+#include "support/check.h"
+#include "support/error_table.h"
+#include "support/matrix.h"
+#include "support/matrix_report.h"
 
 using namespace flashtile::test;
 

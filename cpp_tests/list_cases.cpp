@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "matrix.h"
+#include "support/matrix.h"
 
 using namespace flashtile::test;
 

@@ -1,7 +1,7 @@
 // The CPU op with one instruction set: the one that it chooses, or one by name.
 #include <optional>
 
-#include "../instruction_sets.h"
+#include "../support/instruction_sets.h"
 #include "target.h"
 
 namespace flashtile::test {

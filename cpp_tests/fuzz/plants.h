@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../cache_case.h"
-#include "../compare.h"
+#include "../support/cache_case.h"
+#include "../support/compare.h"
 
 namespace flashtile::test {
 

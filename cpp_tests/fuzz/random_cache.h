@@ -9,8 +9,8 @@
 #include <optional>
 #include <string>
 
-#include "../append_case.h"
-#include "../attempt.h"
+#include "../support/append_case.h"
+#include "../support/attempt.h"
 #include "random_case.h"
 
 namespace flashtile::test {

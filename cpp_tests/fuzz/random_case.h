@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../setup.h"
+#include "../support/setup.h"
 
 namespace flashtile::test {
 

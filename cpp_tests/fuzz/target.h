@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../attempt.h"
+#include "../support/attempt.h"
 #include "random_cache.h"
 #include "random_case.h"
 

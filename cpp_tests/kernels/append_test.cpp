@@ -2,7 +2,7 @@
 // formula, and where lengths, tables and indices are wrong the rows that have a place.
 #include <random>
 
-#include "../append_case.h"
+#include "../support/append_case.h"
 #include "device.h"
 
 using namespace flashtile::test;

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../append_case.h"
+#include "../support/append_case.h"
 #include "kernel_cases.h"
 
 namespace flashtile::test {

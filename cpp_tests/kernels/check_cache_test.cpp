@@ -2,7 +2,7 @@
 #include <cstring>
 #include <random>
 
-#include "../append_case.h"
+#include "../support/append_case.h"
 #include "device.h"
 
 using namespace flashtile::test;

@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "../append_case.h"
+#include "../support/append_case.h"
 #include "kernel_cases.h"
 #include "machine.h"
 

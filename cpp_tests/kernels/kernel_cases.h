@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "../attempt.h"
-#include "../check.h"
-#include "../error_table.h"
+#include "../support/attempt.h"
+#include "../support/check.h"
+#include "../support/error_table.h"
 #include "device.h"
 
 namespace flashtile::test {

@@ -1,5 +1,5 @@
 // More and longer cases of kernels_test.cpp, for make test-long.
-#include "../cases.h"
+#include "../support/cases.h"
 #include "kernel_cases.h"
 
 using namespace flashtile::test;

@@ -1,7 +1,7 @@
 // Every row of matrix.h on the three device models: out, LSE, dq, dk, dv against manual attention
 // in fp64, or a refusal with the stated sentence. Deterministic rows run under two schedules.
-#include "../matrix.h"
-#include "../matrix_report.h"
+#include "../support/matrix.h"
+#include "../support/matrix_report.h"
 #include "kernel_cases.h"
 
 using namespace flashtile::test;

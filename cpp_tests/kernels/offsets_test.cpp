@@ -2,7 +2,7 @@
 // unspecified; but every launch ends, and nothing outside of the tensors is touched.
 #include <random>
 
-#include "../append_case.h"
+#include "../support/append_case.h"
 #include "kernel_cases.h"
 #include "machine.h"
 

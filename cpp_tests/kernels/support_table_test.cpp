@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
+#include "../support/check.h"
 #include "flashtile/flashtile.h"
 #include "machine.h"
 
@@ -47,7 +47,7 @@ const std::vector<Feature>& features() {
        }},
       {"GQA", [](flashtile_problem& p) { p.num_heads = 6; }},
       {"varlen", [](flashtile_problem& p) { p.cu_seqlens_q = p.cu_seqlens_k = kNoRows; }},
-      {"rows in use", [](flashtile_problem& p) { p.seqused_q = p.seqused_k = kNoRows; }},
+      {"unused rows", [](flashtile_problem& p) { p.seqused_q = p.seqused_k = kNoRows; }},
       {"deterministic", [](flashtile_problem& p) { p.flags = FLASHTILE_DETERMINISTIC; }},
   };
   return all;

@@ -1,7 +1,7 @@
 // Memory for tensors with gaps of gigabytes.
 #pragma once
 
-#include "../runner.h"
+#include "../support/runner.h"
 
 namespace flashtile::test {
 

@@ -7,10 +7,10 @@
 #include <utility>
 #include <vector>
 
-#include "../append_case.h"
-#include "../attempt.h"
-#include "../check.h"
-#include "../setup.h"
+#include "../support/append_case.h"
+#include "../support/attempt.h"
+#include "../support/check.h"
+#include "../support/setup.h"
 
 namespace flashtile::test {
 

@@ -5,8 +5,8 @@
 #include <thread>
 #include <vector>
 
-#include "../check.h"
-#include "small_call.h"
+#include "../support/check.h"
+#include "../support/small_call.h"
 
 using flashtile::test::SmallCall;
 

@@ -1,10 +1,10 @@
 // The rule of attempt.h for values drawn unluckily, on errors that are drawn from a model.
-#include "../attempt.h"
+#include "../support/attempt.h"
 
 #include <cmath>
 #include <string>
 
-#include "../check.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

@@ -4,8 +4,8 @@
 #include <memory>
 #include <string>
 
-#include "../check.h"
-#include "small_call.h"
+#include "../support/check.h"
+#include "../support/small_call.h"
 
 using flashtile::test::SmallCall;
 

@@ -6,11 +6,11 @@
 #include <utility>
 #include <vector>
 
-#include "../cases.h"
-#include "../check.h"
-#include "../compare.h"
-#include "../matrix.h"
-#include "../setup.h"
+#include "../support/cases.h"
+#include "../support/check.h"
+#include "../support/compare.h"
+#include "../support/matrix.h"
+#include "../support/setup.h"
 
 using namespace flashtile::test;
 

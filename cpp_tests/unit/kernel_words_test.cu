@@ -2,7 +2,7 @@
 // table. Compiled by nvcc, run on the CPU.
 #include <vector>
 
-#include "../check.h"
+#include "../support/check.h"
 #include "backward/sm90_shape.cuh"
 #include "config.cuh"
 #include "decode/plan.cuh"

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
-#include "../compare.h"
+#include "../support/check.h"
+#include "../support/compare.h"
 
 using namespace flashtile::test;
 

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
+#include "../support/check.h"
+#include "../support/small_call.h"
 #include "flashtile/flashtile.h"
-#include "small_call.h"
 
 using namespace flashtile::test;
 

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
-#include "small_call.h"
+#include "../support/check.h"
+#include "../support/small_call.h"
 
 using flashtile::test::SmallCall;
 

@@ -7,7 +7,7 @@
 #include <map>
 #include <sstream>
 
-#include "../../check.h"
+#include "../../support/check.h"
 
 namespace ptx_test {
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../../check.h"
+#include "../../support/check.h"
 #include "machine.h"
 
 namespace ptx_test {

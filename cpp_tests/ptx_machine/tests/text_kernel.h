@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../check.h"
+#include "../../support/check.h"
 
 namespace ptx_test {
 

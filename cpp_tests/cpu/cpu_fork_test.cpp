@@ -7,8 +7,8 @@
 #include <csignal>
 #include <string>
 
-#include "../attempt.h"
-#include "../cache_case.h"
+#include "../support/attempt.h"
+#include "../support/cache_case.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif

@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
-#include "../setup.h"
+#include "../support/check.h"
+#include "../support/setup.h"
+#include "../support/small_call.h"
 #include "flashtile/flashtile.h"
-#include "small_call.h"
 
 using namespace flashtile::test;
 

@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "../attempt.h"
-#include "../check.h"
-#include "../instruction_sets.h"
-#include "../runner.h"
+#include "../support/attempt.h"
+#include "../support/check.h"
+#include "../support/instruction_sets.h"
+#include "../support/runner.h"
 
 using namespace flashtile::test;
 

@@ -1,6 +1,6 @@
 // Reading through a key/value cache on the CPU: against manual attention over the gathered rows,
 // and bit for bit against itself. cache_case.h says what is poison.
-#include "../cache_case.h"
+#include "../support/cache_case.h"
 
 using namespace flashtile::test;
 

@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "../check.h"
-#include "../setup.h"
+#include "../support/check.h"
+#include "../support/setup.h"
 #include "flashtile/flashtile.h"
 #if defined(_OPENMP)
 #include <omp.h>

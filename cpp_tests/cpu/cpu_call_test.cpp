@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "../attempt.h"
-#include "../check.h"
-#include "../instruction_sets.h"
-#include "../runner.h"
+#include "../support/attempt.h"
+#include "../support/check.h"
+#include "../support/instruction_sets.h"
+#include "../support/runner.h"
 #include "api/backend.h"
 #if defined(__unix__)
 #include <sys/mman.h>

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../append_case.h"
+#include "../support/append_case.h"
 
 using namespace flashtile::test;
 

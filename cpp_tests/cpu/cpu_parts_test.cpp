@@ -7,8 +7,8 @@
 #include <limits>
 #include <vector>
 
-#include "../check.h"
-#include "../numbers.h"
+#include "../support/check.h"
+#include "../support/numbers.h"
 #include "cpu/exp2.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"

@@ -4,7 +4,7 @@
 #include <omp.h>
 #endif
 
-#include "../cache_case.h"
+#include "../support/cache_case.h"
 
 using namespace flashtile::test;
 

@@ -2,7 +2,7 @@
 // sentence.
 #include <functional>
 
-#include "../cache_case.h"
+#include "../support/cache_case.h"
 
 using namespace flashtile::test;
 

@@ -4,8 +4,8 @@
 #include <barrier>
 #include <thread>
 
-#include "../attempt.h"
-#include "../cache_case.h"
+#include "../support/attempt.h"
+#include "../support/cache_case.h"
 
 using namespace flashtile::test;
 
