@@ -4,7 +4,8 @@
 //
 // Scores are computed transposed, S^T = K Q^T: their accumulators, rounded to 16 bits, already are
 // the register operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, to be
-// the operand of dQ = dS K, which both warpgroups need whole. docs/kernels/backward.md has the pictures.
+// the operand of dQ = dS K, which both warpgroups need whole. docs/kernels/backward.md has the
+// pictures.
 #pragma once
 
 #include <type_traits>

@@ -56,7 +56,9 @@ struct CacheKeys {
   FLASHTILE_DEVICE void load(const Params& params, const View& view, const RowFormat& format,
                              int keys) {
     const int column = Loader::first_column();
-    const char* const base = cache_head(view, head) + column;
+    // As cache_head() + column, at head dim 128 ptxas spills in the main loop.
+    const char* const base =
+        static_cast<const char*>(view.data) + 2 * (head * view.stride_head) + column;
     FLASHTILE_UNROLL
     for (int pass = 0; pass < Target::kPasses; ++pass) {
       const int key = load_row<Tile>(ptx::thread_index()) + pass * Target::kRowsPerPass;

@@ -315,8 +315,8 @@ def test_sh_that_does_not_run_names_what_exists() -> None:
     found = [block for block in all_blocks() if block.info.startswith("sh check-only")]
     assert found
     assert not [f"{one.where}: {wrong}" for one in found for wrong in wrong_commands(one.text)]
-    text = "make tset && cmake --preset cpu-only\npython examples/dmo.py\nmkae x"
-    assert wrong_commands(text) == ["make tset", "--preset cpu-only", "examples/dmo.py", "mkae"]
+    text = "make tset && cmake --preset cpu-only\npython examples/dmo.py\nnomake x"
+    assert wrong_commands(text) == ["make tset", "--preset cpu-only", "examples/dmo.py", "nomake"]
 
 
 def code_spans(path: Path) -> list[str]:
