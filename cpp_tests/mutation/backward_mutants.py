@@ -28,7 +28,7 @@ LOAD_DOUT = (
 LOAD_Q = "my.loader.template load<Loader::kQ>(launch, next, slot + 1); "
 FINISH = "Turns::finish(launch, index); "
 STORE_P = "packed.template store<ScoreTile>(my.at.scores + kExchange); "
-STAGE_SUMS = "if (warp_query == 0) { stage_gradient<"
+STAGE_SUMS = "if (warp_query == 0) { store_shared<"
 
 
 def mutant(
@@ -221,8 +221,8 @@ ROWS = [
     mutant(
         "queries looked up in the keys' rows",
         LAYOUT,
-        "block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
-        "block.first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
+        "first_slot_q = first_slot(sequence.row_q, b, kBlockQ);",
+        "first_slot_q = first_slot(sequence.row_k, b, kBlockQ);",
     ),
     mutant(
         "one row of a ragged block too many",

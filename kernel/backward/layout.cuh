@@ -122,27 +122,28 @@ struct DqOrder {
 template <Side kSide, int kBlock, int kBlockQ>
 FLASHTILE_DEVICE RowBlock row_block(const Problem& problem, int64_t slots, int index) {
   constexpr bool kQueries = kSide == Side::kQueries;
-  RowBlock block;
-  Sequence& sequence = block.sequence;
-  block.head = index / static_cast<int>(slots);
+  const int head = index / static_cast<int>(slots);
   const int slot = index % static_cast<int>(slots);
-  block.slot = slot;
+  Sequence sequence;
+  int row0;
+  int64_t first_slot_q;
   if (problem.is_varlen()) {
     const int32_t* cu_seqlens = kQueries ? problem.cu_seqlens_q : problem.cu_seqlens_k;
     const int b = find_sequence(cu_seqlens, static_cast<int>(problem.batch), slot, kBlock);
     sequence = sequence_of(problem, b);
     const int64_t first = first_slot(kQueries ? sequence.row_q : sequence.row_k, b, kBlock);
-    block.row0 = static_cast<int>(slot - first) * kBlock;
-    block.first_slot_q = first_slot(sequence.row_q, b, kBlockQ);
+    row0 = static_cast<int>(slot - first) * kBlock;
+    first_slot_q = first_slot(sequence.row_q, b, kBlockQ);
   } else {
     const int seqlen = static_cast<int>(kQueries ? problem.seqlen_q : problem.seqlen_k);
     const int per_sequence = ceil_div(seqlen, kBlock);
     sequence = sequence_of(problem, slot / per_sequence);
-    block.row0 = slot % per_sequence * kBlock;
-    block.first_slot_q = sequence.batch * ceil_div(static_cast<int>(problem.seqlen_q), kBlockQ);
+    row0 = slot % per_sequence * kBlock;
+    first_slot_q = sequence.batch * ceil_div(static_cast<int>(problem.seqlen_q), kBlockQ);
   }
-  block.rows = (kQueries ? sequence.seqlen_q : sequence.seqlen_k) - block.row0;
-  block.owned = (kQueries ? sequence.owned_q : sequence.owned_k) - block.row0;
+  RowBlock block = block_from<kSide>(row0, head, sequence);
+  block.slot = slot;
+  block.first_slot_q = first_slot_q;
   return block;
 }
 

@@ -100,7 +100,7 @@ struct RowCopy {
   // The thread's first element; row0: the tile's first row within the tensor.
   static FLASHTILE_DEVICE char* source(const View& view, const Sequence& sequence, int64_t row0,
                                        int head, int thread) {
-    return row_address(view, sequence, row0 + row(thread), head, chunk(thread) * 8);
+    return row_address(view, sequence, row0 + row(thread), head) + chunk(thread) * kChunkBytes;
   }
   // All rows of the tile exist. Leaves `source` at the thread's first row of the next tile.
   static FLASHTILE_DEVICE void copy(uint32_t shared, const char*& source, int64_t pass_bytes) {

@@ -174,7 +174,7 @@ FLASHTILE_DEVICE BandMask band_mask(const Problem& problem, const Sequence& sequ
 // Blocks of keys that a tile of queries visits; none when all its queries are unused.
 FLASHTILE_DEVICE BlockRange key_blocks(const Problem& problem, const RowBlock& work, int block_q,
                                        int block_k) {
-  if (work.rows <= 0) return {0, 0, 0, 0};
+  if (work.row0 >= work.sequence.seqlen_q) return {0, 0, 0, 0};
   return band_mask(problem, work.sequence).key_blocks(work.row0, block_q, block_k);
 }
 
