@@ -25,24 +25,20 @@ struct CacheCall {
   at::Tensor q;
   KVCache cache;
   KVCacheOptions options;
-
-  bool appends() const { return options.append.has_value(); }
-  bool rotates() const { return appends() && options.append->rotary_cos.has_value(); }
 };
 
-inline void append_kv(const CacheCall& call) {
+inline void append_kv(const CacheCall& call, const NewKeys& added) {
   static const Op op("flashtile::append_kv");
   const auto& [q, cache, options] = call;
-  Stack stack = {cache.k, cache.v, options.append->k, options.append->v};
+  Stack stack = {cache.k, cache.v, added.k, added.v};
   push_places(stack, cache, options);
   op(stack);
 }
 
 // Returns q, rotated.
-inline at::Tensor append_kv_rotary(const CacheCall& call) {
+inline at::Tensor append_kv_rotary(const CacheCall& call, const NewKeys& added) {
   static const Op op("flashtile::append_kv_rotary");
   const auto& [q, cache, options] = call;
-  const NewKeys& added = *options.append;
   const bool q_fixed =
       !options.causal && options.window_size == std::pair<int64_t, int64_t>(-1, -1);
   Stack stack = {cache.k, cache.v, added.k, added.v, q};
@@ -69,9 +65,10 @@ inline Forward read_kvcache(TensorRef q, const CacheCall& call) {
 
 // Appends, if there is something to append, and attends.
 inline Forward append_and_read(const CacheCall& call) {
-  if (!call.appends()) return read_kvcache(call.q, call);
-  if (call.rotates()) return read_kvcache(append_kv_rotary(call), call);
-  append_kv(call);
+  const std::optional<NewKeys>& added = call.options.append;
+  if (!added.has_value()) return read_kvcache(call.q, call);
+  if (added->rotary_cos.has_value()) return read_kvcache(append_kv_rotary(call, *added), call);
+  append_kv(call, *added);
   return read_kvcache(call.q, call);
 }
 
@@ -133,7 +130,7 @@ inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions
   call.cache.cache_seqlens = either("seqlens", cache.cache_seqlens, cache.seqlens);
   call.cache.cache_batch_idx = either("batch_idx", cache.cache_batch_idx, cache.batch_idx);
   call.cache.cache_leftpad = either("leftpad", cache.cache_leftpad, cache.leftpad);
-  if (call.appends()) {
+  if (options.append.has_value()) {
     const NewKeys& added = *options.append;
     raise_unless(call.cache.cache_seqlens.has_value(),
                  "cache_seqlens is unset; allowed: a tensor, which says where append.k belongs");
@@ -142,7 +139,7 @@ inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions
   }
   if (!is_autocast(cache.k)) return call;
   call.q = autocast_like(q, cache.k);
-  if (!call.appends()) return call;
+  if (!call.options.append.has_value()) return call;
   NewKeys& added = *call.options.append;
   added.k = autocast_like(added.k, cache.k);
   added.v = autocast_like(added.v, cache.v);
@@ -191,7 +188,7 @@ inline CanRun can_run_with_kvcache(const at::Tensor& q, const KVCache& cache,
     const at::NoGradGuard guard;
     const detail::CacheCall call = detail::checked(q, cache, options);
     torch::jit::push(stack, call.q, cache.k, cache.v);
-    if (call.appends()) {
+    if (call.options.append.has_value()) {
       const NewKeys& added = *call.options.append;
       torch::jit::push(stack, added.k, added.v, added.rotary_cos, added.rotary_sin);
     } else {

@@ -42,10 +42,11 @@ class Op {
  private:
   static c10::OperatorHandle find(const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
-    raise_unless(op.has_value(), std::string("the op ") + name +
-                                     " is not registered; allowed: a process with "
-                                     "libflashtile_torch.so, which the CMake target "
-                                     "flashtile::torch links");
+    if (!op.has_value()) {
+      throw std::runtime_error(std::string("the op ") + name +
+                               " is not registered; allowed: a process with libflashtile_torch.so, "
+                               "which the CMake target flashtile::torch links");
+    }
     return *op;
   }
   c10::OperatorHandle handle_;
