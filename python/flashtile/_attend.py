@@ -1,6 +1,6 @@
 """A call of attention: what is checked, the op, and what its refusals become."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +13,8 @@ from flashtile._written import mark_written
 
 AttentionOutput: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
+
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under ``torch.autocast`` 16 and 32 bit inputs become its dtype, as in torch's attention."""
@@ -20,17 +22,17 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    low = (torch.float16, torch.bfloat16, torch.float32)
-    q, k, v = (t.to(dtype) if t.dtype in low else t for t in (q, k, v))
+    q, k, v = (t.to(dtype) if t.dtype in AUTOCAST_DTYPES else t for t in (q, k, v))
     return q, k, v
 
 
-def refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
+def refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
     """Torch would drop a forward-mode tangent in silence."""
     if forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
-        _checks.refuse_tangents()
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            _checks.refuse_tangents()
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from flashtile import _checks, _functional, _kvcache_ops, _sharding, _traced
+from flashtile._attend import AUTOCAST_DTYPES, refuse_tangents
 from flashtile._options import UNLIMITED, CacheArguments, Options, checked_options
 from flashtile._written import mark_written
 
-_LOW = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 _CACHES = ("k_cache", "v_cache")
 _TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad",
             "block_table", "cu_seqlens_q")  # fmt: skip
@@ -133,15 +132,6 @@ def check_required(tensors: dict[str, Any], names: tuple[str, ...]) -> None:
             _sharding.refuse(name, tensors[name])
 
 
-def refuse_tangents(tensors: dict[str, Any]) -> None:
-    """A forward-mode tangent would get lost in silence."""
-    if forward_ad._current_level < 0:
-        return
-    for tensor in tensors.values():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            _checks.refuse_tangents()
-
-
 def autocast(tensors: dict[str, Any], cache: Tensor) -> None:
     """Under ``torch.autocast`` what meets a cache takes its dtype: a cache is never cast."""
     device = "cpu" if cache.is_cpu else cache.device.type
@@ -149,7 +139,11 @@ def autocast(tensors: dict[str, Any], cache: Tensor) -> None:
         return
     for name in ("q", "k", "v", "rotary_cos", "rotary_sin"):
         tensor = tensors[name]
-        if tensor is not None and tensor.dtype in _LOW and cache.dtype in _LOW:
+        if (
+            tensor is not None
+            and tensor.dtype in AUTOCAST_DTYPES
+            and cache.dtype in AUTOCAST_DTYPES
+        ):
             tensors[name] = tensor.to(cache.dtype)
 
 
@@ -185,7 +179,7 @@ def checked(
             raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
     flags = _flags(given)
     wanting = _wanting(tensors, out) if torch.is_grad_enabled() else ()
-    refuse_tangents(tensors)
+    refuse_tangents(tensors.values())
     options = checked_options(**how)
     splits = _checks.length("num_splits", given["num_splits"], "int")
     longest = given["max_seqlen_q"]
@@ -254,7 +248,7 @@ def append_alone(
                     f"{name} requires grad; allowed: none, or torch.no_grad(), as what is written "
                     "into the cache has no gradient"
                 )
-    refuse_tangents(tensors)
+    refuse_tangents(tensors.values())
     autocast(tensors, tensors["k_cache"])
     q, k = tensors["q"], tensors["k"]
     name, like = ("k", k) if q is None else ("q", q)
