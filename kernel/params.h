@@ -9,7 +9,14 @@
 
 namespace flashtile {
 
-enum class Dtype : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+enum class Dtype : int32_t {
+  kFloat16 = 0,
+  kBFloat16 = 1,
+  kFloat32 = 2,
+  kFloat64 = 3,
+  kBool = 4,  // of a mask: a byte for a key
+  kBits = 5,  // of a mask: a bit for a key
+};
 
 // (batch, seqlen, heads, head_dim); with cu_seqlens (total, heads, head_dim) and stride_batch
 // unread.
@@ -102,6 +109,54 @@ struct Problem {
   // "full", "causal" or "window": what a plan's name says of the mask.
   constexpr const char* mask_name() const {
     return band.left >= 0 || band.right > 0 ? "window" : band.right == 0 ? "causal" : "full";
+  }
+};
+
+// Numbers that scores meet: flashtile.h, flashtile_score_tensor. Read or written.
+struct ScoreView {
+  void* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_head = 0;
+  int64_t stride_q = 0;
+  int64_t stride_k = 0;
+  int64_t seqlen_q = 0;  // what may be read, also of a problem whose lengths lie on the device
+  int64_t seqlen_k = 0;
+  Dtype dtype = Dtype::kFloat32;
+
+  constexpr bool exists() const { return data != nullptr; }
+};
+
+struct Dropout {
+  uint32_t threshold = 0;  // dropped is what has fewer of 16 bits; 65536: everything
+  double scale = 1;        // 1 / (1 - dropout_p); 0 where everything is dropped
+  const int64_t* rng_state = nullptr;
+
+  constexpr bool exists() const { return threshold != 0; }
+};
+
+// What a call has beyond plain attention. It goes beside the params below, which the kernels of
+// plain attention hold: those stay as they are.
+struct Scores {
+  double softcap = 0;
+  ScoreView bias[2], alibi_slopes, mask, sink, query_scale;
+  Dropout dropout;
+  ScoreView max_logit;                        // forward: written, by head
+  ScoreView dbias[2], dalibi_slopes, dsink;  // backward: written
+
+  // Whether keys can be hidden one by one, and all keys of a row.
+  constexpr bool hides_keys() const {
+    return mask.exists() || bias[0].exists() || bias[1].exists();
+  }
+  // Whether logits are more than softmax_scale times q k^T.
+  constexpr bool changes_logits() const {
+    return softcap != 0 || hides_keys() || alibi_slopes.exists() || query_scale.exists();
+  }
+  constexpr bool wants_gradients() const {
+    return dbias[0].exists() || dbias[1].exists() || dalibi_slopes.exists() || dsink.exists();
+  }
+  constexpr bool exist() const {
+    return changes_logits() || sink.exists() || dropout.exists() || max_logit.exists() ||
+           wants_gradients();
   }
 };
 

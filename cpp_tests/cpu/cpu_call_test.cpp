@@ -186,20 +186,20 @@ TEST("less workspace means fewer threads, too little is refused") {
   params.q = params.k = params.v = {qkv.data(), 0, 32, 32};
   params.out = {large.data(), 0, 32, 32};
   flashtile::Plan<flashtile::ForwardParams> plan;
-  CHECK_EQ(flashtile::cpu::choose(params, plan), FLASHTILE_OK);
+  CHECK_EQ(flashtile::cpu::choose(params, {}, plan), FLASHTILE_OK);
   const flashtile::WorkspaceSize size = plan.workspace;
   const size_t bytes = size.wanted;
   void* const workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   params.workspace = workspace;
   params.workspace_bytes = bytes;
-  CHECK_EQ(flashtile::cpu::run(params, plan), FLASHTILE_OK);
+  CHECK_EQ(flashtile::cpu::run(params, {}, plan), FLASHTILE_OK);
   params.out.data = small.data();
   params.workspace_bytes = 1000;
-  CHECK_EQ(flashtile::cpu::run(params, plan), FLASHTILE_WORKSPACE_TOO_SMALL);
+  CHECK_EQ(flashtile::cpu::run(params, {}, plan), FLASHTILE_WORKSPACE_TOO_SMALL);
   CHECK(std::strstr(flashtile_last_error(), "workspace_bytes is 1000") != nullptr);
   CHECK(small == std::vector<float>(small.size()));  // nothing was written
   size_t enough = 1000;
-  while (flashtile::cpu::run(params, plan) != FLASHTILE_OK) params.workspace_bytes = enough += 1000;
+  while (flashtile::cpu::run(params, {}, plan) != FLASHTILE_OK) params.workspace_bytes = enough += 1000;
   CHECK(enough < bytes);
   CHECK(enough >= size.least && enough < size.least + 1000);
   CHECK(small == large);
@@ -239,13 +239,13 @@ TEST("a workspace is no larger than the tensors") {
   for (const int64_t longest : {0, 1, 1000, 1000000}) {
     problem.seqlen_q = problem.seqlen_k = longest;
     flashtile::Plan<flashtile::ForwardParams> plan;
-    CHECK_EQ(flashtile::cpu::choose(forward, plan), FLASHTILE_OK);
+    CHECK_EQ(flashtile::cpu::choose(forward, {}, plan), FLASHTILE_OK);
     CHECK_MESSAGE(plan.workspace.wanted < tensors / 4,
                   "forward " + std::to_string(plan.workspace.wanted));
     flashtile::BackwardParams backward;
     backward.problem = problem;
     flashtile::Plan<flashtile::BackwardParams> backward_plan;
-    CHECK_EQ(flashtile::cpu::choose(backward, backward_plan), FLASHTILE_OK);
+    CHECK_EQ(flashtile::cpu::choose(backward, {}, backward_plan), FLASHTILE_OK);
     CHECK_MESSAGE(backward_plan.workspace.wanted < tensors / 4,
                   "backward " + std::to_string(backward_plan.workspace.wanted));
   }

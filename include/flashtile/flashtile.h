@@ -13,6 +13,9 @@
  * shift is seqlen_k - seqlen_q (FLASHTILE_BOTTOM_RIGHT) or 0 (FLASHTILE_TOP_LEFT), with the lengths
  * of the sequence that they belong to. A side that is FLASHTILE_UNLIMITED has no bound.
  *
+ * Scores (problem.scores): softcap, additive biases, ALiBi, masks, sinks and dropout stand between
+ * q k^T and v, in the order that flashtile_scores gives.
+ *
  * Key/value cache (problem.page_size > 0): k and v are pages, and every sequence's rows are found
  * through block_table or cache_batch_idx. Lengths, tables, indices and paddings of a cache are read
  * on `device` and clamped there: no value of theirs, however wrong, makes a call read or write
@@ -79,8 +82,10 @@ typedef enum { FLASHTILE_CPU = 0, FLASHTILE_CUDA = 1 } flashtile_device;
 typedef enum {
   FLASHTILE_FLOAT16 = 0,
   FLASHTILE_BFLOAT16 = 1,
-  FLASHTILE_FLOAT32 = 2, /* CPU only */
-  FLASHTILE_FLOAT64 = 3  /* CPU only */
+  FLASHTILE_FLOAT32 = 2, /* q, k, v: CPU only */
+  FLASHTILE_FLOAT64 = 3, /* CPU only */
+  FLASHTILE_BOOL = 4,    /* a mask: a byte for a key, 0 is false, all others are true */
+  FLASHTILE_BITS = 5     /* a mask: bit j % 8 of byte j / 8 for key j, the lowest bit is bit 0 */
 } flashtile_dtype;
 
 /* The corner of the score matrix that the mask's diagonal meets, when seqlen_q != seqlen_k. */
@@ -107,6 +112,67 @@ typedef struct {
   int64_t stride_seq;   /* from row to row of a sequence */
   int64_t stride_head;  /* from head to head of a row */
 } flashtile_tensor;
+
+/* Numbers that scores meet: element (b, h, i, j) is for sequence b, query head h, query i, key j.
+ * Strides are in elements and may be any value; one of 0 repeats an entry over a dimension
+ * (broadcasting), and a dimension that does not matter to a tensor has stride 0. */
+typedef struct {
+  void* data;           /* element (0, 0, 0, 0), aligned to its size; NULL: none */
+  int64_t stride_batch; /* from sequence to sequence */
+  int64_t stride_head;  /* from query head to query head */
+  int64_t stride_q;     /* from query to query; of FLASHTILE_BITS in bytes, as the two above */
+  int64_t stride_k;     /* from key to key; not read of FLASHTILE_BITS */
+  /* What a sequence's queries and keys may count to, read where stride_q or stride_k is not 0 and
+   * lengths lie on `device` (varlen, caches). Nothing beyond is read: there a bias is 0 and a mask
+   * false. 0 is the problem's seqlen_q and seqlen_k. */
+  int64_t seqlen_q;
+  int64_t seqlen_k;
+  int32_t dtype; /* flashtile_dtype */
+} flashtile_score_tensor;
+
+/* What happens between q k^T and v, in this order; forward and backward share it.
+ *
+ *   x = softmax_scale * query_scale * (q . k)        x = softcap * tanh(x / softcap)
+ *   x = x + bias[0] + bias[1]                        x = x - alibi_slope * |i + shift - j|
+ *   x = -inf where the mask or the window hides the key
+ *   softmax_lse = log(sum exp(x) + exp(sink))        p = exp(x - softmax_lse)
+ *   p = 0 where dropout drops, else p / (1 - dropout_p)                     out = sum p v
+ *
+ * shift is the mask's: seqlen_k - seqlen_q of the sequence, or 0 with FLASHTILE_TOP_LEFT. A row
+ * whose keys are all hidden by masks, windows or a bias of -inf has out = 0, gradients 0 and
+ * softmax_lse = -inf; with a sink its softmax_lse is the sink.
+ *
+ * bias and mask are read by the position in the sequence; in a cache key j is row j of the cache,
+ * left padding counted. sink and query_scale are read by row, as q is packed: in varlen their
+ * stride_batch is 0 and stride_q steps over the rows of q.
+ *
+ * Dropout. The 16 bits of element (b, h, i, j) come from Philox4x32-10, as in Random123
+ * philox(counter, key):
+ *
+ *   d = philox({offset_low, offset_high, h, b}, {seed_low, seed_high})
+ *   w = philox({j / 16 * 4 + j % 8 / 2, i / 16 * 8 + i % 8, d[2], d[3]}, {d[0], d[1]})
+ *   bits = w[j % 2 * 2 + j / 8 % 2] >> (16 * (i / 8 % 2)) & 0xffff
+ *
+ * with seed = rng_state[0] and offset = rng_state[1], low and high being their 32-bit halves, b the
+ * sequence, h the query head, i and j positions in the sequence. The element is dropped when bits <
+ * round(65536 * dropout_p): no tile, split, device or thread count changes the mask. Examples:
+ *
+ *   seed, offset                              b  h     i      j  bits
+ *   0, 0                                      0  0     0      0  0xdb8c
+ *   1, 2                                      0  0     0      0  0x3a0a
+ *   0x0123456789abcdef, 0x0fedcba987654321    3  5  1000  77777  0xe1ac
+ */
+typedef struct {
+  uint32_t struct_size; /* sizeof(flashtile_scores); set by FLASHTILE_SCORES_INIT */
+  double softcap;       /* above 0; 0: none */
+  flashtile_score_tensor bias[2];      /* floating point, whatever q is */
+  flashtile_score_tensor alibi_slopes; /* [num_heads] or [batch, num_heads]; float32 (float64) */
+  flashtile_score_tensor mask;         /* FLASHTILE_BOOL or FLASHTILE_BITS; true: the key is seen */
+  flashtile_score_tensor sink;         /* by head, sequence and query; floating point; no key */
+  flashtile_score_tensor query_scale;  /* by sequence and query; float32 (float64); no head, key */
+  double dropout_p;                    /* the probability to drop, 0 to 1; below 2^-32: none */
+  const int64_t* rng_state;            /* [2] on `device`: seed and offset; NULL without dropout */
+} flashtile_scores;
 
 /* What is computed. Forward and backward of one attention share one problem. Enumerations are
  * stored as int32_t: their size does not depend on the compiler, and any value can be refused. */
@@ -178,6 +244,7 @@ typedef struct {
    * only; any dtype of q) or 0, which is FLASHTILE_FLOAT32. With FLASHTILE_FLOAT64 those pointers
    * are double*, cast. Forward and backward agree on it. */
   int32_t lse_dtype;
+  const flashtile_scores* scores; /* NULL: softmax_scale and the window are all */
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
@@ -195,6 +262,9 @@ typedef struct {
   int64_t lse_stride_head;
   void* workspace;        /* on `device`, 64-byte aligned, holds nothing between calls */
   size_t workspace_bytes; /* flashtile_workspace_size or more; on the CPU also less */
+  /* [num_heads] in problem.lse_dtype, or NULL: the largest x of a head (flashtile_scores) over all
+   * queries and keys that it sees; -inf where there is none. Not differentiable. */
+  float* max_logit;
 } flashtile_forward_params;
 
 /* Reads q, k, v, out, softmax_lse, dout and, unless NULL, dsoftmax_lse. Writes dq, dk, dv. */
@@ -212,6 +282,12 @@ typedef struct {
   int64_t dlse_stride_head;
   void* workspace;        /* as in forward: on `device`, 64-byte aligned, not kept */
   size_t workspace_bytes; /* flashtile_workspace_size_backward or more; on the CPU also less */
+  /* Gradients of the tensors of problem.scores; data NULL: not wanted, not computed. A stride of 0
+   * adds up over the dimension, in float32 (float64 of float64 problems), and is 0 wherever that of
+   * the tensor is. What no query and key reach is 0. seqlen_q and seqlen_k are the tensor's. */
+  flashtile_score_tensor dbias[2];
+  flashtile_score_tensor dalibi_slopes;
+  flashtile_score_tensor dsink;
 } flashtile_backward_params;
 
 /* Writes new keys and values into a cache, behind the valid rows of a sequence: row i of
@@ -266,11 +342,18 @@ typedef struct {
   { (uint32_t)sizeof(flashtile_problem), FLASHTILE_CPU, -1,                                      \
     FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL,    \
     0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0, NULL, NULL,    \
-    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0, 0.0, 0 }
+    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0, 0.0, 0, NULL }
+/* No bias, mask or sink, no cap, no dropout. */
+#define FLASHTILE_SCORES_INIT                                                                    \
+  { (uint32_t)sizeof(flashtile_scores), 0.0,                                                     \
+    {{NULL, 0, 0, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0, 0, 0}}, {NULL, 0, 0, 0, 0, 0, 0, 0},     \
+    {NULL, 0, 0, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0, 0, 0},       \
+    0.0, NULL }
 /* clang-format on */
 
 /* The same defaults as functions: sizes zero, pointers NULL, full attention, the usual scale. */
 FLASHTILE_API void flashtile_problem_init(flashtile_problem* problem);
+FLASHTILE_API void flashtile_scores_init(flashtile_scores* scores);
 FLASHTILE_API void flashtile_forward_init(flashtile_forward_params* params);
 FLASHTILE_API void flashtile_backward_init(flashtile_backward_params* params);
 FLASHTILE_API void flashtile_append_kv_init(flashtile_append_kv_params* params);

@@ -74,6 +74,8 @@ extern "C" {
 
 void flashtile_problem_init(flashtile_problem* problem) { *problem = FLASHTILE_PROBLEM_INIT; }
 
+void flashtile_scores_init(flashtile_scores* scores) { *scores = FLASHTILE_SCORES_INIT; }
+
 void flashtile_forward_init(flashtile_forward_params* params) {
   *params = flashtile_forward_params{};
   params->struct_size = sizeof *params;

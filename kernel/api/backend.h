@@ -55,10 +55,10 @@ struct Plan {
 };
 
 namespace cpu {
-Status choose(const ForwardParams& params, Plan<ForwardParams>& plan);
-Status choose(const BackwardParams& params, Plan<BackwardParams>& plan);
-Status run(const ForwardParams& params, const Plan<ForwardParams>& plan);
-Status run(const BackwardParams& params, const Plan<BackwardParams>& plan);
+Status choose(const ForwardParams& params, const Scores& scores, Plan<ForwardParams>& plan);
+Status choose(const BackwardParams& params, const Scores& scores, Plan<BackwardParams>& plan);
+Status run(const ForwardParams& params, const Scores& scores, const Plan<ForwardParams>& plan);
+Status run(const BackwardParams& params, const Scores& scores, const Plan<BackwardParams>& plan);
 Status append_kv(const AppendParams& params);
 const char* instruction_sets();      // "portable,avx2,avx512,amx": compiled in
 const char* instruction_set_used();  // "avx2": chosen on this machine
@@ -66,10 +66,14 @@ const char* instruction_set_used();  // "avx2": chosen on this machine
 
 namespace cuda {
 // Enters `scope`; it must live until run() has returned.
-Status choose(const ForwardParams& params, DeviceScope& scope, Plan<ForwardParams>& plan);
-Status choose(const BackwardParams& params, DeviceScope& scope, Plan<BackwardParams>& plan);
-Status run(const ForwardParams& params, const Plan<ForwardParams>& plan, CUstream_st* stream);
-Status run(const BackwardParams& params, const Plan<BackwardParams>& plan, CUstream_st* stream);
+Status choose(const ForwardParams& params, const Scores& scores, DeviceScope& scope,
+              Plan<ForwardParams>& plan);
+Status choose(const BackwardParams& params, const Scores& scores, DeviceScope& scope,
+              Plan<BackwardParams>& plan);
+Status run(const ForwardParams& params, const Scores& scores, const Plan<ForwardParams>& plan,
+           CUstream_st* stream);
+Status run(const BackwardParams& params, const Scores& scores, const Plan<BackwardParams>& plan,
+           CUstream_st* stream);
 Status can_append_kv(const AppendParams& params, int device_index);
 Status append_kv(const AppendParams& params, int device_index, CUstream_st* stream);
 Status check_cache(const Problem& problem, flashtile_cache_report* report, int device_index,

@@ -1,7 +1,7 @@
 // From the caller's struct to a planned call, and on to the backend that holds the memory.
 #include "api/call.h"
 
-#include "api/check_parts.h"
+#include "api/check_scores.h"
 
 namespace flashtile {
 namespace {
@@ -85,13 +85,15 @@ Status convert_sizes(const UserParams* user, UserParams& p, Call<Params>& call) 
   if (Status s = read_struct(user, p, "params")) return s;
   if (Status s = convert_problem(p.problem, call.target, call.params.problem)) return s;
   call.device.set_wanted(call.target.device_index);
+  if (Status s = convert_scores(p, call.params.problem, call.scores)) return s;
   return check_pass(call.params);
 }
 
 template <class Params>
 Status choose(Call<Params>& call) {
-  return call.target.device == FLASHTILE_CPU ? cpu::choose(call.params, call.plan)
-                                             : cuda::choose(call.params, call.device, call.plan);
+  return call.target.device == FLASHTILE_CPU
+             ? cpu::choose(call.params, call.scores, call.plan)
+             : cuda::choose(call.params, call.scores, call.device, call.plan);
 }
 
 template <class UserParams, class Params>
@@ -103,10 +105,12 @@ Status prepare_any(const UserParams* user, Call<Params>& call) {
   if (Status s = check_tensors(arguments.tensors, params.problem)) return s;
   if (Status s = convert(p, params)) return s;
   if (Status s = check_offsets(call.target, params.problem)) return s;
+  if (Status s = check_score_lengths(call.target, params.problem, call.scores)) return s;
   params.workspace = p.workspace;
   params.workspace_bytes = p.workspace_bytes;
   if (Status s = choose(call)) return s;
-  return check_memory(arguments.tensors, arguments.rows, params.problem);
+  return check_memory(arguments.tensors, arguments.rows,
+                      score_arguments(params.problem, call.scores).all(), params.problem);
 }
 
 template <class UserParams, class Params>
@@ -122,8 +126,8 @@ Status run_any(const Call<Params>& call, CUstream_st* stream) {
   if (Status s = check_workspace(params.workspace, params.workspace_bytes, call.plan.workspace))
     return s;
   if (Status s = check_stream(call.target, stream)) return s;
-  return call.target.device == FLASHTILE_CPU ? cpu::run(params, call.plan)
-                                             : cuda::run(params, call.plan, stream);
+  return call.target.device == FLASHTILE_CPU ? cpu::run(params, call.scores, call.plan)
+                                             : cuda::run(params, call.scores, call.plan, stream);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ template <class Params>
 struct Call {
   Target target;
   Params params;
+  Scores scores;
   Plan<Params> plan;
   cuda::DeviceScope device;
 };

@@ -63,7 +63,7 @@ Status check_tensor(const TensorArgument& argument, const Problem& problem) {
 }
 
 const char* dtype_name(Dtype dtype) {
-  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float64"};
+  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float64", "bool", "bits"};
   return kNames[static_cast<int>(dtype)];
 }
 

@@ -79,7 +79,7 @@ Status check_q_memory(const flashtile_append_kv_params& p, const TensorArgument 
                                 {"q_out", p.q_out, rows, heads, batch, dim, true},
                                 {"q", p.q, rows, heads, batch, dim, false}};
   const size_t count = p.q.data == p.q_out.data ? 5 : 6;
-  return check_memory(std::span(all).first(count), {}, problem);
+  return check_memory(std::span(all).first(count), {}, {}, problem);
 }
 
 }  // namespace
@@ -106,7 +106,7 @@ Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
       {"v_cache", p.v_cache, cache.page_size, heads, cache.num_pages, problem.head_dim_v, true}};
   if (Status s = check_tensors(arguments, problem)) return s;
   if (Status s = check_rotary(p, problem)) return s;
-  if (Status s = check_memory(arguments, {}, problem)) return s;
+  if (Status s = check_memory(arguments, {}, {}, problem)) return s;
   if (Status s = check_q_memory(p, arguments, problem)) return s;
   if (Status s = check_offsets(target, problem)) return s;
   if (target.device == FLASHTILE_CPU && packed) {

@@ -3,14 +3,15 @@
 // proven: two indices with one address. Slices of one buffer that interleave pass, and so does an
 // overlap that only a search through all rows would find.
 #include <algorithm>
-#include <utility>
 
-#include "api/check_parts.h"
+#include "api/check_scores.h"
 
 namespace flashtile {
 namespace {
 
-constexpr size_t kMostArguments = 10;
+constexpr size_t kMostArguments = 10;  // tensors and rows
+constexpr size_t kMostAreas = 22;
+constexpr int kDims = 4;
 
 // The numbers low + (sum of index * stride, index < extent) + (0 to dim - 1), times `bytes`, with
 // strides that are not negative, the largest first. `exists` is false where there is none, or where
@@ -23,16 +24,16 @@ struct Area {
   const char* name;
   const char* dot;  // between the name and that of a stride
   int64_t dim, bytes;
-  Dim dims[3] = {};
+  Dim dims[kDims] = {};
   intptr_t low = 0, high = 0;
   bool written = false, exists = false;
 };
 
-void place(const void* data, const Area::Dim (&dims)[3], Area& area) {
+void place(const void* data, const Area::Dim (&dims)[kDims], Area& area) {
   constexpr int64_t kMost = int64_t{1} << 60;
   int64_t below = 0, above = area.dim;
   bool fits = true;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kDims; ++i) {
     const auto& [name, stride, extent] = dims[i];
     int64_t reach = 0;
     if (extent > 1) {
@@ -48,9 +49,8 @@ void place(const void* data, const Area::Dim (&dims)[3], Area& area) {
   const auto start = reinterpret_cast<intptr_t>(data);
   area.exists = fits && !__builtin_add_overflow(start, below, &area.low) &&
                 !__builtin_add_overflow(start, above, &area.high);
-  for (const size_t i : {size_t{0}, size_t{1}, size_t{0}}) {
-    if (area.dims[i].stride < area.dims[i + 1].stride) std::swap(area.dims[i], area.dims[i + 1]);
-  }
+  std::sort(area.dims, area.dims + kDims,
+                   [](const Area::Dim& a, const Area::Dim& b) { return a.stride > b.stride; });
 }
 
 Area area_of(const TensorArgument& argument, const Problem& problem) {
@@ -61,7 +61,8 @@ Area area_of(const TensorArgument& argument, const Problem& problem) {
   place(t.data,
         {{"stride_batch", t.stride_batch, batch},
          {"stride_seq", t.stride_seq, rows},
-         {"stride_head", t.stride_head, heads}},
+         {"stride_head", t.stride_head, heads},
+         {"", 0, 1}},
         area);
   return area;
 }
@@ -77,7 +78,23 @@ Area area_of(const RowArgument& argument, const Problem& problem) {
   place(data,
         {{"stride_batch", stride_batch, problem.is_varlen() ? 1 : problem.batch},
          {"stride_head", stride_head, problem.num_heads},
+         {"", 0, 1},
          {"", 0, 1}},
+        area);
+  return area;
+}
+
+Area area_of(const ScoreArgument& argument, const Problem& problem) {
+  const auto& [name, view, extents, written] = argument;
+  Area area = {.name = name, .dot = ".", .dim = 1, .bytes = bytes_of(view.dtype), .written = written};
+  for (const int64_t extent : extents) {
+    if (extent == 0 || problem.batch == 0) return area;
+  }
+  place(view.data,
+        {{"stride_batch", view.stride_batch, extents[0]},
+         {"stride_head", view.stride_head, extents[1]},
+         {"stride_q", view.stride_q, extents[2]},
+         {"stride_k", view.stride_k, extents[3]}},
         area);
   return area;
 }
@@ -85,7 +102,7 @@ Area area_of(const RowArgument& argument, const Problem& problem) {
 // Whether the number `offset` behind the first is found to be of the area, without using the
 // dimension `left_out`.
 bool finds(const Area& area, int64_t offset, int left_out = -1) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kDims; ++i) {
     const auto& [_, stride, extent] = area.dims[i];
     if (i == left_out || stride == 0) continue;
     offset -= std::min(offset / stride, extent - 1) * stride;
@@ -102,7 +119,7 @@ bool finds_address(const Area& area, intptr_t address) {
 // Whether every stride steps over all that the smaller ones reach.
 bool is_nested(const Area& area) {
   int64_t reach = area.dim;
-  for (int i = 2; i >= 0; --i) {
+  for (int i = kDims - 1; i >= 0; --i) {
     const auto& [_, stride, extent] = area.dims[i];
     if (extent <= 1) continue;
     if (stride < reach) return false;
@@ -114,7 +131,7 @@ bool is_nested(const Area& area) {
 // `short_name`: of what has the strides.
 Status check_itself(const Area& area, const char* short_name) {
   if (!area.exists || is_nested(area)) return FLASHTILE_OK;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kDims; ++i) {
     const auto& [name, stride, extent] = area.dims[i];
     if (extent <= 1 || !finds(area, stride, i)) continue;
     return fail(FLASHTILE_INVALID_ARGUMENT,
@@ -143,8 +160,8 @@ Status check_aligned(const char* name, const char* field, const void* data, int6
 
 // All pairs and all that is written, for calls in which something is not as it is in most.
 Status check_closely(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
-                     const Problem& problem) {
-  Area areas[kMostArguments];
+                     std::span<const ScoreArgument> scores, const Problem& problem) {
+  Area areas[kMostAreas];
   size_t count = 0;
   for (const TensorArgument& t : tensors) {
     const Area& area = areas[count++] = area_of(t, problem);
@@ -153,6 +170,11 @@ Status check_closely(std::span<const TensorArgument> tensors, std::span<const Ro
   for (const RowArgument& r : rows) {
     const Area& area = areas[count++] = area_of(r, problem);
     if (Status s = r.written ? check_itself(area, r.short_name) : FLASHTILE_OK) return s;
+  }
+  for (const ScoreArgument& t : scores) {
+    if (Status s = check_aligned(t.name, ".data", t.view.data, bytes_of(t.view.dtype))) return s;
+    const Area& area = areas[count++] = area_of(t, problem);
+    if (Status s = t.written ? check_itself(area, t.name) : FLASHTILE_OK) return s;
   }
   for (size_t i = 0; i < count; ++i) {
     for (size_t j = 0; areas[i].written && j < count; ++j) {
@@ -203,7 +225,7 @@ bool are_apart(std::span<const Reach> all) {
 }  // namespace
 
 Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
-                    const Problem& problem) {
+                    std::span<const ScoreArgument> scores, const Problem& problem) {
   const int64_t bytes = bytes_of(problem.dtype), lse_bytes = bytes_of_lse(problem);
   Reach all[kMostArguments];
   size_t count = 0;
@@ -224,8 +246,8 @@ Status check_memory(std::span<const TensorArgument> tensors, std::span<const Row
     is_usual &= find_reach(data, {{stride_head, problem.num_heads}, {stride_batch, batch}, {0, 1}},
                            length, lse_bytes, reach);
   }
-  if (is_usual && are_apart({all, count})) return FLASHTILE_OK;
-  return check_closely(tensors, rows, problem);
+  if (scores.empty() && is_usual && are_apart({all, count})) return FLASHTILE_OK;
+  return check_closely(tensors, rows, scores, problem);
 }
 
 }  // namespace flashtile

@@ -1,6 +1,7 @@
 // What the argument checks share. No other file includes it.
 #pragma once
 
+#include <cstddef>
 #include <cstring>
 #include <span>
 
@@ -31,7 +32,8 @@ struct RowArgument {
 };
 
 constexpr int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  constexpr int64_t kBytes[] = {2, 2, 4, 8, 1, 1};
+  return kBytes[static_cast<int>(dtype)];
 }
 constexpr int64_t bytes_of_lse(const Problem& problem) { return problem.lse_is_double ? 8 : 4; }
 
@@ -65,6 +67,12 @@ Status read_struct(const T* user, T& out, const char* name, size_t least = sizeo
   return FLASHTILE_OK;
 }
 
+// NULL also where the caller's struct ends before the field.
+inline const flashtile_scores* scores_of(const flashtile_problem& user) {
+  return user.struct_size >= offsetof(flashtile_problem, scores) + sizeof user.scores ? user.scores
+                                                                                      : nullptr;
+}
+
 Status check_range(const char* name, int64_t value, int64_t low, int64_t high);
 
 // Everything about the problem but its offsets in device memory.
@@ -84,9 +92,11 @@ Status check_tensors(const TensorArgument (&arguments)[kCount], const Problem& p
   return FLASHTILE_OK;
 }
 
-// Alignment, and what is written where: api/check_memory.cpp. At most ten arguments.
+struct ScoreArgument;
+
+// Alignment, and what is written where: api/check_memory.cpp. At most ten tensors and rows.
 Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
-                    const Problem& problem);
+                    std::span<const ScoreArgument> scores, const Problem& problem);
 
 inline View view(const flashtile_tensor& t) {
   return {t.data, t.stride_batch, t.stride_seq, t.stride_head};

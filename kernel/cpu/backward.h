@@ -22,6 +22,7 @@
 #include "engine.h"
 #include "pack.h"
 #include "parallel.h"
+#include "score_gradients.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
@@ -48,23 +49,38 @@ class Backward {
   using T = typename Products::Storage;
   using C = Compute<T>;
 
-  Backward(const BackwardParams& params, const Extent& extent, int threads)
+  Backward(const BackwardParams& params, const Scores& scores, const Extent& extent, int threads)
       : params_(params),
         problem_(params.problem),
+        scores_(scores),
         extent_(extent),
         threads_(useful_threads(params.problem, extent, threads)),
         split_(KeySplit::of(params.problem, kBlockK)),
         parts_(split_.count(extent.max_k)),
         group_(problem_.group()) {}
 
-  static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
+  static Scratch scratch(const Problem& problem, const Scores& scores, const Extent& extent,
+                         int threads) {
     const auto useful = static_cast<size_t>(useful_threads(problem, extent, threads));
-    const size_t bytes = shared_bytes(problem, extent) + useful * thread_bytes(problem, extent);
-    return {bytes, bytes};
+    const size_t bytes = shared_bytes(problem, scores, extent) +
+                         useful * thread_bytes(problem, scores, extent);
+    const size_t of_scores = ScoreGradients<Products>::scratch(problem, scores, threads);
+    const size_t wanted = bytes > of_scores ? bytes : of_scores;
+    return {wanted, wanted};
   }
 
   void run() {
+    differentiate_all();
+    if (!scores_.wants_gradients()) return;
+    ScoreGradients<Products> gradients(params_, scores_, extent_, threads_);
+    gradients.store_slopes(slope_parts(), parts_);
+    gradients.run();  // over the same memory
+  }
+
+ private:
+  void differentiate_all() {
     const int64_t pairs = problem_.batch * problem_.num_heads_kv;
+    for (int64_t i = 0; i < slope_part_count(problem_, scores_, extent_); ++i) slope_parts()[i] = 0;
     if (parts_ == 1) {
       parallel_for(threads_, pairs, kFlush,
                    [&](int64_t pair, int thread) { differentiate(pair, thread); });
@@ -79,7 +95,6 @@ class Backward {
     for_each_block([&](const Place& at, int64_t q0, int) { store_dq(packed_of(at), at, q0); });
   }
 
- private:
   static constexpr int64_t kBlockQ = Products::kBlockQ;
   static constexpr int64_t kBlockK = Products::kBlockK;
   static constexpr bool kFlush = sizeof(C) == sizeof(float);
@@ -137,9 +152,10 @@ class Backward {
     Packed packed;
     Sums sums;
 
-    static Memory take(Arena& arena, const Problem& problem, const Extent& extent) {
+    static Memory take(Arena& arena, const Problem& problem, const Scores& scores,
+                       const Extent& extent) {
       Memory memory = {};
-      memory.tile = Products::Tile::take(arena, problem);
+      memory.tile = Products::Tile::take(arena, problem, scores);
       if (is_split(problem, extent)) return memory;
       memory.packed = Packed::take(arena, problem, blocks_of(larger_of(extent.max_q, 1)));
       memory.sums = Sums::take(arena, problem, round_up(extent.max_k, kBlockK));
@@ -147,13 +163,19 @@ class Backward {
     }
   };
 
-  // What all threads share where the keys are split: every query head and key/value head.
+  // What all threads share: the gradient of alibi_slopes, a number for every query head of a
+  // sequence and part of its keys; and, where the keys are split, all query heads and key/value
+  // heads.
   struct Shared {
+    double* slopes;
     Packed packed;
     Sums sums;
 
-    static Shared take(Arena& arena, const Problem& problem) {
-      Shared shared;
+    static Shared take(Arena& arena, const Problem& problem, const Scores& scores,
+                       const Extent& extent) {
+      Shared shared = {};
+      shared.slopes = arena.take<double>(slope_part_count(problem, scores, extent));
+      if (!is_split(problem, extent)) return shared;
       shared.packed = Packed::take(arena, problem, problem.num_heads * all_blocks(problem));
       shared.sums =
           Sums::take(arena, problem, problem.num_heads_kv * all_key_blocks(problem) * kBlockK);
@@ -186,35 +208,41 @@ class Backward {
                                : problem.batch * key_blocks_of(problem.seqlen_k);
   }
 
-  static size_t thread_bytes(const Problem& problem, const Extent& extent) {
+  static int64_t slope_part_count(const Problem& problem, const Scores& scores,
+                                  const Extent& extent) {
+    if (!scores.dalibi_slopes.exists()) return 0;
+    return problem.batch * problem.num_heads * parts_of(problem, extent);
+  }
+  static size_t thread_bytes(const Problem& problem, const Scores& scores, const Extent& extent) {
     Arena arena(nullptr);
-    Memory::take(arena, problem, extent);
+    Memory::take(arena, problem, scores, extent);
     return arena.used();
   }
-  static size_t shared_bytes(const Problem& problem, const Extent& extent) {
-    if (!is_split(problem, extent)) return 0;
+  static size_t shared_bytes(const Problem& problem, const Scores& scores, const Extent& extent) {
     Arena arena(nullptr);
-    Shared::take(arena, problem);
+    Shared::take(arena, problem, scores, extent);
     return arena.used();
   }
+  Shared shared() const {
+    Arena arena(params_.workspace);
+    return Shared::take(arena, problem_, scores_, extent_);
+  }
+  double* slope_parts() const { return shared().slopes; }
   Memory memory_of(int thread) const {
-    Arena arena(static_cast<char*>(params_.workspace) + shared_bytes(problem_, extent_) +
-                static_cast<size_t>(thread) * thread_bytes(problem_, extent_));
-    return Memory::take(arena, problem_, extent_);
+    Arena arena(static_cast<char*>(params_.workspace) + shared_bytes(problem_, scores_, extent_) +
+                static_cast<size_t>(thread) * thread_bytes(problem_, scores_, extent_));
+    return Memory::take(arena, problem_, scores_, extent_);
   }
   Packed packed_of(const Place& at) const {
-    Arena arena(params_.workspace);
     const int64_t first = problem_.is_varlen() ? at.seq.q_begin / kBlockQ + at.seq.index
                                                : at.seq.index * blocks_of(problem_.seqlen_q);
-    return Shared::take(arena, problem_)
-        .packed.from(problem_, at.head * all_blocks(problem_) + first);
+    return shared().packed.from(
+        problem_, at.head * all_blocks(problem_) + first);
   }
   Sums sums_of(const Sequence& seq, int64_t head_kv) const {
-    Arena arena(params_.workspace);
     const int64_t first = problem_.is_varlen() ? seq.k_begin / kBlockK + seq.index
                                                : seq.index * key_blocks_of(problem_.seqlen_k);
-    return Shared::take(arena, problem_)
-        .sums.from((head_kv * all_key_blocks(problem_) + first) * kBlockK);
+    return shared().sums.from((head_kv * all_key_blocks(problem_) + first) * kBlockK);
   }
 
   // A whole sequence and key/value head.
@@ -226,9 +254,11 @@ class Backward {
     memory.sums.clear(round_up(seq.k_len, kBlockK));
     for (int64_t head = head_kv * group_; head < (head_kv + 1) * group_; ++head) {
       const Place at = {seq, head};
-      Products products(problem_, memory.packed.queries, memory.tile);
+      const HeadScores<C> scores(problem_, scores_, seq, head);
+      Products products(problem_, scores, memory.packed.queries, memory.tile);
       for (int64_t q0 = 0; q0 < seq.q_len; q0 += kBlockQ) pack(products, memory.packed, at, q0);
       add(products, memory.packed, memory.sums, at, {keys, queries});
+      add_slope_gradient(products, at, 0);
       for (int64_t q0 = 0; q0 < seq.q_len; q0 += kBlockQ) store_dq(memory.packed, at, q0);
     }
     store_keys(memory.sums, seq, head_kv, keys);
@@ -248,7 +278,8 @@ class Backward {
 
   void pack_block(const Place& at, int64_t q0, int thread) const {
     const Packed packed = packed_of(at);
-    Products products(problem_, packed.queries, memory_of(thread).tile);
+    const HeadScores<C> scores(problem_, scores_, at.seq, at.head);
+    Products products(problem_, scores, packed.queries, memory_of(thread).tile);
     pack(products, packed, at, q0);
   }
 
@@ -265,10 +296,19 @@ class Backward {
     for (int64_t head = head_kv * group_; head < (head_kv + 1) * group_; ++head) {
       const Place at = {seq, head};
       const Packed packed = packed_of(at);
-      Products products(problem_, packed.queries, memory_of(thread).tile);
+      const HeadScores<C> scores(problem_, scores_, seq, head);
+      Products products(problem_, scores, packed.queries, memory_of(thread).tile);
       add(products, packed, sums, at, {keys, queries});
+      add_slope_gradient(products, at, part);
     }
     if (turn == parts - 1) store_keys(sums, seq, head_kv, keys);
+  }
+
+  // A part of the keys is one task's, turn after turn: the sum has one order.
+  void add_slope_gradient(const Products& products, const Place& at, int64_t part) const {
+    if (!scores_.dalibi_slopes.exists()) return;
+    const int64_t head = at.seq.index * problem_.num_heads + at.head;
+    slope_parts()[head * parts_ + part] += products.slope_gradient();
   }
 
   KeyRows<T> rows_of_keys(const Place& at) const {
@@ -295,7 +335,7 @@ class Backward {
       const Sums to = sums.from(k0 - area.keys.begin);
       for (int64_t q0 = round_down(range.begin, kBlockQ); q0 < range.end; q0 += kBlockQ) {
         const int64_t queries = smaller_of(kBlockQ, at.seq.q_len - q0), block = q0 / kBlockQ;
-        products.differentiate(q0, visible.block(q0, queries, k0, count),
+        products.differentiate(q0, {q0, k0}, visible.block(q0, queries, k0, count),
                                packed.statistics.block(q0, queries),
                                keys_finite && packed.finite[block] != 0,
                                {packed.dq + block * dq_size(problem_), to.dk, to.dv});
@@ -309,7 +349,7 @@ class Backward {
     clear(packed.dq + q0 / kBlockQ * dq_size(problem_), dq_size(problem_));
     if (at.seq.visible.keys_of_group(q0, queries).empty()) return;
     pack_queries(products, packed, at, q0);
-    refine_statistics(products, rows_of_keys(at), at.seq.visible, q0,
+    refine_statistics(products, rows_of_keys(at), at.seq.visible, q0, q0,
                       packed.statistics.block(q0, queries));
   }
 
@@ -350,6 +390,7 @@ class Backward {
 
   const BackwardParams& params_;
   const Problem& problem_;
+  const Scores& scores_;
   const Extent extent_;
   const int threads_;
   const KeySplit split_;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "arena.h"
+#include "scores.h"
 #include "sequence.h"
 #include "softmax.h"
 
@@ -57,14 +58,17 @@ struct Statistics {
   }
   // A log-sum-exp that is not this softmax's own (but of keys that other calls hold, say) stands.
   // `summands` of a score: the forward pass may have added them in another order.
-  void refine(int64_t i, C largest, C sum, double scale, int64_t summands) const {
-    const double log_sum = __builtin_log(static_cast<double>(sum));
-    const double exact = static_cast<double>(largest) * scale + log_sum;
+  void refine(int64_t i, const RowState<C>& state, double scale, double sink,
+              int64_t summands) const {
+    const double top = static_cast<double>(state.largest) * scale;
+    const double log_sum =
+        __builtin_log(static_cast<double>(state.sum) + __builtin_exp(sink - top));
+    const double exact = top + log_sum;
     const double given = static_cast<double>(lse[i]);
     const double unit = is_narrow || sizeof(C) == sizeof(float) ? 0x1p-24 : 0x1p-53;
     const double ulps = is_narrow ? 2 : 8 + static_cast<double>(summands) / 2;
     if (!(__builtin_fabs(exact - given) <= ulps * unit * __builtin_fabs(given))) return;
-    base[i] = largest;
+    base[i] = state.largest;
     rest[i] = static_cast<C>(log_sum / kLn2);
   }
 };
@@ -105,10 +109,11 @@ struct ColumnStates {
   }
 };
 
-// `block`: the queries [q0, q0 + block.queries) of the sequence, packed into `products`.
+// `block`: the queries [q0, q0 + block.queries) of the sequence, packed into `products` from
+// packed_q0 on.
 template <class Products>
 void refine_statistics(Products& products, const KeyRows<typename Products::Storage>& rows,
-                       const Visible& sequence, int64_t q0,
+                       const Visible& sequence, int64_t q0, int64_t packed_q0,
                        const Statistics<Compute<typename Products::Storage>>& block) {
   using T = typename Products::Storage;
   using C = Compute<T>;
@@ -122,12 +127,14 @@ void refine_statistics(Products& products, const KeyRows<typename Products::Stor
     const int64_t keys = smaller_of(Products::kBlockK, sequence.keys - k0);
     const Visible visible = sequence.block(q0, block.queries, k0, keys);
     products.pack_keys(rows.k.from(k0), rows.v.from(k0), keys);
-    products.multiply_scores(q0, visible);
-    states.template weigh<kExp2Degree<T>>(products.scores(), visible, products.factor());
+    products.multiply_scores(packed_q0, {q0, k0}, visible);
+    states.template weigh<kExp2Degree<T>>(products.scores(), visible,
+                                          products.scores_of_head().factor());
   }
   for (int64_t i = 0; i < block.queries; ++i) {
     if (!block.is_coarse(i)) continue;
-    block.refine(i, states.largest[i], states.sum[i], products.scale(), products.head_dim());
+    block.refine(i, {states.largest[i], states.sum[i]}, products.scores_of_head().scale(),
+                 products.scores_of_head().sink(q0 + i), products.head_dim());
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "backward_statistics.h"
 #include "tiles_pack.h"
+#include "transposed_scores.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
@@ -47,8 +48,9 @@ class TileBackward {
     TileRows p;          // [keys, queries]: P^T
     TileRows ds;         // [keys, queries]: dS^T
     BFloat16* pairs;     // dS^T as right operand [keys, queries]
+    TransposedScores<float, kBlockQ, kBlockK> scores;
 
-    static Tile take(Arena& arena, const Problem& problem) {
+    static Tile take(Arena& arena, const Problem& problem, const Scores& scores) {
       const int64_t wide = padded(problem.head_dim), wide_v = padded(problem.head_dim_v);
       const int64_t stride = kBlockQ + kTilePair;
       Tile tile;
@@ -60,6 +62,7 @@ class TileBackward {
       tile.p = {arena.take<BFloat16>(kBlockK * stride), stride};
       tile.ds = {arena.take<BFloat16>(kBlockK * stride), stride};
       tile.pairs = arena.take<BFloat16>(kBlockK * kBlockQ);
+      tile.scores = TransposedScores<float, kBlockQ, kBlockK>::take(arena, scores);
       return tile;
     }
     TilePanels pairs_of(int64_t keys) const { return {pairs, round_up(keys, kTilePair)}; }
@@ -71,10 +74,12 @@ class TileBackward {
     Matrix<float> dv;  // [keys of the block, head_dim_v]
   };
 
-  TileBackward(const Problem& problem, const Queries& queries, const Tile& tile)
+  TileBackward(const Problem& problem, const HeadScores<float>& scores, const Queries& queries,
+               const Tile& tile)
       : dim_(problem.head_dim),
         dim_v_(problem.head_dim_v),
         scale_(problem),
+        scores_(scores),
         queries_(queries),
         tile_(tile) {}
 
@@ -95,25 +100,33 @@ class TileBackward {
     return all_finite(k, count, dim_);
   }
 
-  // scores() = S^T of the queries from q0 on and the packed keys.
-  void multiply_scores(int64_t q0, const Visible& visible) {
+  // scores() = S^T of the queries packed from q0 on and the packed keys, as logits where scores
+  // change them. `at`: where the block lies in the sequence.
+  void multiply_scores(int64_t q0, const BlockPlace& at, const Visible& visible) {
     multiply_seen(tile_.k, columns_at(queries_.q_columns, q0, dim_), visible, tile_.s);
+    if (!scores_.changes_logits()) return;
+    tile_.scores.begin(scores_, at, visible);
+    for (int64_t r = 0; r < visible.keys; ++r)
+      tile_.scores.to_logits(scores_, tile_.s.row(r), r, at, visible);
   }
   const Matrix<float>& scores() const { return tile_.s; }
-  float factor() const { return scale_.log2; }
+  const HeadScores<float>& scores_of_head() const { return scores_; }
   int64_t head_dim() const { return dim_; }
-  double scale() const { return scale_.magnitude; }
 
-  void differentiate(int64_t q0, const Visible& visible, const Statistics<float>& statistics,
-                     bool finite, const Gradients& sum) {
-    multiply_scores(q0, visible);
-    multiply_seen(tile_.v, columns_at(queries_.dout_columns, q0, dim_v_), visible, tile_.dp);
-    for (int64_t key = 0; key < round_up(visible.keys, kTilePair); key += 2) {
-      differentiate_keys(key, visible, statistics);
+  void differentiate(int64_t q0, const BlockPlace& at, const Visible& visible,
+                     const Statistics<float>& statistics, bool finite, const Gradients& sum) {
+    multiply(q0, at, visible);
+    distance_ = at.query + scores_.shift() - at.key;
+    if (scores_.changes_logits() || scores_.drops().exists()) {
+      for (int64_t key = 0; key < round_up(visible.keys, kTilePair); key += 2)
+        differentiate_keys<true>(key, visible, statistics);
+    } else {
+      for (int64_t key = 0; key < round_up(visible.keys, kTilePair); key += 2)
+        differentiate_keys<false>(key, visible, statistics);
     }
     const TilePanels dout = rows_at(queries_.dout_rows, q0, visible.queries, dim_v_);
     const TilePanels q = rows_at(queries_.q_rows, q0, visible.queries, dim_);
-    if (finite || visible.all()) {
+    if (finite || (visible.all() && !scores_.hides_keys())) {
       accumulate_keys(tile_.p, dout, visible, sum.dv);
       accumulate_keys(tile_.ds, q, visible, sum.dk);
       accumulate_queries(sum.dq, visible);
@@ -121,6 +134,23 @@ class TileBackward {
       accumulate_seen(q, dout, visible, sum);
     }
   }
+
+  // The gradients of the logits [keys, queries], 0 where a query does not see a key.
+  const Matrix<float>& logit_gradients(int64_t q0, const BlockPlace& at, const Visible& visible,
+                                       const Statistics<float>& statistics) {
+    multiply(q0, at, visible);
+    for (int64_t r = 0; r < visible.keys; ++r) {
+      const Range seen = visible.queries_of(r);
+      for (int64_t i = 0; i < visible.queries; i += kLanes<float>) {
+        const Vec<float> change = differentials(r, i, statistics).dlogit;
+        const IntVec<float> mask = lanes_in<float>(seen, i);
+        store(tile_.dp.row(r) + i, masked_lanes<float>(change, mask));
+      }
+    }
+    return tile_.dp;
+  }
+  // Of alibi_slopes, so far.
+  double slope_gradient() const { return slope_gradient_; }
 
   // to = scale * transposed sums.
   static void store_dq(const Problem& problem, const float* dq, float scale, int64_t count,
@@ -165,22 +195,53 @@ class TileBackward {
     WordVec p;
     WordVec ds;
   };
+  template <bool kLogits>
   FLASHTILE_INLINE RoundedPair differentiate_vector(int64_t key, int64_t i, const Range& seen,
-                                                    const Statistics<float>& statistics) const {
+                                                    const Statistics<float>& statistics) {
     constexpr int kWidth = kLanes<float>;
     if (seen.begin >= i + kWidth || seen.end <= i) return {WordVec{}, WordVec{}};
-    const Vec<float> above = load(tile_.s.row(key) + i) - load(statistics.base + i);
-    const Vec<float> p =
-        exp2<float, kExp2Degree<BFloat16>>(above * scale_.log2 - load(statistics.rest + i));
-    const Vec<float> ds = p * (load(tile_.dp.row(key) + i) - load(statistics.delta + i));
+    Vec<float> p, ds;
+    if constexpr (kLogits) {
+      const Differentials d = differentials(key, i, statistics);
+      p = d.p;
+      ds = d.ds;
+      if (scores_.slope() != 0) add_slope_gradient(d.dlogit, key, i, seen);
+    } else {
+      const Vec<float> above = load(tile_.s.row(key) + i) - load(statistics.base + i);
+      p = exp2<float, kExp2Degree<BFloat16>>(above * scale_.log2 - load(statistics.rest + i));
+      ds = p * (load(tile_.dp.row(key) + i) - load(statistics.delta + i));
+    }
     if (seen.begin <= i && seen.end >= i + kWidth) return {bfloat16_bits(p), bfloat16_bits(ds)};
     const WordVec mask = bit_cast<WordVec>(lanes_in<float>(seen, i));
     return {bfloat16_bits(p) & mask, bfloat16_bits(ds) & mask};
   }
 
+  using Differentials = typename TransposedScores<float, kBlockQ, kBlockK>::Differentials;
+  FLASHTILE_INLINE Differentials differentials(int64_t key, int64_t i,
+                                               const Statistics<float>& statistics) const {
+    const Vec<float> logit = load(tile_.s.row(key) + i);
+    const Vec<float> above = logit - load(statistics.base + i);
+    const Vec<float> weight =
+        exp2<float, kExp2Degree<BFloat16>>(above * scores_.factor() - load(statistics.rest + i));
+    return tile_.scores.differentiate(scores_, key, i, logit, weight,
+                                      load(tile_.dp.row(key) + i), load(statistics.delta + i));
+  }
+  void add_slope_gradient(Vec<float> dlogit, int64_t key, int64_t i, const Range& seen) {
+    const IntVec<float> mask = lanes_in<float>(seen, i);
+    const Vec<float> change = masked_lanes<float>(dlogit, mask) *
+                              HeadScores<float>::distances(distance_ - key, 1.0f, i);
+    slope_gradient_ -= static_cast<double>(sum_of_lanes<float>(change));
+  }
+  void multiply(int64_t q0, const BlockPlace& at, const Visible& visible) {
+    multiply_scores(q0, at, visible);
+    multiply_seen(tile_.v, columns_at(queries_.dout_columns, q0, dim_v_), visible, tile_.dp);
+    tile_.scores.draw(scores_, at, visible);
+  }
+
   // S^T, dP^T -> P^T, dS^T for two keys, for the queries that the products of their group read.
+  template <bool kLogits>
   FLASHTILE_INLINE void differentiate_keys(int64_t key, const Visible& visible,
-                                           const Statistics<float>& statistics) const {
+                                           const Statistics<float>& statistics) {
     const Range group =
         whole_tiles(visible.queries_of_group(round_down(key, kTilePair), kTilePair));
     const Range hidden = {0, 0};  // rows of padding: no query sees them
@@ -188,8 +249,8 @@ class TileBackward {
     const Range seen1 = key + 1 < visible.keys ? visible.queries_of(key + 1) : hidden;
     const TilePanels pairs = tile_.pairs_of(visible.keys);
     for (int64_t i = group.begin; i < group.end; i += kLanes<float>) {
-      const RoundedPair low = differentiate_vector(key, i, seen0, statistics);
-      const RoundedPair high = differentiate_vector(key + 1, i, seen1, statistics);
+      const RoundedPair low = differentiate_vector<kLogits>(key, i, seen0, statistics);
+      const RoundedPair high = differentiate_vector<kLogits>(key + 1, i, seen1, statistics);
       store_shorts(tile_.p.row(key) + i, low.p);
       store_shorts(tile_.p.row(key + 1) + i, high.p);
       store_shorts(tile_.ds.row(key) + i, low.ds);
@@ -234,12 +295,14 @@ class TileBackward {
                        const Gradients& sum) const {
     for (int64_t key = 0; key < visible.keys; ++key) {
       const Range seen = visible.queries_of(key);
-      add_products(tile_.p.row(key), seen, dout, sum.dv.stride, sum.dv.row(key));
-      add_products(tile_.ds.row(key), seen, q, sum.dk.stride, sum.dk.row(key));
+      const bool hides = scores_.hides_keys();
+      add_products(tile_.p.row(key), seen, dout, sum.dv.stride, sum.dv.row(key), hides);
+      add_products(tile_.ds.row(key), seen, q, sum.dk.stride, sum.dk.row(key), hides);
       for (int64_t d = 0; d < dim_; ++d) {
         const float k = value_of(tile_.k_columns.row(d)[key]);
         for (int64_t i = seen.begin; i < seen.end; ++i) {
-          sum.dq[d * kBlockQ + i] += k * value_of(tile_.ds.row(key)[i]);
+          const float ds = value_of(tile_.ds.row(key)[i]);
+          if (!hides || ds != 0) sum.dq[d * kBlockQ + i] += k * ds;
         }
       }
     }
@@ -247,8 +310,11 @@ class TileBackward {
 
   const int64_t dim_, dim_v_;
   const Scale<float> scale_;
+  const HeadScores<float>& scores_;
   const Queries queries_;
   const Tile tile_;
+  int64_t distance_ = 0;  // of the first query and key of the block
+  double slope_gradient_ = 0;
   Tiles tiles_;
 };
 

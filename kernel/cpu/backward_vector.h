@@ -4,6 +4,7 @@
 
 #include "backward_statistics.h"
 #include "pack.h"
+#include "transposed_scores.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
@@ -44,8 +45,9 @@ class VectorBackward {
     C* k_packed;   // k as right operand [head_dim panels][keys][kPanel]
     Matrix<C> p;   // [keys, queries]: S^T, then P^T
     Matrix<C> ds;  // [keys, queries]: dP^T, then dS^T
+    TransposedScores<C, kBlockQ, kBlockK> scores;
 
-    static Tile take(Arena& arena, const Problem& problem) {
+    static Tile take(Arena& arena, const Problem& problem, const Scores& scores) {
       const int64_t narrow = round_up(problem.head_dim, kLanes<C>);
       const int64_t narrow_v = round_up(problem.head_dim_v, kLanes<C>);
       const int64_t stride = kBlockQ + 2 * kLanes<C>;
@@ -55,6 +57,7 @@ class VectorBackward {
       tile.k_packed = arena.take<C>(kBlockK * padded(problem.head_dim));
       tile.p = {arena.take<C>(kBlockK * stride), stride};
       tile.ds = {arena.take<C>(kBlockK * stride), stride};
+      tile.scores = TransposedScores<C, kBlockQ, kBlockK>::take(arena, scores);
       return tile;
     }
   };
@@ -65,10 +68,12 @@ class VectorBackward {
     Matrix<C> dv;  // [keys of the block, head_dim_v]
   };
 
-  VectorBackward(const Problem& problem, const Queries& queries, const Tile& tile)
+  VectorBackward(const Problem& problem, const HeadScores<C>& scores, const Queries& queries,
+                 const Tile& tile)
       : dim_(problem.head_dim),
         dim_v_(problem.head_dim_v),
         scale_(problem),
+        scores_(scores),
         queries_(queries),
         tile_(tile) {}
 
@@ -86,29 +91,56 @@ class VectorBackward {
     return pack_rows(k, count, dim_, tile_.k_packed);
   }
 
-  // scores() = S^T of the queries from q0 on and the packed keys.
-  void multiply_scores(int64_t q0, const Visible& visible) {
+  // scores() = S^T of the queries packed from q0 on and the packed keys, as logits where scores
+  // change them. `at`: where the block lies in the sequence.
+  void multiply_scores(int64_t q0, const BlockPlace& at, const Visible& visible) {
     multiply_transposed(tile_.k, queries_.q_transposed + q0 * dim_, dim_, visible, tile_.p);
+    if (!scores_.changes_logits()) return;
+    tile_.scores.begin(scores_, at, visible);
+    for (int64_t r = 0; r < visible.keys; ++r)
+      tile_.scores.to_logits(scores_, tile_.p.row(r), r, at, visible);
   }
   const Matrix<C>& scores() const { return tile_.p; }
-  C factor() const { return scale_.log2; }
+  const HeadScores<C>& scores_of_head() const { return scores_; }
   int64_t head_dim() const { return dim_; }
-  double scale() const { return scale_.magnitude; }
 
-  void differentiate(int64_t q0, const Visible& visible, const Statistics<C>& statistics,
-                     bool finite, const Gradients& sum) {
-    multiply_scores(q0, visible);
-    multiply_transposed(tile_.v, queries_.dout_transposed + q0 * dim_v_, dim_v_, visible, tile_.ds);
+  void differentiate(int64_t q0, const BlockPlace& at, const Visible& visible,
+                     const Statistics<C>& statistics, bool finite, const Gradients& sum) {
+    multiply(q0, at, visible);
+    const bool plain = !scores_.changes_logits() && !scores_.drops().exists();
     for (int64_t r = 0; r < visible.keys; ++r) {
       const Range group = visible.queries_of_group(round_down(r, kTileRows), kTileRows);
-      if (!group.empty()) differentiate_row(r, visible, statistics);
+      if (group.empty()) continue;
+      if (plain) {
+        differentiate_row(r, visible, statistics);
+      } else {
+        differentiate_logits(r, at, visible, statistics);
+      }
     }
-    if (finite || visible.all()) {
+    if (finite || (visible.all() && !scores_.hides_keys())) {
       accumulate<kTileRows>(q0, visible, sum);
+    } else if (scores_.hides_keys()) {
+      accumulate_weighed(q0, visible, sum);
     } else {
       accumulate<1>(q0, visible, sum);
     }
   }
+
+  // The gradients of the logits [keys, queries], 0 where a query does not see a key.
+  const Matrix<C>& logit_gradients(int64_t q0, const BlockPlace& at, const Visible& visible,
+                                   const Statistics<C>& statistics) {
+    multiply(q0, at, visible);
+    for (int64_t r = 0; r < visible.keys; ++r) {
+      const Range seen = visible.queries_of(r);
+      for (int64_t i = 0; i < visible.queries; i += kLanes<C>) {
+        const Vec<C> change = differentials(r, i, seen, statistics).dlogit;
+        store(tile_.ds.row(r) + i, change);
+      }
+    }
+    return tile_.ds;
+  }
+  // Of alibi_slopes, so far.
+  double slope_gradient() const { return slope_gradient_; }
 
   static void store_dq(const Problem& problem, const C* dq, C scale, int64_t count, Rows<T> to) {
     for (int64_t i = 0; i < count; ++i) {
@@ -150,6 +182,65 @@ class VectorBackward {
       }
       store(p + i, weight);
       store(ds + i, slope);
+    }
+  }
+
+  void multiply(int64_t q0, const BlockPlace& at, const Visible& visible) {
+    multiply_scores(q0, at, visible);
+    multiply_transposed(tile_.v, queries_.dout_transposed + q0 * dim_v_, dim_v_, visible, tile_.ds);
+    tile_.scores.draw(scores_, at, visible);
+  }
+
+  // What differentiate_row does, where scores are logits already or dropout drops.
+  using Differentials = typename TransposedScores<C, kBlockQ, kBlockK>::Differentials;
+  FLASHTILE_INLINE Differentials differentials(int64_t key, int64_t i, const Range& seen,
+                                               const Statistics<C>& statistics) const {
+    const Vec<C> logit = load(tile_.p.row(key) + i);
+    const Vec<C> above = logit - load(statistics.base + i);
+    const Vec<C> weight =
+        exp2<C, kExp2Degree<T>>(above * scores_.factor() - load(statistics.rest + i));
+    const Differentials d = tile_.scores.differentiate(scores_, key, i, logit, weight,
+                                                 load(tile_.ds.row(key) + i),
+                                                 load(statistics.delta + i));
+    if (i >= seen.begin && i + kLanes<C> <= seen.end) return d;
+    const IntVec<C> mask = lanes_in<C>(seen, i);
+    return {masked_lanes<C>(d.p, mask), masked_lanes<C>(d.ds, mask), masked_lanes<C>(d.dlogit, mask)};
+  }
+  void differentiate_logits(int64_t key, const BlockPlace& at, const Visible& visible,
+                            const Statistics<C>& statistics) {
+    const Range seen = visible.queries_of(key);
+    const int64_t begin = round_down(larger_of(seen.begin - (kTileRows - 1), 0), kLanes<C>);
+    const int64_t end = smaller_of(seen.end + kTileRows - 1, visible.queries);
+    const int64_t distance = at.query + scores_.shift() - at.key - key;
+    Vec<C> slope_gradient{};
+    for (int64_t i = begin; i < end; i += kLanes<C>) {
+      const Differentials d = differentials(key, i, seen, statistics);
+      store(tile_.p.row(key) + i, d.p);
+      store(tile_.ds.row(key) + i, d.ds);
+      slope_gradient -= d.dlogit * HeadScores<C>::distances(distance, C{1}, i);
+    }
+    if (scores_.slope() != 0) slope_gradient_ += static_cast<double>(sum_of_lanes<C>(slope_gradient));
+  }
+
+  // The three sums without pairs whose weight is 0: a key may be hidden, and hold no number.
+  void accumulate_weighed(int64_t q0, const Visible& visible, const Gradients& sum) const {
+    for (int64_t r = 0; r < visible.keys; ++r) {
+      const Range seen = visible.queries_of(r);
+      for (int64_t i = seen.begin; i < seen.end; ++i) {
+        const int64_t rows = visible.queries;
+        add_weighed(tile_.p.row(r)[i], queries_.dout + q0 * padded(dim_v_) + i * kPanel<C>, rows,
+                    sum.dv.row(r), sum.dv.stride);
+        add_weighed(tile_.ds.row(r)[i], queries_.q + q0 * padded(dim_) + i * kPanel<C>, rows,
+                    sum.dk.row(r), sum.dk.stride);
+        add_weighed(tile_.ds.row(r)[i], tile_.k_packed + r * kPanel<C>, visible.keys,
+                    sum.dq + i * padded(dim_), padded(dim_));
+      }
+    }
+  }
+  // to += weight * row, which lies in panels of `rows` rows.
+  static void add_weighed(C weight, const C* row, int64_t rows, C* to, int64_t dim) {
+    for (int64_t d = 0; weight != 0 && d < dim; d += kPanel<C>) {
+      for (int64_t n = 0; n < kPanel<C>; ++n) to[d + n] += weight * row[d * rows + n];
     }
   }
 
@@ -195,8 +286,10 @@ class VectorBackward {
 
   const int64_t dim_, dim_v_;
   const Scale<C> scale_;
+  const HeadScores<C>& scores_;
   const Queries queries_;
   const Tile tile_;
+  double slope_gradient_ = 0;
 };
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

@@ -18,6 +18,7 @@
 #include "decode_vector.h"
 #include "engine.h"
 #include "parallel.h"
+#include "scores.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
@@ -30,20 +31,21 @@ class Decode {
   using T = typename Few::Storage;
   using C = Compute<T>;
 
-  Decode(const ForwardParams& params, const Extent& extent, int threads)
+  Decode(const ForwardParams& params, const Scores& scores, const Extent& extent, int threads)
       : params_(params),
         problem_(params.problem),
+        scores_(scores),
         extent_(extent),
         threads_(threads),
-        tile_bytes_(tile_bytes(problem_, extent)),
-        group_(problem_.group()),
-        scale_(problem_) {}
+        tile_bytes_(tile_bytes(problem_, scores, extent)),
+        group_(problem_.group()) {}
 
-  static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
+  static Scratch scratch(const Problem& problem, const Scores& scores, const Extent& extent,
+                         int threads) {
     const size_t shares =
         static_cast<size_t>(all_parts(problem, extent) * problem.num_heads * extent.max_q);
     const size_t bytes =
-        static_cast<size_t>(threads) * tile_bytes(problem, extent) + shares * share_bytes(problem);
+        static_cast<size_t>(threads) * tile_bytes(problem, scores, extent) + shares * share_bytes(problem);
     return {bytes, bytes};
   }
 
@@ -91,10 +93,10 @@ class Decode {
   static int64_t rows_of(const Problem& problem, const Extent& extent) {
     return problem.group() * extent.max_q;
   }
-  static size_t tile_bytes(const Problem& problem, const Extent& extent) {
+  static size_t tile_bytes(const Problem& problem, const Scores& scores, const Extent& extent) {
     Arena few(nullptr), many(nullptr);
-    Few::Tile::take(few, rows_of(problem, extent), problem);
-    Many::Tile::take(many, rows_of(problem, extent), problem);
+    Few::Tile::take(few, rows_of(problem, extent), problem, scores);
+    Many::Tile::take(many, rows_of(problem, extent), problem, scores);
     return few.used() > many.used() ? few.used() : many.used();
   }
   static size_t share_bytes(const Problem& problem) {
@@ -137,7 +139,9 @@ class Decode {
   void attend_part(const Sequence& seq, const Place& place, const Range& keys, int thread) const {
     const int64_t rows = group_ * seq.q_len, head = place.head * group_;
     Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes_);
-    Products products(problem_, rows, Products::Tile::take(arena, rows, problem_));
+    const GroupScores<C> scores(problem_, scores_, seq, head);
+    Products products(problem_, scores, rows,
+                      Products::Tile::take(arena, rows, problem_, scores_));
     for (int64_t r = 0; r < rows; ++r) {
       const Rows<const T> q = query_rows<const T>(params_.q, seq, head + r % group_);
       products.begin(r, q.row(r / group_));
@@ -160,12 +164,12 @@ class Decode {
     const Visible visible = seq.visible.block(0, seq.q_len, k0, count);
     if (!problem_.cache.exists()) {
       return products.attend(key_rows<const T>(params_.k, seq, head).from(k0),
-                             key_rows<const T>(params_.v, seq, head).from(k0), visible);
+                             key_rows<const T>(params_.v, seq, head).from(k0), k0, visible);
     }
     const T *k[kDecodeKeys], *v[kDecodeKeys];
     list_keys(problem_, params_.k, seq, head, {k0, k0 + count}, k);
     list_keys(problem_, params_.v, seq, head, {k0, k0 + count}, v);
-    products.attend(RowList<const T>{k}, RowList<const T>{v}, visible);
+    products.attend(RowList<const T>{k}, RowList<const T>{v}, k0, visible);
   }
 
   void merge(int64_t batch, int64_t head) const {
@@ -176,21 +180,26 @@ class Decode {
     const Range parts = {keys.begin / count, (keys.end + count - 1) / count};
     const Rows<T> out = query_rows<T>(params_.out, seq, head);
     const RowValues lse = row_values(problem_, params_.lse, seq, head);
+    const HeadScores<C> scores(problem_, scores_, seq, head);
+    C most = -kInfinity<C>;
     for (int64_t i = 0; i < seq.q_len; ++i) {
       const bool sees_keys = !seq.visible.keys_of(i).empty();
       RowState<C> state;
       const C* sum = nullptr;
       if (!keys.empty()) {
-        state = merge_row(seq, head_query(head, i), parts);
+        state = merge_row(seq, head_query(head, i), parts, scores.factor());
         sum = share(seq, head_query(head, i), parts.begin).out;
       }
-      finish_row<T>({sum, state, sees_keys, scale_.magnitude}, problem_.head_dim_v, out.row(i),
-                    lse.from(i));
+      finish_row<T>({sum, state, sees_keys, scores.scale(), scores.row_end(i)},
+                    problem_.head_dim_v, out.row(i), lse.from(i));
+      if (state.largest > most) most = state.largest;
     }
+    scores.raise_max_logit(static_cast<double>(most) * scores.scale());
   }
 
   // The state of a row over all parts; its output is summed up in the share of the first.
-  RowState<C> merge_row(const Sequence& seq, int64_t row, const Range& parts) const {
+  RowState<C> merge_row(const Sequence& seq, int64_t row, const Range& parts,
+                        C logit_factor) const {
     RowState<C> all;
     for (int64_t p = parts.begin; p < parts.end; ++p) {
       const C largest = share(seq, row, p).state->largest;
@@ -199,7 +208,7 @@ class Decode {
     const C base = all.largest == -kInfinity<C> ? C{0} : all.largest;
     for (int64_t p = parts.begin; p < parts.end; ++p) {
       RowState<C>& state = *share(seq, row, p).state;
-      const C factor = exp2<C, kExp2Degree<T>>(splat(state.largest - base), scale_.log2)[0];
+      const C factor = exp2<C, kExp2Degree<T>>(splat(state.largest - base), logit_factor)[0];
       all.sum += state.sum * factor;
       state.largest = factor;  // its use from here on
     }
@@ -217,11 +226,11 @@ class Decode {
 
   const ForwardParams& params_;
   const Problem& problem_;
+  const Scores& scores_;
   const Extent extent_;
   const int threads_;
   const size_t tile_bytes_;
   const int64_t group_;
-  const Scale<C> scale_;
 };
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

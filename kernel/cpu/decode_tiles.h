@@ -20,8 +20,9 @@ class TileDecode {
     Matrix<float> scores;    // [rows, kDecodeKeys]
     Matrix<float> out;       // [rows, head_dim_v], unnormalised
     RowState<float>* state;  // [rows]
+    uint8_t* kept;           // [2, kDecodeKeys] with dropout: DropMask
 
-    static Tile take(Arena& arena, int64_t rows, const Problem& problem) {
+    static Tile take(Arena& arena, int64_t rows, const Problem& problem, const Scores& scores) {
       const int64_t whole = round_up(rows, kTileSide);
       const int64_t wide = round_up(problem.head_dim, kTilePair);
       const int64_t wide_v = round_up(problem.head_dim_v, kTilePair);
@@ -35,16 +36,20 @@ class TileDecode {
       tile.scores = {arena.take<float>(whole * kDecodeKeys), kDecodeKeys};
       tile.out = {arena.take<float>(whole * wide_v), wide_v};
       tile.state = arena.take<RowState<float>>(rows);
+      tile.kept = scores.dropout.exists() ? arena.take<uint8_t>(2 * kDecodeKeys) : nullptr;
       return tile;
     }
   };
 
-  TileDecode(const Problem& problem, int64_t rows, const Tile& tile)
-      : dim_(problem.head_dim),
+  TileDecode(const Problem& problem, const GroupScores<float>& scores, int64_t rows,
+             const Tile& tile)
+      : scores_(scores),
+        dim_(problem.head_dim),
         dim_v_(problem.head_dim_v),
         group_(problem.group()),
         rows_(rows),
         scale_(problem),
+        factor_(scores.factor()),
         tile_(tile) {
     for (int64_t r = 0; r < round_up(rows, kTileSide); ++r) {
       clear(tile_.q.row(r), tile_.q.stride);
@@ -59,27 +64,22 @@ class TileDecode {
     tile_.state[r] = RowState<float>{};
   }
 
-  // One chunk.
+  // One chunk, from key k0 of the sequence on.
   template <class Source>
-  void attend(const Source& keys, const Source& values, const Visible& visible) {
+  void attend(const Source& keys, const Source& values, int64_t k0, const Visible& visible) {
     const Range any = visible.keys_of_group(0, visible.queries);
     const int64_t first = round_down(any.begin, kTilePair), count = any.end - first;
     const Visible seen = visible.block(0, visible.queries, first, count);
     const Source v = values.from(first);
     score(keys.from(first), v, count);
-    for (int64_t r = 0; r < rows_; ++r) {
-      const float factor = weigh_row<float, kExp2Degree<BFloat16>>(
-          tile_.scores.row(r), seen.keys_of(r / group_), whole_tiles({0, count}), scale_.log2,
-          tile_.weights.row(r), tile_.state[r]);
-      if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
-    }
+    weigh(k0 + first, seen);
     pack_right(v, count, dim_v_, tile_.values);
-    if (seen.all() || all_finite(v, count, dim_v_)) {
+    if ((seen.all() && !scores_.hides_keys()) || all_finite(v, count, dim_v_)) {
       accumulate_values(round_up(count, kTilePair));
     } else {
       for (int64_t r = 0; r < rows_; ++r) {
         add_products(tile_.weights.row(r), seen.keys_of(r / group_), tile_.values, tile_.out.stride,
-                     tile_.out.row(r));
+                     tile_.out.row(r), scores_.hides_keys());
       }
     }
   }
@@ -91,6 +91,25 @@ class TileDecode {
   template <class Number>
   static void clear(Number* row, int64_t count) {
     __builtin_memset(row, 0, static_cast<size_t>(count) * sizeof(Number));
+  }
+
+  // Scores to weights.
+  void weigh(int64_t k0, const Visible& visible) {
+    const Range width = whole_tiles({0, visible.keys});
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* const row = tile_.scores.row(r);
+      const Range seen = visible.keys_of(r / group_);
+      if (scores_.changes_logits()) scores_.of_row(r).to_logits(row, seen, r / group_, k0);
+      const float factor = weigh_row<float, kExp2Degree<BFloat16>>(
+          row, seen, width, factor_, tile_.weights.row(r), tile_.state[r]);
+      if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
+      if (scores_.drops()) drop(r, k0, seen);
+    }
+  }
+  void drop(int64_t r, int64_t k0, const Range& seen) {
+    uint8_t* const kept = tile_.kept;
+    scores_.of_row(r).drops().fill_row(r / group_, k0, seen.end, kept, kept + kDecodeKeys);
+    drop_weights(tile_.weights.row(r), seen, kept);
   }
 
   // Scores of `count` keys; asks for the values that come after them.
@@ -119,8 +138,10 @@ class TileDecode {
     }
   }
 
+  const GroupScores<float> scores_;
   const int64_t dim_, dim_v_, group_, rows_;
   const Scale<float> scale_;
+  const float factor_;
   const Tile tile_;
   Tiles tiles_;
 };

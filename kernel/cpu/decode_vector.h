@@ -4,6 +4,7 @@
 
 #include "arena.h"
 #include "pack.h"
+#include "scores.h"
 #include "softmax.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
@@ -113,8 +114,9 @@ class VectorDecode {
     Matrix<C> scores;    // [rows, kDecodeKeys], then the weights
     Matrix<C> out;       // [rows, head_dim_v], unnormalised
     RowState<C>* state;  // [rows]
+    uint8_t* kept;       // [2, kDecodeKeys] with dropout: DropMask
 
-    static Tile take(Arena& arena, int64_t rows, const Problem& problem) {
+    static Tile take(Arena& arena, int64_t rows, const Problem& problem, const Scores& scores) {
       const int64_t stride = round_up(problem.head_dim, kLanes<C>);
       const int64_t out_stride = round_up(problem.head_dim_v, kLanes<C>);
       Tile tile;
@@ -122,13 +124,20 @@ class VectorDecode {
       tile.scores = {arena.take<C>(rows * kDecodeKeys), kDecodeKeys};
       tile.out = {arena.take<C>(rows * out_stride), out_stride};
       tile.state = arena.take<RowState<C>>(rows);
+      tile.kept = scores.dropout.exists() ? arena.take<uint8_t>(2 * kDecodeKeys) : nullptr;
       return tile;
     }
   };
 
   // Row r is of query r / group.
-  VectorDecode(const Problem& problem, int64_t rows, const Tile& tile)
-      : problem_(problem), group_(problem.group()), rows_(rows), scale_(problem), tile_(tile) {}
+  VectorDecode(const Problem& problem, const GroupScores<C>& scores, int64_t rows, const Tile& tile)
+      : problem_(problem),
+        scores_(scores),
+        group_(problem.group()),
+        rows_(rows),
+        scale_(problem),
+        factor_(scores.factor()),
+        tile_(tile) {}
 
   void begin(int64_t r, const T* query) const {
     widen(query, problem_.head_dim, scale_.sign, tile_.q.row(r), tile_.q.stride);
@@ -136,13 +145,14 @@ class VectorDecode {
     for (int64_t d = 0; d < tile_.out.stride; d += kLanes<C>) store(tile_.out.row(r) + d, Vec<C>{});
   }
 
-  // One chunk.
+  // One chunk, from key k0 of the sequence on.
   template <class Source>
-  void attend(const Source& keys, const Source& values, const Visible& visible) const {
+  void attend(const Source& keys, const Source& values, int64_t k0, const Visible& visible) const {
     const Range any = visible.keys_of_group(0, visible.queries);
     score(keys, any);
     prefetch(values, vector_at(round_down(any.begin, kLanes<C>), any), problem_.head_dim_v);
-    weigh(values, visible);
+    weigh(k0, visible);
+    add(values, visible);
   }
 
   const C* out(int64_t r) const { return tile_.out.row(r); }
@@ -154,31 +164,63 @@ class VectorDecode {
     return {larger_of(j, range.begin), smaller_of(j + kLanes<C>, range.end)};
   }
 
-  // Scores to weights, and tile_.out += weights * values.
-  template <class Source>
-  void weigh(const Source& values, const Visible& visible) const {
-    const int64_t dim = problem_.head_dim_v;
+  // Scores to weights.
+  void weigh(int64_t k0, const Visible& visible) const {
     const Range any = visible.keys_of_group(0, visible.queries);  // that some query sees
-    const Range every = {visible.keys_of(visible.queries - 1).begin, visible.keys_of(0).end};
     for (int64_t r = 0; r < rows_; ++r) {
       C* const row = tile_.scores.row(r);
-      const C factor = weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r / group_), any,
-                                                    scale_.log2, row, tile_.state[r]);
+      const Range seen = visible.keys_of(r / group_);
+      if (scores_.changes_logits()) scores_.of_row(r).to_logits(row, seen, r / group_, k0);
+      const C factor =
+          weigh_row<C, kExp2Degree<T>>(row, seen, any, factor_, row, tile_.state[r]);
       if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
+      if (scores_.drops()) drop(r, k0, seen);
     }
+  }
+  void drop(int64_t r, int64_t k0, const Range& seen) const {
+    uint8_t* const kept = tile_.kept;
+    scores_.of_row(r).drops().fill_row(r / group_, k0, seen.end, kept, kept + kDecodeKeys);
+    drop_weights(tile_.scores.row(r), seen, kept);
+  }
+
+  // tile_.out += weights * values.
+  template <class Source>
+  void add(const Source& values, const Visible& visible) const {
+    const int64_t dim = problem_.head_dim_v;
+    const Range any = visible.keys_of_group(0, visible.queries);
+    const Range every = {visible.keys_of(visible.queries - 1).begin, visible.keys_of(0).end};
     for (int64_t j = round_down(any.begin, kLanes<C>); j < any.end; j += kLanes<C>) {
       const Matrix<C> weights{tile_.scores.data + j, tile_.scores.stride};
       prefetch(values, vector_at(j + kLanes<C>, any), dim);
-      if (every.begin <= j && every.end >= j + kLanes<C>) {
+      if (every.begin <= j && every.end >= j + kLanes<C> &&
+          !(scores_.hides_keys() && has_zero(weights))) {
         add_values(weights, values.from(j), rows_, dim, tile_.out);
         continue;
       }
       for (int64_t r = 0; r < rows_; ++r) {
         const Range seen = visible.keys_of(r / group_);
-        add_some_values(weights.row(r), values.from(j),
-                        {clamp(seen.begin - j, kLanes<C>), clamp(seen.end - j, kLanes<C>)}, dim,
-                        tile_.out.row(r));
+        add_seen(weights.row(r), values.from(j),
+                 {clamp(seen.begin - j, kLanes<C>), clamp(seen.end - j, kLanes<C>)},
+                 tile_.out.row(r));
       }
+    }
+  }
+  // Some row gives one of these kLanes values no weight.
+  bool has_zero(const Matrix<C>& weights) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t i = 0; i < kLanes<C>; ++i) {
+        if (weights.row(r)[i] == 0) return true;
+      }
+    }
+    return false;
+  }
+  // A key that is hidden among those that are seen has weight 0, and its value may be no number.
+  template <class Source>
+  void add_seen(const C* weight, const Source& values, const Range& seen, C* out) const {
+    const int64_t dim = problem_.head_dim_v;
+    if (!scores_.hides_keys()) return add_some_values(weight, values, seen, dim, out);
+    for (int64_t i = seen.begin; i < seen.end; ++i) {
+      if (weight[i] != 0) add_some_values(weight, values, {i, i + 1}, dim, out);
     }
   }
 
@@ -205,8 +247,10 @@ class VectorDecode {
   }
 
   const Problem& problem_;
+  const GroupScores<C> scores_;
   const int64_t group_, rows_;
   const Scale<C> scale_;
+  const C factor_;
   const Tile tile_;
 };
 

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "api/backend.h"
 #include "cache.h"
@@ -156,7 +157,7 @@ int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > tot
 // truly, and for one thread if they were not. `most_queries`: with longer sequences the pass does
 // not run.
 template <class Params>
-WorkspaceSize planned_bytes(const Pass<Params>& pass, const Problem& problem,
+WorkspaceSize planned_bytes(const Pass<Params>& pass, const Problem& problem, const Scores& scores,
                             int64_t most_queries = INT64_MAX) {
   const auto at_most = [&](int64_t max_q, int64_t max_k) {
     return Extent{max_q < most_queries ? max_q : most_queries, max_k};
@@ -164,38 +165,40 @@ WorkspaceSize planned_bytes(const Pass<Params>& pass, const Problem& problem,
   const bool cache = problem.cache.exists(), varlen = problem.is_varlen();
   if (!varlen && !cache) {
     const Extent extent = at_most(problem.seqlen_q, problem.seqlen_k);
-    return {pass.scratch(problem, extent, max_threads()).wanted,
-            pass.scratch(problem, extent, 1).minimum};
+    return {pass.scratch(problem, scores, extent, max_threads()).wanted,
+            pass.scratch(problem, scores, extent, 1).minimum};
   }
   const int64_t most_q = varlen ? problem.total_q : problem.seqlen_q;
   const int64_t most_k = cache ? problem.cache.capacity() : problem.total_k;
   const Extent hint =
       at_most(clamp_hint(problem.seqlen_q, most_q), clamp_hint(problem.seqlen_k, most_k));
   const Extent most = at_most(most_q, most_k);
-  const size_t wanted = pass.scratch(problem, hint, max_threads()).wanted;
-  const size_t needed = pass.scratch(problem, most, 1).minimum;
+  const size_t wanted = pass.scratch(problem, scores, hint, max_threads()).wanted;
+  const size_t needed = pass.scratch(problem, scores, most, 1).minimum;
   return {wanted > needed ? wanted : needed, needed};
 }
 
-WorkspaceSize planned_decode_bytes(const Engine& engine, const Problem& problem) {
-  return planned_bytes(engine.decode, problem, decode_queries(problem));
+WorkspaceSize planned_decode_bytes(const Engine& engine, const Problem& problem,
+                                   const Scores& scores) {
+  return planned_bytes(engine.decode, problem, scores, decode_queries(problem));
 }
 
 template <class Params>
-Status run_pass(const Pass<Params>& pass, const Params& params, const Extent& extent) {
+Status run_pass(const Pass<Params>& pass, const Params& params, const Scores& scores,
+                const Extent& extent) {
   int threads = max_threads();
   while (threads > 1 &&
-         pass.scratch(params.problem, extent, threads).minimum > params.workspace_bytes) {
+         pass.scratch(params.problem, scores, extent, threads).minimum > params.workspace_bytes) {
     --threads;
   }
-  const size_t needed = pass.scratch(params.problem, extent, threads).minimum;
+  const size_t needed = pass.scratch(params.problem, scores, extent, threads).minimum;
   if (needed > (params.workspace == nullptr ? 0 : params.workspace_bytes)) {
     return fail(FLASHTILE_WORKSPACE_TOO_SMALL,
                 "workspace_bytes is %zu; this call needs at least %zu bytes, see "
                 "flashtile_workspace_size",
                 params.workspace == nullptr ? size_t{0} : params.workspace_bytes, needed);
   }
-  pass.run(params, extent, threads);
+  pass.run(params, scores, extent, threads);
   return FLASHTILE_OK;
 }
 
@@ -207,7 +210,7 @@ int64_t queries_in_use(const Problem& problem, int64_t sequence) {
 
 // Sequences in a cache each take the pass that suits their own number of queries: which one it is
 // must not depend on the neighbours, because the two do not agree in every bit.
-Status run_cached(const Engine& engine, const ForwardParams& params) {
+Status run_cached(const Engine& engine, const ForwardParams& params, const Scores& scores) {
   const Problem& problem = params.problem;
   Extent few, many;
   many.min_q = decode_queries(problem) + 1;
@@ -218,16 +221,27 @@ Status run_cached(const Engine& engine, const ForwardParams& params) {
     if (k > extent.max_k) extent.max_k = k;
   }
   if (few.max_q > 0) {
-    if (Status s = run_pass(engine.decode, params, few)) return s;
+    if (Status s = run_pass(engine.decode, params, scores, few)) return s;
   }
-  return many.max_q > 0 ? run_pass(engine.forward, params, many) : FLASHTILE_OK;
+  return many.max_q > 0 ? run_pass(engine.forward, params, scores, many) : FLASHTILE_OK;
 }
 
-Status run_forward(const Engine& engine, const ForwardParams& params) {
-  if (params.problem.cache.exists()) return run_cached(engine, params);
+Status run_forward(const Engine& engine, const ForwardParams& params, const Scores& scores) {
+  if (params.problem.cache.exists()) return run_cached(engine, params, scores);
   const Extent extent = exact_extent(params.problem);
   return run_pass(is_decode(params.problem, extent) ? engine.decode : engine.forward, params,
-                  extent);
+                  scores, extent);
+}
+
+// Before the heads raise it.
+void clear_max_logit(const Problem& problem, const ScoreView& to) {
+  for (int64_t h = 0; to.exists() && h < problem.num_heads; ++h) {
+    if (to.dtype == Dtype::kFloat64) {
+      static_cast<double*>(to.data)[h] = -std::numeric_limits<double>::infinity();
+    } else {
+      static_cast<float*>(to.data)[h] = -std::numeric_limits<float>::infinity();
+    }
+  }
 }
 
 // Names the pass; fails where the instruction set that was asked for does not run here.
@@ -241,7 +255,7 @@ Status choose_engine(const char* pass, Dtype dtype, PlanName& name, const Engine
 
 }  // namespace
 
-Status choose(const ForwardParams& params, Plan<ForwardParams>& plan) {
+Status choose(const ForwardParams& params, const Scores& scores, Plan<ForwardParams>& plan) {
   const Problem& problem = params.problem;
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
   const char* const pass = decode ? "decode" : "forward";
@@ -249,32 +263,36 @@ Status choose(const ForwardParams& params, Plan<ForwardParams>& plan) {
   const Engine& engine = *plan.engine;
   WorkspaceSize& workspace = plan.workspace;
   workspace =
-      decode ? planned_decode_bytes(engine, problem) : planned_bytes(engine.forward, problem);
+      decode ? planned_decode_bytes(engine, problem, scores)
+             : planned_bytes(engine.forward, problem, scores);
   // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
   if (problem.is_varlen() || (problem.cache.exists() && problem.seqused_q != nullptr)) {
     const WorkspaceSize other =
-        decode ? planned_bytes(engine.forward, problem) : planned_decode_bytes(engine, problem);
+        decode ? planned_bytes(engine.forward, problem, scores)
+               : planned_decode_bytes(engine, problem, scores);
     if (other.wanted > workspace.wanted) workspace.wanted = other.wanted;
     if (other.least > workspace.least) workspace.least = other.least;
   }
   return FLASHTILE_OK;
 }
 
-Status choose(const BackwardParams& params, Plan<BackwardParams>& plan) {
+Status choose(const BackwardParams& params, const Scores& scores, Plan<BackwardParams>& plan) {
   const Problem& problem = params.problem;
   if (Status s = choose_engine("backward", problem.dtype, plan.name, plan.engine)) return s;
-  plan.workspace = planned_bytes(plan.engine->backward, problem);
+  plan.workspace = planned_bytes(plan.engine->backward, problem, scores);
   return FLASHTILE_OK;
 }
 
-Status run(const ForwardParams& params, const Plan<ForwardParams>& plan) {
-  if (Status s = run_forward(*plan.engine, params)) return s;
+Status run(const ForwardParams& params, const Scores& scores, const Plan<ForwardParams>& plan) {
+  clear_max_logit(params.problem, scores.max_logit);
+  if (Status s = run_forward(*plan.engine, params, scores)) return s;
   clear_unused(params);
   return FLASHTILE_OK;
 }
 
-Status run(const BackwardParams& params, const Plan<BackwardParams>& plan) {
-  if (Status s = run_pass(plan.engine->backward, params, exact_extent(params.problem))) return s;
+Status run(const BackwardParams& params, const Scores& scores, const Plan<BackwardParams>& plan) {
+  const Extent extent = exact_extent(params.problem);
+  if (Status s = run_pass(plan.engine->backward, params, scores, extent)) return s;
   clear_unused(params);
   return FLASHTILE_OK;
 }

@@ -21,10 +21,12 @@ struct Scratch {
   size_t wanted = 0;
 };
 
+// What scores need beside the problem is part of every question: Scores, params.h.
 template <class Params>
 struct Pass {
-  Scratch (*scratch)(const Problem& problem, const Extent& extent, int threads);
-  void (*run)(const Params& params, const Extent& extent, int threads);
+  Scratch (*scratch)(const Problem& problem, const Scores& scores, const Extent& extent,
+                     int threads);
+  void (*run)(const Params& params, const Scores& scores, const Extent& extent, int threads);
 };
 
 // The passes for one dtype. `decode` is the forward pass for few query rows per key/value head.

@@ -16,6 +16,7 @@
 #include "arena.h"
 #include "engine.h"
 #include "parallel.h"
+#include "scores.h"
 #include "sequence.h"
 #include "softmax.h"
 
@@ -27,11 +28,16 @@ class Forward {
   using T = typename Products::Storage;
   using Head = typename Products::Head;
 
-  Forward(const ForwardParams& params, const Extent& extent, int threads)
-      : params_(params), problem_(params.problem), extent_(extent), threads_(threads) {}
+  Forward(const ForwardParams& params, const Scores& scores, const Extent& extent, int threads)
+      : params_(params),
+        problem_(params.problem),
+        scores_(scores),
+        extent_(extent),
+        threads_(threads) {}
 
-  static Scratch scratch(const Problem& problem, const Extent& extent, int threads) {
-    const size_t tiles = static_cast<size_t>(threads) * tile_bytes(problem);
+  static Scratch scratch(const Problem& problem, const Scores& scores, const Extent& extent,
+                         int threads) {
+    const size_t tiles = static_cast<size_t>(threads) * tile_bytes(problem, scores);
     const size_t head = head_bytes(problem, extent.max_k);
     const size_t blocks = static_cast<size_t>(threads) * head_bytes(problem, Products::kBlockK);
     const size_t least = head < blocks ? head : blocks;
@@ -80,17 +86,18 @@ class Forward {
     int64_t at;
   };
 
-  static size_t tile_bytes(const Problem& problem) {
+  static size_t tile_bytes(const Problem& problem, const Scores& scores) {
     Arena arena(nullptr);
-    Products::Tile::take(arena, problem);
+    Products::Tile::take(arena, problem, scores);
     return arena.used();
   }
+  size_t tile_bytes() const { return tile_bytes(problem_, scores_); }
   static size_t head_bytes(const Problem& problem, int64_t keys) {
     Arena arena(nullptr);
     Head::take(arena, larger_of(keys, 1), problem);
     return arena.used();
   }
-  size_t tiles() const { return static_cast<size_t>(threads_) * tile_bytes(problem_); }
+  size_t tiles() const { return static_cast<size_t>(threads_) * tile_bytes(); }
   char* workspace() const { return static_cast<char*>(params_.workspace); }
   // Behind the tiles: one place after the other for `keys` packed keys.
   Head head_at(int64_t place, int64_t keys) const {
@@ -139,27 +146,33 @@ class Forward {
     const int64_t head = pair % problem_.num_heads_kv * group + in_group;
     const int64_t queries = smaller_of(Products::kBlockQ, seq.q_len - q0);
     if (queries <= 0 || extent_.leaves_out(seq.q_len)) return;
-    Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes(problem_));
-    Products products(problem_, Products::Tile::take(arena, problem_));
+    Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes());
+    const HeadScores<Compute<T>> scores(problem_, scores_, seq, head);
+    Products products(problem_, scores, Products::Tile::take(arena, problem_, scores_));
     products.begin(query_rows<const T>(params_.q, seq, head).from(q0), queries);
     const Range seen = seq.visible.keys_of_group(q0, queries);
     for (int64_t k0 = round_down(seen.begin, Products::kBlockK); k0 < seen.end;
          k0 += Products::kBlockK) {
       const int64_t keys = smaller_of(Products::kBlockK, seq.k_len - k0);
       const PackedBlock block = packed_block(k0);
-      products.attend(block.head, block.at, seq.visible.block(q0, queries, k0, keys));
+      products.attend(block.head, block.at, {q0, k0}, seq.visible.block(q0, queries, k0, keys));
     }
     const Rows<T> out = query_rows<T>(params_.out, seq, head).from(q0);
     const RowValues lse = row_values(problem_, params_.lse, seq, head);
+    Compute<T> most = -kInfinity<Compute<T>>;
     for (int64_t r = 0; r < queries; ++r) {
       const bool sees_keys = !seq.visible.keys_of(q0 + r).empty();
-      finish_row<T>({products.out(r), products.state(r), sees_keys, products.scale()},
+      finish_row<T>({products.out(r), products.state(r), sees_keys, scores.scale(),
+                     scores.row_end(q0 + r)},
                     problem_.head_dim_v, out.row(r), lse.from(q0 + r));
+      if (products.state(r).largest > most) most = products.state(r).largest;
     }
+    scores.raise_max_logit(static_cast<double>(most) * scores.scale());
   }
 
   const ForwardParams& params_;
   const Problem& problem_;
+  const Scores& scores_;
   const Extent extent_;
   const int threads_;
 };

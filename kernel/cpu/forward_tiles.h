@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arena.h"
+#include "scores.h"
 #include "softmax.h"
 #include "tiles_pack.h"
 
@@ -49,8 +50,9 @@ class TileForward {
     Matrix<float> scores;    // [kBlockQ, kBlockK]
     Matrix<float> out;       // [kBlockQ, head_dim_v], unnormalised
     RowState<float>* state;  // [kBlockQ]
+    uint8_t* kept;           // [kBlockQ, kBlockK] with dropout: DropMask
 
-    static Tile take(Arena& arena, const Problem& problem) {
+    static Tile take(Arena& arena, const Problem& problem, const Scores& scores) {
       const int64_t wide = round_up(problem.head_dim, kTilePair);
       const int64_t wide_v = round_up(problem.head_dim_v, kTilePair);
       const int64_t stride = kBlockK + kTilePair;  // no power of two: spreads cache sets
@@ -60,12 +62,17 @@ class TileForward {
       tile.scores = {arena.take<float>(kBlockQ * stride), stride};
       tile.out = {arena.take<float>(kBlockQ * wide_v), wide_v};
       tile.state = arena.take<RowState<float>>(kBlockQ);
+      tile.kept = scores.dropout.exists() ? arena.take<uint8_t>(kBlockQ * kBlockK) : nullptr;
       return tile;
     }
   };
 
-  TileForward(const Problem& problem, const Tile& tile)
-      : dim_(problem.head_dim), dim_v_(problem.head_dim_v), scale_(problem), tile_(tile) {}
+  TileForward(const Problem& problem, const HeadScores<float>& scores, const Tile& tile)
+      : dim_(problem.head_dim),
+        dim_v_(problem.head_dim_v),
+        scale_(problem),
+        scores_(scores),
+        tile_(tile) {}
 
   void begin(Rows<const BFloat16> q, int64_t queries) {
     pack_left(q, queries, dim_, tile_.q);
@@ -77,19 +84,22 @@ class TileForward {
     }
   }
 
-  // One block of keys, from key k0 on.
-  void attend(const Head& head, int64_t k0, const Visible& visible) {
+  // One block of keys, packed from key k0 of `head` on.
+  void attend(const Head& head, int64_t k0, const BlockPlace& at, const Visible& visible) {
     multiply_scores(head.keys_of(k0, dim_), visible);
     for (int64_t r = 0; r < visible.queries; ++r) {
       const Range width = whole_tiles(visible.keys_of_group(round_down(r, kTilePair), kTilePair));
       if (width.empty()) continue;
+      float* const row = tile_.scores.row(r);
+      const Range seen = visible.keys_of(r);
+      if (scores_.changes_logits()) scores_.to_logits(row, seen, at.query + r, at.key);
       const float rescale = weigh_row<float, kExp2Degree<BFloat16>>(
-          tile_.scores.row(r), visible.keys_of(r), width, scale_.log2, tile_.weights.row(r),
-          tile_.state[r]);
+          row, seen, width, scores_.factor(), tile_.weights.row(r), tile_.state[r]);
       if (rescale != 1) scale_row(tile_.out.row(r), tile_.out.stride, rescale);
     }
+    if (scores_.drops().exists()) drop(at, visible);
     const TilePanels values = head.values_of(k0, visible.keys, dim_v_);
-    if (head.finite[k0 / kBlockK] != 0 || visible.all()) {
+    if (head.finite[k0 / kBlockK] != 0 || (visible.all() && !scores_.hides_keys())) {
       accumulate_values(values, visible);
     } else {
       accumulate_seen_values(values, visible);
@@ -98,9 +108,14 @@ class TileForward {
 
   const float* out(int64_t r) const { return tile_.out.row(r); }
   const RowState<float>& state(int64_t r) const { return tile_.state[r]; }
-  double scale() const { return scale_.magnitude; }
 
  private:
+  void drop(const BlockPlace& at, const Visible& visible) const {
+    scores_.drops().fill(at.query, visible.queries, at.key, visible.keys, kBlockK, tile_.kept);
+    for (int64_t r = 0; r < visible.queries; ++r)
+      drop_weights(tile_.weights.row(r), visible.keys_of(r), tile_.kept + r * kBlockK);
+  }
+
   void multiply_scores(const TilePanels& keys, const Visible& visible) {
     for (int64_t key = 0; key < visible.keys; key += kTilePair) {
       const TilePanels columns{keys.at(0, key), keys.depth};
@@ -128,12 +143,13 @@ class TileForward {
   void accumulate_seen_values(const TilePanels& values, const Visible& visible) {
     for (int64_t r = 0; r < visible.queries; ++r) {
       add_products(tile_.weights.row(r), visible.keys_of(r), values, tile_.out.stride,
-                   tile_.out.row(r));
+                   tile_.out.row(r), scores_.hides_keys());
     }
   }
 
   const int64_t dim_, dim_v_;
   const Scale<float> scale_;
+  const HeadScores<float>& scores_;
   const Tile tile_;
   Tiles tiles_;
 };

@@ -5,6 +5,7 @@
 
 #include "arena.h"
 #include "pack.h"
+#include "scores.h"
 #include "softmax.h"
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
@@ -45,8 +46,9 @@ class VectorForward {
     Matrix<C> scores;    // [kBlockQ, kBlockK], then the weights
     Matrix<C> out;       // [kBlockQ, head_dim_v], unnormalised
     RowState<C>* state;  // [kBlockQ]
+    uint8_t* kept;       // [kBlockQ, kBlockK] with dropout: DropMask
 
-    static Tile take(Arena& arena, const Problem& problem) {
+    static Tile take(Arena& arena, const Problem& problem, const Scores& scores) {
       const int64_t q_stride = round_up(problem.head_dim, kLanes<C>);
       const int64_t score_stride = kBlockK + 2 * kLanes<C>;  // no power of two: spreads cache sets
       const int64_t out_stride = round_up(problem.head_dim_v, kPanel<C>);
@@ -55,12 +57,13 @@ class VectorForward {
       tile.scores = {arena.take<C>(kBlockQ * score_stride), score_stride};
       tile.out = {arena.take<C>(kBlockQ * out_stride), out_stride};
       tile.state = arena.take<RowState<C>>(kBlockQ);
+      tile.kept = scores.dropout.exists() ? arena.take<uint8_t>(kBlockQ * kBlockK) : nullptr;
       return tile;
     }
   };
 
-  VectorForward(const Problem& problem, const Tile& tile)
-      : dim_(problem.head_dim), scale_(problem), tile_(tile) {}
+  VectorForward(const Problem& problem, const HeadScores<C>& scores, const Tile& tile)
+      : dim_(problem.head_dim), scale_(problem), scores_(scores), tile_(tile) {}
 
   void begin(Rows<const T> q, int64_t queries) {
     copy_rows(q, queries, dim_, scale_.sign, tile_.q);
@@ -70,20 +73,25 @@ class VectorForward {
     }
   }
 
-  // One block of keys, from key k0 on.
-  void attend(const Head& head, int64_t k0, const Visible& visible) {
+  // One block of keys, packed from key k0 of `head` on.
+  void attend(const Head& head, int64_t k0, const BlockPlace& at, const Visible& visible) {
     multiply_scores(head.keys + k0 * dim_, visible);
     for (int64_t r = 0; r < visible.queries; ++r) {
       const Range width = visible.keys_of_group(round_down(r, kTileRows), kTileRows);
       if (width.empty()) continue;
       C* const row = tile_.scores.row(r);
-      const C factor = weigh_row<C, kExp2Degree<T>>(row, visible.keys_of(r), width, scale_.log2,
-                                                    row, tile_.state[r]);
+      const Range seen = visible.keys_of(r);
+      if (scores_.changes_logits()) scores_.to_logits(row, seen, at.query + r, at.key);
+      const C factor = weigh_row<C, kExp2Degree<T>>(row, seen, width, scores_.factor(), row,
+                                                    tile_.state[r]);
       if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
     }
+    if (scores_.drops().exists()) drop(at, visible);
     const C* values = head.values + k0 * tile_.out.stride;
-    if (head.finite[k0 / kBlockK] != 0 || visible.all()) {
+    if (head.finite[k0 / kBlockK] != 0 || (visible.all() && !scores_.hides_keys())) {
       accumulate_values<kTileRows>(values, visible);
+    } else if (scores_.hides_keys()) {
+      accumulate_weighed_values(values, visible);
     } else {
       accumulate_values<1>(values, visible);
     }
@@ -91,9 +99,14 @@ class VectorForward {
 
   const C* out(int64_t r) const { return tile_.out.row(r); }
   const RowState<C>& state(int64_t r) const { return tile_.state[r]; }
-  double scale() const { return scale_.magnitude; }
 
  private:
+  void drop(const BlockPlace& at, const Visible& visible) const {
+    scores_.drops().fill(at.query, visible.queries, at.key, visible.keys, kBlockK, tile_.kept);
+    for (int64_t r = 0; r < visible.queries; ++r)
+      drop_weights(tile_.scores.row(r), visible.keys_of(r), tile_.kept + r * kBlockK);
+  }
+
   // scores = q k^T where some row of the group sees some key of the panel.
   void multiply_scores(const C* keys, const Visible& visible) const {
     for (int64_t key = 0; key < visible.keys; key += kPanel<C>) {
@@ -122,8 +135,24 @@ class VectorForward {
     }
   }
 
+  // The same without the values whose weight is 0: a key may be hidden, and its value no number.
+  void accumulate_weighed_values(const C* values, const Visible& visible) const {
+    for (int64_t r = 0; r < visible.queries; ++r) {
+      const Range seen = visible.keys_of(r);
+      const C* const weights = tile_.scores.row(r);
+      for (int64_t d = 0; d < tile_.out.stride; d += kPanel<C>) {
+        C* const to = tile_.out.row(r) + d;
+        for (int64_t j = seen.begin; j < seen.end; ++j) {
+          const C* const from = values + d * visible.keys + j * kPanel<C>;
+          for (int64_t n = 0; weights[j] != 0 && n < kPanel<C>; ++n) to[n] += weights[j] * from[n];
+        }
+      }
+    }
+  }
+
   const int64_t dim_;
   const Scale<C> scale_;
+  const HeadScores<C>& scores_;
   const Tile tile_;
 };
 

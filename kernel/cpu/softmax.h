@@ -103,6 +103,13 @@ FLASHTILE_INLINE void scale_row(C* row, int64_t count, C factor) {
   for (int64_t i = 0; i < count; i += kLanes<C>) store(row + i, load(row + i) * factor);
 }
 
+// What flashtile_scores has for the end of a row.
+struct RowEnd {
+  double sink = -__builtin_inf();  // a logit
+  double scale = 1;                // on the output: dropout's
+  bool may_be_hidden = false;      // keys can be hidden one by one, and all of a row
+};
+
 // What a row of the output is made of.
 template <class C>
 struct FinishedRow {
@@ -110,24 +117,34 @@ struct FinishedRow {
   RowState<C> state;
   bool sees_keys;
   double scale;  // a score times this is a logit
+  RowEnd end = {};
 };
 
-// Writes output / sum and the log-sum-exp of one query row. A row that sees no key gets 0 and -inf,
-// one whose keys all score -inf is 0 / 0.
+// Writes output / sum and the log-sum-exp of one query row. A row that sees no key gets 0 and the
+// sink, one whose keys all score -inf is 0 / 0.
 template <class T>
 inline void finish_row(const FinishedRow<Compute<T>>& row, int64_t dim, T* out,
                        const RowValues& lse) {
   using C = Compute<T>;
-  if (!row.sees_keys) {
+  const double sum = static_cast<double>(row.state.sum), sink = row.end.sink;
+  if (!row.sees_keys || (row.end.may_be_hidden && sum == 0)) {
     for (int64_t d = 0; d < dim; d += kLanes<C>) write_some(out + d, Vec<C>{}, dim - d);
-    if (lse.exists()) lse.set(0, -__builtin_inf());
+    if (lse.exists()) lse.set(0, sink);
     return;
   }
-  const C sum = row.state.sum == 0 ? static_cast<C>(__builtin_nan("")) : row.state.sum;
-  narrow(row.out, dim, C{1} / sum, out);
+  if (sink > -__builtin_inf()) {
+    const double largest = static_cast<double>(row.state.largest) * row.scale;
+    const double top = largest > sink ? largest : sink;
+    const double share = __builtin_exp(largest - top);
+    const double total = sum * share + __builtin_exp(sink - top);
+    narrow(row.out, dim, static_cast<C>(row.end.scale * share / total), out);
+    if (lse.exists()) lse.set(0, top + __builtin_log(total));
+    return;
+  }
+  const double divisor = sum == 0 ? __builtin_nan("") : sum;
+  narrow(row.out, dim, static_cast<C>(row.end.scale) / static_cast<C>(divisor), out);
   if (!lse.exists()) return;
-  lse.set(0, static_cast<double>(row.state.largest) * row.scale +
-                 __builtin_log(static_cast<double>(sum)));
+  lse.set(0, static_cast<double>(row.state.largest) * row.scale + __builtin_log(divisor));
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

@@ -121,11 +121,12 @@ FLASHTILE_INLINE float value_of(BFloat16 number) {
 }
 
 // to[0..columns) += sum over `rows` of left[row] * right[row]: like a product of tiles that reads
-// nothing but these rows. Slow.
+// nothing but these rows, and with `skips_zeros` not those that meet a 0. Slow.
 inline void add_products(const BFloat16* left, const Range& rows, const TilePanels& right,
-                         int64_t columns, float* to) {
+                         int64_t columns, float* to, bool skips_zeros) {
   for (int64_t c = 0; c < columns; ++c) {
     for (int64_t r = rows.begin; r < rows.end; ++r) {
+      if (skips_zeros && value_of(left[r]) == 0) continue;
       const BFloat16* pair = right.at(round_down(r, 2), round_down(c, kTileSide));
       to[c] += value_of(left[r]) * value_of(pair[c % kTileSide * 2 + r % 2]);
     }

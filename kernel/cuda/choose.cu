@@ -138,6 +138,12 @@ Status check_forward_sizes(const Problem& problem) {
   return check_query_blocks(problem);
 }
 
+Status check_scores(const Scores& scores) {
+  if (!scores.exist()) return FLASHTILE_OK;
+  return fail(FLASHTILE_NOT_BUILT,
+              "scores is set; allowed on CUDA in this version: NULL, and no max_logit");
+}
+
 // As check_blocks() for the two launches of decoding.
 Status check_decode_blocks(const Problem& p) {
   const int64_t blocks = decode_blocks(p);
@@ -243,7 +249,9 @@ Status choose_over_cache(const ForwardParams& params, Plan<ForwardParams>& plan)
 
 }  // namespace
 
-Status choose(const ForwardParams& params, DeviceScope& scope, Plan<ForwardParams>& plan) {
+Status choose(const ForwardParams& params, const Scores& scores, DeviceScope& scope,
+              Plan<ForwardParams>& plan) {
+  if (Status s = check_scores(scores)) return s;
   if (Status s = check_forward_sizes(params.problem)) return s;
   if (Status s = scope.enter(plan.device)) return s;
   if (params.problem.cache.exists()) return choose_over_cache(params, plan);
@@ -251,8 +259,10 @@ Status choose(const ForwardParams& params, DeviceScope& scope, Plan<ForwardParam
   return choose_loop(params, Pass::kForward, plan);
 }
 
-Status choose(const BackwardParams& params, DeviceScope& scope, Plan<BackwardParams>& plan) {
+Status choose(const BackwardParams& params, const Scores& scores, DeviceScope& scope,
+              Plan<BackwardParams>& plan) {
   const Problem& p = params.problem;
+  if (Status s = check_scores(scores)) return s;
   if (Status s = check_forward_sizes(p)) return s;
   if (Status s = check_key_blocks(p)) return s;
   if (Status s = scope.enter(plan.device)) return s;
@@ -273,7 +283,8 @@ Status choose(const BackwardParams& params, DeviceScope& scope, Plan<BackwardPar
   return FLASHTILE_OK;
 }
 
-Status run(const ForwardParams& params, const Plan<ForwardParams>& plan, CUstream_st* stream) {
+Status run(const ForwardParams& params, const Scores&, const Plan<ForwardParams>& plan,
+           CUstream_st* stream) {
   if (plan.loop != nullptr) {
     if (Status s = plan.loop->launch(params, plan.device, stream)) return s;
   }
@@ -282,7 +293,8 @@ Status run(const ForwardParams& params, const Plan<ForwardParams>& plan, CUstrea
   return plan.decode->launch(with_keys_in_cache(params), plan.device, stream);
 }
 
-Status run(const BackwardParams& params, const Plan<BackwardParams>& plan, CUstream_st* stream) {
+Status run(const BackwardParams& params, const Scores&, const Plan<BackwardParams>& plan,
+           CUstream_st* stream) {
   return plan.loop->launch(params, plan.device, stream);
 }
 

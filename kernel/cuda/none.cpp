@@ -16,10 +16,18 @@ Status not_built() {
 DeviceScope::~DeviceScope() = default;
 Status DeviceScope::enter(Device&) { return not_built(); }
 
-Status choose(const ForwardParams&, DeviceScope&, Plan<ForwardParams>&) { return not_built(); }
-Status choose(const BackwardParams&, DeviceScope&, Plan<BackwardParams>&) { return not_built(); }
-Status run(const ForwardParams&, const Plan<ForwardParams>&, CUstream_st*) { return not_built(); }
-Status run(const BackwardParams&, const Plan<BackwardParams>&, CUstream_st*) { return not_built(); }
+Status choose(const ForwardParams&, const Scores&, DeviceScope&, Plan<ForwardParams>&) {
+  return not_built();
+}
+Status choose(const BackwardParams&, const Scores&, DeviceScope&, Plan<BackwardParams>&) {
+  return not_built();
+}
+Status run(const ForwardParams&, const Scores&, const Plan<ForwardParams>&, CUstream_st*) {
+  return not_built();
+}
+Status run(const BackwardParams&, const Scores&, const Plan<BackwardParams>&, CUstream_st*) {
+  return not_built();
+}
 Status can_append_kv(const AppendParams&, int) { return not_built(); }
 Status append_kv(const AppendParams&, int, CUstream_st*) { return not_built(); }
 Status check_cache(const Problem&, flashtile_cache_report*, int, CUstream_st*) {
