@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "mask.h"
+#include "score_spec.h"
 
 namespace flashtile::test {
 
@@ -67,6 +68,7 @@ struct Case {
   Values values = Values::kNormal;
   bool dlse = true;
   bool deterministic = false;
+  ScoreSpec scores = {};
 
   bool is_varlen() const { return !lengths_q.empty(); }
 };

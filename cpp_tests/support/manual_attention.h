@@ -15,6 +15,7 @@
 
 #include "mask.h"
 #include "numbers.h"
+#include "scores.h"
 
 namespace flashtile::test {
 
@@ -45,14 +46,21 @@ struct AttentionInput {
   int heads = 1, heads_kv = 1, head_dim = 1, head_dim_v = 1;
   double softmax_scale = 1.0;
   Mask mask;
+  bool packed = false;         // varlen
+  int64_t rows_per_batch = 0;  // of q, dense
   std::vector<double> q, k, v;
   bool backward = true;
   std::vector<double> dout;
   std::vector<double> dlse;  // index row * heads + head; empty: zero
+  const ScoreInput* scores = nullptr;
 };
 
 struct AttentionOutput {
   std::vector<double> out, lse, dq, dk, dv;  // lse: index row * heads + head
+  // With scores: gradients of the logits of every sequence and head, index sequence * heads + head,
+  // of the sinks, as lse, and the largest logit of every head.
+  std::vector<Matrix> dlogits;
+  std::vector<double> dsink, max_logit;
 };
 
 inline Matrix transposed(const Matrix& a) {
@@ -115,9 +123,9 @@ inline void add_rows(const Matrix& m, int64_t first, int heads, int head,
 }
 
 // Scores become probabilities in place, 0 where visible(i, j) is false; returns the log of each
-// row's sum. A row that sees no key gets zeros and -inf.
-template <class Visible>
-std::vector<double> softmax_rows(Matrix& s, const Visible& visible, Dtype dtype) {
+// row's sum, in which sink(i) takes part. A row that sees no key gets zeros and the sink, or -inf.
+template <class Visible, class Sink>
+std::vector<double> softmax_rows(Matrix& s, const Visible& visible, const Sink& sink, Dtype dtype) {
   std::vector<double> lse(static_cast<size_t>(s.rows), -kInfinity);
   std::vector<int64_t> seen;
   for (int64_t i = 0; i < s.rows; ++i) {
@@ -129,15 +137,69 @@ std::vector<double> softmax_rows(Matrix& s, const Visible& visible, Dtype dtype)
         s(i, j) = 0.0;
       }
     }
+    lse[static_cast<size_t>(i)] = sink(i);
     if (seen.empty()) continue;
-    double top = -kInfinity, sum = 0.0;
+    double top = sink(i);
     for (const int64_t j : seen) top = s(i, j) > top || std::isnan(s(i, j)) ? s(i, j) : top;
+    double sum = sink(i) == -kInfinity ? 0.0 : std::exp(sink(i) - top);
     for (const int64_t j : seen) sum += std::exp(s(i, j) - top);
     for (const int64_t j : seen) s(i, j) = round_to(dtype, std::exp(s(i, j) - top) / sum);
     lse[static_cast<size_t>(i)] = top + std::log(sum);
   }
   return lse;
 }
+
+// One sequence and head on its way from scores to logits and back.
+struct ScorePlace {
+  const AttentionInput& in;
+  const Span& span;
+  int64_t sequence;
+  int head;
+  Dtype dtype;
+
+  const ScoreInput& scores() const { return *in.scores; }
+  // By row of q: in varlen, which counts rows over all sequences, there is one batch.
+  int64_t row(int64_t i) const { return in.packed ? span.row_q + i : i; }
+  int64_t row_batch() const { return in.packed ? 0 : sequence; }
+  double scale_of(int64_t i) const { return scores().scale_of(row_batch(), row(i)); }
+  double sink_of(int64_t i) const {
+    return scores().sink_of(scores().sink.dims.query ? row_batch() : sequence, head, row(i));
+  }
+  double distance(int64_t i, int64_t j) const {
+    const int64_t shift = in.mask.top_left ? 0 : span.seqlen_k - span.seqlen_q;
+    return static_cast<double>(std::abs(i + shift - j));
+  }
+  bool shows(int64_t i, int64_t j, double logit) const {
+    return scores().shows(sequence, head, i, j) &&
+           !(logit == -kInfinity && scores().spec.hides_keys());
+  }
+  // Scaled scores become logits; `slopes`: their derivatives.
+  void to_logits(Matrix& s, Matrix& slopes) const {
+    const double cap = scores().spec.softcap;
+    for (int64_t i = 0; i < s.rows; ++i) {
+      for (int64_t j = 0; j < s.cols; ++j) {
+        double& x = s(i, j);
+        slopes(i, j) = 1.0;
+        if (cap != 0) {
+          const double capped = round_to(dtype, std::tanh(round_to(dtype, x / cap)));
+          slopes(i, j) = 1.0 - capped * capped;
+          x = round_to(dtype, cap * capped);
+        }
+        for (int n = 0; n < 2; ++n) x = round_to(dtype, x + scores().added(n, sequence, head, i, j));
+        const double slope = scores().slope(sequence, head);
+        if (slope != 0) x = round_to(dtype, x - slope * distance(i, j));
+      }
+    }
+  }
+  void drop(Matrix& p) const {
+    for (int64_t i = 0; i < p.rows; ++i) {
+      for (int64_t j = 0; j < p.cols; ++j) {
+        const bool kept = scores().keeps(sequence, head, i, j);
+        p(i, j) = kept ? round_to(dtype, p(i, j) * scores().drop_scale()) : 0.0;
+      }
+    }
+  }
+};
 
 // dS = P * (dP - rowsum(out * dout) + dLSE), in place of dP. dlse: one number a row.
 inline void softmax_backward(const Matrix& p, const Matrix& out, const Matrix& dout,
@@ -151,22 +213,39 @@ inline void softmax_backward(const Matrix& p, const Matrix& out, const Matrix& d
   }
 }
 
-inline void attend(const AttentionInput& in, const Span& span, int head, Dtype dtype,
+inline void attend(const AttentionInput& in, int64_t sequence, int head, Dtype dtype,
                    AttentionOutput& result) {
+  const Span& span = in.sequences[static_cast<size_t>(sequence)];
+  const ScorePlace at = {in, span, sequence, head, dtype};
+  const bool has_scores = in.scores != nullptr;
   const int kv_head = head / (in.heads / in.heads_kv);
   const Matrix q = rows_of(in.q, span.row_q, span.seqlen_q, in.heads, head, in.head_dim);
   const Matrix k = rows_of(in.k, span.row_k, span.seqlen_k, in.heads_kv, kv_head, in.head_dim);
   const Matrix v = rows_of(in.v, span.row_k, span.seqlen_k, in.heads_kv, kv_head, in.head_dim_v);
   const auto scaled = [&](Matrix m) {
-    for (double& x : m.data) x = round_to(dtype, x * in.softmax_scale);
+    for (int64_t i = 0; i < m.rows; ++i) {
+      const double scale = in.softmax_scale * (has_scores ? at.scale_of(i) : 1.0);
+      for (int64_t j = 0; j < m.cols; ++j) m(i, j) = round_to(dtype, m(i, j) * scale);
+    }
     return m;
   };
-  Matrix p = scaled(product(q, transposed(k), dtype));
+  Matrix p = scaled(product(q, transposed(k), dtype)), slopes(p.rows, p.cols);
+  if (has_scores) at.to_logits(p, slopes);
+  const Matrix logits = p;
   const auto visible = [&](int64_t i, int64_t j) {
-    return sees(in.mask, span.seqlen_q, span.seqlen_k, i, j);
+    return sees(in.mask, span.seqlen_q, span.seqlen_k, i, j) &&
+           (!has_scores || at.shows(i, j, logits(i, j)));
   };
-  const std::vector<double> lse = softmax_rows(p, visible, dtype);
-  const Matrix out = product(p, v, dtype);
+  const auto sink = [&](int64_t i) { return has_scores ? at.sink_of(i) : -kInfinity; };
+  const std::vector<double> lse = softmax_rows(p, visible, sink, dtype);
+  for (int64_t i = 0; has_scores && i < p.rows; ++i) {
+    double& most = result.max_logit[static_cast<size_t>(head)];
+    for (int64_t j = 0; j < p.cols; ++j)
+      most = visible(i, j) ? std::max(most, logits(i, j)) : most;
+  }
+  Matrix kept = p;
+  if (has_scores && in.scores->spec.dropout_p > 0) at.drop(kept);
+  const Matrix out = product(kept, v, dtype);
   add_rows(out, span.row_q, in.heads, head, result.out);
   const auto row_index = [&](int64_t i) {
     return static_cast<size_t>((span.row_q + i) * in.heads + head);
@@ -179,9 +258,20 @@ inline void attend(const AttentionInput& in, const Span& span, int head, Dtype d
   for (int64_t i = 0; i < span.seqlen_q && !in.dlse.empty(); ++i)
     dlse[static_cast<size_t>(i)] = in.dlse[row_index(i)];
   const Matrix dout = rows_of(in.dout, span.row_q, span.seqlen_q, in.heads, head, in.head_dim_v);
-  add_rows(product(transposed(p), dout, dtype), span.row_k, in.heads_kv, kv_head, result.dv);
+  add_rows(product(transposed(kept), dout, dtype), span.row_k, in.heads_kv, kv_head, result.dv);
   Matrix ds = product(dout, transposed(v), dtype);
+  if (has_scores && in.scores->spec.dropout_p > 0) at.drop(ds);
   softmax_backward(p, out, dout, dlse, dtype, ds);
+  if (has_scores) {
+    result.dlogits[static_cast<size_t>(sequence * in.heads + head)] = ds;
+    for (int64_t i = 0; i < span.seqlen_q && sink(i) > -kInfinity; ++i) {
+      double delta = -dlse[static_cast<size_t>(i)];
+      for (int64_t d = 0; d < out.cols; ++d) delta += out(i, d) * dout(i, d);
+      result.dsink[row_index(i)] = -std::exp(sink(i) - lse[static_cast<size_t>(i)]) * delta;
+    }
+    for (size_t n = 0; n < ds.data.size(); ++n)
+      ds.data[n] = round_to(dtype, ds.data[n] * slopes.data[n]);
+  }
   ds = scaled(ds);
   add_rows(product(ds, k, dtype), span.row_q, in.heads, head, result.dq);
   add_rows(product(transposed(ds), q, dtype), span.row_k, in.heads_kv, kv_head, result.dk);
@@ -196,8 +286,14 @@ inline AttentionOutput manual_attention(const AttentionInput& in, Dtype dtype) {
   result.dq.assign(in.backward ? in.q.size() : 0, 0.0);
   result.dk.assign(in.backward ? in.k.size() : 0, 0.0);
   result.dv.assign(in.backward ? in.v.size() : 0, 0.0);
-  for (const Span& span : in.sequences) {
-    for (int head = 0; head < in.heads; ++head) attend(in, span, head, dtype, result);
+  if (in.scores != nullptr) {
+    result.dlogits.resize(in.sequences.size() * static_cast<size_t>(in.heads));
+    result.dsink.assign(in.backward ? rows : 0, 0.0);
+    result.max_logit.assign(static_cast<size_t>(in.heads), -kInfinity);
+  }
+  for (size_t sequence = 0; sequence < in.sequences.size(); ++sequence) {
+    for (int head = 0; head < in.heads; ++head)
+      attend(in, static_cast<int64_t>(sequence), head, dtype, result);
   }
   for (std::vector<double>* gradient :
        {&result.dk, &result.dv}) {  // sums over the heads of a group

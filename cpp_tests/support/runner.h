@@ -3,85 +3,22 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "device_memory.h"
 #include "flashtile/flashtile.h"
 #include "manual_attention.h"
+#include "score_run.h"
 #include "setup.h"
 
 namespace flashtile::test {
 
-// Where a backend's memory comes from. `bytes` is never 0.
-struct Backend {
-  flashtile_device device = FLASHTILE_CPU;
-  int device_index = -1;  // what problems say; -1: the current device
-  void* (*allocate)(size_t bytes) = nullptr;
-  void (*release)(void* memory) = nullptr;
-  void (*copy_in)(void* device, const void* host, size_t bytes) = nullptr;
-  void (*copy_out)(void* host, const void* device, size_t bytes) = nullptr;
-};
-
-inline Backend cpu_backend() {
-  return {
-      .device = FLASHTILE_CPU,
-      .allocate = [](size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); },
-      .release = [](void* memory) { std::free(memory); },
-      .copy_in = [](void* device, const void* host,
-                    size_t bytes) { std::memcpy(device, host, bytes); },
-      .copy_out = [](void* host, const void* device,
-                     size_t bytes) { std::memcpy(host, device, bytes); }};
-}
-
-// Memory of a backend with the bytes of a host vector; NULL when there are none.
-class DeviceBytes {
- public:
-  DeviceBytes(const Backend& backend, const void* host, size_t bytes)
-      : backend_(backend), bytes_(bytes) {
-    if (bytes == 0) return;
-    memory_ = backend.allocate(bytes);
-    backend.copy_in(memory_, host, bytes);
-  }
-  DeviceBytes(const DeviceBytes&) = delete;
-  DeviceBytes& operator=(const DeviceBytes&) = delete;
-  ~DeviceBytes() {
-    if (memory_ != nullptr) backend_.release(memory_);
-  }
-  void copy_out(void* host) const {
-    if (bytes_ > 0) backend_.copy_out(host, memory_, bytes_);
-  }
-  uint8_t* data() const { return static_cast<uint8_t*>(memory_); }
-
- private:
-  const Backend& backend_;
-  size_t bytes_;
-  void* memory_ = nullptr;
-};
-
-// A host tensor together with its copy on the backend.
-struct DeviceTensor {
-  HostTensor host;
-  DeviceBytes bytes;
-
-  DeviceTensor(const Backend& backend, const HostTensor& tensor)
-      : host(tensor), bytes(backend, tensor.bytes().data(), tensor.bytes().size()) {}
-  uint8_t* data() const {
-    return bytes.data() == nullptr ? nullptr : bytes.data() + host.start_byte();
-  }
-  flashtile_tensor view() const {
-    return {data(), host.strides().batch, host.strides().seq, host.strides().head};
-  }
-  const HostTensor& fetch() {
-    bytes.copy_out(host.bytes().data());
-    return host;
-  }
-};
-
 struct RunResult {
   AttentionOutput values;
+  ScoreResults scores;
   std::string error;  // "" when everything ran and only tensor elements were written
   std::string forward_plan, backward_plan;
 };
@@ -104,7 +41,8 @@ class Run {
         out_(backend, make_tensor(setup, Role::kOut, setup.extents_out)),
         dq_(backend, make_tensor(setup, Role::kGradient, setup.extents_q, 0)),
         dk_(backend, make_tensor(setup, Role::kGradient, setup.extents_k, 1)),
-        dv_(backend, make_tensor(setup, Role::kGradient, setup.extents_v, 2)) {
+        dv_(backend, make_tensor(setup, Role::kGradient, setup.extents_v, 2)),
+        scores_(setup, backend) {
     fill_problem();
     fill_params();
   }
@@ -150,6 +88,7 @@ class Run {
     if (!ok(flashtile_forward(&forward_, nullptr))) return result_;
     result_.values.out = fetch(out_, "out");
     result_.values.lse = fetch(lse_, "softmax_lse");
+    result_.error += scores_.fetch_forward(result_.scores);
     return result_;
   }
 
@@ -170,6 +109,7 @@ class Run {
     result_.values.dq = fetch(dq_, "dq");
     result_.values.dk = fetch(dk_, "dk");
     result_.values.dv = fetch(dv_, "dv");
+    result_.error += scores_.fetch_backward(result_.scores);
     return result_;
   }
 
@@ -206,6 +146,7 @@ class Run {
     problem_.seqused_q = reinterpret_cast<const int32_t*>(used_q_.data());
     problem_.seqused_k = reinterpret_cast<const int32_t*>(used_k_.data());
     problem_.flags = setup_.spec.deterministic ? FLASHTILE_DETERMINISTIC : 0;
+    problem_.scores = scores_.scores();
     set_numbers(setup_.dtype, setup_.softmax_scale, problem_);
     if (setup_.spec.is_varlen()) {
       problem_.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_q_.data());
@@ -237,7 +178,9 @@ class Run {
     forward_.softmax_lse = reinterpret_cast<float*>(lse_.data());
     forward_.lse_stride_batch = lse_.host.strides().batch;
     forward_.lse_stride_head = lse_.host.strides().head;
+    scores_.fill(forward_);
     flashtile_backward_init(&backward_);
+    scores_.fill(backward_);
     backward_.problem = &problem_;
     backward_.q = q_.view();
     backward_.k = k_.view();
@@ -259,6 +202,7 @@ class Run {
   const Backend& backend_;
   DeviceBytes cu_q_, cu_k_, used_q_, used_k_;
   DeviceTensor q_, k_, v_, dout_, dlse_, lse_, out_, dq_, dk_, dv_;
+  ScoreRun scores_;
   flashtile_problem problem_ = {};
   flashtile_forward_params forward_ = {};
   flashtile_backward_params backward_ = {};

@@ -12,6 +12,7 @@
 #include "manual_attention.h"
 #include "numbers_of_problem.h"
 #include "random_strides.h"
+#include "score_setup.h"
 
 namespace flashtile::test {
 
@@ -46,6 +47,7 @@ struct Setup {
   Extents extents_q, extents_k, extents_v, extents_out;
   HostTensor q, k, v, dout;
   HostTensor dlse;  // dim 1: seq runs fastest
+  ScoreInput scores;
 
   bool forward_only() const {
     return spec.values == Values::kHuge || spec.values == Values::kMixedHuge ||
@@ -225,6 +227,24 @@ inline void set_extents(Setup& setup) {
   setup.extents_out.dim = setup.extents_v.dim = setup.head_dim_v;
 }
 
+inline void fill_scores(Setup& setup, Normal& normal) {
+  setup.scores.spec = setup.spec.scores;
+  if (!setup.spec.scores.exist()) return;
+  const std::vector<Span> spans = spans_of(setup);
+  ScoreSizes sizes = {setup.batch, setup.spec.heads, 0, 0};
+  for (const Span& span : spans) {
+    sizes.queries = std::max(sizes.queries, span.seqlen_q);
+    sizes.keys = std::max(sizes.keys, span.seqlen_k);
+  }
+  if (!setup.spec.is_varlen()) {
+    sizes.queries = setup.extents_q.seq;
+    sizes.keys = setup.extents_k.seq;
+  }
+  fill_score_tensors(spans, setup.spec.heads, sizes, normal, setup.scores);
+  fill_row_tensors(setup.extents_q.batch, setup.extents_q.seq, setup.spec.heads, sizes, normal,
+                   setup.scores);
+}
+
 inline Setup make_setup(const Case& spec, Dtype dtype, const HeadDims& head_dims, const Mask& mask,
                         uint64_t seed = 1) {
   Setup setup;
@@ -249,6 +269,7 @@ inline Setup make_setup(const Case& spec, Dtype dtype, const HeadDims& head_dims
   fill(setup.dlse, normal, 1.0);
   if (!setup.extents_q.empty() && !setup.extents_k.empty()) apply_values(setup);
   poison_unused_rows(setup);
+  fill_scores(setup, normal);
   return setup;
 }
 
@@ -261,6 +282,9 @@ inline AttentionInput manual_input(const Setup& setup) {
   input.head_dim_v = setup.head_dim_v;
   input.softmax_scale = setup.softmax_scale;
   input.mask = setup.mask;
+  input.packed = setup.spec.is_varlen();
+  input.rows_per_batch = setup.extents_q.seq;
+  if (setup.spec.scores.exist()) input.scores = &setup.scores;
   input.q = setup.q.dense();
   input.k = setup.k.dense();
   input.v = setup.v.dense();

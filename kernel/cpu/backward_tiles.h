@@ -205,7 +205,7 @@ class TileBackward {
       const Differentials d = differentials(key, i, statistics);
       p = d.p;
       ds = d.ds;
-      if (scores_.slope() != 0) add_slope_gradient(d.dlogit, key, i, seen);
+      if (scores_.has_slope()) add_slope_gradient(d.dlogit, key, i, seen);
     } else {
       const Vec<float> above = load(tile_.s.row(key) + i) - load(statistics.base + i);
       p = exp2<float, kExp2Degree<BFloat16>>(above * scale_.log2 - load(statistics.rest + i));

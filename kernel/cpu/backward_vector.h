@@ -219,7 +219,7 @@ class VectorBackward {
       store(tile_.ds.row(key) + i, d.ds);
       slope_gradient -= d.dlogit * HeadScores<C>::distances(distance, C{1}, i);
     }
-    if (scores_.slope() != 0) slope_gradient_ += static_cast<double>(sum_of_lanes<C>(slope_gradient));
+    if (scores_.has_slope()) slope_gradient_ += static_cast<double>(sum_of_lanes<C>(slope_gradient));
   }
 
   // The three sums without pairs whose weight is 0: a key may be hidden, and hold no number.

@@ -146,7 +146,7 @@ class HeadScores {
       add_line(row, seen, bias, offset(bias) + query * bias.stride_q + key(k0) * bias.stride_k,
                bias.stride_k);
     }
-    if (slope_ != 0) add_slope(row, whole, query + shift_ - k0, C{-1});
+    if (has_slope()) add_slope(row, whole, query + shift_ - k0, C{-1});
     if (scores_.mask.exists()) hide_keys(row, seen, query, k0);
   }
 
@@ -183,7 +183,7 @@ class HeadScores {
     d = d * step + static_cast<C>(distance + static_cast<int64_t>(step) * i);
     return d < 0 ? -d : d;
   }
-  C slope() const { return slope_; }
+  bool has_slope() const { return scores_.alibi_slopes.exists(); }
   int64_t shift() const { return shift_; }
   C softcap() const { return static_cast<C>(scores_.softcap); }
   C magnitude() const { return static_cast<C>(scale_.magnitude); }

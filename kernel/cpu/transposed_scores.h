@@ -64,7 +64,7 @@ struct TransposedScores {
     if (slopes.data != nullptr) set_slopes(head, row, key, whole);
     for (int64_t i = whole.begin; added.data != nullptr && i < whole.end; i += kLanes<C>)
       store(row + i, load(row + i) + load(added.row(key) + i));
-    if (head.slope() != 0)
+    if (head.has_slope())
       head.add_slope(row, whole, at.query + head.shift() - at.key - key, C{1});
   }
 
