@@ -80,9 +80,17 @@ Status check_pass(const BackwardParams& params) {
               static_cast<I64>(params.problem.cache.page_size));
 }
 
+// Of the first version of a struct.
+constexpr size_t least_size(const flashtile_forward_params*) {
+  return offsetof(flashtile_forward_params, max_logit);
+}
+constexpr size_t least_size(const flashtile_backward_params*) {
+  return offsetof(flashtile_backward_params, dbias);
+}
+
 template <class UserParams, class Params>
 Status convert_sizes(const UserParams* user, UserParams& p, Call<Params>& call) {
-  if (Status s = read_struct(user, p, "params")) return s;
+  if (Status s = read_struct(user, p, "params", least_size(user))) return s;
   if (Status s = convert_problem(p.problem, call.target, call.params.problem)) return s;
   call.device.set_wanted(call.target.device_index);
   if (Status s = convert_scores(p, call.params.problem, call.scores)) return s;
@@ -96,8 +104,10 @@ Status choose(Call<Params>& call) {
              : cuda::choose(call.params, call.scores, call.device, call.plan);
 }
 
+}  // namespace
+
 template <class UserParams, class Params>
-Status prepare_any(const UserParams* user, Call<Params>& call) {
+Status prepare(const UserParams* user, Call<Params>& call) {
   UserParams p = {};
   if (Status s = convert_sizes(user, p, call)) return s;
   Params& params = call.params;
@@ -114,14 +124,14 @@ Status prepare_any(const UserParams* user, Call<Params>& call) {
 }
 
 template <class UserParams, class Params>
-Status prepare_sizes_of(const UserParams* user, Call<Params>& call) {
+Status prepare_sizes(const UserParams* user, Call<Params>& call) {
   UserParams p = {};
   if (Status s = convert_sizes(user, p, call)) return s;
   return choose(call);
 }
 
 template <class Params>
-Status run_any(const Call<Params>& call, CUstream_st* stream) {
+Status run(const Call<Params>& call, CUstream_st* stream) {
   const Params& params = call.params;
   if (Status s = check_workspace(params.workspace, params.workspace_bytes, call.plan.workspace))
     return s;
@@ -130,21 +140,11 @@ Status run_any(const Call<Params>& call, CUstream_st* stream) {
                                              : cuda::run(params, call.scores, call.plan, stream);
 }
 
-}  // namespace
-
-Status prepare(const flashtile_forward_params* user, Call<ForwardParams>& call) {
-  return prepare_any(user, call);
-}
-Status prepare(const flashtile_backward_params* user, Call<BackwardParams>& call) {
-  return prepare_any(user, call);
-}
-Status prepare_sizes(const flashtile_forward_params* user, Call<ForwardParams>& call) {
-  return prepare_sizes_of(user, call);
-}
-Status prepare_sizes(const flashtile_backward_params* user, Call<BackwardParams>& call) {
-  return prepare_sizes_of(user, call);
-}
-Status run(const Call<ForwardParams>& call, CUstream_st* stream) { return run_any(call, stream); }
-Status run(const Call<BackwardParams>& call, CUstream_st* stream) { return run_any(call, stream); }
+template Status prepare(const flashtile_forward_params*, Call<ForwardParams>&);
+template Status prepare(const flashtile_backward_params*, Call<BackwardParams>&);
+template Status prepare_sizes(const flashtile_forward_params*, Call<ForwardParams>&);
+template Status prepare_sizes(const flashtile_backward_params*, Call<BackwardParams>&);
+template Status run(const Call<ForwardParams>&, CUstream_st*);
+template Status run(const Call<BackwardParams>&, CUstream_st*);
 
 }  // namespace flashtile

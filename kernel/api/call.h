@@ -18,17 +18,17 @@ struct Call {
   cuda::DeviceScope device;
 };
 
-// Everything but the workspace and the stream.
-[[nodiscard]] Status prepare(const flashtile_forward_params* user, Call<ForwardParams>& call);
-[[nodiscard]] Status prepare(const flashtile_backward_params* user, Call<BackwardParams>& call);
+// Everything but the workspace and the stream. `user` is of the struct of the C API that Params
+// comes from. Compiled for both in call.cpp, as are the others.
+template <class UserParams, class Params>
+[[nodiscard]] Status prepare(const UserParams* user, Call<Params>& call);
 
 // The same before anything is allocated: no pointer to a tensor is looked at. Not to be run.
-[[nodiscard]] Status prepare_sizes(const flashtile_forward_params* user, Call<ForwardParams>& call);
-[[nodiscard]] Status prepare_sizes(const flashtile_backward_params* user,
-                                   Call<BackwardParams>& call);
+template <class UserParams, class Params>
+[[nodiscard]] Status prepare_sizes(const UserParams* user, Call<Params>& call);
 
 // Runs a prepared call in params.workspace, after a look at it and at the stream.
-[[nodiscard]] Status run(const Call<ForwardParams>& call, CUstream_st* stream);
-[[nodiscard]] Status run(const Call<BackwardParams>& call, CUstream_st* stream);
+template <class Params>
+[[nodiscard]] Status run(const Call<Params>& call, CUstream_st* stream);
 
 }  // namespace flashtile
