@@ -140,7 +140,7 @@ struct Scores {
   double softcap = 0;
   ScoreView bias[2], alibi_slopes, mask, sink, query_scale;
   Dropout dropout;
-  ScoreView max_logit;                        // forward: written, by head
+  ScoreView max_logit;                       // forward: written, by head
   ScoreView dbias[2], dalibi_slopes, dsink;  // backward: written
 
   // Whether keys can be hidden one by one, and all keys of a row.

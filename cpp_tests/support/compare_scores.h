@@ -1,8 +1,11 @@
-// The error bound of compare.h for what calls write of scores: gradients of biases, slopes and sinks,
-// each as a whole, and the largest logits.
+// The error bound of compare.h for what calls write of scores: gradients of biases, slopes and
+// sinks, each as a whole, and the largest logits.
 //
-// The floor: half a unit of the largest value, and the noise of sums in fp32 (fp64 of fp64 problems),
-// 1e-5 (1e-13) times the largest sum of the absolute values of what is added up.
+// The floor: half a unit of the largest value; the noise of sums in fp32 (fp64 of fp64 problems),
+// 1e-5 (1e-13) times the largest sum of the absolute values of what is added up; and what rounding
+// out does. Every element of a row's dS has the same dot(out, dout) in it, so the errors that out's
+// rounding makes of it do not cancel in a sum over keys: a unit of the dtype times their root mean
+// square.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +18,10 @@
 
 namespace flashtile::test {
 
-// A sum, and the sum of the absolute values of its terms.
+// A sum, the sum of the absolute values of its terms, and the squares of what rounding out may do
+// to it, in units of the dtype.
 struct SumOfTerms {
-  double value = 0, size = 0;
+  double value = 0, size = 0, rounding_squared = 0;
   void add(double term) {
     value += term;
     size += std::fabs(term);
@@ -27,36 +31,47 @@ struct SumOfTerms {
 // The gradient of a tensor at an element: of logits, times factor(b, h, i, j), over all that the
 // tensor repeats.
 template <class Factor>
-SumOfTerms gradient_at(const AttentionInput& in, const std::vector<Matrix>& dlogits,
-                       const Dims& dims, const int64_t (&at)[4], const Factor& factor) {
+SumOfTerms gradient_at(const AttentionInput& in, const AttentionOutput& of, const Dims& dims,
+                       const int64_t (&at)[4], const Factor& factor) {
   SumOfTerms sum;
   for (int64_t b = 0; b < static_cast<int64_t>(in.sequences.size()); ++b) {
     for (int64_t h = 0; h < in.heads; ++h) {
       if ((dims.batch && b != at[0]) || (dims.head && h != at[1])) continue;
-      const Matrix& d = dlogits[static_cast<size_t>(b * in.heads + h)];
+      const Matrix& d = of.dlogits[static_cast<size_t>(b * in.heads + h)];
+      const Matrix& p = of.probabilities[static_cast<size_t>(b * in.heads + h)];
+      const int64_t first_row = in.sequences[static_cast<size_t>(b)].row_q;
       for (int64_t i = dims.query ? at[2] : 0; i < (dims.query ? at[2] + 1 : d.rows); ++i) {
+        double weight = 0;
         for (int64_t j = dims.key ? at[3] : 0; j < (dims.key ? at[3] + 1 : d.cols); ++j) {
-          if (i < d.rows && j < d.cols) sum.add(d(i, j) * factor(b, h, i, j));
+          if (i >= d.rows || j >= d.cols) continue;
+          sum.add(d(i, j) * factor(b, h, i, j));
+          weight += p(i, j) * factor(b, h, i, j);
         }
+        if (i >= d.rows) continue;
+        const double miss =
+            weight * of.delta_size[static_cast<size_t>((first_row + i) * in.heads + h)];
+        sum.rounding_squared += miss * miss;
       }
     }
   }
   return sum;
 }
 
-// The sinks' gradients, which are numbers of rows: `dsink` as lse.
-inline SumOfTerms sink_gradient_at(const AttentionInput& in, const std::vector<double>& dsink,
+// The sinks' gradients, which are numbers of rows.
+inline SumOfTerms sink_gradient_at(const AttentionInput& in, const AttentionOutput& of,
                                    const Dims& dims, const int64_t (&at)[4]) {
   SumOfTerms sum;
   for (int64_t b = 0; b < static_cast<int64_t>(in.sequences.size()); ++b) {
     const Span& span = in.sequences[static_cast<size_t>(b)];
     for (int64_t h = 0; h < in.heads; ++h) {
+      if ((dims.batch && b != at[0]) || (dims.head && h != at[1])) continue;
       for (int64_t i = 0; i < span.seqlen_q; ++i) {
         const int64_t row = span.row_q + i, first = in.packed ? 0 : b * in.rows_per_batch;
-        const bool same_batch = dims.query ? in.packed || b == at[0] : b == at[0];
-        if ((dims.batch && !same_batch) || (dims.head && h != at[1])) continue;
         if (dims.query && row - first != at[2]) continue;
-        sum.add(dsink[static_cast<size_t>(row * in.heads + h)]);
+        const auto index = static_cast<size_t>(row * in.heads + h);
+        sum.add(of.dsink[index]);
+        const double miss = of.sink_weight[index] * of.delta_size[index];
+        sum.rounding_squared += miss * miss;
       }
     }
   }
@@ -69,7 +84,7 @@ Comparison compare_gradient(const char* name, const Setup& setup, const ScoreTen
                             const Exact& exact, const Rounded& rounded) {
   Comparison worst;
   if (!result.exists()) return worst;
-  double error = 0, rounding = 0, largest = 0, size = 0;
+  double error = 0, rounding = 0, largest = 0, size = 0, miss = 0;
   result.host.for_each([&](int64_t b, int64_t i, int64_t h, int64_t j) {
     const int64_t at[4] = {b, h, i, j};
     const SumOfTerms truth = exact(at);
@@ -77,19 +92,22 @@ Comparison compare_gradient(const char* name, const Setup& setup, const ScoreTen
     if (!same_kind(value, truth.value)) {
       worst.ratio = worst.error = kInfinity;
       worst.where = std::string(name) + "[" + std::to_string(b) + ", " + std::to_string(h) + ", " +
-                    std::to_string(i) + ", " + std::to_string(j) + "] is " +
-                    std::to_string(value) + ", not " + std::to_string(truth.value);
+                    std::to_string(i) + ", " + std::to_string(j) + "] is " + std::to_string(value) +
+                    ", not " + std::to_string(truth.value);
       return;
     }
     error = std::max(error, std::fabs(value - truth.value));
-    rounding = std::max(rounding, std::fabs(round_to(result.dtype, rounded(at).value) - truth.value));
+    rounding =
+        std::max(rounding, std::fabs(round_to(result.dtype, rounded(at).value) - truth.value));
     largest = std::max(largest, std::fabs(truth.value));
     size = std::max(size, truth.size);
+    miss = std::max(miss, std::sqrt(truth.rounding_squared));
   });
   if (!worst.passed()) return worst;
   const double relative = setup.dtype == Dtype::kFloat64 ? 1e-13 : 1e-5;
   worst.add_block(
-      {name, 0, error, rounding, epsilon_of(result.dtype) / 2 * largest + relative * size});
+      {name, 0, error, rounding,
+       epsilon_of(result.dtype) / 2 * largest + relative * size + epsilon_of(setup.dtype) * miss});
   return worst;
 }
 
@@ -99,9 +117,7 @@ inline Comparison compare_scores(const Setup& setup, const Truth& truth,
   Comparison all;
   const auto compare = [&](const char* name, const ScoreTensor& result, const auto& factor) {
     const auto side = [&](const AttentionOutput& of) {
-      return [&](const int64_t (&at)[4]) {
-        return gradient_at(in, of.dlogits, result.dims, at, factor);
-      };
+      return [&](const int64_t (&at)[4]) { return gradient_at(in, of, result.dims, at, factor); };
     };
     all.add(compare_gradient(name, setup, result, side(truth.exact), side(truth.rounded)));
   };
@@ -114,9 +130,7 @@ inline Comparison compare_scores(const Setup& setup, const Truth& truth,
     return -at.distance(i, j);
   });
   const auto sink_side = [&](const AttentionOutput& of) {
-    return [&](const int64_t (&at)[4]) {
-      return sink_gradient_at(in, of.dsink, results.dsink.dims, at);
-    };
+    return [&](const int64_t (&at)[4]) { return sink_gradient_at(in, of, results.dsink.dims, at); };
   };
   all.add(compare_gradient("dsink", setup, results.dsink, sink_side(truth.exact),
                            sink_side(truth.rounded)));

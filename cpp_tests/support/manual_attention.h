@@ -59,8 +59,11 @@ struct AttentionOutput {
   std::vector<double> out, lse, dq, dk, dv;  // lse: index row * heads + head
   // With scores: gradients of the logits of every sequence and head, index sequence * heads + head,
   // of the sinks, as lse, and the largest logit of every head.
-  std::vector<Matrix> dlogits;
+  std::vector<Matrix> dlogits, probabilities;
   std::vector<double> dsink, max_logit;
+  // Of every row, as lse: the square root of sum (out dout)^2, what rounding out makes delta miss
+  // by per unit of it; and the weight of the sink.
+  std::vector<double> delta_size, sink_weight;
 };
 
 inline Matrix transposed(const Matrix& a) {
@@ -185,7 +188,8 @@ struct ScorePlace {
           slopes(i, j) = 1.0 - capped * capped;
           x = round_to(dtype, cap * capped);
         }
-        for (int n = 0; n < 2; ++n) x = round_to(dtype, x + scores().added(n, sequence, head, i, j));
+        for (int n = 0; n < 2; ++n)
+          x = round_to(dtype, x + scores().added(n, sequence, head, i, j));
         const double slope = scores().slope(sequence, head);
         if (slope != 0) x = round_to(dtype, x - slope * distance(i, j));
       }
@@ -240,8 +244,7 @@ inline void attend(const AttentionInput& in, int64_t sequence, int head, Dtype d
   const std::vector<double> lse = softmax_rows(p, visible, sink, dtype);
   for (int64_t i = 0; has_scores && i < p.rows; ++i) {
     double& most = result.max_logit[static_cast<size_t>(head)];
-    for (int64_t j = 0; j < p.cols; ++j)
-      most = visible(i, j) ? std::max(most, logits(i, j)) : most;
+    for (int64_t j = 0; j < p.cols; ++j) most = visible(i, j) ? std::max(most, logits(i, j)) : most;
   }
   Matrix kept = p;
   if (has_scores && in.scores->spec.dropout_p > 0) at.drop(kept);
@@ -264,10 +267,18 @@ inline void attend(const AttentionInput& in, int64_t sequence, int head, Dtype d
   softmax_backward(p, out, dout, dlse, dtype, ds);
   if (has_scores) {
     result.dlogits[static_cast<size_t>(sequence * in.heads + head)] = ds;
-    for (int64_t i = 0; i < span.seqlen_q && sink(i) > -kInfinity; ++i) {
-      double delta = -dlse[static_cast<size_t>(i)];
-      for (int64_t d = 0; d < out.cols; ++d) delta += out(i, d) * dout(i, d);
-      result.dsink[row_index(i)] = -std::exp(sink(i) - lse[static_cast<size_t>(i)]) * delta;
+    result.probabilities[static_cast<size_t>(sequence * in.heads + head)] = p;
+    for (int64_t i = 0; i < span.seqlen_q; ++i) {
+      double delta = -dlse[static_cast<size_t>(i)], squares = 0;
+      for (int64_t d = 0; d < out.cols; ++d) {
+        delta += out(i, d) * dout(i, d);
+        squares += out(i, d) * dout(i, d) * out(i, d) * dout(i, d);
+      }
+      result.delta_size[row_index(i)] = std::sqrt(squares);
+      if (sink(i) == -kInfinity) continue;
+      const double weight = std::exp(sink(i) - lse[static_cast<size_t>(i)]);
+      result.sink_weight[row_index(i)] = weight;
+      result.dsink[row_index(i)] = -weight * delta;
     }
     for (size_t n = 0; n < ds.data.size(); ++n)
       ds.data[n] = round_to(dtype, ds.data[n] * slopes.data[n]);
@@ -288,7 +299,9 @@ inline AttentionOutput manual_attention(const AttentionInput& in, Dtype dtype) {
   result.dv.assign(in.backward ? in.v.size() : 0, 0.0);
   if (in.scores != nullptr) {
     result.dlogits.resize(in.sequences.size() * static_cast<size_t>(in.heads));
-    result.dsink.assign(in.backward ? rows : 0, 0.0);
+    result.probabilities.resize(result.dlogits.size());
+    for (std::vector<double>* of : {&result.dsink, &result.delta_size, &result.sink_weight})
+      of->assign(in.backward ? rows : 0, 0.0);
     result.max_logit.assign(static_cast<size_t>(in.heads), -kInfinity);
   }
   for (size_t sequence = 0; sequence < in.sequences.size(); ++sequence) {

@@ -27,7 +27,8 @@ class ScoreRun {
     flashtile_scores_init(&scores_);
     scores_.softcap = input_.spec.softcap;
     scores_.dropout_p = input_.spec.dropout_p;
-    if (input_.spec.dropout_p > 0) scores_.rng_state = reinterpret_cast<int64_t*>(rng_state_.data());
+    if (input_.spec.dropout_p > 0)
+      scores_.rng_state = reinterpret_cast<int64_t*>(rng_state_.data());
     const auto place = [&](const ScoreTensor& tensor, flashtile_score_tensor& view) {
       if (tensor.exists()) view = view_of(tensor, keep(backend, tensor.host).data());
     };
@@ -37,10 +38,10 @@ class ScoreRun {
     place(input_.query_scale, scores_.query_scale);
     if (input_.mask.exists()) scores_.mask = mask_view();
     for (int n = 0; n < 2; ++n) {
-      if (input_.bias[n].exists()) dbias_[n].emplace(gradient(backend, input_.bias[n]));
+      if (input_.bias[n].exists()) dbias_[n].emplace(backend, gradient(input_.bias[n]));
     }
-    if (input_.alibi.exists()) dalibi_.emplace(gradient(backend, input_.alibi));
-    if (input_.sink.exists()) dsink_.emplace(gradient(backend, input_.sink));
+    if (input_.alibi.exists()) dalibi_.emplace(backend, gradient(input_.alibi));
+    if (input_.sink.exists()) dsink_.emplace(backend, gradient(input_.sink));
     const bool wide = lse_dtype_of(setup.dtype) == Dtype::kFloat64;
     if (input_.spec.max_logit) {
       const Extents heads = {1, 1, 1, setup.extents_q.heads};
@@ -115,12 +116,11 @@ class ScoreRun {
     return *inputs_.emplace_back(std::make_unique<DeviceTensor>(backend, host));
   }
   // Where the gradient of a tensor goes: as large, with strides of its own.
-  static DeviceTensor gradient(const Backend& backend, const ScoreTensor& of) {
+  static HostTensor gradient(const ScoreTensor& of) {
     Extents e = of.host.extents();
     e.dim /= of.key_step;
     const int64_t row = e.dim + 1, head = row * e.seq + 2;
-    return DeviceTensor(backend,
-                        HostTensor(of.dtype, e, Strides{head * e.heads + 1, row, head}, 3));
+    return HostTensor(of.dtype, e, Strides{head * e.heads + 1, row, head}, 3);
   }
   static void place(const std::optional<DeviceTensor>& gradient, const ScoreTensor& of,
                     flashtile_score_tensor& view) {

@@ -1,5 +1,5 @@
-// Fills the tensors of a case's scores: where a sequence has queries and keys, from a seed; all else
-// is poison.
+// Fills the tensors of a case's scores: where a sequence has queries and keys, from a seed; all
+// else is poison.
 #pragma once
 
 #include <cstdint>
@@ -78,18 +78,21 @@ void fill_score_tensors(const std::vector<Span>& spans, int heads, const ScoreSi
   if (spec.mask.kind != MaskKind::kNone) {
     scores.mask = make_score_tensor(sizes, spec.mask.dims, Dtype::kFloat32);
     for_each_score(spans, heads, spec.mask.dims, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
-      const bool hidden = share_of(b + 9, h, i, j) < spec.mask.hidden ||
-                          (spec.mask.hides_rows && i % 3 == 2);
+      const bool hidden =
+          share_of(b + 9, h, i, j) < spec.mask.hidden || (spec.mask.hides_rows && i % 3 == 2);
       scores.mask.set(b, h, i, j, hidden ? 0.0 : 1.0);
     });
     lay_out_mask(spans, heads, sizes, scores);
   }
   if (spec.alibi > 0) {
-    scores.alibi = make_score_tensor(sizes, {spec.alibi == 2, true, false, false},
-                                     spec.exact_dtype);
-    for_each_score(spans, heads, scores.alibi.dims, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
-      scores.alibi.set(b, h, i, j, h == 1 ? 0.0 : 0.02 + 0.1 * share_of(b, h, 3, 3));  // 0: has a gradient, too
-    });
+    scores.alibi =
+        make_score_tensor(sizes, {spec.alibi == 2, true, false, false}, spec.exact_dtype);
+    for_each_score(
+        spans, heads, scores.alibi.dims, [&](int64_t b, int64_t h, int64_t i, int64_t j) {
+          scores.alibi.set(
+              b, h, i, j,
+              h == 1 ? 0.0 : 0.02 + 0.1 * share_of(b, h, 3, 3));  // 0: has a gradient, too
+        });
   }
 }
 
@@ -106,8 +109,7 @@ void fill_row_tensors(int64_t row_batch, int64_t rows, int heads, const ScoreSiz
     tensor = make_score_tensor(of, dims, dtype, true);
     for (int64_t b = 0; b < (dims.batch ? of.batch : 1); ++b) {
       for (int64_t h = 0; h < (dims.head ? heads : 1); ++h) {
-        for (int64_t i = 0; i < (dims.query ? of.queries : 1); ++i)
-          tensor.set(b, h, i, 0, value());
+        for (int64_t i = 0; i < (dims.query ? of.queries : 1); ++i) tensor.set(b, h, i, 0, value());
       }
     }
   };
@@ -122,11 +124,11 @@ void fill_row_tensors(int64_t row_batch, int64_t rows, int heads, const ScoreSiz
       fill(scores.sink, {true, true, false, false}, sizes, spec.sink_dtype, logit);
       break;
     case SinkKind::kQuery:
-      fill(scores.sink, {true, true, true, false}, by_row, spec.sink_dtype, logit);
+      fill(scores.sink, {row_batch > 1, true, true, false}, by_row, spec.sink_dtype, logit);
       break;
   }
   if (spec.query_scale)
-    fill(scores.query_scale, {true, false, true, false}, by_row, spec.exact_dtype, factor);
+    fill(scores.query_scale, {row_batch > 1, false, true, false}, by_row, spec.exact_dtype, factor);
 }
 
 }  // namespace flashtile::test

@@ -17,9 +17,9 @@ struct BiasSpec {
   bool exists = false;
   Dims dims = {};
   Dtype dtype = Dtype::kFloat32;
-  bool odd = false;       // rows begin anywhere; else they are 16-byte aligned
-  int key_step = 1;       // stride of the keys
-  double hidden = 0;      // share of -inf
+  bool odd = false;         // rows begin anywhere; else they are 16-byte aligned
+  int key_step = 1;         // stride of the keys
+  double hidden = 0;        // share of -inf
   bool hides_rows = false;  // every third row is all -inf
 };
 enum class MaskKind { kNone, kBool, kBits };

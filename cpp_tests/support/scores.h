@@ -30,8 +30,8 @@ inline uint32_t dropout_bits(const std::array<int64_t, 2>& rng_state, int64_t b,
   const auto high = [](int64_t n) { return static_cast<uint32_t>(static_cast<uint64_t>(n) >> 32); };
   const auto d = philox({low(rng_state[1]), high(rng_state[1]), low(h), low(b)}, low(rng_state[0]),
                         high(rng_state[0]));
-  const auto w = philox(
-      {low(j / 16 * 4 + j % 8 / 2), low(i / 16 * 8 + i % 8), d[2], d[3]}, d[0], d[1]);
+  const auto w =
+      philox({low(j / 16 * 4 + j % 8 / 2), low(i / 16 * 8 + i % 8), d[2], d[3]}, d[0], d[1]);
   return w[static_cast<size_t>(j % 2 * 2 + j / 8 % 2)] >> (16 * (i / 8 % 2)) & 0xffff;
 }
 
@@ -67,7 +67,8 @@ inline ScoreTensor make_score_tensor(const ScoreSizes& sizes, const Dims& dims, 
   tensor.dims = dims;
   tensor.key_step = key_step;
   tensor.dtype = dtype;
-  tensor.host = HostTensor(dtype, e, Strides{head * e.heads + (odd ? 1 : 16), row, head}, odd ? 1 : 0);
+  tensor.host =
+      HostTensor(dtype, e, Strides{head * e.heads + (odd ? 1 : 16), row, head}, odd ? 1 : 0);
   return tensor;
 }
 
@@ -75,8 +76,8 @@ inline ScoreTensor make_score_tensor(const ScoreSizes& sizes, const Dims& dims, 
 struct ScoreInput {
   ScoreSpec spec;
   ScoreTensor bias[2], alibi, sink, query_scale;
-  ScoreTensor mask;            // 1 seen, 0 hidden, as numbers
-  std::vector<uint8_t> bytes;  // of the mask, as a call is given it
+  ScoreTensor mask;                                     // 1 seen, 0 hidden, as numbers
+  std::vector<uint8_t> bytes;                           // of the mask, as a call is given it
   int64_t mask_row = 0, mask_head = 0, mask_batch = 0;  // strides
 
   double added(int n, int64_t b, int64_t h, int64_t i, int64_t j) const {

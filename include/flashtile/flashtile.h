@@ -163,8 +163,8 @@ typedef struct {
  *   0x0123456789abcdef, 0x0fedcba987654321    3  5  1000  77777  0xe1ac
  */
 typedef struct {
-  uint32_t struct_size; /* sizeof(flashtile_scores); set by FLASHTILE_SCORES_INIT */
-  double softcap;       /* above 0; 0: none */
+  uint32_t struct_size;                /* sizeof(flashtile_scores); set by FLASHTILE_SCORES_INIT */
+  double softcap;                      /* above 0; 0: none */
   flashtile_score_tensor bias[2];      /* floating point, whatever q is */
   flashtile_score_tensor alibi_slopes; /* [num_heads] or [batch, num_heads]; float32 (float64) */
   flashtile_score_tensor mask;         /* FLASHTILE_BOOL or FLASHTILE_BITS; true: the key is seen */

@@ -50,7 +50,7 @@ void place(const void* data, const Area::Dim (&dims)[kDims], Area& area) {
   area.exists = fits && !__builtin_add_overflow(start, below, &area.low) &&
                 !__builtin_add_overflow(start, above, &area.high);
   std::sort(area.dims, area.dims + kDims,
-                   [](const Area::Dim& a, const Area::Dim& b) { return a.stride > b.stride; });
+            [](const Area::Dim& a, const Area::Dim& b) { return a.stride > b.stride; });
 }
 
 Area area_of(const TensorArgument& argument, const Problem& problem) {
@@ -86,7 +86,8 @@ Area area_of(const RowArgument& argument, const Problem& problem) {
 
 Area area_of(const ScoreArgument& argument, const Problem& problem) {
   const auto& [name, view, extents, written] = argument;
-  Area area = {.name = name, .dot = ".", .dim = 1, .bytes = bytes_of(view.dtype), .written = written};
+  Area area = {
+      .name = name, .dot = ".", .dim = 1, .bytes = bytes_of(view.dtype), .written = written};
   for (const int64_t extent : extents) {
     if (extent == 0 || problem.batch == 0) return area;
   }

@@ -213,7 +213,8 @@ int64_t keys_in_memory(const ScoreView& view) {
 ScoreArgument argument_of(const Form& form, const ScoreView& view, const Problem& problem,
                           bool written) {
   ScoreArgument argument = {form.name, view, {}, written};
-  const int64_t batch = form.by_row && problem.is_varlen() && view.stride_q != 0 ? 1 : problem.batch;
+  const int64_t batch =
+      form.by_row && problem.is_varlen() && view.stride_q != 0 ? 1 : problem.batch;
   const int64_t extents[4] = {batch, problem.num_heads, view.seqlen_q, keys_in_memory(view)};
   const Strides strides = strides_of(view);
   for (int i = 0; i < 4; ++i) argument.extents[i] = strides.of[i] == 0 ? 1 : extents[i];

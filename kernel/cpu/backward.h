@@ -62,8 +62,8 @@ class Backward {
   static Scratch scratch(const Problem& problem, const Scores& scores, const Extent& extent,
                          int threads) {
     const auto useful = static_cast<size_t>(useful_threads(problem, extent, threads));
-    const size_t bytes = shared_bytes(problem, scores, extent) +
-                         useful * thread_bytes(problem, scores, extent);
+    const size_t bytes =
+        shared_bytes(problem, scores, extent) + useful * thread_bytes(problem, scores, extent);
     const size_t of_scores = ScoreGradients<Products>::scratch(problem, scores, threads);
     const size_t wanted = bytes > of_scores ? bytes : of_scores;
     return {wanted, wanted};
@@ -236,8 +236,7 @@ class Backward {
   Packed packed_of(const Place& at) const {
     const int64_t first = problem_.is_varlen() ? at.seq.q_begin / kBlockQ + at.seq.index
                                                : at.seq.index * blocks_of(problem_.seqlen_q);
-    return shared().packed.from(
-        problem_, at.head * all_blocks(problem_) + first);
+    return shared().packed.from(problem_, at.head * all_blocks(problem_) + first);
   }
   Sums sums_of(const Sequence& seq, int64_t head_kv) const {
     const int64_t first = problem_.is_varlen() ? seq.k_begin / kBlockK + seq.index

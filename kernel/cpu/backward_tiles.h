@@ -223,13 +223,13 @@ class TileBackward {
     const Vec<float> above = logit - load(statistics.base + i);
     const Vec<float> weight =
         exp2<float, kExp2Degree<BFloat16>>(above * scores_.factor() - load(statistics.rest + i));
-    return tile_.scores.differentiate(scores_, key, i, logit, weight,
-                                      load(tile_.dp.row(key) + i), load(statistics.delta + i));
+    return tile_.scores.differentiate(scores_, key, i, logit, weight, load(tile_.dp.row(key) + i),
+                                      load(statistics.delta + i));
   }
   void add_slope_gradient(Vec<float> dlogit, int64_t key, int64_t i, const Range& seen) {
     const IntVec<float> mask = lanes_in<float>(seen, i);
-    const Vec<float> change = masked_lanes<float>(dlogit, mask) *
-                              HeadScores<float>::distances(distance_ - key, 1.0f, i);
+    const Vec<float> change =
+        masked_lanes<float>(dlogit, mask) * HeadScores<float>::distances(distance_ - key, 1.0f, i);
     slope_gradient_ -= static_cast<double>(sum_of_lanes<float>(change));
   }
   void multiply(int64_t q0, const BlockPlace& at, const Visible& visible) {

@@ -199,12 +199,12 @@ class VectorBackward {
     const Vec<C> above = logit - load(statistics.base + i);
     const Vec<C> weight =
         exp2<C, kExp2Degree<T>>(above * scores_.factor() - load(statistics.rest + i));
-    const Differentials d = tile_.scores.differentiate(scores_, key, i, logit, weight,
-                                                 load(tile_.ds.row(key) + i),
-                                                 load(statistics.delta + i));
+    const Differentials d = tile_.scores.differentiate(
+        scores_, key, i, logit, weight, load(tile_.ds.row(key) + i), load(statistics.delta + i));
     if (i >= seen.begin && i + kLanes<C> <= seen.end) return d;
     const IntVec<C> mask = lanes_in<C>(seen, i);
-    return {masked_lanes<C>(d.p, mask), masked_lanes<C>(d.ds, mask), masked_lanes<C>(d.dlogit, mask)};
+    return {masked_lanes<C>(d.p, mask), masked_lanes<C>(d.ds, mask),
+            masked_lanes<C>(d.dlogit, mask)};
   }
   void differentiate_logits(int64_t key, const BlockPlace& at, const Visible& visible,
                             const Statistics<C>& statistics) {
@@ -219,7 +219,8 @@ class VectorBackward {
       store(tile_.ds.row(key) + i, d.ds);
       slope_gradient -= d.dlogit * HeadScores<C>::distances(distance, C{1}, i);
     }
-    if (scores_.has_slope()) slope_gradient_ += static_cast<double>(sum_of_lanes<C>(slope_gradient));
+    if (scores_.has_slope())
+      slope_gradient_ += static_cast<double>(sum_of_lanes<C>(slope_gradient));
   }
 
   // The three sums without pairs whose weight is 0: a key may be hidden, and hold no number.

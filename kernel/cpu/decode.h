@@ -44,8 +44,8 @@ class Decode {
                          int threads) {
     const size_t shares =
         static_cast<size_t>(all_parts(problem, extent) * problem.num_heads * extent.max_q);
-    const size_t bytes =
-        static_cast<size_t>(threads) * tile_bytes(problem, scores, extent) + shares * share_bytes(problem);
+    const size_t bytes = static_cast<size_t>(threads) * tile_bytes(problem, scores, extent) +
+                         shares * share_bytes(problem);
     return {bytes, bytes};
   }
 
@@ -140,8 +140,7 @@ class Decode {
     const int64_t rows = group_ * seq.q_len, head = place.head * group_;
     Arena arena(workspace() + static_cast<size_t>(thread) * tile_bytes_);
     const GroupScores<C> scores(problem_, scores_, seq, head);
-    Products products(problem_, scores, rows,
-                      Products::Tile::take(arena, rows, problem_, scores_));
+    Products products(problem_, scores, rows, Products::Tile::take(arena, rows, problem_, scores_));
     for (int64_t r = 0; r < rows; ++r) {
       const Rows<const T> q = query_rows<const T>(params_.q, seq, head + r % group_);
       products.begin(r, q.row(r / group_));
@@ -190,8 +189,8 @@ class Decode {
         state = merge_row(seq, head_query(head, i), parts, scores.factor());
         sum = share(seq, head_query(head, i), parts.begin).out;
       }
-      finish_row<T>({sum, state, sees_keys, scores.scale(), scores.row_end(i)},
-                    problem_.head_dim_v, out.row(i), lse.from(i));
+      finish_row<T>({sum, state, sees_keys, scores.scale(), scores.row_end(i)}, problem_.head_dim_v,
+                    out.row(i), lse.from(i));
       if (state.largest > most) most = state.largest;
     }
     scores.raise_max_logit(static_cast<double>(most) * scores.scale());

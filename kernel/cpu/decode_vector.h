@@ -171,8 +171,7 @@ class VectorDecode {
       C* const row = tile_.scores.row(r);
       const Range seen = visible.keys_of(r / group_);
       if (scores_.changes_logits()) scores_.of_row(r).to_logits(row, seen, r / group_, k0);
-      const C factor =
-          weigh_row<C, kExp2Degree<T>>(row, seen, any, factor_, row, tile_.state[r]);
+      const C factor = weigh_row<C, kExp2Degree<T>>(row, seen, any, factor_, row, tile_.state[r]);
       if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
       if (scores_.drops()) drop(r, k0, seen);
     }

@@ -262,14 +262,12 @@ Status choose(const ForwardParams& params, const Scores& scores, Plan<ForwardPar
   if (Status s = choose_engine(pass, problem.dtype, plan.name, plan.engine)) return s;
   const Engine& engine = *plan.engine;
   WorkspaceSize& workspace = plan.workspace;
-  workspace =
-      decode ? planned_decode_bytes(engine, problem, scores)
-             : planned_bytes(engine.forward, problem, scores);
+  workspace = decode ? planned_decode_bytes(engine, problem, scores)
+                     : planned_bytes(engine.forward, problem, scores);
   // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
   if (problem.is_varlen() || (problem.cache.exists() && problem.seqused_q != nullptr)) {
-    const WorkspaceSize other =
-        decode ? planned_bytes(engine.forward, problem, scores)
-               : planned_decode_bytes(engine, problem, scores);
+    const WorkspaceSize other = decode ? planned_bytes(engine.forward, problem, scores)
+                                       : planned_decode_bytes(engine, problem, scores);
     if (other.wanted > workspace.wanted) workspace.wanted = other.wanted;
     if (other.least > workspace.least) workspace.least = other.least;
   }

@@ -111,10 +111,10 @@ class DropMask {
     for (int64_t group = 0; group < round_up(keys, 16) / 4; ++group) {
       const int64_t key = group / 4 * 16 + group % 4 * 2;
       for (int64_t n = 0; n < round_up(queries, 16) / 2; n += kWidth) {
-        WordVec words[4] = {WordVec{} + static_cast<uint32_t>(k0 / 4 + group),
-                            bit_cast<WordVec>(lane_numbers<float>()) +
-                                static_cast<uint32_t>(q0 / 2 + n),
-                            WordVec{} + third_, WordVec{} + fourth_};
+        WordVec words[4] = {
+            WordVec{} + static_cast<uint32_t>(k0 / 4 + group),
+            bit_cast<WordVec>(lane_numbers<float>()) + static_cast<uint32_t>(q0 / 2 + n),
+            WordVec{} + third_, WordVec{} + fourth_};
         philox_(words);
         for (int w = 0; w < 4; ++w) {
           uint8_t* const row = to + (key + w / 2 + w % 2 * 8) * stride;

@@ -162,9 +162,9 @@ class Forward {
     Compute<T> most = -kInfinity<Compute<T>>;
     for (int64_t r = 0; r < queries; ++r) {
       const bool sees_keys = !seq.visible.keys_of(q0 + r).empty();
-      finish_row<T>({products.out(r), products.state(r), sees_keys, scores.scale(),
-                     scores.row_end(q0 + r)},
-                    problem_.head_dim_v, out.row(r), lse.from(q0 + r));
+      finish_row<T>(
+          {products.out(r), products.state(r), sees_keys, scores.scale(), scores.row_end(q0 + r)},
+          problem_.head_dim_v, out.row(r), lse.from(q0 + r));
       if (products.state(r).largest > most) most = products.state(r).largest;
     }
     scores.raise_max_logit(static_cast<double>(most) * scores.scale());

@@ -82,8 +82,8 @@ class VectorForward {
       C* const row = tile_.scores.row(r);
       const Range seen = visible.keys_of(r);
       if (scores_.changes_logits()) scores_.to_logits(row, seen, at.query + r, at.key);
-      const C factor = weigh_row<C, kExp2Degree<T>>(row, seen, width, scores_.factor(), row,
-                                                    tile_.state[r]);
+      const C factor =
+          weigh_row<C, kExp2Degree<T>>(row, seen, width, scores_.factor(), row, tile_.state[r]);
       if (factor != 1) scale_row(tile_.out.row(r), tile_.out.stride, factor);
     }
     if (scores_.drops().exists()) drop(at, visible);

@@ -8,10 +8,8 @@ namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
 template <class Work, class Params>
 constexpr Pass<Params> pass_of() {
-  return {&Work::scratch,
-          [](const Params& params, const Scores& scores, const Extent& extent, int threads) {
-            Work(params, scores, extent, threads).run();
-          }};
+  return {&Work::scratch, [](const Params& params, const Scores& scores, const Extent& extent,
+                             int threads) { Work(params, scores, extent, threads).run(); }};
 }
 
 }  // namespace flashtile::cpu::FLASHTILE_CPU_ISA

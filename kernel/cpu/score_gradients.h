@@ -163,7 +163,8 @@ class ScoreGradients {
     int64_t size, block, stride;
     int64_t tasks() const { return stride == 0 ? 1 : (size + block - 1) / block; }
     Range of(int64_t task) const {
-      return stride == 0 ? Range{0, size} : Range{task * block, smaller_of((task + 1) * block, size)};
+      return stride == 0 ? Range{0, size}
+                         : Range{task * block, smaller_of((task + 1) * block, size)};
     }
   };
 
@@ -232,7 +233,8 @@ class ScoreGradients {
   }
 
   // The sum of a block, or of all blocks where a dimension adds up: then it is one row, one column.
-  void store_sum(const ScoreView& to, int64_t offset, const Area& area, const Matrix<C>& sum) const {
+  void store_sum(const ScoreView& to, int64_t offset, const Area& area,
+                 const Matrix<C>& sum) const {
     const bool sums_q = to.stride_q == 0, sums_k = to.stride_k == 0;
     const int64_t queries = sums_q ? 1 : area.queries.end - area.queries.begin;
     const int64_t keys = sums_k ? 1 : area.keys.end - area.keys.begin;

@@ -89,7 +89,8 @@ struct BlockPlace {
 // The weights of a row that dropout does not keep become 0; `kept` is a row of a DropMask.
 template <class Weight>
 FLASHTILE_INLINE void drop_weights(Weight* weights, const Range& range, const uint8_t* kept) {
-  for (int64_t i = range.begin; i < range.end; ++i) weights[i] = kept[i] != 0 ? weights[i] : Weight{};
+  for (int64_t i = range.begin; i < range.end; ++i)
+    weights[i] = kept[i] != 0 ? weights[i] : Weight{};
 }
 
 // One query head of a sequence.

@@ -18,11 +18,11 @@ struct TransposedScores {
   static constexpr int64_t kStride = kBlockQ + 2 * kLanes<C>;
   static constexpr int64_t kLine = kBlockK + kLanes<C>;
 
-  Matrix<C> added;     // [keys, queries]: what biases and masks add
-  C* lines;            // [kLanes, kLine]: the same along keys, on its way there
-  Matrix<C> slopes;    // [keys, queries]: a logit's derivative by softmax_scale * q k^T
-  C* query_scales;     // [queries]
-  uint8_t* kept;       // [keys, kBlockQ]: DropMask
+  Matrix<C> added;   // [keys, queries]: what biases and masks add
+  C* lines;          // [kLanes, kLine]: the same along keys, on its way there
+  Matrix<C> slopes;  // [keys, queries]: a logit's derivative by softmax_scale * q k^T
+  C* query_scales;   // [queries]
+  uint8_t* kept;     // [keys, kBlockQ]: DropMask
 
   static TransposedScores take(Arena& arena, const Scores& scores) {
     TransposedScores tile = {};
@@ -64,8 +64,7 @@ struct TransposedScores {
     if (slopes.data != nullptr) set_slopes(head, row, key, whole);
     for (int64_t i = whole.begin; added.data != nullptr && i < whole.end; i += kLanes<C>)
       store(row + i, load(row + i) + load(added.row(key) + i));
-    if (head.has_slope())
-      head.add_slope(row, whole, at.query + head.shift() - at.key - key, C{1});
+    if (head.has_slope()) head.add_slope(row, whole, at.query + head.shift() - at.key - key, C{1});
   }
 
   // P as it meets dO, dS as it meets Q and K, and the gradient of the logit.
