@@ -36,6 +36,7 @@ std::vector<NamedScores> single_options() {
       {"softcap 50", ScoreSpec{.softcap = 50}},
       {"softcap 1", ScoreSpec{.softcap = 1}},
       {"bias", with_bias(bias_of(full))},
+      {"bias, bf16", with_bias(bias_of(full, Dtype::kBFloat16))},
       {"bias of heads, bf16", with_bias(bias_of(by_head, Dtype::kBFloat16))},
       {"bias of keys, fp16", with_bias(bias_of(keys, Dtype::kFloat16))},
       {"bias of queries", with_bias(bias_of(queries))},

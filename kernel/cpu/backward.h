@@ -70,9 +70,10 @@ class Backward {
   }
 
   void run() {
+    const ScoreGradients<Products> gradients(params_, scores_, extent_, threads_);
+    gradients.clear();
     differentiate_all();
     if (!scores_.wants_gradients()) return;
-    ScoreGradients<Products> gradients(params_, scores_, extent_, threads_);
     gradients.store_slopes(slope_parts(), parts_);
     gradients.run();  // over the same memory
   }

@@ -62,7 +62,7 @@ class TileBackward {
       tile.p = {arena.take<BFloat16>(kBlockK * stride), stride};
       tile.ds = {arena.take<BFloat16>(kBlockK * stride), stride};
       tile.pairs = arena.take<BFloat16>(kBlockK * kBlockQ);
-      tile.scores = TransposedScores<float, kBlockQ, kBlockK>::take(arena, scores);
+      tile.scores = TransposedScores<float, kBlockQ, kBlockK>::take(arena, problem, scores);
       return tile;
     }
     TilePanels pairs_of(int64_t keys) const { return {pairs, round_up(keys, kTilePair)}; }
@@ -117,6 +117,7 @@ class TileBackward {
                      const Statistics<float>& statistics, bool finite, const Gradients& sum) {
     multiply(q0, at, visible);
     distance_ = at.query + scores_.shift() - at.key;
+    tile_.scores.clear_gradients(visible);
     if (scores_.changes_logits() || scores_.drops().exists()) {
       for (int64_t key = 0; key < round_up(visible.keys, kTilePair); key += 2)
         differentiate_keys<true>(key, visible, statistics);
@@ -124,6 +125,7 @@ class TileBackward {
       for (int64_t key = 0; key < round_up(visible.keys, kTilePair); key += 2)
         differentiate_keys<false>(key, visible, statistics);
     }
+    tile_.scores.write_gradients(scores_, at, visible);
     const TilePanels dout = rows_at(queries_.dout_rows, q0, visible.queries, dim_v_);
     const TilePanels q = rows_at(queries_.q_rows, q0, visible.queries, dim_);
     if (finite || (visible.all() && !scores_.hides_keys())) {
@@ -206,6 +208,7 @@ class TileBackward {
       p = d.p;
       ds = d.ds;
       if (scores_.has_slope()) add_slope_gradient(d.dlogit, key, i, seen);
+      tile_.scores.keep_gradient(key, i, masked_lanes<float>(d.dlogit, lanes_in<float>(seen, i)));
     } else {
       const Vec<float> above = load(tile_.s.row(key) + i) - load(statistics.base + i);
       p = exp2<float, kExp2Degree<BFloat16>>(above * scale_.log2 - load(statistics.rest + i));

@@ -57,7 +57,7 @@ class VectorBackward {
       tile.k_packed = arena.take<C>(kBlockK * padded(problem.head_dim));
       tile.p = {arena.take<C>(kBlockK * stride), stride};
       tile.ds = {arena.take<C>(kBlockK * stride), stride};
-      tile.scores = TransposedScores<C, kBlockQ, kBlockK>::take(arena, scores);
+      tile.scores = TransposedScores<C, kBlockQ, kBlockK>::take(arena, problem, scores);
       return tile;
     }
   };
@@ -108,6 +108,7 @@ class VectorBackward {
                      const Statistics<C>& statistics, bool finite, const Gradients& sum) {
     multiply(q0, at, visible);
     const bool plain = !scores_.changes_logits() && !scores_.drops().exists();
+    tile_.scores.clear_gradients(visible);
     for (int64_t r = 0; r < visible.keys; ++r) {
       const Range group = visible.queries_of_group(round_down(r, kTileRows), kTileRows);
       if (group.empty()) continue;
@@ -117,6 +118,7 @@ class VectorBackward {
         differentiate_logits(r, at, visible, statistics);
       }
     }
+    tile_.scores.write_gradients(scores_, at, visible);
     if (finite || (visible.all() && !scores_.hides_keys())) {
       accumulate<kTileRows>(q0, visible, sum);
     } else if (scores_.hides_keys()) {
@@ -217,6 +219,7 @@ class VectorBackward {
       const Differentials d = differentials(key, i, seen, statistics);
       store(tile_.p.row(key) + i, d.p);
       store(tile_.ds.row(key) + i, d.ds);
+      tile_.scores.keep_gradient(key, i, d.dlogit);
       slope_gradient -= d.dlogit * HeadScores<C>::distances(distance, C{1}, i);
     }
     if (scores_.has_slope())

@@ -1,7 +1,8 @@
 // Gradients of what scores meet: biases, slopes and sinks, after those of q, k and v.
 //
-// A bias that is repeated over batch or heads gets its gradient from many heads, so each tile of it
-// is one task, which computes P and dS again for every sequence and head that adds to it, in order:
+// A bias that every head has its own part of gets its gradient from the tiles of the backward pass
+// (transposed_scores.h). One that is repeated gets it from many heads, so each tile of it is one
+// task here, which computes P and dS again for every sequence and head that adds to it, in order:
 // no bit depends on the number of threads, and no memory grows with the product of the lengths.
 #pragma once
 
@@ -77,10 +78,21 @@ class ScoreGradients {
     });
   }
 
+  // Before the backward pass: 0 where no tile writes.
+  void clear() const {
+    const bool all_tiles = !problem_.is_varlen() && problem_.seqused_q == nullptr &&
+                           problem_.seqused_k == nullptr && problem_.band.left < 0 &&
+                           problem_.band.right < 0;
+    for (const ScoreView& to : scores_.dbias) {
+      if (all_tiles || !to.exists() || !is_of_one_head(problem_, to)) continue;
+      with_numbers(to, [&](auto* data) { clear(to, data); });
+    }
+  }
+
   void run() const {
     if (scores_.dsink.exists()) store_sinks();
-    for (int n = 0; n < 2; ++n) {
-      if (scores_.dbias[n].exists()) differentiate(scores_.dbias[n]);
+    for (const ScoreView& to : scores_.dbias) {
+      if (to.exists() && !is_of_one_head(problem_, to)) differentiate(to);
     }
   }
 
@@ -125,6 +137,18 @@ class ScoreGradients {
               view.stride_head == 0 ? heads : Range{h, h + 1});
       }
     }
+  }
+
+  template <class Number>
+  void clear(const ScoreView& to, Number* data) const {
+    parallel_for(threads_, problem_.batch * problem_.num_heads, kFlush, [&](int64_t task, int) {
+      Number* const first = data + task / problem_.num_heads * to.stride_batch +
+                            task % problem_.num_heads * to.stride_head;
+      for (int64_t i = 0; i < to.seqlen_q; ++i) {
+        for (int64_t j = 0; j < to.seqlen_k; ++j)
+          first[i * to.stride_q + j * to.stride_k] = Number{};
+      }
+    });
   }
 
   // -sum of exp(sink - lse) delta.
@@ -177,7 +201,7 @@ class ScoreGradients {
                     static_cast<size_t>(thread) * thread_bytes(problem_, scores_));
         const Memory memory = Memory::take(arena, problem_, scores_);
         const Area area = {q.of(task / k.tasks()), k.of(task % k.tasks()), batches, heads};
-        clear(memory.sum);
+        clear_sum(memory.sum);
         add(area, memory);
         store_sum(to, offset, area, memory.sum);
       });
@@ -186,7 +210,7 @@ class ScoreGradients {
   struct Area {
     Range queries, keys, batches, heads;
   };
-  static void clear(const Matrix<C>& sum) {
+  static void clear_sum(const Matrix<C>& sum) {
     for (int64_t i = 0; i < kBlockK * kStride; ++i) sum.data[i] = 0;
   }
 

@@ -81,6 +81,17 @@ inline void add_line(C* row, const Range& range, const ScoreView& view, int64_t 
   });
 }
 
+// to[i * stride] = row[i].
+template <class C, class T>
+FLASHTILE_INLINE void write_line(const C* row, int64_t count, T* to, int64_t stride) {
+  int64_t i = 0;
+  if constexpr (sizeof(Compute<T>) == sizeof(C)) {
+    constexpr int kWidth = kLanes<C>;
+    for (; stride == 1 && i + kWidth <= count; i += kWidth) write(to + i, load(row + i));
+  }
+  for (; i < count; ++i) write_some(to + i * stride, splat(static_cast<Compute<T>>(row[i])), 1);
+}
+
 // Where a block of scores begins in its sequence.
 struct BlockPlace {
   int64_t query, key;
@@ -93,12 +104,27 @@ FLASHTILE_INLINE void drop_weights(Weight* weights, const Range& range, const ui
     weights[i] = kept[i] != 0 ? weights[i] : Weight{};
 }
 
+// Whether every element of a bias is read by one query head of one sequence alone: then the tiles
+// of the backward pass write its gradient. score_gradients.h has the others.
+inline bool is_of_one_head(const Problem& problem, const ScoreView& view) {
+  return (view.stride_batch != 0 || problem.batch == 1) &&
+         (view.stride_head != 0 || problem.num_heads == 1) && view.stride_q != 0 &&
+         view.stride_k != 0;
+}
+inline bool tiles_write_gradients(const Problem& problem, const Scores& scores) {
+  for (const ScoreView& view : scores.dbias) {
+    if (view.exists() && is_of_one_head(problem, view)) return true;
+  }
+  return false;
+}
+
 // One query head of a sequence.
 template <class C>
 class HeadScores {
  public:
   HeadScores(const Problem& problem, const Scores& scores, const Sequence& seq, int64_t head)
-      : scores_(scores),
+      : problem_(problem),
+        scores_(scores),
         seq_(seq),
         head_(head),
         first_key_(problem.cache.exists() ? seq.k_begin : 0),
@@ -151,6 +177,15 @@ class HeadScores {
     if (scores_.mask.exists()) hide_keys(row, seen, query, k0);
   }
 
+  // The gradients of a row of logits, from key k0 on, where a bias is this head's alone.
+  void write_bias_gradients(const C* row, int64_t keys, int64_t query, int64_t k0) const {
+    for (const ScoreView& to : scores_.dbias) {
+      if (!to.exists() || !is_of_one_head(problem_, to)) continue;
+      const int64_t first = offset(to) + query * to.stride_q + k0 * to.stride_k;
+      with_numbers(to, [&](auto* data) { write_line(row, keys, data + first, to.stride_k); });
+    }
+  }
+
   // What a line along keys adds: biases, and -inf where the mask hides. The row was 0.
   void add_along_keys(C* row, const Range& keys, int64_t query, int64_t k0) const {
     for (const ScoreView& bias : scores_.bias) {
@@ -159,6 +194,23 @@ class HeadScores {
                bias.stride_k);
     }
     if (scores_.mask.exists()) hide_keys(row, keys, query, k0);
+  }
+
+  // Asks for the biases of `keys` and queries of a block while its scores are computed: the pieces
+  // of a row that a block reads are too short for the processor to see a pattern.
+  FLASHTILE_INLINE void prefetch(const BlockPlace& at, const Range& queries,
+                                 const Range& keys) const {
+    for (const ScoreView& bias : scores_.bias) {
+      if (!bias.exists() || bias.stride_k != 1 || bias.stride_q == 0) continue;
+      with_numbers(bias, [&](const auto* data) {
+        const auto* const first = data + offset(bias) + key(at.key);
+        constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof *data);
+        for (int64_t i = queries.begin; i < queries.end; ++i) {
+          const auto* const row = first + (at.query + i) * bias.stride_q;
+          for (int64_t j = keys.begin; j < keys.end; j += kLine) __builtin_prefetch(row + j);
+        }
+      });
+    }
   }
 
   // x = scale * x, capped.
@@ -250,6 +302,7 @@ class HeadScores {
     }
   }
 
+  const Problem& problem_;
   const Scores& scores_;
   const Sequence seq_;
   const int64_t head_, first_key_, shift_;

@@ -18,15 +18,18 @@ struct TransposedScores {
   static constexpr int64_t kStride = kBlockQ + 2 * kLanes<C>;
   static constexpr int64_t kLine = kBlockK + kLanes<C>;
 
-  Matrix<C> added;   // [keys, queries]: what biases and masks add
-  C* lines;          // [kLanes, kLine]: the same along keys, on its way there
-  Matrix<C> slopes;  // [keys, queries]: a logit's derivative by softmax_scale * q k^T
-  C* query_scales;   // [queries]
-  uint8_t* kept;     // [keys, kBlockQ]: DropMask
+  Matrix<C> added;    // [keys, queries]: what biases and masks add
+  C* lines;           // [kLanes, kLine]: the same along keys, on its way there
+  Matrix<C> slopes;   // [keys, queries]: a logit's derivative by softmax_scale * q k^T
+  C* query_scales;    // [queries]
+  Matrix<C> dlogits;  // [keys, queries]: gradients of logits, where tiles write those of biases
+  uint8_t* kept;      // [keys, kBlockQ]: DropMask
 
-  static TransposedScores take(Arena& arena, const Scores& scores) {
+  static TransposedScores take(Arena& arena, const Problem& problem, const Scores& scores) {
     TransposedScores tile = {};
     const auto matrix = [&] { return Matrix<C>{arena.take<C>(kBlockK * kStride), kStride}; };
+    const bool writes = tiles_write_gradients(problem, scores);
+    if (writes) tile.dlogits = matrix();
     if (scores.hides_keys()) {
       tile.added = matrix();
       tile.lines = arena.take<C>(kLanes<C> * kLine);
@@ -65,6 +68,30 @@ struct TransposedScores {
     for (int64_t i = whole.begin; added.data != nullptr && i < whole.end; i += kLanes<C>)
       store(row + i, load(row + i) + load(added.row(key) + i));
     if (head.has_slope()) head.add_slope(row, whole, at.query + head.shift() - at.key - key, C{1});
+  }
+
+  // Before the gradients of a tile: those that differentiate() leaves out are 0.
+  void clear_gradients(const Visible& visible) const {
+    if (dlogits.data == nullptr || visible.all()) return;
+    for (int64_t i = 0; i < kBlockK * kStride; ++i) dlogits.data[i] = 0;
+  }
+  FLASHTILE_INLINE void keep_gradient(int64_t key, int64_t i, Vec<C> dlogit) const {
+    if (dlogits.data != nullptr) store(dlogits.row(key) + i, dlogit);
+  }
+  // Transposed square by square, as add_up() does.
+  void write_gradients(const HeadScores<C>& head, const BlockPlace& at,
+                       const Visible& visible) const {
+    constexpr int kWidth = kLanes<C>;
+    for (int64_t i = 0; dlogits.data != nullptr && i < visible.queries; i += kWidth) {
+      for (int64_t j = 0; j < visible.keys; j += kWidth) {
+        Vec<C> square[kWidth];
+        for (int n = 0; n < kWidth; ++n) square[n] = load(dlogits.row(j + n) + i);
+        transpose<C>(square);
+        for (int n = 0; n < kWidth; ++n) store(lines + n * kLine + j, square[n]);
+      }
+      for (int64_t n = 0; n < smaller_of(kWidth, visible.queries - i); ++n)
+        head.write_bias_gradients(lines + n * kLine, visible.keys, at.query + i + n, at.key);
+    }
   }
 
   // P as it meets dO, dS as it meets Q and K, and the gradient of the logit.
