@@ -1,5 +1,7 @@
 # flashtile_add_tests(<target> [LABELS label...] [TIMEOUT seconds] [ENVIRONMENT VAR=value...]
-#                     [FIRST_WORD_IS_LABEL] [ERROR_TABLE] [MATRIX_REPORT])
+#                     [TESTS_OF target...] [FIRST_WORD_IS_LABEL] [ERROR_TABLE] [MATRIX_REPORT])
+#
+# TESTS_OF: targets whose objects the target is linked with, and whose tests it has, too.
 #
 # FIRST_WORD_IS_LABEL: the first word of a test's name is one more label of it.
 #
@@ -12,7 +14,8 @@
 # Registers every TEST("name") of the target's sources with ctest as <target>/<name>. Reading the
 # sources needs no run of the executable at build time; editing one reconfigures.
 function(flashtile_add_tests target)
-  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL;ERROR_TABLE;MATRIX_REPORT" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
+  cmake_parse_arguments(ARG "FIRST_WORD_IS_LABEL;ERROR_TABLE;MATRIX_REPORT" "TIMEOUT" "LABELS;ENVIRONMENT;TESTS_OF"
+                        ${ARGN})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 300) # sanitizers and busy machines are slow
   endif()
@@ -25,7 +28,11 @@ function(flashtile_add_tests target)
   endif()
   # Tests run side by side: threads that spin while they wait would take the others' cores.
   list(APPEND ARG_ENVIRONMENT "OMP_WAIT_POLICY=passive")
-  get_target_property(sources ${target} SOURCES)
+  set(sources "")
+  foreach(owner IN ITEMS ${target} ${ARG_TESTS_OF})
+    get_target_property(owned ${owner} SOURCES)
+    list(APPEND sources ${owned})
+  endforeach()
   foreach(source IN LISTS sources)
     if(NOT source MATCHES "_test\\.(cpp|cu)$")
       continue()

@@ -135,18 +135,125 @@ const std::vector<Case> kCases = {
     {.name = "rows without keys", .seqlen_q = 300, .seqlen_k = 70},
 };
 
+void check_products(const Setup& setup, const Schedule& on, const Counted& counted) {
+  const int slice = slice_of(setup.head_dim);
+  const auto mma = [&](const Blocks& b, uint64_t products) {
+    return visits(setup, b).pairs * heads_of(setup) * products *
+           static_cast<uint64_t>(b.q * b.k * slice) / kMmaProducts;
+  };
+  CHECK_EQ(counted.forward.mma, mma(forward_blocks(on, slice), 2));    // S, O
+  CHECK_EQ(counted.backward.mma, mma(backward_blocks(on, slice), 5));  // S, dP, dV, dK, dQ
+}
+
+void check_forward_bytes(const Setup& setup, const Schedule& on, const Counted& counted) {
+  const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
+  const uint64_t rows = heads_of(setup) * static_cast<uint64_t>(setup.extents_q.seq);
+  const Visits seen = visits(setup, forward_blocks(on, slice_of(setup.head_dim)));
+  CHECK_EQ(counted.forward.global_read_bytes,
+           heads_of(setup) * (seen.seeing_rows + 2 * seen.key_rows) * row_bytes);
+  CHECK_EQ(counted.forward.global_written_bytes, rows * (row_bytes + sizeof(float)));
+}
+
+// Delta reads out and dO, and each of the lanes that share a row LSE and dLSE. The main launch
+// reads K and V once and, for every visible pair of blocks, Q, dO, the statistics (three floats a
+// query) and a flag, and adds to an fp32 block of dQ. The last one reads, for every 16 bytes of dQ
+// that it writes, an LSE and 32 bytes of fp32 dQ.
+void check_backward_bytes(const Setup& setup, const Schedule& on, const Counted& counted) {
+  if (setup.extents_q.seq > setup.extents_k.seq) return;  // queries without a key read less
+  const int slice = slice_of(setup.head_dim);
+  const Blocks blocks = backward_blocks(on, slice);
+  const Visits seen = visits(setup, blocks);
+  const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
+  const auto block_q = static_cast<uint64_t>(blocks.q), columns = static_cast<uint64_t>(slice);
+  const auto rows = static_cast<uint64_t>(setup.extents_q.seq);
+  const auto keys =
+      static_cast<uint64_t>(setup.batch * setup.extents_k.heads * setup.extents_k.seq);
+  const uint64_t lanes = std::bit_ceil(columns / 8);
+  const uint64_t delta = rows * (2 * row_bytes + lanes * 2 * sizeof(float));
+  const uint64_t pair = block_q * (3 + columns) * sizeof(float) + sizeof(float);
+  const uint64_t main = 2 * seen.query_rows * row_bytes + seen.pairs * pair;
+  const uint64_t dq = rows * (columns / 8) * (sizeof(float) + 32);
+  CHECK_EQ(counted.backward.global_read_bytes,
+           heads_of(setup) * (delta + main + dq) + 2 * keys * row_bytes);
+}
+
+void check_conflicts(const Counted& counted) {
+  CHECK_EQ(counted.forward.wavefronts, counted.forward.wavefronts_ideal);
+  CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
+  CHECK_EQ(counted.forward.local_accesses, uint64_t{0});
+  CHECK_EQ(counted.backward.local_accesses, uint64_t{0});
+}
+
+void check_sectors(const Counted& counted) {
+  CHECK(counted.forward.sectors * 100 <= counted.forward.sectors_ideal * 110);
+  CHECK(counted.backward.sectors * 100 <= counted.backward.sectors_ideal * 110);
+}
+
+void check_shared_memory(const Schedule& on, const Counted& counted) {
+  CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+  CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+}
+
+void check_sm90_products(const Setup& setup, const Counted& counted) {
+  const Sm90Blocks blocks = sm90_blocks(setup);
+  const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
+  const auto steps = static_cast<uint64_t>((blocks.slice + blocks.size.k) / 16);
+  CHECK_EQ(counted.forward.wgmma, pairs * blocks.consumers() * steps);
+  CHECK_EQ(counted.forward.mma, uint64_t{0});
+}
+
+void check_sm90_bytes(const Setup& setup, const Counted& counted) {
+  const Sm90Blocks blocks = sm90_blocks(setup);
+  const auto count = [&](int rows) {
+    const int64_t all = (setup.extents_q.seq + rows - 1) / rows;
+    return static_cast<uint64_t>(all) * heads_of(setup);
+  };
+  const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
+  CHECK_EQ(counted.forward.bulk_load_bytes, count(blocks.size.q) * blocks.bytes(blocks.size.q) +
+                                                pairs * 2 * blocks.bytes(blocks.size.k));
+  CHECK_EQ(counted.forward.bulk_store_bytes, count(64) * blocks.bytes(64));
+}
+
+void check_sm90_forward(const Schedule& on, const Counted& counted) {
+  CHECK_EQ(counted.forward.tensor_maps, uint64_t{4});
+  CHECK_EQ(counted.forward.wavefronts, counted.forward.wavefronts_ideal);
+  CHECK_EQ(counted.forward.local_accesses, uint64_t{0});
+  CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+}
+
+// dQ of more columns is added out of registers.
+void check_sm90_backward(const Setup& setup, const Schedule& on, const Counted& counted) {
+  const int cols = std::max(64, slice_of(setup.head_dim));
+  const Blocks blocks = {cols == 64 ? 128 : 64, cols <= 128 ? 128 : 64};
+  const uint64_t pairs = visits(setup, blocks).pairs * heads_of(setup);
+  const auto dq_bytes = uint64_t{4} * static_cast<uint64_t>(blocks.q) * static_cast<uint64_t>(cols);
+  CHECK_EQ(counted.backward.bulk_store_bytes, cols <= 128 ? pairs * dq_bytes : 0);
+  CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
+  CHECK_EQ(counted.backward.local_accesses, uint64_t{0});
+  CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
+}
+
 }  // namespace
 
-TEST("mma counts are those of the visible blocks") {
+TEST("mma.sync kernels: products of visible blocks, every byte once, no bank conflicts") {
   for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-    const int slice = slice_of(setup.head_dim);
-    const auto mma = [&](const Blocks& b, uint64_t products) {
-      return visits(setup, b).pairs * heads_of(setup) * products *
-             static_cast<uint64_t>(b.q * b.k * slice) / kMmaProducts;
-    };
-    CHECK_EQ(counted.forward.mma, mma(forward_blocks(on, slice), 2));    // S, O
-    CHECK_EQ(counted.backward.mma, mma(backward_blocks(on, slice), 5));  // S, dP, dV, dK, dQ
+    check_products(setup, on, counted);
+    check_forward_bytes(setup, on, counted);
+    check_backward_bytes(setup, on, counted);
+    check_conflicts(counted);
+    check_sectors(counted);
+    check_shared_memory(on, counted);
   });
+}
+
+TEST("sm_90a kernels: the same, four tensor maps a call, dQ added once") {
+  for_every_setup(kCases, Kernels::kSm90,
+                  [](const Setup& setup, const Schedule& on, const Counted& counted) {
+                    check_sm90_products(setup, counted);
+                    check_sm90_bytes(setup, counted);
+                    check_sm90_forward(on, counted);
+                    check_sm90_backward(setup, on, counted);
+                  });
 }
 
 TEST("work is proportional to what is visible") {
@@ -164,118 +271,6 @@ TEST("work is proportional to what is visible") {
     CHECK(backward[i + 2] * 100 <= backward[i] * 51);
     CHECK(bytes[i + 2] < bytes[i + 1]);  // keys outside of the window are not read
   }
-}
-
-TEST("forward moves every byte once") {
-  for_every_setup(kCases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-    const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
-    const uint64_t rows = heads_of(setup) * static_cast<uint64_t>(setup.extents_q.seq);
-    const Visits seen = visits(setup, forward_blocks(on, slice_of(setup.head_dim)));
-    CHECK_EQ(counted.forward.global_read_bytes,
-             heads_of(setup) * (seen.seeing_rows + 2 * seen.key_rows) * row_bytes);
-    CHECK_EQ(counted.forward.global_written_bytes, rows * (row_bytes + sizeof(float)));
-  });
-}
-
-// Delta reads out and dO, and each of the lanes that share a row LSE and dLSE. The main launch
-// reads K and V once and, for every visible pair of blocks, Q, dO, the statistics (three floats a
-// query) and a flag, and adds to an fp32 block of dQ. The last one reads, for every 16 bytes of dQ
-// that it writes, an LSE and 32 bytes of fp32 dQ.
-TEST("backward reads what its schedule says") {
-  const std::vector<Case> cases = {kCases[0], kCases[1]};  // every query sees a key
-  for_every_setup(cases, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-    const int slice = slice_of(setup.head_dim);
-    const Blocks blocks = backward_blocks(on, slice);
-    const Visits seen = visits(setup, blocks);
-    const uint64_t row_bytes = 2 * static_cast<uint64_t>(setup.head_dim);
-    const auto block_q = static_cast<uint64_t>(blocks.q), columns = static_cast<uint64_t>(slice);
-    const auto rows = static_cast<uint64_t>(setup.extents_q.seq);
-    const auto keys =
-        static_cast<uint64_t>(setup.batch * setup.extents_k.heads * setup.extents_k.seq);
-    const uint64_t lanes = std::bit_ceil(columns / 8);
-    const uint64_t delta = rows * (2 * row_bytes + lanes * 2 * sizeof(float));
-    const uint64_t pair = block_q * (3 + columns) * sizeof(float) + sizeof(float);
-    const uint64_t main = 2 * seen.query_rows * row_bytes + seen.pairs * pair;
-    const uint64_t dq = rows * (columns / 8) * (sizeof(float) + 32);
-    CHECK_EQ(counted.backward.global_read_bytes,
-             heads_of(setup) * (delta + main + dq) + 2 * keys * row_bytes);
-  });
-}
-
-TEST("no bank conflicts and no local memory") {
-  for_every_setup(kCases, [](const Setup&, const Schedule&, const Counted& counted) {
-    CHECK_EQ(counted.forward.wavefronts, counted.forward.wavefronts_ideal);
-    CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
-    CHECK_EQ(counted.forward.local_accesses, uint64_t{0});
-    CHECK_EQ(counted.backward.local_accesses, uint64_t{0});
-  });
-}
-
-TEST("global memory is moved in whole sectors") {
-  for_every_setup(kCases, [](const Setup&, const Schedule&, const Counted& counted) {
-    CHECK(counted.forward.sectors * 100 <= counted.forward.sectors_ideal * 110);
-    CHECK(counted.backward.sectors * 100 <= counted.backward.sectors_ideal * 110);
-  });
-}
-
-TEST("blocks fit the device's shared memory") {
-  for_every_setup(kCases, [](const Setup&, const Schedule& on, const Counted& counted) {
-    CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
-    CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
-  });
-}
-
-TEST("sm_90a: products are those of the visible blocks") {
-  for_every_setup(kCases, Kernels::kSm90,
-                  [](const Setup& setup, const Schedule&, const Counted& counted) {
-                    const Sm90Blocks blocks = sm90_blocks(setup);
-                    const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
-                    const auto steps = static_cast<uint64_t>((blocks.slice + blocks.size.k) / 16);
-                    CHECK_EQ(counted.forward.wgmma, pairs * blocks.consumers() * steps);
-                    CHECK_EQ(counted.forward.mma, uint64_t{0});
-                  });
-}
-
-TEST("sm_90a: every tile of Q, K and V is loaded once, rows of out are stored once") {
-  for_every_setup(kCases, Kernels::kSm90,
-                  [](const Setup& setup, const Schedule&, const Counted& counted) {
-                    const Sm90Blocks blocks = sm90_blocks(setup);
-                    const auto count = [&](int rows) {
-                      const int64_t all = (setup.extents_q.seq + rows - 1) / rows;
-                      return static_cast<uint64_t>(all) * heads_of(setup);
-                    };
-                    const uint64_t pairs = visits(setup, blocks.size).pairs * heads_of(setup);
-                    CHECK_EQ(counted.forward.bulk_load_bytes,
-                             count(blocks.size.q) * blocks.bytes(blocks.size.q) +
-                                 pairs * 2 * blocks.bytes(blocks.size.k));
-                    CHECK_EQ(counted.forward.bulk_store_bytes, count(64) * blocks.bytes(64));
-                  });
-}
-
-TEST("sm_90a: four tensor maps a call, no bank conflicts, no local memory") {
-  for_every_setup(
-      kCases, Kernels::kSm90, [](const Setup&, const Schedule& on, const Counted& counted) {
-        CHECK_EQ(counted.forward.tensor_maps, uint64_t{4});
-        CHECK_EQ(counted.forward.wavefronts, counted.forward.wavefronts_ideal);
-        CHECK_EQ(counted.forward.local_accesses, uint64_t{0});
-        CHECK(counted.forward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
-      });
-}
-
-// dQ of more columns is added out of registers.
-TEST("sm_90a: dQ of every visible block is added once, by bulk reductions up to head dim 128") {
-  for_every_setup(
-      kCases, Kernels::kSm90, [](const Setup& setup, const Schedule& on, const Counted& counted) {
-        const int cols = std::max(64, slice_of(setup.head_dim));
-        const Blocks blocks = {cols == 64 ? 128 : 64, cols <= 128 ? 128 : 64};
-        const uint64_t pairs = visits(setup, blocks).pairs * heads_of(setup);
-        const auto dq_bytes =
-            uint64_t{4} * static_cast<uint64_t>(blocks.q) * static_cast<uint64_t>(cols);
-        CHECK_EQ(counted.backward.bulk_store_bytes, cols <= 128 ? pairs * dq_bytes : 0);
-        CHECK_EQ(counted.backward.wavefronts, counted.backward.wavefronts_ideal);
-        CHECK_EQ(counted.backward.local_accesses, uint64_t{0});
-        CHECK(counted.backward.shared_bytes_max <= static_cast<uint64_t>(on.shared_memory));
-      });
 }
 
 TEST("counters do not depend on the schedule") {

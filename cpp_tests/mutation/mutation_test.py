@@ -148,7 +148,7 @@ def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) 
         if "/flashtile_cache_append_ptx80.dir/" in line:
             lines.append(line)
         # What sm_90a leaves to the kernels for sm_80.
-        if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx90.dir/" in line:
+        if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx80.dir/" in line:
             lines.append(line)
         for kernel in ("forward", "prefill", "decode", "backward"):
             name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}_ptx{capability}"

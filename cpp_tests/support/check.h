@@ -126,10 +126,3 @@ inline int list() {
     check::report(false, __FILE__, __LINE__, std::string("GPU required: ") + (reason)); \
     return;                                                                             \
   } while (false)
-
-#ifndef FLASHTILE_CHECK_OWN_MAIN
-int main(int argc, char** argv) {
-  if (argc == 2 && std::string(argv[1]) == "--list") return check::list();
-  return check::run_all(argc, argv);
-}
-#endif

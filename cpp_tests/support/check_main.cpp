@@ -1,3 +1,7 @@
-// main() of a test executable that has several sources.
-#undef FLASHTILE_CHECK_OWN_MAIN
+// main() of every executable of TESTs.
 #include "check.h"
+
+int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "--list") return check::list();
+  return check::run_all(argc, argv);
+}

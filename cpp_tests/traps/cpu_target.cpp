@@ -36,6 +36,8 @@ const Backend& large_backend() {
   return backend;
 }
 
+void leave_to_nightly_on_machine() {}
+
 std::vector<Dtype> trap_dtypes() { return {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32}; }
 
 void check_setup(const Setup& setup) {

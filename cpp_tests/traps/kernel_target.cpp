@@ -55,6 +55,12 @@ const Backend& large_backend() {
   return backend;
 }
 
+void leave_to_nightly_on_machine() {
+  require_device();
+  if (schedules().front().device.starts_with("machine") && !is_nightly())
+    SKIP("make test-nightly has it");
+}
+
 std::vector<Dtype> trap_dtypes() { return half_dtypes(); }
 
 void check_setup(const Setup& setup) {

@@ -26,6 +26,9 @@ void check_setup(const Setup& setup);
 // The same on one device model, for what takes long on the machine.
 void check_setup_once(const Setup& setup);
 
+// Skips on the machine, unless this is make test-nightly.
+void leave_to_nightly_on_machine();
+
 // The same for the setup that `draw` makes from the values of a seed, by the rule of attempt.h.
 void check_draws(const std::function<Setup(uint64_t seed)>& draw);
 

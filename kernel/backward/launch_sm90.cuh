@@ -22,19 +22,11 @@ template <int kHeadDim>
 Status encode_backward_maps(const BackwardParams& params, BackwardLaunchSm90& launch_params) {
   using Shape = BackwardShapeSm90<kHeadDim>;
   const Problem& p = params.problem;
-  const struct {
-    MappedTensor tensor;
-    int box_rows;
-    TensorMap& map;
-  } maps[] = {
-      {query_tensor("q", params.q, p, p.head_dim), Shape::kBlockQ, launch_params.q},
-      {key_tensor("k", params.k, p, p.head_dim), Shape::kBlockK, launch_params.k},
-      {key_tensor("v", params.v, p, p.head_dim_v), Shape::kBlockK, launch_params.v},
-      {query_tensor("dout", params.dout, p, p.head_dim_v), Shape::kBlockQ, launch_params.dout}};
-  for (const auto& [tensor, box_rows, map] : maps) {
-    if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
-  }
-  return FLASHTILE_OK;
+  return encode_tensor_maps(
+      {{query_tensor("q", params.q, p, p.head_dim), Shape::kBlockQ, launch_params.q},
+       {key_tensor("k", params.k, p, p.head_dim), Shape::kBlockK, launch_params.k},
+       {key_tensor("v", params.v, p, p.head_dim_v), Shape::kBlockK, launch_params.v},
+       {query_tensor("dout", params.dout, p, p.head_dim_v), Shape::kBlockQ, launch_params.dout}});
 }
 
 template <int kHeadDim, class T, bool kDeterministic>

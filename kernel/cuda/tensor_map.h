@@ -13,6 +13,7 @@
 // 1. Loads leave zeros there and stores nothing; neither touches the memory behind.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "params.h"
@@ -56,5 +57,18 @@ bool driver_encodes_tensor_maps();
 // Fills `map` for boxes of 64 columns and `box_rows` rows, in the 128-byte swizzle of
 // tile/smem_tile.cuh (WideTile). tma_obstacle() has found none.
 [[nodiscard]] Status encode_tensor_map(const MappedTensor& tensor, int box_rows, TensorMap& map);
+
+struct TensorMapOf {
+  MappedTensor tensor;
+  int box_rows;
+  TensorMap& map;
+};
+template <size_t kCount>
+[[nodiscard]] Status encode_tensor_maps(const TensorMapOf (&maps)[kCount]) {
+  for (const auto& [tensor, box_rows, map] : maps) {
+    if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
+  }
+  return FLASHTILE_OK;
+}
 
 }  // namespace flashtile

@@ -360,19 +360,6 @@ inline Status count_multiprocessors(int device, int& count) {
                     "cudaDeviceGetAttribute(MultiProcessorCount)");
 }
 
-struct TensorMapOf {
-  MappedTensor tensor;
-  int box_rows;
-  TensorMap& map;
-};
-template <size_t kCount>
-Status encode_tensor_maps(const TensorMapOf (&maps)[kCount]) {
-  for (const auto& [tensor, box_rows, map] : maps) {
-    if (Status s = encode_tensor_map(tensor, box_rows, map)) return s;
-  }
-  return FLASHTILE_OK;
-}
-
 // All but what says where the keys are.
 template <class Kernel>
 Status set_forward_sm90_params(const ForwardParams& params, ForwardSm90Params& p) {
