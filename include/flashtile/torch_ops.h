@@ -36,8 +36,14 @@ inline void raise_unless(bool allowed, const std::string& sentence) {
 class Op {
  public:
   explicit Op(const char* name) : handle_(find(name)) {}
-  // Arguments in the order of the schema become results.
-  void operator()(Stack& stack) const { handle_.callBoxed(stack); }
+  // Arguments in the order of the schema become results. Those at its end that are not there have
+  // their defaults: the library may know more of them than this header.
+  void operator()(Stack& stack) const {
+    const auto& arguments = handle_.schema().arguments();
+    for (size_t i = stack.size(); i < arguments.size(); ++i)
+      stack.emplace_back(arguments[i].default_value().value_or(c10::IValue()));
+    handle_.callBoxed(stack);
+  }
 
  private:
   static c10::OperatorHandle find(const char* name) {
