@@ -46,11 +46,20 @@ def _of_sequences(sequences: Sequences, rows: Any, other: Any) -> dict[str, Any]
     }
 
 
+def _given(scores: Scores) -> dict[str, Any]:
+    """The tensors, which torch describes to the rules by their specs."""
+    return {
+        name: value
+        for name, value in scores._asdict().items()
+        if not isinstance(value, (float, type(None)))
+    }
+
+
 def _of_scores(scores: Scores, dims: dict[str, int | None]) -> dict[str, Any]:
     """Sharded along the dimension of each that goes with the rows or heads; None: there is none."""
     shard, whole = _module().Shard, _module().Replicate()
     placements = {}
-    for name, tensor in scores.tensors().items():
+    for name, tensor in _given(scores).items():
         dim = dims.get(name)
         repeats = dim is None or (tensor.shape[dim] == 1 and name in ("bias", "bias2", "mask"))
         placements[name] = whole if repeats else shard(dim)
@@ -60,11 +69,11 @@ def _of_scores(scores: Scores, dims: dict[str, int | None]) -> dict[str, Any]:
 def _dims(scores: Scores, *, of_heads: bool, is_packed: bool) -> dict[str, int | None]:
     """Which dimension of each tensor of scores is that of the batch or of the heads."""
     dims: dict[str, int | None] = {}
-    for name, tensor in scores.tensors().items():
+    for name, tensor in _given(scores).items():
         if name in ("bias", "bias2", "mask"):
-            dims[name] = tensor.dim() - 3 if of_heads else 0
+            dims[name] = len(tensor.shape) - 3 if of_heads else 0
         elif name in ("alibi_slopes", "sink"):
-            by_batch = tensor.dim() > 1
+            by_batch = len(tensor.shape) > 1
             dims[name] = int(by_batch) if of_heads else 0 if by_batch else None
         elif name == "query_scale":
             dims[name] = None if of_heads or is_packed else 0
