@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -130,4 +131,101 @@ TEST("merge of flashtile/torch.h refuses parts that do not fit") {
   says({out}, {lse[0]}, "lses[0] has shape (1, 4); allowed: (2, 1, 4)");
   says({out}, {lse.to(at::kHalf)}, "lses[0] has dtype float16; allowed: float32 or float64");
   says({out}, {lse.to(at::kMeta)}, "lses[0] is on meta; allowed: cpu, the device of outs[0]");
+}
+
+namespace {
+
+// Manual attention with everything that scores have, keep being the mask of dropout.
+at::Tensor manual(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const flashtile::AttentionOptions& o, const at::Tensor& keep) {
+  at::Tensor x = at::einsum("bqhd,bkhd->bhqk", {q, k}) / std::sqrt(static_cast<double>(q.size(3)));
+  x = x * o.query_scale->unsqueeze(1).unsqueeze(3);
+  x = o.softcap * at::tanh(x / o.softcap) + *o.bias + *o.bias2;
+  const at::Tensor i = at::arange(q.size(1)).unsqueeze(1) + (k.size(1) - q.size(1));
+  x = x - o.alibi_slopes->view({-1, 1, 1}) * (i - at::arange(k.size(1))).abs();
+  x = x.masked_fill(o.mask->logical_not(), -INFINITY);
+  const at::Tensor sink = o.sink->view({1, -1, 1, 1}).expand({q.size(0), -1, q.size(1), 1});
+  const at::Tensor p = at::softmax(at::cat({x, sink}, -1), -1).slice(-1, 0, k.size(1));
+  return at::einsum("bhqk,bkhd->bqhd", {p * keep / (1 - o.dropout_p), v});
+}
+
+}  // namespace
+
+TEST("flashtile/torch.h has scores, with their gradients") {
+  const auto wide = at::TensorOptions(at::kDouble);
+  const auto leaf = [&](at::IntArrayRef sizes) { return at::randn(sizes, wide).requires_grad_(); };
+  const at::Tensor q = leaf({2, 5, 4, 16}), k = leaf({2, 7, 4, 16}), v = leaf({2, 7, 4, 16});
+  // V as the identity shows which weights are kept.
+  const at::Tensor identity = at::eye(7, wide).view({1, 7, 1, 7}).expand({2, 7, 4, 7});
+  flashtile::AttentionOptions options = {.softcap = 2.0,
+                                         .alibi_slopes = leaf({4}),
+                                         .bias = leaf({1, 4, 5, 7}),
+                                         .bias2 = leaf({2, 1, 1, 7}),
+                                         .mask = at::rand({2, 1, 5, 7}) < 0.8,
+                                         .sink = leaf({4}),
+                                         .dropout_p = 0.25,
+                                         .rng_state = at::arange(3, 5),
+                                         .query_scale = at::rand({2, 5}, wide) + 0.5};
+  flashtile::AttentionOptions drop = {.dropout_p = 0.25, .rng_state = options.rng_state};
+  const at::Tensor keep = flashtile::attention(q, k, identity, drop).out.transpose(1, 2).ne(0);
+  const auto result = flashtile::attention(q, k, v, options);
+  const at::Tensor expected = manual(q, k, v, options, keep);
+  CHECK(difference(result.out, expected) < 1e-12);
+  CHECK(!result.softmax_lse.defined());
+  const at::Tensor dout = at::randn_like(expected);
+  const std::vector<at::Tensor> leaves = {
+      q, k, v, *options.alibi_slopes, *options.bias, *options.bias2, *options.sink};
+  const auto ours = torch::autograd::grad({result.out}, leaves, {dout});
+  const auto theirs = torch::autograd::grad({expected}, leaves, {dout});
+  for (size_t i = 0; i < leaves.size(); ++i) CHECK(difference(ours[i], theirs[i]) < 1e-12);
+  runs(flashtile::can_run(q, k, v, options, /*backward=*/true));
+
+  // Only the last of those that may have a gradient; and a result without one.
+  flashtile::AttentionOptions one = {.bias = options.bias->detach(), .sink = options.sink};
+  const auto of_sink =
+      torch::autograd::grad({flashtile::attention(q, k, v, one).out}, {*options.sink}, {dout});
+  one.bias->requires_grad_();
+  const auto of_both = torch::autograd::grad({flashtile::attention(q, k, v, one).out},
+                                             {*options.sink, *one.bias}, {dout});
+  CHECK(difference(of_sink[0], of_both[0]) == 0);
+}
+
+TEST("flashtile/torch.h draws the state of dropout, and refuses scores that make no sense") {
+  const at::Tensor q = at::randn({1, 64, 2, 8});
+  const flashtile::AttentionOptions drop = {.dropout_p = 0.5};
+  const at::Tensor first = flashtile::attention(q, q, q, drop).out;
+  CHECK(difference(first, flashtile::attention(q, q, q, drop).out) > 0);
+  runs(flashtile::can_run(q, q, q, drop));
+  is_refused(flashtile::can_run(q, q, q, {.softcap = -1}),
+             "softcap is -1; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38");
+  is_refused(flashtile::can_run(q, q, q, {.sink = at::zeros({3})}),
+             "sink has shape (3,); allowed: (2,), (1, 2) or (1, 2, 64)");
+  const at::Tensor scale = at::ones({1, 64}).requires_grad_();
+  is_refused(flashtile::can_run(q, q, q, {.query_scale = scale}),
+             "query_scale requires grad; allowed: query_scale.detach(), as it has no gradient (q "
+             "has one: scale q instead)");
+  const at::Tensor out = at::empty_like(q), sink = at::zeros({2}).requires_grad_();
+  is_refused(
+      flashtile::can_run(q, q, q, {.out = out, .sink = sink}),
+      "out is a tensor and sink requires grad; allowed: none, or at::NoGradGuard, as what is "
+      "written into out has no gradient");
+}
+
+TEST("flashtile/torch.h has scores over a cache") {
+  const at::Tensor q = at::randn({2, 3, 4, 8}), k = at::randn({2, 9, 2, 8});
+  const at::Tensor bias = at::randn({1, 4, 3, 9}), sink = at::randn({4}).requires_grad_();
+  const flashtile::KVCache cache = {.k = k, .v = k};
+  const auto over = flashtile::attention_with_kvcache(
+      q, cache, {.softcap = 3.0, .bias = bias, .sink = sink.detach()});
+  const auto dense = flashtile::attention(q, k, k, {.softcap = 3.0, .bias = bias, .sink = sink});
+  CHECK(difference(over.out, dense.out) < 1e-5);
+  is_refused(flashtile::can_run_with_kvcache(q, cache, {.sink = at::zeros({3})}),
+             "sink has shape (3,); allowed: (4,), (2, 4) or (2, 4, 3)");
+  throws(
+      [&] {
+        torch::autograd::grad({flashtile::attention_with_kvcache(q, cache, {.sink = sink}).out},
+                              {sink}, {at::ones_like(q)});
+      },
+      "attention_with_kvcache was differentiated; allowed: its result without a gradient "
+      "(attention and attention_varlen have one)");
 }

@@ -12,7 +12,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_assert_async.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
 
+#include <cstdint>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -32,7 +35,12 @@ namespace detail {
 // What no op can refuse, since it does not see it.
 inline void check(TensorRef q, TensorRef k, TensorRef v, const AttentionOptions& options) {
   refuse_tangents({&q, &k, &v});
+  for (const at::Tensor& tensor : score_tensors(options)) refuse_tangents({&tensor});
+  raise_unless(!options.query_scale.has_value() || !wants_gradient(*options.query_scale),
+               "query_scale requires grad; allowed: query_scale.detach(), as it has no gradient (q "
+               "has one: scale q instead)");
   if (!options.out.has_value()) return;
+  refuse_score_gradients(options);
   refuse_gradients("out is a tensor", "out",
                    {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &*options.out}});
 }
@@ -43,16 +51,25 @@ inline Call call_of(std::optional<Sequences> sequences, const AttentionOptions& 
   return call;
 }
 
+// Whether seed and offset are to be drawn; a dropout_p that is not allowed is the op's to refuse.
+inline bool wants_state(const AttentionOptions& options) {
+  return options.dropout_p >= 0x1p-32 && options.dropout_p <= 1 && !options.rng_state.has_value();
+}
+
 inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v,
                               std::optional<Sequences> sequences, const AttentionOptions& options) {
   check(q, k, v, options);
-  const Call call = call_of(std::move(sequences), options);
+  Call call = call_of(std::move(sequences), options);
+  if (wants_state(options))
+    call.options.rng_state = at::randint(0, INT64_MAX, {2}, q.options().dtype(at::kLong));
   AttentionResult result;
   if (options.out.has_value()) {
     result.out = *options.out;
     result.softmax_lse = call_forward_out(autocast(q), autocast(k), autocast(v), result.out, call);
   } else {
-    const Gradients both = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call);
+    const Tensors of_scores = tensors_with_gradients(call.options);
+    const Gradients both = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call,
+                                                  at::TensorList(of_scores));
     result = {both[0], both[1]};
   }
   if (!options.return_lse) result.softmax_lse.reset();
@@ -67,7 +84,14 @@ inline CanRun ask(TensorRef q, TensorRef k, TensorRef v, std::optional<Sequences
     raise_unless(!backward || !options.out.has_value(),
                  "out is a tensor and gradients are asked for; allowed: none");
     torch::jit::push(stack, autocast(q), autocast(k), autocast(v), backward, options.out);
-    call_of(std::move(sequences), options).push(stack);
+    Call call = call_of(std::move(sequences), options);
+    if (wants_state(options))  // nothing is drawn
+      call.options.rng_state = at::zeros({2}, q.options().dtype(at::kLong));
+    call.push(stack);
+    torch::jit::push(stack, /*max_logit=*/false);
+    for (const std::optional<at::Tensor>& tensor :
+         {options.alibi_slopes, options.bias, options.bias2, options.sink})
+      stack.emplace_back(backward && tensor.has_value() && tensor->requires_grad());
     op(stack);
   });
 }
@@ -106,8 +130,9 @@ inline std::vector<std::string> split(const std::string& list) {
 // on CUDA; any strides, 1 in the last dimension; nothing is copied. CUDA work goes to the current
 // stream and is not waited for.
 //
-// Differentiable once in q, k and v, through out and softmax_lse. Throws std::runtime_error, whose
-// what() is one sentence that names the argument, its value and what is allowed.
+// Differentiable once in q, k, v, alibi_slopes, bias, bias2 and sink, through out and softmax_lse.
+// Throws std::runtime_error, whose what() is one sentence that names the argument, its value and
+// what is allowed.
 inline AttentionResult attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const AttentionOptions& options = {}) {
   return detail::attend(q, k, v, std::nullopt, options);
@@ -127,7 +152,8 @@ inline AttentionResult attention_varlen(const at::Tensor& q, const at::Tensor& k
 }
 
 // Whether attention would run or, with `backward`, its gradients: makes the checks and the choice
-// of kernel that the call makes, and computes nothing. return_lse changes nothing.
+// of kernel that the call makes, and computes nothing. return_lse changes nothing. The gradients
+// are those of q, k and v, and of alibi_slopes, bias, bias2 and sink where these require grad.
 inline CanRun can_run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       const AttentionOptions& options = {}, bool backward = false) {
   return detail::ask(q, k, v, std::nullopt, options, backward);

@@ -55,6 +55,7 @@ inline Forward read_kvcache(TensorRef q, const CacheCall& call) {
   if (out.has_value()) stack.emplace_back(*out);
   push_options(stack, call.options);
   push_cache(stack, call.cache, call.options);
+  push_scores(stack, call.options);
   if (!out.has_value()) {
     op(stack);
     return {stack[0].toTensor(), stack[1].toTensor()};
@@ -74,8 +75,7 @@ inline Forward append_and_read(const CacheCall& call) {
 
 // The node of a result over a cache: going backward through it throws, as there is no gradient.
 struct CacheFunction : torch::autograd::Function<CacheFunction> {
-  static Gradients forward(AutogradContext*, const Forward& result, TensorRef, TensorRef, TensorRef,
-                           OptionalRef, OptionalRef) {
+  static Gradients forward(AutogradContext*, const Forward& result, at::TensorList /*read*/) {
     return {std::get<0>(result), std::get<1>(result)};
   }
   static Gradients backward(AutogradContext*, const Gradients&) {
@@ -102,8 +102,11 @@ inline at::Tensor autocast_like(TensorRef tensor, TensorRef cache) {
 // What is written must not need a gradient. Returns whether anything that is read wants one.
 inline bool check_gradients(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
   if (!at::GradMode::is_enabled()) return false;
+  const Tensors scores = score_tensors(options);
   const Named k = {"cache.k", &cache.k}, v = {"cache.v", &cache.v};
   bool wanted = q.requires_grad() || cache.k.requires_grad() || cache.v.requires_grad();
+  for (const at::Tensor& tensor : scores) wanted |= tensor.requires_grad();
+  if (options.out.has_value()) refuse_score_gradients(options);
   if (options.out.has_value())
     refuse_gradients("out is a tensor", "out", {{"q", &q}, k, v, {"out", &*options.out}});
   if (!options.append.has_value()) return wanted;
@@ -125,6 +128,7 @@ inline std::optional<at::Tensor> either(const char* name, OptionalRef value, Opt
 // What no op can refuse, since it does not see it; then the call as the ops take it.
 inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
   refuse_tangents({&q, &cache.k, &cache.v});
+  for (const at::Tensor& tensor : score_tensors(options)) refuse_tangents({&tensor});
   if (options.append.has_value()) refuse_tangents({&options.append->k, &options.append->v});
   CacheCall call = {q, cache, options};
   call.cache.cache_seqlens = either("seqlens", cache.cache_seqlens, cache.seqlens);
@@ -166,11 +170,11 @@ inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache
   };
   auto [out, lse] = attend();
   if (differentiable) {
-    const auto& added = options.append;
+    detail::Tensors read = detail::score_tensors(options);
+    read.insert(read.end(), {q, cache.k, cache.v});
+    if (options.append.has_value()) read.insert(read.end(), {options.append->k, options.append->v});
     const detail::Gradients both =
-        detail::CacheFunction::apply(detail::Forward{out, lse}, q, cache.k, cache.v,
-                                     added.has_value() ? std::optional(added->k) : std::nullopt,
-                                     added.has_value() ? std::optional(added->v) : std::nullopt);
+        detail::CacheFunction::apply(detail::Forward{out, lse}, at::TensorList(read));
     out = both[0];
     lse = both[1];
   }
@@ -197,6 +201,7 @@ inline CanRun can_run_with_kvcache(const at::Tensor& q, const KVCache& cache,
     stack.emplace_back(options.out);
     detail::push_options(stack, options);
     detail::push_cache(stack, call.cache, call.options);
+    detail::push_scores(stack, call.options);
     op(stack);
   });
 }

@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "torch_options.h"
 
@@ -36,8 +37,14 @@ inline void raise_unless(bool allowed, const std::string& sentence) {
 class Op {
  public:
   explicit Op(const char* name) : handle_(find(name)) {}
-  // Arguments in the order of the schema become results.
-  void operator()(Stack& stack) const { handle_.callBoxed(stack); }
+  // Arguments in the order of the schema become results. Those at its end that are not there have
+  // their defaults: the library may know more of them than this header.
+  void operator()(Stack& stack) const {
+    const auto& arguments = handle_.schema().arguments();
+    for (size_t i = stack.size(); i < arguments.size(); ++i)
+      stack.emplace_back(arguments[i].default_value().value_or(c10::IValue()));
+    handle_.callBoxed(stack);
+  }
 
  private:
   static c10::OperatorHandle find(const char* name) {
@@ -99,6 +106,32 @@ inline void refuse_gradients(const std::string& why, const std::string& where,
                              " requires grad; allowed: none, or at::NoGradGuard, as what is "
                              "written into " +
                              where + " has no gradient");
+  }
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+// Those of the options that stand between q k^T and v, of either struct.
+template <class Options>
+Tensors score_tensors(const Options& options) {
+  Tensors given;
+  for (const OptionalRef tensor : {options.alibi_slopes, options.bias, options.bias2, options.mask,
+                                   options.sink, options.query_scale}) {
+    if (tensor.has_value()) given.push_back(*tensor);
+  }
+  return given;
+}
+
+// With options.out. A mask cannot require grad.
+template <class Options>
+void refuse_score_gradients(const Options& options) {
+  const std::pair<const char*, OptionalRef> tensors[] = {{"alibi_slopes", options.alibi_slopes},
+                                                         {"bias[0]", options.bias},
+                                                         {"bias[1]", options.bias2},
+                                                         {"sink", options.sink},
+                                                         {"query_scale", options.query_scale}};
+  for (const auto& [name, tensor] : tensors) {
+    if (tensor.has_value()) refuse_gradients("out is a tensor", "out", {{name, &*tensor}});
   }
 }
 

@@ -27,6 +27,21 @@ struct AttentionOptions {
   // Written and returned as out. Shaped like it, any strides that keep its elements apart, the last
   // one 1; shares no memory with q, k, v. Only where no gradient is wanted.
   std::optional<at::Tensor> out = std::nullopt;
+  // Between q k^T and v, in the order that flashtile.h gives (flashtile_scores). Any strides; a
+  // dimension of one entry is repeated; gradients of alibi_slopes, bias, bias2 and sink.
+  double softcap = 0;                                     // c tanh(x / c); 0: none
+  std::optional<at::Tensor> alibi_slopes = std::nullopt;  // (num_heads) or (batch, num_heads), fp32
+  // (batch|1, num_heads|1, seqlen_q|1, seqlen_k|1); of packed sequences (num_heads|1, max_q, max_k)
+  // by the position in the sequence, with or without the batch in front; fp16, bf16 or fp32
+  std::optional<at::Tensor> bias = std::nullopt;
+  std::optional<at::Tensor> bias2 = std::nullopt;
+  std::optional<at::Tensor> mask = std::nullopt;  // bool, shaped like a bias; true: the key is seen
+  // (num_heads), (batch, num_heads), (batch, num_heads, seqlen_q), packed (1, num_heads, total_q)
+  std::optional<at::Tensor> sink = std::nullopt;
+  double dropout_p = 0;                                // the probability to drop; below 2^-32: none
+  std::optional<at::Tensor> rng_state = std::nullopt;  // (2), int64: seed and offset; unset: drawn
+  std::optional<at::Tensor> query_scale =
+      std::nullopt;  // (batch, seqlen_q), packed (total_q), fp32
 };
 
 // Where the packed sequences of attention_varlen begin and end. New members are added at the end.
@@ -90,6 +105,15 @@ struct KVCacheOptions {
   CausalAlignment causal_alignment = CausalAlignment::kBottomRight;  // of causal and window_size
   // Written and returned as out; as in AttentionOptions, and it shares no memory with the cache.
   std::optional<at::Tensor> out = std::nullopt;
+  // As in AttentionOptions. The keys of bias, bias2 and mask are the rows of the cache, left
+  // padding counted, as many as the longest sequence has.
+  double softcap = 0;
+  std::optional<at::Tensor> alibi_slopes = std::nullopt;
+  std::optional<at::Tensor> bias = std::nullopt;
+  std::optional<at::Tensor> bias2 = std::nullopt;
+  std::optional<at::Tensor> mask = std::nullopt;
+  std::optional<at::Tensor> sink = std::nullopt;
+  std::optional<at::Tensor> query_scale = std::nullopt;
 };
 
 struct AttentionResult {
@@ -140,6 +164,18 @@ inline void push_cache(Stack& stack, const KVCache& cache, const KVCacheOptions&
   torch::jit::push(stack, options.num_splits, options.max_seqlen_q, options.cu_seqlens_q, rows_new,
                    appended ? options.cu_seqlens_q : std::nullopt, cache.cache_seqlens,
                    cache.cache_batch_idx, cache.cache_leftpad, cache.block_table, options.check);
+}
+
+// What the ops that attend take last, from either struct: there is no dropout over a cache.
+template <class Options>
+void push_scores(Stack& stack, const Options& options) {
+  torch::jit::push(stack, options.softcap, options.alibi_slopes, options.bias, options.bias2,
+                   options.mask, options.sink);
+  if constexpr (requires { options.dropout_p; }) {
+    torch::jit::push(stack, options.dropout_p, options.rng_state, options.query_scale);
+  } else {
+    torch::jit::push(stack, 0.0, c10::IValue(), options.query_scale);
+  }
 }
 
 // What the ops that append take last; cache_seqlens is set.

@@ -95,6 +95,9 @@ std::string refusal(const Arguments& args) {
   if (text.empty()) text = dtypes_refusal(args);
   if (text.empty()) text = kv_refusal(args);
   if (text.empty()) text = sequences_refusal(args);
+  if (text.empty()) {
+    text = refusal(args.scores, {args.q, args.batch(), args.k.size(args.k.dim() - 3)});
+  }
   if (!text.empty()) return text;
   return out_refusal(args.out, {"q", &args.q}, {"k", &args.k}, {"v", &args.v});
 }
@@ -107,7 +110,7 @@ std::string refusal(const BackwardArguments& args) {
   if (text.empty()) text = lse_refusal("softmax_lse", args.softmax_lse, forward.q);
   if (text.empty() && args.dsoftmax_lse.has_value())
     text = lse_refusal("dsoftmax_lse", *args.dsoftmax_lse, forward.q);
-  return text;
+  return text.empty() ? refusal(args.wanted, forward.scores) : text;
 }
 
 flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -125,11 +128,13 @@ flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v
   return problem;
 }
 
-flashtile_problem to_problem(const Arguments& args) {
+flashtile_problem to_problem(const Arguments& args, flashtile_scores& scores) {
   const Tensor& q = args.q;
   const Sequences& sequences = args.sequences;
   flashtile_problem problem = problem_like(q, args.k, args.v);
   set_options(args.options, problem);
+  scores = to_scores(args.scores);
+  problem.scores = &scores;
   problem.batch = args.batch();
   problem.cu_seqlens_q = int_data(sequences.cu_seqlens_q);
   problem.cu_seqlens_k = int_data(sequences.cu_seqlens_k);

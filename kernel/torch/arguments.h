@@ -14,6 +14,7 @@
 #include "flashtile/flashtile.h"
 #include "options.h"
 #include "overlap.h"
+#include "scores.h"
 #include "sentences.h"
 
 namespace flashtile::ops {
@@ -47,11 +48,13 @@ struct Arguments {
   OptionalTensor out = std::nullopt;  // forward: written; unset: a new tensor
   Options options = {};
   Sequences sequences = {};
+  ScoreOptions scores = {};
 
   template <class Visit>
   void visit(const Visit& member) {
     options.visit(member);
     sequences.visit(member);
+    scores.visit(member);
   }
   bool is_varlen() const { return sequences.cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_varlen() ? sequences.cu_seqlens_q->size(0) - 1 : q.size(0); }
@@ -70,6 +73,7 @@ struct BackwardArguments {
   Tensor out;                   // shaped like q, with head_dim_v
   Tensor softmax_lse;           // in lse_dtype(q), shaped as lse_sizes(q)
   OptionalTensor dsoftmax_lse;  // shaped like softmax_lse
+  WantedGradients wanted = {};  // beside those of q, k, v
 };
 
 // (batch, num_heads, seqlen_q), packed (num_heads, total_q).
@@ -84,7 +88,8 @@ std::string refusal(const BackwardArguments& args);
 std::string out_refusal(const OptionalTensor& out, const NamedTensor& q, const NamedTensor& k,
                         const NamedTensor& v);
 
-flashtile_problem to_problem(const Arguments& args);
+// `scores` is what the problem points to.
+flashtile_problem to_problem(const Arguments& args, flashtile_scores& scores);
 // The problem's device, dtypes and heads, for q of a dtype that q_refusal() lets pass; k and v may
 // be a cache.
 flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v);

@@ -72,15 +72,15 @@ inline View to_core(const flashtile_tensor& view) {
 }
 
 // Checks, plans and computes. `user` has all but the workspace, with stand-ins for outputs that do
-// not exist yet: only a call that is not refused gets memory. `allocate(params)` then puts them
-// into the core's params, ForwardParams or BackwardParams. `like` is on the device; `names` are for
-// refusals.
+// not exist yet: only a call that is not refused gets memory. `allocate(call)` then puts them into
+// the core's params, ForwardParams or BackwardParams, and scores. `like` is on the device; `names`
+// are for refusals.
 template <class Params, class UserParams, class Allocate>
 void run_call(const UserParams& user, const Tensor& like, CUstream_st* stream, OpNames names,
               const Allocate& allocate) {
   Call<Params> call;
   raise_unless_ok(prepare(&user, call), names);
-  allocate(call.params);
+  allocate(call);
   const Workspace workspace(like, call.plan.workspace.wanted);
   call.params.workspace = workspace.data;
   call.params.workspace_bytes = workspace.size;

@@ -89,10 +89,12 @@ ForwardCall to_call(const ReadArguments& args, const flashtile_problem& problem)
 
 std::tuple<Tensor, Tensor> forward_kvcache(const ReadArguments& args) {
   raise_unless_empty(refusal(args));
-  const flashtile_problem problem = to_problem(args);
+  flashtile_scores scores;
+  const flashtile_problem problem = to_problem(args, scores);
   const DeviceScope device(args.q);
   if (is_checked(args.check)) check_numbers(problem, device.stream());
-  return run(to_call(args, problem), device.stream());
+  auto [out, lse, max_logit] = run(to_call(args, problem), device.stream());
+  return {std::move(out), std::move(lse)};
 }
 
 Tensor forward_kvcache_out(const ReadArguments& args) { return std::get<1>(forward_kvcache(args)); }
@@ -136,7 +138,8 @@ Answer read_answer(const ReadArguments& args) {
   std::string text = refusal(args);
   if (!text.empty()) return {false, "", text};
   const DeviceScope device(args.q);
-  const flashtile_problem problem = to_problem(args);
+  flashtile_scores scores;
+  const flashtile_problem problem = to_problem(args, scores);
   if (problem.device == FLASHTILE_CPU && is_checked(args.check)) text = numbers_refusal(problem);
   if (!text.empty()) return {false, "", text};
   return answer(to_call(args, problem));

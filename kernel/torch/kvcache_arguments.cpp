@@ -144,6 +144,7 @@ std::string refusal(const ReadArguments& args) {
     text = shape_refusal("cu_seqlens_new", *cu_new, {args.batch() + 1});
     if (text.empty()) text = kind_refusal("cu_seqlens_new", *cu_new, args.q, ScalarType::Int);
   }
+  if (text.empty()) text = refusal(args.scores, {args.q, args.batch(), std::nullopt});
   if (!text.empty()) return text;
   return out_refusal(args.out, {"q", &args.q}, {"k_cache", &args.cache.k_cache},
                      {"v_cache", &args.cache.v_cache});
@@ -161,9 +162,11 @@ std::string refusal(const AppendArguments& args) {
   return written_refusal(args.cache, {k, v, {"q", &q}, {"rotary_cos", &cos}, {"rotary_sin", &sin}});
 }
 
-flashtile_problem to_problem(const ReadArguments& args) {
+flashtile_problem to_problem(const ReadArguments& args, flashtile_scores& scores) {
   flashtile_problem problem = cache_problem(args.cache, args.q, args.batch());
   set_options(args.options, problem);
+  scores = to_scores(args.scores);
+  problem.scores = &scores;
   add_queries(args.q, args.cu_seqlens_q, problem);
   if (args.is_packed()) problem.seqlen_q = args.max_seqlen_q;
   add_new_rows(args.added, problem);

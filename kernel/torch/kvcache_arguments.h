@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "options.h"
+#include "scores.h"
 
 namespace flashtile::ops {
 
@@ -41,6 +42,7 @@ struct ReadArguments {
   OptionalTensor cu_seqlens_q = std::nullopt;  // [batch + 1]: q is packed
   NewRows added = {};
   bool check = false;
+  ScoreOptions scores = {};
 
   template <class Visit>
   void visit(const Visit& member) {
@@ -55,6 +57,7 @@ struct ReadArguments {
     member("Tensor? cache_leftpad=None", cache.cache_leftpad);
     member("Tensor? block_table=None", cache.block_table);
     member("bool check=False", check);
+    scores.visit(member);
   }
   bool is_packed() const { return cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_packed() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
@@ -90,7 +93,8 @@ struct AppendArguments {
 std::string refusal(const ReadArguments& args);
 std::string refusal(const AppendArguments& args);
 
-flashtile_problem to_problem(const ReadArguments& args);
+// `scores` is what the problem points to.
+flashtile_problem to_problem(const ReadArguments& args, flashtile_scores& scores);
 flashtile_problem to_problem(const AppendArguments& args);
 
 // Where the rotated q goes is not said. The problem must outlive the params.

@@ -1,7 +1,8 @@
-// The torch ops flashtile::{forward, forward_out, backward, can_run, build_info}, and those of
-// kvcache.cpp, on the libtorch stable ABI: one library serves every torch from 2.11 on, with or
-// without CUDA. Each op checks its tensors, fills the structs of the C API, lets the core check and
-// plan them once, allocates outputs and workspace through torch, and runs.
+// The torch ops flashtile::{forward, forward_out, forward_max_logit, forward_max_logit_out,
+// backward, backward_scores, can_run, build_info}, and those of kvcache.cpp, on the libtorch stable
+// ABI: one library serves every torch from 2.11 on, with or without CUDA. Each op checks its
+// tensors, fills the structs of the C API, lets the core check and plan them once, allocates
+// outputs and workspace through torch, and runs.
 //
 // Dense and varlen are one op: cu_seqlens make the difference. New outputs are contiguous, and the
 // core writes every row of them, also those that belong to no sequence.
@@ -26,10 +27,19 @@ namespace {
 struct Question {
   Arguments args;
   bool backward;
+  bool max_logit = false;  // of the forward
+  WantedGradients wanted = {};
+
+  template <class Visit>
+  void visit(const Visit& member) {
+    args.visit(member);
+    member("bool max_logit=False", max_logit);
+    wanted.visit(member);
+  }
 };
 
 // From here on one function per schema, which reads its arguments in their order. All schemas end
-// with what Arguments::visit lists.
+// with what Arguments::visit lists, and those that ask more with what is theirs alone.
 
 Arguments read_inputs(Reader& reader) {
   return {.q = reader.next<Tensor>(), .k = reader.next<Tensor>(), .v = reader.next<Tensor>()};
@@ -43,6 +53,7 @@ Arguments read_forward(Reader& reader) {
   return args;
 }
 
+template <bool kHasWanted>
 BackwardArguments read_backward(Reader& reader) {
   Tensor dout = reader.next<Tensor>();
   Arguments forward = read_inputs(reader);
@@ -52,31 +63,51 @@ BackwardArguments read_backward(Reader& reader) {
                             .softmax_lse = reader.next<Tensor>(),
                             .dsoftmax_lse = reader.next<OptionalTensor>()};
   reader.read(args.forward);
+  if (kHasWanted) reader.read(args.wanted);
   return args;
 }
 
 Question read_question(Reader& reader) {
   Question question = {.args = read_inputs(reader), .backward = reader.next<bool>()};
   question.args.out = reader.next<OptionalTensor>();
-  reader.read(question.args);
+  reader.read(question);
   return question;
 }
 
-ForwardCall to_call(const Arguments& args, const flashtile_problem& problem) {
-  return {args.q, args.k, args.v, args.out, problem, args.names()};
+ForwardCall to_call(const Arguments& args, const flashtile_problem& problem, bool max_logit) {
+  return {args.q, args.k, args.v, args.out, problem, args.names(), max_logit};
+}
+
+ForwardResult run_forward(const Arguments& args, bool max_logit) {
+  raise_unless_empty(refusal(args));
+  const DeviceScope device(args.q);
+  flashtile_scores scores;
+  const flashtile_problem problem = to_problem(args, scores);
+  return run(to_call(args, problem, max_logit), device.stream());
 }
 
 std::tuple<Tensor, Tensor> forward(const Arguments& args) {
-  raise_unless_empty(refusal(args));
-  const DeviceScope device(args.q);
-  const flashtile_problem problem = to_problem(args);
-  return run(to_call(args, problem), device.stream());
+  ForwardResult result = run_forward(args, /*max_logit=*/false);
+  return {std::move(result.out), std::move(result.softmax_lse)};
 }
 
-Tensor forward_out(const Arguments& args) { return std::get<1>(forward(args)); }
+Tensor forward_out(const Arguments& args) {
+  return run_forward(args, /*max_logit=*/false).softmax_lse;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_max_logit(const Arguments& args) {
+  ForwardResult result = run_forward(args, /*max_logit=*/true);
+  return {std::move(result.out), std::move(result.softmax_lse), std::move(*result.max_logit)};
+}
+
+std::tuple<Tensor, Tensor> forward_max_logit_out(const Arguments& args) {
+  ForwardResult result = run_forward(args, /*max_logit=*/true);
+  return {std::move(result.softmax_lse), std::move(*result.max_logit)};
+}
 
 // The gradients are stand-ins here.
-flashtile_backward_params to_params(const Arguments& forward, const flashtile_problem& problem) {
+flashtile_backward_params to_params(const Arguments& forward, const flashtile_problem& problem,
+                                    const WantedGradients& wanted) {
   flashtile_backward_params params;
   flashtile_backward_init(&params);
   params.problem = &problem;
@@ -86,15 +117,23 @@ flashtile_backward_params to_params(const Arguments& forward, const flashtile_pr
   params.dq = contiguous_view(forward.q.sizes(), 0);
   params.dk = contiguous_view(forward.k.sizes(), 1);
   params.dv = contiguous_view(forward.v.sizes(), 2);
+  set_stand_ins(forward.scores, wanted, 3, params);
   return params;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& args) {
-  raise_unless_empty(refusal(args));
+// The gradients of q, k, v and of scores.
+struct AllGradients {
+  OptionalTensor dq, dk, dv;
+  ScoreGradients of_scores;
+};
+
+// Of arguments that were not refused.
+AllGradients run_backward(const BackwardArguments& args) {
   const Arguments& forward = args.forward;
   const DeviceScope device(forward.q);
-  const flashtile_problem problem = to_problem(forward);
-  flashtile_backward_params params = to_params(forward, problem);
+  flashtile_scores scores;
+  const flashtile_problem problem = to_problem(forward, scores);
+  flashtile_backward_params params = to_params(forward, problem, args.wanted);
   params.out = read_view(args.out);
   params.dout = read_view(args.dout);
   params.softmax_lse = static_cast<const float*>(args.softmax_lse.const_data_ptr());
@@ -106,26 +145,45 @@ std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& args) {
     params.dlse_stride_batch = lse_stride_batch(dlse);
     params.dlse_stride_head = lse_stride_head(dlse);
   }
-  OptionalTensor dq, dk, dv;
+  AllGradients results;
   const auto gradient = [](const Tensor& of, OptionalTensor& tensor) {
     tensor = torch::stable::new_empty(of, of.sizes());
     return to_core(write_view(*tensor));
   };
-  const auto allocate = [&](BackwardParams& core) {
-    core.dq = gradient(forward.q, dq);
-    core.dk = gradient(forward.k, dk);
-    core.dv = gradient(forward.v, dv);
+  const auto allocate = [&](Call<BackwardParams>& call) {
+    call.params.dq = gradient(forward.q, results.dq);
+    call.params.dk = gradient(forward.k, results.dk);
+    call.params.dv = gradient(forward.v, results.dv);
+    if (!args.wanted.any()) return;
+    results.of_scores = new_gradients(forward.scores, args.wanted, forward.q);
+    place(results.of_scores, call.scores);
   };
   run_call<BackwardParams>(params, forward.q, device.stream(), forward.names(), allocate);
-  return {*dq, *dk, *dv};
+  return results;
 }
 
-Answer answer_backward(const Arguments& args, const flashtile_problem& problem) {
-  flashtile_backward_params params = to_params(args, problem);
+std::tuple<Tensor, Tensor, Tensor> backward(const BackwardArguments& args) {
+  raise_unless_empty(refusal(args));
+  const AllGradients results = run_backward(args);
+  return {*results.dq, *results.dk, *results.dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_scores(
+    BackwardArguments args) {
+  raise_unless_empty(refusal(args));
+  args.forward.scores = separated(args.forward.scores, args.wanted);
+  const auto [dq, dk, dv, of_scores] = run_backward(args);
+  const auto& [dalibi_slopes, dbias, dbias2, dsink] = of_scores;
+  return {*dq, *dk, *dv, dalibi_slopes, dbias, dbias2, dsink};
+}
+
+Answer answer_backward(const Question& question, const flashtile_problem& problem) {
+  const Arguments& args = question.args;
+  flashtile_backward_params params = to_params(args, problem, question.wanted);
   double lse = 0.0;
   const std::vector<int64_t> sizes = out_sizes(args.q, args.v);
-  params.out = args.out.has_value() ? read_view(*args.out) : contiguous_view(sizes, 3);
-  params.dout = contiguous_view(sizes, 4);
+  params.out = args.out.has_value() ? read_view(*args.out) : contiguous_view(sizes, 7);
+  params.dout = contiguous_view(sizes, 8);
   params.softmax_lse = reinterpret_cast<const float*>(&lse);
   return ask_call<BackwardParams>(params, args.names());
 }
@@ -133,11 +191,15 @@ Answer answer_backward(const Arguments& args, const flashtile_problem& problem) 
 // No data is read.
 Answer can_run(const Question& question) {
   const Arguments& args = question.args;
-  const std::string text = refusal(args);
+  std::string text = refusal(args);
+  if (text.empty()) text = refusal(question.wanted, args.scores);
   if (!text.empty()) return {false, "", text};
   const DeviceScope device(args.q);
-  const flashtile_problem problem = to_problem(args);
-  return question.backward ? answer_backward(args, problem) : answer(to_call(args, problem));
+  flashtile_scores scores;
+  const flashtile_problem problem = to_problem(args, scores);
+  if (!question.backward) return answer(to_call(args, problem, question.max_logit));
+  set_copies(args.scores, question.wanted, scores);
+  return answer_backward(question, problem);
 }
 
 // Lines "name=value"; the lists among the values are comma-separated.
@@ -168,24 +230,29 @@ flashtile_forward_params to_params(const ForwardCall& call) {
   params.v = read_view(call.v);
   params.out =
       call.out.has_value() ? write_view(*call.out) : contiguous_view(out_sizes(call.q, call.v), 0);
+  if (call.wants_max_logit) params.max_logit = static_cast<float*>(stand_in_memory(1));
   return params;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> run(const ForwardCall& call, CUstream_st* stream) {
-  OptionalTensor out = call.out, lse;
-  const auto allocate = [&](ForwardParams& params) {
+ForwardResult run(const ForwardCall& call, CUstream_st* stream) {
+  OptionalTensor out = call.out, lse, max_logit;
+  const auto allocate = [&](Call<ForwardParams>& core) {
+    const ScalarType dtype = lse_dtype(call.q.scalar_type());
     if (!out.has_value()) {
       out = torch::stable::new_empty(call.q, out_sizes(call.q, call.v));
-      params.out = to_core(write_view(*out));
+      core.params.out = to_core(write_view(*out));
     }
-    lse = torch::stable::new_empty(call.q, lse_sizes(call.q), lse_dtype(call.q.scalar_type()));
-    params.lse = {static_cast<float*>(lse->mutable_data_ptr()), lse_stride_batch(*lse),
-                  lse_stride_head(*lse)};
+    lse = torch::stable::new_empty(call.q, lse_sizes(call.q), dtype);
+    core.params.lse = {static_cast<float*>(lse->mutable_data_ptr()), lse_stride_batch(*lse),
+                       lse_stride_head(*lse)};
+    if (!call.wants_max_logit) return;
+    max_logit = torch::stable::new_empty(call.q, {call.q.size(call.q.dim() - 2)}, dtype);
+    core.scores.max_logit.data = max_logit->mutable_data_ptr();
   };
   run_call<ForwardParams>(to_params(call), call.q, stream, call.names, allocate);
-  return {*out, *lse};
+  return {*out, *lse, max_logit};
 }
 
 Answer answer(const ForwardCall& call) {
@@ -194,17 +261,25 @@ Answer answer(const ForwardCall& call) {
 
 STABLE_TORCH_LIBRARY(flashtile, m) {
   define_kvcache_ops(m);
-  const auto def = [&](const char* name, const char* tensors, const char* returns) {
-    const std::string rest = schema_of<Arguments>();
+  const auto def = [&](const char* name, const char* tensors, const std::string& rest,
+                       const char* returns) {
     m.def(sentence(name, "(", tensors, ", ", rest, ") -> ", returns).c_str());
   };
-  def("forward", "Tensor q, Tensor k, Tensor v", "(Tensor out, Tensor softmax_lse)");
-  def("forward_out", "Tensor q, Tensor k, Tensor v, Tensor(a!) out", "Tensor softmax_lse");
-  def("backward",
+  const std::string rest = schema_of<Arguments>();
+  def("forward", "Tensor q, Tensor k, Tensor v", rest, "(Tensor out, Tensor softmax_lse)");
+  def("forward_out", "Tensor q, Tensor k, Tensor v, Tensor(a!) out", rest, "Tensor softmax_lse");
+  def("forward_max_logit", "Tensor q, Tensor k, Tensor v", rest,
+      "(Tensor out, Tensor softmax_lse, Tensor max_logit)");
+  def("forward_max_logit_out", "Tensor q, Tensor k, Tensor v, Tensor(a!) out", rest,
+      "(Tensor softmax_lse, Tensor max_logit)");
+  const char* const saved =
       "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dsoftmax_lse",
-      "(Tensor dq, Tensor dk, Tensor dv)");
-  def("can_run", "Tensor q, Tensor k, Tensor v, bool backward, Tensor? out",
+      "Tensor? dsoftmax_lse";
+  def("backward", saved, rest, "(Tensor dq, Tensor dk, Tensor dv)");
+  def("backward_scores", saved, rest + ", " + schema_of<WantedGradients>(),
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dalibi_slopes, Tensor dbias, Tensor dbias2, "
+      "Tensor dsink)");
+  def("can_run", "Tensor q, Tensor k, Tensor v, bool backward, Tensor? out", schema_of<Question>(),
       "(bool ok, str kernel, str why)");
   m.def("build_info() -> str");
 }
@@ -215,7 +290,10 @@ void implement_ops(torch::stable::detail::StableLibrary& library) {
   implement_kvcache_ops(library);
   library.impl("forward", boxed<read_forward<false>, forward>);
   library.impl("forward_out", boxed<read_forward<true>, forward_out>);
-  library.impl("backward", boxed<read_backward, backward>);
+  library.impl("forward_max_logit", boxed<read_forward<false>, forward_max_logit>);
+  library.impl("forward_max_logit_out", boxed<read_forward<true>, forward_max_logit_out>);
+  library.impl("backward", boxed<read_backward<false>, backward>);
+  library.impl("backward_scores", boxed<read_backward<true>, backward_scores>);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ _registration.register()
 
 from flashtile._build import build_info  # noqa: E402
 from flashtile._can_run import can_run, can_run_with_kvcache  # noqa: E402
+from flashtile._dropout import dropout_mask, dropout_mask_varlen  # noqa: E402
 from flashtile._kvcache import (  # noqa: E402
     append_kv,
     attention_with_kvcache,
@@ -31,6 +32,8 @@ __all__ = [
     "build_info",
     "can_run",
     "can_run_with_kvcache",
+    "dropout_mask",
+    "dropout_mask_varlen",
     "merge",
     "raise_pending_checks",
 ]

@@ -1,17 +1,17 @@
 """A call of attention: what is checked, the op, and what its refusals become."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashtile import _checks, _functional, _sharding, _traced
-from flashtile._options import Options, Sequences
+from flashtile import _checks, _functional, _scores, _sharding, _traced
+from flashtile._options import Options, Scores, Sequences
 from flashtile._written import mark_written
 
-AttentionOutput: TypeAlias = Tensor | tuple[Tensor, Tensor]
+AttentionOutput: TypeAlias = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 
@@ -71,21 +71,36 @@ def checked_sequences(
     return sequences
 
 
-def _call(
-    op: Callable[..., Any],
-    tensors: tuple[Tensor, ...],
-    options: Options,
-    sequences: Sequences | None,
-) -> Any:
+def prepared_scores(scores: Scores, q: Tensor, out: Tensor | None) -> Scores:
+    """The scores of a call whose gradients, if any are wanted, exist; or RuntimeError."""
+    _scores.check_gradients(scores, out)
+    refuse_tangents(scores.tensors().values())
+    _sharding.check_dropout(scores, q)
+    return scores
+
+
+class Request(NamedTuple):
+    """What is asked beside q, k and v."""
+
+    options: Options
+    sequences: Sequences | None  # None: dense
+    scores: Scores
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the ops take them; defaults at the end are left out."""
+        if self.scores is not _scores.NO_SCORES:
+            return (*self.options, *(self.sequences or Sequences()), *self.scores)
+        return self.options if self.sequences is None else (*self.options, *self.sequences)
+
+
+def _call(op: Callable[..., Any], tensors: tuple[Tensor, ...], request: Request) -> Any:
     """The op, whose refusals become TypeError and ValueError.
 
     The op makes every check itself before anything runs. Only when it refuses are they made here
     again, so a call that runs pays once. While tracing, the fake kernel makes them.
     """
     refuse_tangents(tensors[:3])
-    arguments = (*tensors, *options)
-    if sequences is not None:
-        arguments = (*arguments, *sequences)
+    arguments = (*tensors, *request.arguments())
     if torch.compiler.is_compiling():
         return op(*arguments)
     try:
@@ -93,40 +108,54 @@ def _call(
     except RuntimeError as error:
         refusal = error
     q, k, v, *out = tensors
-    raise _checks.refused(refusal, lambda: _check(q, k, v, options, sequences, *out))
+    raise _checks.refused(refusal, lambda: _check(q, k, v, request, *out))
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: Options,
-    sequences: Sequences | None,
-    out: Tensor | None = None,
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, out: Tensor | None = None
 ) -> None:
-    """ValueError where the op and its fake kernel would refuse for shapes, dtypes or the scale."""
-    _checks.check_tensors(q, k, v, *(sequences or Sequences()).tensors(), out)
-    _checks.check_finite(options.softmax_scale, q)
+    """ValueError where the fake kernel would refuse for shapes, dtypes or devices."""
+    sequences = request.sequences or Sequences()
+    _checks.check_tensors(q, k, v, *sequences.tensors(), out)
+    _scores.check_scores(request.scores, q, sequences.batch(q), k.shape[-3])
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, request: Request, out: Tensor | None = None) -> None:
+    """The same, and where the op would refuse for numbers."""
+    check_tensors(q, k, v, request, out)
+    _checks.check_finite(request.options.softmax_scale, q)
+    _scores.check_numbers(request.scores, q)
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    options: Options,
-    sequences: Sequences | None,
+    request: Request,
     out: Tensor | None,
     *,
     return_lse: bool,
+    return_max_logit: bool,
 ) -> AttentionOutput:
     """What attention and attention_varlen return, of arguments that are checked."""
     return_lse = _checks.flag("return_lse", return_lse)
-    if out is None:
-        out, lse = _call(torch.ops.flashtile.forward, (q, k, v), options, sequences)
-    elif torch.compiler.is_compiling():
-        result, lse = _call(torch.ops.flashtile.forward, (q, k, v), options, sequences)
-        _traced.write(out, result)
+    return_max_logit = _checks.flag("return_max_logit", return_max_logit)
+    if request.scores is not _scores.NO_SCORES:
+        scores = _scores.with_state(prepared_scores(request.scores, q, out), q)
+        request = request._replace(scores=scores)
+    ops, tensors = torch.ops.flashtile, (q, k, v)
+    if out is None or torch.compiler.is_compiling():
+        op = ops.forward_max_logit if return_max_logit else ops.forward
+        result, *rest = _call(op, tensors, request)
+        if out is None:
+            out = result
+        else:
+            _traced.write(out, result)
     else:
-        lse = _call(torch.ops.flashtile.forward_out, (q, k, v, out), options, sequences)
+        op = ops.forward_max_logit_out if return_max_logit else ops.forward_out
+        written = _call(op, (*tensors, out), request)
+        rest = list(written) if return_max_logit else [written]
         mark_written(out)
-    return (out, lse) if return_lse else out
+    assert isinstance(out, Tensor)
+    returned = (out, *(rest if return_lse else rest[1:]))
+    return returned if len(returned) > 1 else out

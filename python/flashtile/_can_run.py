@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashtile import _attend, _checks, _kvcache, _kvcache_call
+from flashtile import _attend, _checks, _kvcache, _kvcache_call, _scores
 from flashtile._options import KVCacheOptions, VarlenOptions, check_keywords, checked_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _HOW = inspect.signature(checked_options).parameters.keys()
+_OF_SCORES = inspect.signature(_scores.checked_scores).parameters.keys()
 
 
 def can_run(
@@ -27,6 +28,7 @@ def can_run(
     *,
     return_lse: bool = False,
     backward: bool = False,
+    return_max_logit: bool = False,
     **options: "Unpack[VarlenOptions]",
 ) -> tuple[bool, str]:
     """Whether :func:`attention` (or, with cu_seqlens, :func:`attention_varlen`) would run.
@@ -43,9 +45,11 @@ def can_run(
         max_seqlen_q: Read with cu_seqlens only.
         max_seqlen_k: Read with cu_seqlens only.
         return_lse: Changes nothing.
-        backward: Ask about the gradients instead of the result.
+        backward: Ask about the gradients instead of the result: those of q, k and v, and of
+            alibi_slopes, bias and sink where these require grad.
+        return_max_logit: As in the call that is asked about.
         options: Keywords of the call that is asked about. ``check`` changes nothing: on CUDA no
-            values are looked at.
+            values are looked at. No rng_state is drawn.
 
     Returns:
         ``(True, "")``, or ``(False, reason)`` with the sentence that the call would raise. On a GPU
@@ -61,20 +65,32 @@ def can_run(
         for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if cu_seqlens is not None:
                 _checks.check_tensor_type(name, cu_seqlens)
-        arguments = checked_options(**how)
+        given = {name: how.pop(name) for name in _OF_SCORES & how.keys()}
+        options_ = checked_options(**how)
+        scores = _scores.checked_scores(**given)
         lengths, tensors = (max_seqlen_q, max_seqlen_k), (cu_seqlens_q, cu_seqlens_k, *seqused)
         sequences = _attend.checked_sequences(q, k, lengths, tensors)
-        for name, flag in (("check", check), ("return_lse", return_lse), ("backward", backward)):
+        check, _, backward, max_logit = (
             _checks.flag(name, flag)
+            for name, flag in (
+                *(("check", check), ("return_lse", return_lse)),
+                *(("backward", backward), ("return_max_logit", return_max_logit)),
+            )
+        )
+        scores = _scores.with_stand_in(_attend.prepared_scores(scores, q, out), q)
         _attend.refuse_tangents((q, k, v))
         if backward and out is not None:
             return False, "out is a tensor and gradients are asked for; allowed: None"
-        if _checks.are_foreign((q, k, v, out, *tensors)):
-            _checks.check_tensors(q, k, v, *tensors, out)  # as the fake kernel does
+        request = _attend.Request(options_, sequences, scores)
+        if _checks.are_foreign((q, k, v, out, *tensors, *scores.tensors().values())):
+            _attend.check_tensors(q, k, v, request, out)  # as the fake kernel does
             return True, ""
     except (TypeError, ValueError, RuntimeError) as error:
         return False, str(error)
-    ok, _, why = torch.ops.flashtile.can_run(q, k, v, backward, out, *arguments, *sequences)
+    needed = {name: tensor.requires_grad for name, tensor in scores.tensors().items()}
+    wanted = _scores.wanted(scores, needed) if backward else ()
+    arguments = (*options_, *sequences, *scores, max_logit, *wanted)
+    ok, _, why = torch.ops.flashtile.can_run(q, k, v, backward, out, *arguments)
     return ok, why
 
 
@@ -111,11 +127,12 @@ def can_run_with_kvcache(
     """
     check_keywords(options, KVCacheOptions.__optional_keys__, "attention_with_kvcache")
     given = {**_defaults(_kvcache.attention_with_kvcache), **options, "return_lse": return_lse}
-    how = {name: given.pop(name) for name in _HOW & given.keys()}
+    how = {name: given.pop(name) for name in (_HOW | _OF_SCORES) & given.keys()}
     try:
         call = _kvcache_call.checked(q, k_cache, v_cache, given, how)
         tensors = call.tensors
-        if _checks.are_foreign((*tensors.values(), call.seqlens, call.out)):
+        scores = call.scores.tensors().values()
+        if _checks.are_foreign((*tensors.values(), call.seqlens, call.out, *scores)):
             _kvcache_call.attend(call, _kvcache_call.ask_fake)
             return True, ""
     except (TypeError, ValueError, RuntimeError) as error:

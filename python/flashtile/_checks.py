@@ -7,7 +7,7 @@ kernel/api/check.cpp and kernel/torch/arguments.cpp.
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeAlias
 
 import torch
@@ -38,6 +38,11 @@ def tuple_text(extents: tuple[Extent, ...]) -> str:
     return "(" + ", ".join(str(extent) for extent in extents) + (",)" if len(extents) == 1 else ")")
 
 
+def alternatives_text(texts: Sequence[str]) -> str:
+    """What is allowed, as in ``a, b or c``."""
+    return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
 def check_tensor_type(name: str, value: object) -> None:
     """TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
@@ -49,7 +54,7 @@ def check_tensor_type(name: str, value: object) -> None:
         )
 
 
-def _is_equal(size: int, extent: int) -> bool:
+def is_equal(size: int, extent: int) -> bool:
     """Sizes that only the data know are checked when the graph runs."""
     try:
         return bool(size == extent)
@@ -68,7 +73,7 @@ def _has_shape(tensor: Tensor, allowed: tuple[Extent, ...]) -> bool:
         if type(size) is int and type(extent) is int:
             if size != extent:
                 return False
-        elif not _is_equal(size, extent):
+        elif not is_equal(size, extent):
             return False
     return True
 
@@ -273,9 +278,9 @@ def alignment(name: str, value: object) -> int:
     return _ALIGNMENTS.index(value)
 
 
-def number(name: str, value: object) -> float | None:
-    """`value` as a float, or TypeError; whether it is finite the op says."""
-    if value is None or isinstance(value, (float, torch.SymFloat)):
+def real(name: str, value: object, allowed: str = "float") -> float:
+    """`value` as a float, or TypeError, which says `allowed`; whether it is finite the op says."""
+    if isinstance(value, (float, torch.SymFloat)):
         return value  # type: ignore[return-value]
     # The op would take a bool, and a tensor as a number without a gradient.
     if isinstance(value, (int, torch.SymInt, numbers.Real)) and not isinstance(value, bool):
@@ -283,7 +288,12 @@ def number(name: str, value: object) -> float | None:
             return float(value)
         except OverflowError:
             raise ValueError(f"{name} is {value}; allowed: a finite number") from None
-    raise TypeError(f"{name} is a {type(value).__name__}; allowed: float or None")
+    raise TypeError(f"{name} is a {type(value).__name__}; allowed: {allowed}")
+
+
+def number(name: str, value: object) -> float | None:
+    """The same of a value that may be None."""
+    return None if value is None else real(name, value, "float or None")
 
 
 def check_finite(scale: float | None, q: Tensor) -> None:

@@ -33,7 +33,7 @@ def _lengths(cu_seqlens: Tensor, used: Tensor | None, longest: int) -> list[int]
 
 def _pairs(q: Tensor, k: Tensor, arguments: tuple[Any, ...]) -> int:
     """Pairs of a query and a key, in all sequences."""
-    _, s = of_attention(arguments)
+    _, s, _ = of_attention(arguments)
     if s.cu_seqlens_q is not None and s.cu_seqlens_k is not None:
         queries = _lengths(s.cu_seqlens_q, s.seqused_q, s.max_seqlen_q)
         keys = _lengths(s.cu_seqlens_k, s.seqused_k, s.max_seqlen_k)
@@ -57,7 +57,7 @@ def _backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_res
 
 
 def _cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any, **_rest: Any) -> int:
-    _, cache = of_cache(arguments)
+    _, cache, _ = of_cache(arguments)
     cu_q, cu_new, longest = cache.cu_seqlens_q, cache.cu_seqlens_new, cache.max_seqlen_q
     table, before = cache.block_table, _numbers(cache.cache_seqlens)
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
@@ -82,7 +82,10 @@ def register() -> None:
     formulas = {
         "forward": _forward,
         "forward_out": _forward_out,
+        "forward_max_logit": _forward,
+        "forward_max_logit_out": _forward_out,
         "backward": _backward,
+        "backward_scores": _backward,
         "forward_kvcache": _cache,
         "forward_kvcache_out": _cache_out,
     }

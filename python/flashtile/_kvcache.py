@@ -10,7 +10,7 @@ from flashtile import _checks, _kvcache_call
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from flashtile._options import AppendOptions, KVCacheOptions
+    from flashtile._options import AppendOptions, Biases, KVCacheOptions
 
 
 @overload
@@ -70,6 +70,12 @@ def attention_with_kvcache(
     check: bool = False,
     causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
     out: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: "Biases" = None,
+    mask: Tensor | None = None,
+    sink: Tensor | None = None,
+    query_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a cache of keys and values, appending to it first if asked.
 
@@ -132,6 +138,17 @@ def attention_with_kvcache(
             not counted. It moves the mask alone: rotation goes by ``cache_seqlens + i``.
         out: A tensor that out is written into, as in :func:`attention`, sharing no memory with q
             and the caches. It is returned.
+        softcap: See :func:`attention`, as for all of these: ``c * tanh(x / c)``; 0: none.
+        alibi_slopes: ``(num_heads,)`` or ``(batch, num_heads)``; distances are those of the mask,
+            left padding not counted.
+        bias: One or two of ``(batch or 1, num_heads or 1, seqlen_q or 1, seqlen_cache)``; with
+            cu_seqlens_q ``(num_heads or 1, max_q, seqlen_cache)``, with or without the batch in
+            front. Key j is row j of the cache, left padding counted; seqlen_cache may be any number
+            that reaches over the rows in use, or 1, which is repeated.
+        mask: bool, shaped like a bias. True: the query sees the key.
+        sink: ``(num_heads,)``, ``(batch, num_heads)`` or ``(batch, num_heads, seqlen_q)``, with
+            cu_seqlens_q ``(1, num_heads, total_q)``.
+        query_scale: ``(batch, seqlen_q)``, with cu_seqlens_q ``(total_q,)``.
 
     Returns:
         ``out``, shaped like q with head_dim_v; with ``return_lse`` the pair ``(out, lse)``, where
@@ -151,6 +168,12 @@ def attention_with_kvcache(
         "causal_alignment": causal_alignment,
         "window_size": window_size,
         "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "bias": bias,
+        "mask": mask,
+        "sink": sink,
+        "query_scale": query_scale,
     }
     given = {
         "k": k,

@@ -1,14 +1,16 @@
 """A call over a key/value cache: what is checked, the ops, and what their refusals become."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashtile import _checks, _functional, _kvcache_ops, _sharding, _traced
+from flashtile import _checks, _functional, _kvcache_ops, _scores, _sharding, _traced
 from flashtile._attend import AUTOCAST_DTYPES, refuse_tangents
-from flashtile._options import UNLIMITED, CacheArguments, Options, checked_options
+from flashtile._options import UNLIMITED, CacheArguments, Options, Scores, checked_options
+from flashtile._scores import NO_SCORES, checked_scores
 from flashtile._written import mark_written
 
 _CACHES = ("k_cache", "v_cache")
@@ -16,6 +18,7 @@ _TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_left
             "block_table", "cu_seqlens_q")  # fmt: skip
 _READ = ("q", *_CACHES)
 _FLAGS = ("rotary_interleaved", "return_lse", "check")
+_SCORES = frozenset(inspect.signature(checked_scores).parameters)
 
 
 class Call(NamedTuple):
@@ -28,6 +31,7 @@ class Call(NamedTuple):
     flags: dict[str, bool]
     options: Options
     numbers: tuple[int, int]  # num_splits, max_seqlen_q
+    scores: Scores
 
     def q_is_fixed(self) -> bool:
         """Whether all queries are rotated as the first one: without a mask they are a set."""
@@ -52,7 +56,9 @@ class Call(NamedTuple):
             block_table=t["block_table"],
             check=self.flags["check"],
         )
-        return (*self.options, *cache)
+        if self.scores is NO_SCORES:
+            return (*self.options, *cache)
+        return (*self.options, *cache, *self.scores)
 
 
 # Of the ops that write: which of their arguments.
@@ -165,7 +171,7 @@ def checked(
         k_cache: Keys.
         v_cache: Values.
         given: The keywords that are about the cache.
-        how: Those of :func:`checked_options`.
+        how: Those of :func:`checked_options` and of :func:`checked_scores`.
     """
     tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     for name in _TENSORS:
@@ -178,9 +184,12 @@ def checked(
         if _functional.is_active():
             raise RuntimeError("out is a tensor under a torch.func transform; allowed: None")
     flags = _flags(given)
-    wanting = _wanting(tensors, out) if torch.is_grad_enabled() else ()
-    refuse_tangents(tensors.values())
-    options = checked_options(**how)
+    of_scores = {name: how[name] for name in _SCORES & how.keys()}
+    options = checked_options(**{name: how[name] for name in how.keys() - _SCORES})
+    scores = checked_scores(**of_scores)
+    read = {**tensors, **_scores.named(scores)}
+    wanting = _wanting(read, out) if torch.is_grad_enabled() else ()
+    refuse_tangents(read.values())
     splits = _checks.length("num_splits", given["num_splits"], "int")
     longest = given["max_seqlen_q"]
     longest = 0 if longest is None else _checks.max_seqlen("max_seqlen_q", longest, q)
@@ -188,13 +197,15 @@ def checked(
     q = tensors["q"]
     if options.softmax_scale is not None:
         _checks.check_finite(options.softmax_scale, q)  # the op would say so after the append
+    _scores.check_numbers(scores, q)
     batch = _kvcache_ops.check_queries("q", q, tensors["cu_seqlens_q"])
     seqlens = as_seqlens(given["cache_seqlens"], q, batch)
     if tensors["k"] is not None:
         is_packed = tensors["cu_seqlens_q"] is not None
         new, caches = (tensors["k"], tensors["v"]), (k_cache, v_cache)
         _kvcache_ops.check_new_rows(*new, q, caches, is_packed=is_packed)
-    return Call(tensors, wanting, seqlens, out, flags, options, (splits, longest))
+        _scores.check_scores(scores, q, batch, None)  # the op would say so after the append
+    return Call(tensors, wanting, seqlens, out, flags, options, (splits, longest), scores)
 
 
 def append(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import _checks
+from flashtile import _checks, _scores
 from flashtile._options import of_cache
 
 _INTS = ("cache_seqlens", "cache_batch_idx", "cache_leftpad")
@@ -87,10 +87,11 @@ def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
 def _fake_forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    _, cache = of_cache(arguments)
+    _, cache, scores = of_cache(arguments)
     batch = check_queries("q", q, cache.cu_seqlens_q)
     numbers = {name: getattr(cache, name) for name in _INTS}
     _check_cache(q, k_cache, v_cache, batch, numbers, cache.block_table)
+    _scores.check_scores(scores, q, batch, None)
     *rows, heads, _ = q.shape
     lse_shape = (heads, rows[0]) if len(rows) == 1 else (rows[0], heads, rows[1])
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))

@@ -5,7 +5,7 @@ An option stands here three times: as a keyword for type checkers, as a field of
 their signatures and docstrings.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from torch import Tensor
@@ -15,22 +15,31 @@ from flashtile import _checks
 UNLIMITED = -1  # window_left, window_right: no bound on this side (FLASHTILE_UNLIMITED)
 
 Alignment: TypeAlias = Literal["bottom_right", "top_left"]
+Biases: TypeAlias = Tensor | Sequence[Tensor] | None
 
 
 class CommonOptions(TypedDict, total=False):
-    """Keywords of every attention, as type checkers see them, without return_lse."""
+    """Keywords of every attention, as type checkers see them, without what is to be returned."""
 
     causal: bool
     causal_alignment: Alignment
     window_size: tuple[int, int]
     softmax_scale: float | None
     out: Tensor | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    bias: Biases
+    mask: Tensor | None
+    sink: Tensor | None
+    query_scale: Tensor | None
 
 
 class AttentionOptions(CommonOptions, total=False):
     """Keywords of :func:`attention`."""
 
     deterministic: bool
+    dropout_p: float
+    rng_state: Tensor | None
 
 
 class VarlenOptions(AttentionOptions, total=False):
@@ -115,6 +124,10 @@ class Sequences(NamedTuple):
         """The part that is tensors, or may be."""
         return self[2:]
 
+    def batch(self, q: Tensor) -> int:
+        """The number of sequences in q."""
+        return q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
 
 class CacheArguments(NamedTuple):
     """What the ops that read a cache take behind the options."""
@@ -131,14 +144,43 @@ class CacheArguments(NamedTuple):
     check: bool = False
 
 
+class Scores(NamedTuple):
+    """What every op takes at the end, in the order of kernel/torch/scores.h."""
+
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    bias2: Tensor | None = None
+    mask: Tensor | None = None
+    sink: Tensor | None = None
+    dropout_p: float = 0.0
+    rng_state: Tensor | None = None
+    query_scale: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are given, by name."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+
+
 _COUNT = len(Options._fields)
+_COUNT_ATTENTION = _COUNT + len(Sequences._fields)
+_COUNT_CACHE = _COUNT + len(CacheArguments._fields)
+REST = (*Options._fields, *Sequences._fields, *Scores._fields)  # of attention, behind q, k and v
 
 
-def of_attention(arguments: tuple[Any, ...]) -> tuple[Options, Sequences]:
+def of_attention(arguments: tuple[Any, ...]) -> tuple[Options, Sequences, Scores]:
     """An op's arguments behind its tensors, of which torch leaves out defaults at the end."""
-    return Options(*arguments[:_COUNT]), Sequences(*arguments[_COUNT:])
+    return (
+        Options(*arguments[:_COUNT]),
+        Sequences(*arguments[_COUNT:_COUNT_ATTENTION]),
+        Scores(*arguments[_COUNT_ATTENTION : len(REST)]),
+    )
 
 
-def of_cache(arguments: tuple[Any, ...]) -> tuple[Options, CacheArguments]:
+def of_cache(arguments: tuple[Any, ...]) -> tuple[Options, CacheArguments, Scores]:
     """The same for the ops that read a cache."""
-    return Options(*arguments[:_COUNT]), CacheArguments(*arguments[_COUNT:])
+    return (
+        Options(*arguments[:_COUNT]),
+        CacheArguments(*arguments[_COUNT:_COUNT_CACHE]),
+        Scores(*arguments[_COUNT_CACHE:]),
+    )

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from flashtile import _checks
-from flashtile._attend import AttentionOutput, attend, checked_sequences, prepared
-from flashtile._options import checked_options
+from flashtile._attend import AttentionOutput, Request, attend, checked_sequences, prepared
+from flashtile._options import Biases, checked_options
+from flashtile._scores import checked_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flashtile._options import AttentionOptions, VarlenOptions
 
 
-# The overloads say which return_lse gives which result; the keywords stand in _options.py.
+# The overloads say what is returned; the keywords stand in _options.py.
 @overload
 def attention(
     q: Tensor,
@@ -22,6 +23,7 @@ def attention(
     v: Tensor,
     *,
     return_lse: Literal[False] = ...,
+    return_max_logit: Literal[False] = ...,
     **options: "Unpack[AttentionOptions]",
 ) -> Tensor: ...
 
@@ -33,13 +35,44 @@ def attention(
     v: Tensor,
     *,
     return_lse: Literal[True],
+    return_max_logit: Literal[False] = ...,
     **options: "Unpack[AttentionOptions]",
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: "Unpack[AttentionOptions]"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_max_logit: Literal[True],
+    **options: "Unpack[AttentionOptions]",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_max_logit: Literal[True],
+    **options: "Unpack[AttentionOptions]",
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_max_logit: bool = ...,
+    **options: "Unpack[AttentionOptions]",
 ) -> AttentionOutput: ...
 
 
@@ -55,8 +88,17 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
     out: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Biases = None,
+    mask: Tensor | None = None,
+    sink: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_max_logit: bool = False,
 ) -> AttentionOutput:
-    """Exact attention: ``out = softmax(softmax_scale * q @ k.T + mask) @ v`` per batch and head.
+    """Exact attention: ``out = softmax(softmax_scale * q @ k.T + bias) @ v`` per batch and head.
 
     The score matrix is never stored: extra memory grows with the length, not with its square.
 
@@ -85,24 +127,51 @@ def attention(
         out: A tensor that out is written into, ``(batch, seqlen_q, num_heads, head_dim_v)``, device
             and dtype of q, any strides that keep its elements apart, the last one 1, sharing no
             memory with q, k and v. It is returned. Only without gradients.
+        softcap: ``c``: a score x becomes ``c * tanh(x / c)``. Above 0; 0: none.
+        alibi_slopes: ``(num_heads,)`` or ``(batch, num_heads)``, float32, for float64 inputs also
+            float64: ``slope * |i + shift - j|`` is taken from the score of query i and key j, where
+            shift is that of causal_alignment.
+        bias: One tensor, or a tuple or list of one or two, that are added to the scores:
+            ``(batch or 1, num_heads or 1, seqlen_q or 1, seqlen_k or 1)``, float16, bfloat16 or
+            float32 whatever q is, for float64 inputs also float64. A dimension of 1 is repeated.
+            -inf hides a key.
+        mask: bool, shaped like a bias. True: the query sees the key.
+        sink: A score without a key, which joins the sum of ``exp(scores)``: ``(num_heads,)``,
+            ``(batch, num_heads)`` or ``(batch, num_heads, seqlen_q)``; dtypes as of a bias.
+        query_scale: ``(batch, seqlen_q)``, a factor on all scores of a query, beside softmax_scale;
+            dtypes as of alibi_slopes. Has no gradient.
+        dropout_p: The probability with which dropout sets a weight to 0, 0 to 1; the others become
+            ``1 / (1 - dropout_p)`` times as large. It counts in steps of 2^-16; below 2^-32: none.
+        rng_state: ``(2,)``, int64, on the device of q, seed and offset: which weights are dropped.
+            :func:`dropout_mask` shows them; they are the same on every device. None: drawn by
+            torch's generator of the device, for every call.
+        return_max_logit: Also return the largest score of every head.
 
     Returns:
         ``out``, ``(batch, seqlen_q, num_heads, head_dim_v)``, in the dtype of q, contiguous if it
         is new; with ``return_lse`` the pair ``(out, lse)``, where ``lse`` is
         ``(batch, num_heads, seqlen_q)``, float32 (float64 for float64 inputs), natural logarithm of
-        the sum of ``exp(scores)``.
+        the sum of ``exp(scores)``, that of the sink included. With ``return_max_logit`` the largest
+        score of every head comes last, ``(num_heads,)``, dtype as of lse, over all queries and keys
+        that it sees, the sink left out; -inf where there is none.
+
+    Scores meet softmax_scale and query_scale, softcap, bias, alibi_slopes, mask and window, sink,
+    the softmax and dropout, in this order. lse and max_logit are from before dropout.
 
     Differentiable:
-        ``out`` and ``lse`` with respect to q, k and v, once: a second derivative raises
-        RuntimeError, a forward-mode tangent NotImplementedError. ``torch.compile(fullgraph=True)``
-        traces it, with symbolic lengths. ``torch.vmap`` runs all entries in one call. Under
-        ``torch.autocast`` inputs are cast to its dtype. DTensors sharded by batch or heads need no
-        communication; ``FlopCounterMode`` counts as for torch's own attention, hidden pairs too.
+        ``out`` and ``lse`` with respect to q, k, v, alibi_slopes, bias and sink, once: a second
+        derivative raises RuntimeError, a forward-mode tangent NotImplementedError. Gradients have
+        the dtype of what they are of, and add up over dimensions of 1; give those instead of
+        ``expand``, whose gradient is stored as a whole. ``torch.compile(fullgraph=True)``
+        traces it, with symbolic lengths. ``torch.vmap`` runs all entries in one call, and dropout
+        goes by the place of an entry in it. Under ``torch.autocast`` q, k and v are cast to its
+        dtype. DTensors sharded by batch or heads need no communication; dropout wants them
+        replicated. ``FlopCounterMode`` counts as for torch's own attention, hidden pairs too.
 
     Numerics:
         Scores, softmax and sums are float32 (float64 for float64 inputs), whatever the inputs are;
         16 bit inputs may have their probabilities rounded to 16 bit before these meet v. A row that
-        sees no key has out 0, lse -inf and gradients 0.
+        sees no key has out 0, lse -inf (with a sink: the sink) and gradients 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -119,7 +188,12 @@ def attention(
     """
     q, k, v = prepared(q, k, v, out)
     options = checked_options(causal, causal_alignment, window_size, softmax_scale, deterministic)
-    return attend(q, k, v, options, None, out, return_lse=return_lse)
+    scores = checked_scores(
+        softcap, alibi_slopes, bias, mask, sink, query_scale, dropout_p, rng_state
+    )
+    request = Request(options, None, scores)
+    what = {"return_lse": return_lse, "return_max_logit": return_max_logit}
+    return attend(q, k, v, request, out, **what)
 
 
 @overload
@@ -133,6 +207,7 @@ def attention_varlen(
     max_seqlen_k: int | Tensor,
     *,
     return_lse: Literal[False] = ...,
+    return_max_logit: Literal[False] = ...,
     **options: "Unpack[VarlenOptions]",
 ) -> Tensor: ...
 
@@ -148,6 +223,7 @@ def attention_varlen(
     max_seqlen_k: int | Tensor,
     *,
     return_lse: Literal[True],
+    return_max_logit: Literal[False] = ...,
     **options: "Unpack[VarlenOptions]",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -162,7 +238,40 @@ def attention_varlen(
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
     *,
-    return_lse: bool,
+    return_lse: Literal[False] = ...,
+    return_max_logit: Literal[True],
+    **options: "Unpack[VarlenOptions]",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    return_lse: Literal[True],
+    return_max_logit: Literal[True],
+    **options: "Unpack[VarlenOptions]",
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    return_lse: bool = ...,
+    return_max_logit: bool = ...,
     **options: "Unpack[VarlenOptions]",
 ) -> AttentionOutput: ...
 
@@ -186,6 +295,15 @@ def attention_varlen(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     check: bool = False,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Biases = None,
+    mask: Tensor | None = None,
+    sink: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_max_logit: bool = False,
 ) -> AttentionOutput:
     """:func:`attention` over sequences of different lengths, packed one after the other.
 
@@ -220,11 +338,22 @@ def attention_varlen(
         check: On CUDA, check the values of cu_seqlens and seqused too, by assertions on the device:
             the host does not wait, and the error comes with a later call. On the CPU they are
             always checked.
+        softcap: ``c * tanh(x / c)``; 0: none.
+        alibi_slopes: ``(num_heads,)`` or ``(batch, num_heads)``.
+        bias: One or two of ``(num_heads or 1, max_q, max_k)`` or ``(batch or 1, num_heads or 1,
+            max_q, max_k)``, read by the position in the sequence; max_q and max_k may be any
+            numbers that reach over the longest sequence, or 1, which is repeated.
+        mask: bool, shaped like a bias. True: the query sees the key.
+        sink: ``(num_heads,)``, ``(batch, num_heads)`` or ``(1, num_heads, total_q)``.
+        query_scale: ``(total_q,)``.
+        dropout_p: The probability to drop, 0 to 1.
+        rng_state: ``(2,)``, int64. :func:`dropout_mask_varlen` shows what is dropped.
+        return_max_logit: Also return the largest score of every head.
 
     Returns:
         ``out``, ``(total_q, num_heads, head_dim_v)``; with ``return_lse`` the pair ``(out, lse)``,
         where ``lse`` is ``(num_heads, total_q)``, float32 (float64 for float64 inputs), natural
-        logarithm.
+        logarithm; with ``return_max_logit`` max_logit, ``(num_heads,)``, comes last.
 
     Differentiability, numerics, errors and source are those of :func:`attention`. Neither new
     lengths nor a new ``max_seqlen`` recompile under ``torch.compile(dynamic=True)``. Under
@@ -234,6 +363,9 @@ def attention_varlen(
     _checks.check_tensor_type("cu_seqlens_q", cu_seqlens_q)
     _checks.check_tensor_type("cu_seqlens_k", cu_seqlens_k)
     options = checked_options(causal, causal_alignment, window_size, softmax_scale, deterministic)
+    scores = checked_scores(
+        softcap, alibi_slopes, bias, mask, sink, query_scale, dropout_p, rng_state
+    )
     lengths = (max_seqlen_q, max_seqlen_k)
     tensors = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     sequences = checked_sequences(q, k, lengths, tensors)
@@ -241,4 +373,6 @@ def attention_varlen(
     if check and q.is_cuda:
         _checks.check_tensors(q, k, v, *sequences.tensors(), out)
         _checks.assert_sequences(q.shape[0], k.shape[0], *sequences.tensors())
-    return attend(q, k, v, options, sequences, out, return_lse=return_lse)
+    request = Request(options, sequences, scores)
+    what = {"return_lse": return_lse, "return_max_logit": return_max_logit}
+    return attend(q, k, v, request, out, **what)

@@ -236,3 +236,59 @@ def test_refusals(name: str) -> None:
     with pytest.raises((TypeError, ValueError)) as raised:
         flashtile.merge(*arguments)
     assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize("form", ["heads", "batch", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sink_joins_once(dtype: torch.dtype, form: str) -> None:
+    """Parts without it and the sink at the end are one call with it; so are the gradients."""
+    q, k, v = (torch.randn(2, rows, 4, 8, dtype=dtype) for rows in (5, 12, 12))
+    shape = {"heads": (4,), "batch": (2, 4), "rows": (2, 4, 5)}[form]
+    results = []
+    leaves = [t.requires_grad_() for t in (q, k, v, torch.randn(shape, dtype=dtype))]
+    for merged in (True, False):
+        *inputs, sink = leaves
+        if merged:
+            parts = [
+                flashtile.attention(inputs[0], inputs[1][:, rows], inputs[2][:, rows],
+                                    return_lse=True)
+                for rows in (slice(0, 7), slice(7, 12))
+            ]  # fmt: skip
+            out, lse = flashtile.merge(*zip(*parts, strict=True), sink=sink)
+        else:
+            out, lse = flashtile.attention(*inputs, sink=sink, return_lse=True)
+        gradients = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+        results.append((out, lse, *gradients))
+    for ours, whole in zip(*results, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sink_of_varlen_and_of_rows_that_no_part_sees() -> None:
+    out, lse = torch.randn(3, 2, 4), torch.randn(2, 3)
+    lse[1, 2] = -torch.inf
+    for sink in (torch.randn(2), torch.randn(1, 2, 3).half()):
+        merged, merged_lse = flashtile.merge([out], [lse], sink=sink)
+        rows = sink.float().squeeze(0) if sink.dim() == 3 else sink[:, None].expand(2, 3)
+        torch.testing.assert_close(merged_lse, torch.logaddexp(lse, rows))
+        assert merged_lse[1, 2] == rows[1, 2]
+        assert torch.equal(merged[2, 1], torch.zeros(4))
+    none = flashtile.merge([out], [lse], sink=torch.full((2,), -torch.inf))
+    for ours, without in zip(none, flashtile.merge([out], [lse]), strict=True):
+        assert torch.equal(ours, without)
+
+
+@pytest.mark.parametrize(
+    ("sink", "sentence"),
+    [
+        (torch.zeros(3), "sink has shape (3,); allowed: (4,), (2, 4) or (2, 4, 5)"),
+        (torch.zeros(4, dtype=torch.int64),
+         "sink has dtype int64; allowed: float16, bfloat16, float32"),
+        (torch.zeros(4, dtype=torch.float64),
+         "sink has dtype float64; allowed: float16, bfloat16, float32"),
+        (torch.zeros(4, device="meta"), "sink is on meta; allowed: cpu, the device of outs[0]"),
+    ],
+)  # fmt: skip
+def test_a_bad_sink(sink: Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole sentence is compared
+        flashtile.merge([torch.zeros(2, 5, 4, 8)], [torch.zeros(2, 4, 5)], sink=sink)
+    assert str(raised.value) == sentence

@@ -79,6 +79,44 @@ def options(draw: Draw) -> Call:
     return drawn
 
 
+CAPS = (0.0, 2.0, np.float32(30.0), -1.0, float("nan"), 1e39, 10**400, None, "1", True)
+PROBABILITIES = (0.0, 0.5, 1, 1e-12, -0.1, 1.1, float("nan"), 1e-6, None, "0.5", np.True_)
+
+
+def scores(draw: Draw, form: tuple[int, ...], rows: tuple[int, ...], *, cache: bool) -> Call:
+    """A bias is of `form`, (batch, heads, queries, keys), and what goes by row has `rows`."""
+    batch, num_heads = form[:2]
+    packed = len(rows) == 1
+    small = tuple(draw.choice((size, size, 1)) for size in form)
+    tensors: Call = {
+        "bias": torch.zeros(small[1:] if packed and draw.random() < 0.5 else small),
+        "mask": torch.ones(small, dtype=torch.bool),
+        "alibi_slopes": torch.zeros(draw.choice(((num_heads,), (batch, num_heads)))),
+        "sink": torch.zeros(
+            draw.choice(
+                ((num_heads,), (batch, num_heads), (*(rows[:-1] or (1,)), num_heads, rows[-1]))
+            )
+        ),
+        "query_scale": torch.ones(rows),
+    }
+    drawn = {name: tensor for name, tensor in tensors.items() if draw.random() < 0.15}
+    if "bias" in drawn and draw.random() < 0.3:
+        drawn["bias"] = (drawn["bias"],) * draw.choice((1, 2, 2, 3))
+    if draw.random() < 0.2:
+        drawn["softcap"] = draw.choice(CAPS[:2] if draw.random() < 0.5 else CAPS)
+    if cache:
+        return drawn
+    if draw.random() < 0.2:
+        drawn["dropout_p"] = draw.choice(
+            PROBABILITIES[:2] if draw.random() < 0.5 else PROBABILITIES
+        )
+        if draw.random() < 0.7:
+            drawn["rng_state"] = torch.zeros(2, dtype=torch.int64)
+    if draw.random() < 0.2:
+        drawn["return_max_logit"] = draw.choice(FLAGS[:2] if draw.random() < 0.7 else FLAGS)
+    return drawn
+
+
 def heads(draw: Draw) -> tuple[int, int, int, int]:
     """Of q and k; head dims of k and v."""
     return (HEADS, draw.choice((HEADS_KV, HEADS_KV, HEADS, 3)), DIM, draw.choice((DIM, 4)))
@@ -103,7 +141,8 @@ def dense(draw: Draw) -> Call:
         call["deterministic"] = draw.choice(FLAGS)
     if draw.random() < 0.3:
         call["out"] = an_out(draw, call, (BATCH, ROWS, num_heads, dim_v))
-    return call
+    form = (BATCH, num_heads, ROWS, ROWS + 1)
+    return {**call, **scores(draw, form, (BATCH, ROWS), cache=False)}
 
 
 def varlen(draw: Draw) -> Call:
@@ -128,7 +167,8 @@ def varlen(draw: Draw) -> Call:
         call["check"] = draw.choice(FLAGS)
     if draw.random() < 0.2:
         call["out"] = an_out(draw, call, (ROWS, num_heads, dim_v))
-    return call
+    form = (BATCH, num_heads, 3, draw.choice((3, 3, 2)))
+    return {**call, **scores(draw, form, (ROWS,), cache=False)}
 
 
 def numbers_of_cache(draw: Draw, call: Call) -> None:
@@ -175,7 +215,8 @@ def kvcache(draw: Draw) -> Call:
             call[name] = draw.choice(values)
     if draw.random() < 0.2:
         call["out"] = an_out(draw, call, (*rows, num_heads, dim_v))
-    return call
+    form = (BATCH, num_heads, 3 if len(rows) == 1 else 2, draw.choice((8, 8, 5)))
+    return {**call, **scores(draw, form, rows, cache=True)}
 
 
 def with_faults(draw: Draw, call: Call) -> Call:

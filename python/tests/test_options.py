@@ -8,21 +8,27 @@ import pytest
 import torch
 
 import flashtile
-from flashtile import _options
-from flashtile._options import CacheArguments, Options, Sequences
+from flashtile import _options, _scores
+from flashtile._options import CacheArguments, Options, Scores, Sequences
 
-ATTENTION = (*Options._fields, *Sequences._fields)
-CACHE = (*Options._fields, *CacheArguments._fields)
+ATTENTION = (*Options._fields, *Sequences._fields, *Scores._fields)
+CACHE = (*Options._fields, *CacheArguments._fields, *Scores._fields)
+WANTED = tuple(f"wants_{name}" for name in _scores.DIFFERENTIABLE)
 DEFAULTS = {
     **Options._field_defaults,
     **Sequences._field_defaults,
     **CacheArguments._field_defaults,
+    **Scores._field_defaults,
+    **dict.fromkeys(("max_logit", *WANTED), False),
 }
 OPS = {
     "forward": ATTENTION,
     "forward_out": ATTENTION,
+    "forward_max_logit": ATTENTION,
+    "forward_max_logit_out": ATTENTION,
     "backward": ATTENTION,
-    "can_run": ATTENTION,
+    "backward_scores": (*ATTENTION, *WANTED),
+    "can_run": (*ATTENTION, "max_logit", *WANTED),
     "forward_kvcache": CACHE,
     "forward_kvcache_out": CACHE,
     "can_run_kvcache": CACHE,
@@ -40,9 +46,10 @@ def test_schemas_end_with_the_lists(name: str, fields: tuple[str, ...]) -> None:
             assert argument.default_value == DEFAULTS[argument.name]
 
 
+RETURNED = {"return_lse", "return_max_logit"}
 FUNCTIONS: list[tuple[Callable[..., Any], frozenset[str], set[str]]] = [
-    (flashtile.attention, _options.AttentionOptions.__optional_keys__, {"return_lse"}),
-    (flashtile.attention_varlen, _options.VarlenOptions.__optional_keys__, {"return_lse"}),
+    (flashtile.attention, _options.AttentionOptions.__optional_keys__, RETURNED),
+    (flashtile.attention_varlen, _options.VarlenOptions.__optional_keys__, RETURNED),
     (flashtile.attention_with_kvcache, _options.KVCacheOptions.__optional_keys__, {"return_lse"}),
     (flashtile.append_kv, _options.AppendOptions.__optional_keys__, {"cache_seqlens", "q"}),
 ]
@@ -64,7 +71,10 @@ def test_options_have_the_defaults_of_the_functions() -> None:
         given = inspect.signature(function).parameters
         for name, parameter in inspect.signature(_options.checked_options).parameters.items():
             assert parameter.default == given[name].default
+        for name, parameter in inspect.signature(_scores.checked_scores).parameters.items():
+            assert parameter.default == given[name].default
     assert _options.checked_options() == Options()
+    assert _scores.checked_scores() is _scores.NO_SCORES == Scores()
 
 
 def test_can_run_knows_the_keywords_of_the_calls() -> None:

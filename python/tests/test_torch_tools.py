@@ -161,3 +161,82 @@ def test_nested_tensors_are_refused() -> None:
     q = torch.nested.nested_tensor(parts, layout=torch.jagged)
     with pytest.raises(TypeError, match="q is a nested tensor; allowed: a dense one"):
         flashtile.attention(q, q, q)
+
+
+SHARDED: list[tuple[int | None, dict[str, int | None]]] = [
+    (0, {"bias": 0, "alibi_slopes": 0, "sink": 0, "query_scale": 0, "mask": None}),
+    (0, {"bias": None, "alibi_slopes": None, "sink": None, "query_scale": 0, "mask": 0}),
+    (2, {"bias": 1, "alibi_slopes": 1, "sink": 1, "query_scale": None, "mask": None}),
+    (2, {"bias": None, "alibi_slopes": 0, "sink": 0, "query_scale": None, "mask": 1}),
+    (None, dict.fromkeys(("bias", "alibi_slopes", "sink", "query_scale", "mask"))),
+]
+
+
+def scores_of(dims: dict[str, int | None], *, of_heads: bool) -> dict[str, Any]:
+    """A dimension that is sharded is there; else it is 1 or missing."""
+    batch, heads = (1, 4) if of_heads else (2, 1)
+    full = {name: dims[name] is not None for name in dims}
+    by_batch = {name: not of_heads or dims[name] == 1 for name in ("alibi_slopes", "sink")}
+    by_batch = {name: is_full and full[name] for name, is_full in by_batch.items()}
+    form = (batch, heads) if full["bias"] else (1, 1)
+    mask = (batch, heads) if full["mask"] else (1, 1)
+    return {
+        "bias": torch.randn(*form, 8, 8),
+        "mask": torch.rand(*mask, 8, 8) < 0.9,
+        "alibi_slopes": torch.rand(*((2, 4) if by_batch["alibi_slopes"] else (4,))),
+        "sink": torch.randn(*((2, 4) if by_batch["sink"] else (4,))),
+        "query_scale": torch.rand(2, 8) + 0.5,
+    }
+
+
+@pytest.mark.parametrize(("dim", "dims"), SHARDED)
+def test_dtensor_of_scores(mesh: DeviceMesh, dim: int | None, dims: dict[str, int | None]) -> None:
+    """Batch and heads are sharded with those of q; results and gradients are those of one call."""
+    local = [torch.randn(2, 8, 4, 16, requires_grad=True) for _ in range(3)]
+    tensors = scores_of(dims, of_heads=dim == 2)
+    names = ("bias", "alibi_slopes", "sink")
+    for name in names:
+        tensors[name].requires_grad_()
+
+    def placed(tensor: Tensor, at: int | None) -> Tensor:
+        placements = None if at is None else [Shard(at)]
+        shard: Tensor = distribute_tensor(tensor.detach(), mesh, placements)
+        return shard.requires_grad_(tensor.requires_grad)
+
+    shards = [placed(t, dim) for t in local]
+    call: Any = flashtile.attention
+    others: dict[str, Any] = {name: placed(tensor, dims[name]) for name, tensor in tensors.items()}
+    what: Any = {"softcap": 5.0, "return_max_logit": True}
+    out, largest = call(*shards, **others, **what)
+    expected, expected_largest = call(*local, **tensors, **what)
+    assert isinstance(out, DTensor)
+    assert isinstance(largest, DTensor)
+    if dim is not None:
+        assert out.placements == (Shard(dim),)
+    assert torch.equal(out.full_tensor(), expected)
+    assert torch.equal(largest.full_tensor(), expected_largest)
+    total = out.square().sum()
+    assert isinstance(total, DTensor)
+    actual = torch.autograd.grad(total.full_tensor(), (*shards, *(others[n] for n in names)))
+    right = torch.autograd.grad(expected.square().sum(), (*local, *(tensors[n] for n in names)))
+    for gradient, other in zip(actual, right, strict=True):
+        assert isinstance(gradient, DTensor)
+        torch.testing.assert_close(gradient.full_tensor(), other)
+
+
+def test_dropout_of_dtensors(mesh: DeviceMesh) -> None:
+    """A shard does not know the number of its sequences and heads."""
+    local, state = torch.randn(2, 8, 4, 16), torch.tensor([3, 4])
+    everywhere = distribute_tensor(state, mesh)
+    q = distribute_tensor(local, mesh)
+    out = flashtile.attention(q, q, q, dropout_p=0.5, rng_state=everywhere)
+    assert isinstance(out, DTensor)
+    expected = flashtile.attention(local, local, local, dropout_p=0.5, rng_state=state)
+    assert torch.equal(out.full_tensor(), expected)
+    sharded = distribute_tensor(local, mesh, [Shard(0)])
+    with pytest.raises(
+        RuntimeError, match=r"^dropout_p is 0\.5 and q is sharded; allowed: 0, or q"
+    ):
+        flashtile.attention(sharded, q, q, dropout_p=0.5, rng_state=everywhere)
+    with pytest.raises(RuntimeError, match="rng_state is None and q is a DTensor; allowed: a repl"):
+        flashtile.attention(q, q, q, dropout_p=0.5)
