@@ -100,6 +100,7 @@ std::vector<Case> shapes() {
       {.name = "dense", .batch = 2, .heads = 4, .heads_kv = 2, .seqlen_q = 70, .seqlen_k = 150},
       {.name = "more queries", .heads = 2, .heads_kv = 1, .seqlen_q = 130, .seqlen_k = 37},
       {.name = "decode", .batch = 2, .heads = 4, .heads_kv = 1, .seqlen_q = 3, .seqlen_k = 150},
+      {.name = "decode in parts", .heads = 2, .heads_kv = 1, .seqlen_q = 2, .seqlen_k = 700},
       {.name = "one query", .batch = 1, .heads = 2, .heads_kv = 2, .seqlen_q = 1, .seqlen_k = 40},
       {.name = "varlen",
        .heads = 2,

@@ -86,7 +86,7 @@ class TileForward {
 
   // One block of keys, packed from key k0 of `head` on.
   void attend(const Head& head, int64_t k0, const BlockPlace& at, const Visible& visible) {
-    multiply_scores(head.keys_of(k0, dim_), at, visible);
+    multiply_scores(head.keys_of(k0, dim_), visible);
     for (int64_t r = 0; r < visible.queries; ++r) {
       const Range width = whole_tiles(visible.keys_of_group(round_down(r, kTilePair), kTilePair));
       if (width.empty()) continue;
@@ -116,11 +116,10 @@ class TileForward {
       drop_weights(tile_.weights.row(r), visible.keys_of(r), tile_.kept + r * kBlockK);
   }
 
-  void multiply_scores(const TilePanels& keys, const BlockPlace& at, const Visible& visible) {
+  void multiply_scores(const TilePanels& keys, const Visible& visible) {
     for (int64_t key = 0; key < visible.keys; key += kTilePair) {
       const TilePanels columns{keys.at(0, key), keys.depth};
       const Range seen = visible.queries_of_group(key, kTilePair);
-      scores_.prefetch(at, seen, {key, smaller_of(key + kTilePair, visible.keys)});
       for (int64_t r = round_down(seen.begin, kTilePair); r < seen.end; r += kTilePair) {
         multiply_tiles<false>(tiles_, {tile_.q.row(r), tile_.q.stride}, columns, keys.depth,
                               tile_.scores.row(r) + key, tile_.scores.stride);

@@ -75,7 +75,7 @@ class VectorForward {
 
   // One block of keys, packed from key k0 of `head` on.
   void attend(const Head& head, int64_t k0, const BlockPlace& at, const Visible& visible) {
-    multiply_scores(head.keys + k0 * dim_, at, visible);
+    multiply_scores(head.keys + k0 * dim_, visible);
     for (int64_t r = 0; r < visible.queries; ++r) {
       const Range width = visible.keys_of_group(round_down(r, kTileRows), kTileRows);
       if (width.empty()) continue;
@@ -108,10 +108,9 @@ class VectorForward {
   }
 
   // scores = q k^T where some row of the group sees some key of the panel.
-  void multiply_scores(const C* keys, const BlockPlace& at, const Visible& visible) const {
+  void multiply_scores(const C* keys, const Visible& visible) const {
     for (int64_t key = 0; key < visible.keys; key += kPanel<C>) {
       const Range seen = visible.queries_of_group(key, kPanel<C>);
-      scores_.prefetch(at, seen, {key, smaller_of(key + kPanel<C>, visible.keys)});
       for (int64_t r = round_down(seen.begin, kTileRows); r < seen.end; r += kTileRows) {
         multiply_tile<C, kTileRows, Left::kRowMajor, false>(
             tile_.q.row(r), tile_.q.stride, keys + key * dim_, dim_, tile_.scores.row(r) + key,

@@ -196,23 +196,6 @@ class HeadScores {
     if (scores_.mask.exists()) hide_keys(row, keys, query, k0);
   }
 
-  // Asks for the biases of `keys` and queries of a block while its scores are computed: the pieces
-  // of a row that a block reads are too short for the processor to see a pattern.
-  FLASHTILE_INLINE void prefetch(const BlockPlace& at, const Range& queries,
-                                 const Range& keys) const {
-    for (const ScoreView& bias : scores_.bias) {
-      if (!bias.exists() || bias.stride_k != 1 || bias.stride_q == 0) continue;
-      with_numbers(bias, [&](const auto* data) {
-        const auto* const first = data + offset(bias) + key(at.key);
-        constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof *data);
-        for (int64_t i = queries.begin; i < queries.end; ++i) {
-          const auto* const row = first + (at.query + i) * bias.stride_q;
-          for (int64_t j = keys.begin; j < keys.end; j += kLine) __builtin_prefetch(row + j);
-        }
-      });
-    }
-  }
-
   // x = scale * x, capped.
   FLASHTILE_INLINE void scale_and_cap(C* row, const Range& whole, C query_scale) const {
     const C scale = static_cast<C>(scale_.magnitude) * query_scale;
@@ -231,7 +214,7 @@ class HeadScores {
       store(row + i, load(row + i) - slope_ * distances(distance, step, i));
   }
   FLASHTILE_INLINE static Vec<C> distances(int64_t distance, C step, int64_t i) {
-    Vec<C> d;
+    Vec<C> d{};
     for (int n = 0; n < kLanes<C>; ++n) d[n] = static_cast<C>(n);
     d = d * step + static_cast<C>(distance + static_cast<int64_t>(step) * i);
     return d < 0 ? -d : d;

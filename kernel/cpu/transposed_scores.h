@@ -119,7 +119,7 @@ struct TransposedScores {
  private:
   IntVec<C> kept_lanes(int64_t key, int64_t i) const {
     const uint8_t* const from = kept + key * kBlockQ + i;
-    IntVec<C> lanes;
+    IntVec<C> lanes{};
     for (int n = 0; n < kLanes<C>; ++n) lanes[n] = static_cast<int8_t>(from[n]);
     return lanes;
   }
