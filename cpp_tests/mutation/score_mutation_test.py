@@ -1,5 +1,5 @@
-"""Plants bugs in the scores of the CPU op, all in one library, and looks whether the tests of scores
-find each of them.
+"""Plants bugs in the scores of the CPU op, all in one library, and looks whether the tests of
+scores find each of them.
 
 Every bug stands behind a number, which the environment variable FLASHTILE_MUTANT chooses: one build
 serves all. Without a number the tests must pass.
