@@ -39,21 +39,28 @@ def _biases(bias: object) -> tuple[Any, Any]:
     return bias[0], bias[1] if len(bias) == 2 else None
 
 
+def _is_zero(number: object) -> bool:
+    return type(number) in (int, float) and number == 0
+
+
 def checked_scores(
-    softcap: object = 0.0,
+    softcap: object = 0,
     alibi_slopes: object = None,
     bias: object = None,
     mask: object = None,
     sink: object = None,
     query_scale: object = None,
-    dropout_p: object = 0.0,
+    dropout_p: object = 0,
     rng_state: object = None,
 ) -> Scores:
-    """What callers give as scores, each of the right type; or TypeError or ValueError."""
+    """What callers give as scores, each of the right type; or TypeError or ValueError.
+
+    The defaults are 0, not 0.0: ``torch.compile(dynamic=True)`` makes symbols of floats.
+    """
     if (
         alibi_slopes is bias is mask is sink is query_scale is rng_state is None
-        and type(softcap) is type(dropout_p) is float
-        and softcap == dropout_p == 0.0
+        and _is_zero(softcap)
+        and _is_zero(dropout_p)
     ):
         return NO_SCORES
     first, second = _biases(bias)
