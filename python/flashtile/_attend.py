@@ -84,11 +84,11 @@ class Request(NamedTuple):
 
     options: Options
     sequences: Sequences | None  # None: dense
-    scores: Scores
+    scores: Scores | None
 
     def arguments(self) -> tuple[Any, ...]:
         """As the ops take them; defaults at the end are left out."""
-        if self.scores is not _scores.NO_SCORES:
+        if self.scores is not None:
             return (*self.options, *(self.sequences or Sequences()), *self.scores)
         return self.options if self.sequences is None else (*self.options, *self.sequences)
 
@@ -140,7 +140,7 @@ def attend(
     """What attention and attention_varlen return, of arguments that are checked."""
     return_lse = _checks.flag("return_lse", return_lse)
     return_max_logit = _checks.flag("return_max_logit", return_max_logit)
-    if request.scores is not _scores.NO_SCORES:
+    if request.scores is not None:
         scores = _scores.with_state(prepared_scores(request.scores, q, out), q)
         request = request._replace(scores=scores)
     ops, tensors = torch.ops.flashtile, (q, k, v)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from flashtile import _attend, _checks, _kvcache, _kvcache_call, _scores
-from flashtile._options import KVCacheOptions, VarlenOptions, check_keywords, checked_options
+from flashtile._options import (
+    KVCacheOptions,
+    Scores,
+    VarlenOptions,
+    check_keywords,
+    checked_options,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,7 +83,7 @@ def can_run(
                 *(("backward", backward), ("return_max_logit", return_max_logit)),
             )
         )
-        scores = _scores.with_stand_in(_attend.prepared_scores(scores, q, out), q)
+        scores = _scores.with_stand_in(_attend.prepared_scores(scores or Scores(), q, out), q)
         _attend.refuse_tangents((q, k, v))
         if backward and out is not None:
             return False, "out is a tensor and gradients are asked for; allowed: None"
@@ -131,8 +137,8 @@ def can_run_with_kvcache(
     try:
         call = _kvcache_call.checked(q, k_cache, v_cache, given, how)
         tensors = call.tensors
-        scores = call.scores.tensors().values()
-        if _checks.are_foreign((*tensors.values(), call.seqlens, call.out, *scores)):
+        of_scores = () if call.scores is None else call.scores.tensors().values()
+        if _checks.are_foreign((*tensors.values(), call.seqlens, call.out, *of_scores)):
             _kvcache_call.attend(call, _kvcache_call.ask_fake)
             return True, ""
     except (TypeError, ValueError, RuntimeError) as error:

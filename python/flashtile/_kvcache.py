@@ -70,7 +70,7 @@ def attention_with_kvcache(
     check: bool = False,
     causal_alignment: Literal["bottom_right", "top_left"] = "bottom_right",
     out: Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     bias: "Biases" = None,
     mask: Tensor | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashtile import _checks, _functional, _kvcache_ops, _scores, _sharding, _traced
 from flashtile._attend import AUTOCAST_DTYPES, refuse_tangents
 from flashtile._options import UNLIMITED, CacheArguments, Options, Scores, checked_options
-from flashtile._scores import NO_SCORES, checked_scores
+from flashtile._scores import checked_scores
 from flashtile._written import mark_written
 
 _CACHES = ("k_cache", "v_cache")
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     flags: dict[str, bool]
     options: Options
     numbers: tuple[int, int]  # num_splits, max_seqlen_q
-    scores: Scores
+    scores: Scores | None
 
     def q_is_fixed(self) -> bool:
         """Whether all queries are rotated as the first one: without a mask they are a set."""
@@ -56,7 +56,7 @@ class Call(NamedTuple):
             block_table=t["block_table"],
             check=self.flags["check"],
         )
-        if self.scores is NO_SCORES:
+        if self.scores is None:
             return (*self.options, *cache)
         return (*self.options, *cache, *self.scores)
 
@@ -187,7 +187,7 @@ def checked(
     of_scores = {name: how[name] for name in _SCORES & how.keys()}
     options = checked_options(**{name: how[name] for name in how.keys() - _SCORES})
     scores = checked_scores(**of_scores)
-    read = {**tensors, **_scores.named(scores)}
+    read = tensors if scores is None else {**tensors, **_scores.named(scores)}
     wanting = _wanting(read, out) if torch.is_grad_enabled() else ()
     refuse_tangents(read.values())
     splits = _checks.length("num_splits", given["num_splits"], "int")

@@ -12,9 +12,6 @@ from torch import Tensor
 from flashtile import _checks
 from flashtile._options import REST, Scores
 
-NO_SCORES = Scores()
-
-LEAST_P = 2.0**-32  # a dropout_p below it is none
 DIFFERENTIABLE = ("alibi_slopes", "bias", "bias2", "sink")  # in the order of the backward op
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _NAMES = {"bias": "bias[0]", "bias2": "bias[1]"}  # of the op's arguments, in sentences
@@ -22,7 +19,7 @@ _NAMES = {"bias": "bias[0]", "bias2": "bias[1]"}  # of the op's arguments, in se
 
 def drops(dropout_p: float) -> bool:
     """Whether there is dropout; a p that is not allowed counts, so that the op refuses it."""
-    return not dropout_p < LEAST_P
+    return not dropout_p < 2.0**-32
 
 
 def _biases(bias: object) -> tuple[Any, Any]:
@@ -39,23 +36,30 @@ def _biases(bias: object) -> tuple[Any, Any]:
     return bias[0], bias[1] if len(bias) == 2 else None
 
 
+def _is_zero(number: object) -> bool:
+    return type(number) in (int, float) and number == 0
+
+
 def checked_scores(
-    softcap: object = 0.0,
+    softcap: object = 0,
     alibi_slopes: object = None,
     bias: object = None,
     mask: object = None,
     sink: object = None,
     query_scale: object = None,
-    dropout_p: object = 0.0,
+    dropout_p: object = 0,
     rng_state: object = None,
-) -> Scores:
-    """What callers give as scores, each of the right type; or TypeError or ValueError."""
+) -> Scores | None:
+    """What callers give as scores, each of the right type, or None; or TypeError or ValueError.
+
+    None and 0 stand for what is not there: ``torch.compile(dynamic=True)`` makes symbols of floats.
+    """
     if (
         alibi_slopes is bias is mask is sink is query_scale is rng_state is None
-        and type(softcap) is type(dropout_p) is float
-        and softcap == dropout_p == 0.0
+        and _is_zero(softcap)
+        and _is_zero(dropout_p)
     ):
-        return NO_SCORES
+        return None
     first, second = _biases(bias)
     given: dict[str, Any] = {
         "alibi_slopes": alibi_slopes,
@@ -75,7 +79,7 @@ def checked_scores(
 
 def with_state(scores: Scores, q: Tensor) -> Scores:
     """With seed and offset where dropout needs them: drawn by torch's generator of the device."""
-    if scores.rng_state is not None or not LEAST_P <= scores.dropout_p <= 1:
+    if scores.rng_state is not None or not 2.0**-32 <= scores.dropout_p <= 1:
         return scores
     state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
     return scores._replace(rng_state=state)
@@ -83,7 +87,7 @@ def with_state(scores: Scores, q: Tensor) -> Scores:
 
 def with_stand_in(scores: Scores, q: Tensor) -> Scores:
     """The same for a call that is asked about: nothing is drawn."""
-    if scores.rng_state is not None or not LEAST_P <= scores.dropout_p <= 1:
+    if scores.rng_state is not None or not 2.0**-32 <= scores.dropout_p <= 1:
         return scores
     return scores._replace(rng_state=torch.zeros(2, dtype=torch.int64, device=q.device))
 
@@ -103,7 +107,7 @@ def refuse_query_scale() -> NoReturn:
 
 def check_gradients(scores: Scores, out: Tensor | None) -> None:
     """RuntimeError where a gradient is wanted that there is not."""
-    if scores is NO_SCORES or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return
     if scores.query_scale is not None and scores.query_scale.requires_grad:
         refuse_query_scale()
@@ -207,12 +211,12 @@ def _check_kind(name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtype,
         raise ValueError(f"{name} has dtype {dtype}; allowed: {allowed}")
 
 
-def check_scores(scores: Scores, q: Tensor, batch: int, seqlen_k: int | None) -> None:
+def check_scores(scores: Scores | None, q: Tensor, batch: int, seqlen_k: int | None) -> None:
     """ValueError unless the tensors fit q; seqlen_k is None over a cache.
 
     q is (batch, seqlen_q, num_heads, head_dim) or packed, and checked.
     """
-    if scores is NO_SCORES:
+    if scores is None:
         return
     rows_q, num_heads = q.shape[-3:-1]
     sizes = _Sizes(batch, num_heads, rows_q, seqlen_k, q.dim() == 3)
@@ -255,9 +259,9 @@ def threshold(dropout_p: float) -> int:
     return math.floor(65536 * dropout_p + 0.5)
 
 
-def check_numbers(scores: Scores, q: Tensor) -> None:
+def check_numbers(scores: Scores | None, q: Tensor) -> None:
     """ValueError for numbers that the op refuses, in its words."""
-    if scores is NO_SCORES or torch.compiler.is_compiling():
+    if scores is None or torch.compiler.is_compiling():
         return
     numbers = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32)
     if scores.softcap != 0 and not numbers.tiny <= scores.softcap <= numbers.max:

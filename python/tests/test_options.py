@@ -74,7 +74,7 @@ def test_options_have_the_defaults_of_the_functions() -> None:
         for name, parameter in inspect.signature(_scores.checked_scores).parameters.items():
             assert parameter.default == given[name].default
     assert _options.checked_options() == Options()
-    assert _scores.checked_scores() is _scores.NO_SCORES == Scores()
+    assert _scores.checked_scores() is None
 
 
 def test_can_run_knows_the_keywords_of_the_calls() -> None:

@@ -11,6 +11,8 @@ import flashtile
 from flashtile import _dropout
 from reference import CPU_DTYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATE = torch.tensor([-(2**61) + 12345, 2**40 + 7])
 
 

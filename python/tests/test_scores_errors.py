@@ -9,6 +9,8 @@ from torch import Tensor
 import flashtile
 from flashtile._options import CacheArguments, Options, Scores, Sequences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, ROWS, COLUMNS, HEADS, DIM = 2, 5, 7, 4, 8
 
 

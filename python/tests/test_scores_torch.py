@@ -14,6 +14,8 @@ from flashtile._options import Options, Scores, Sequences
 from reference import Recorder
 from scores_reference import Tensors, keywords
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, ROWS, COLUMNS, HEADS, HEADS_KV, DIM = 2, 3, 4, 4, 2, 3
 STATE = torch.tensor([12345, 678])
 

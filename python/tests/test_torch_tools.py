@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashtile
+from flashtile._options import Options, Scores, Sequences
 from reference import manual_attention
 from test_kvcache import int32
 
@@ -211,6 +212,7 @@ def test_dtensor_of_scores(mesh: DeviceMesh, dim: int | None, dims: dict[str, in
     expected, expected_largest = call(*local, **tensors, **what)
     assert isinstance(out, DTensor)
     assert isinstance(largest, DTensor)
+    assert largest.placements[0].is_partial() == (dim == 0)  # of each its own sequences
     if dim is not None:
         assert out.placements == (Shard(dim),)
     assert torch.equal(out.full_tensor(), expected)
@@ -222,6 +224,19 @@ def test_dtensor_of_scores(mesh: DeviceMesh, dim: int | None, dims: dict[str, in
     for gradient, other in zip(actual, right, strict=True):
         assert isinstance(gradient, DTensor)
         torch.testing.assert_close(gradient.full_tensor(), other)
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_gradients_of_what_every_device_has(mesh: DeviceMesh, dim: int) -> None:
+    """The rule says that they are to be added up; with one device no number would tell."""
+    q = distribute_tensor(torch.randn(2, 8, 4, 16), mesh, [Shard(dim)])
+    bias = distribute_tensor(torch.randn(1, 1, 8, 8), mesh)
+    rest = (*Options(), *Sequences(), *Scores(bias=bias))
+    out, lse = torch.ops.flashtile.forward(q, q, q, *rest)
+    saved = (torch.ones_like(out), q, q, q, out, lse, None)
+    results = torch.ops.flashtile.backward_scores(*saved, *rest, False, True)
+    assert results[4].placements[0].is_partial()
+    assert results[1].placements == (Shard(dim),)
 
 
 def test_dropout_of_dtensors(mesh: DeviceMesh) -> None:
