@@ -199,7 +199,8 @@ TEST("less workspace means fewer threads, too little is refused") {
   CHECK(std::strstr(flashtile_last_error(), "workspace_bytes is 1000") != nullptr);
   CHECK(small == std::vector<float>(small.size()));  // nothing was written
   size_t enough = 1000;
-  while (flashtile::cpu::run(params, {}, plan) != FLASHTILE_OK) params.workspace_bytes = enough += 1000;
+  while (flashtile::cpu::run(params, {}, plan) != FLASHTILE_OK)
+    params.workspace_bytes = enough += 1000;
   CHECK(enough < bytes);
   CHECK(enough >= size.least && enough < size.least + 1000);
   CHECK(small == large);
