@@ -166,7 +166,8 @@ def _signature(cursor: Cursor) -> str:
     match cursor.kind:
         case CursorKind.FIELD_DECL:
             _, equals, value = source.partition(" = ")
-            return f"{cursor.type.spelling} {name}{equals}{value}"
+            kind, bracket, extent = cursor.type.spelling.partition("[")
+            return f"{kind} {name}{bracket}{extent}{equals}{value}"
         case CursorKind.ENUM_CONSTANT_DECL:
             return f"{name} = {cursor.enum_value}"
         case CursorKind.FUNCTION_DECL:

@@ -40,8 +40,8 @@ struct AttentionOptions {
   std::optional<at::Tensor> sink = std::nullopt;
   double dropout_p = 0;                                // the probability to drop; below 2^-32: none
   std::optional<at::Tensor> rng_state = std::nullopt;  // (2), int64: seed and offset; unset: drawn
-  std::optional<at::Tensor> query_scale =
-      std::nullopt;  // (batch, seqlen_q), packed (total_q), fp32
+  // (batch, seqlen_q), packed (total_q), fp32
+  std::optional<at::Tensor> query_scale = std::nullopt;
 };
 
 // Where the packed sequences of attention_varlen begin and end. New members are added at the end.

@@ -69,8 +69,8 @@ Status read_struct(const T* user, T& out, const char* name, size_t least = sizeo
 
 // NULL also where the caller's struct ends before the field.
 inline const flashtile_scores* scores_of(const flashtile_problem& user) {
-  return user.struct_size >= offsetof(flashtile_problem, scores) + sizeof user.scores ? user.scores
-                                                                                      : nullptr;
+  constexpr size_t kEnd = offsetof(flashtile_problem, scores) + sizeof(void*);
+  return user.struct_size >= kEnd ? user.scores : nullptr;
 }
 
 Status check_range(const char* name, int64_t value, int64_t low, int64_t high);
