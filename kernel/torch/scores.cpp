@@ -60,7 +60,7 @@ std::string shapes_refusal(const char* name, const Tensor& tensor,
 std::vector<Shape> bias_shapes(const ScoreSizes& sizes) {
   const Allowed batch = one_or(sizes.batch), heads = one_or(sizes.num_heads());
   Allowed keys = any("max_k");
-  if (sizes.is_cache()) {
+  if (!sizes.seqlen_k.has_value()) {
     keys = any("seqlen_cache");
   } else if (!sizes.is_packed()) {
     keys = one_or(*sizes.seqlen_k);
@@ -147,7 +147,6 @@ flashtile_score_tensor to_score(const Tensor& tensor, const Dims& dims, void* da
                                 const Strides& strides) {
   const auto size = [&](int dim) { return dim < 0 ? 1 : tensor.size(dim); };
   const auto stride = [&](int dim) { return size(dim) == 1 ? 0 : strides[dim]; };
-  const bool is_mask = tensor.scalar_type() == ScalarType::Bool;
   return {.data = data,
           .stride_batch = stride(dims[0]),
           .stride_head = stride(dims[1]),
@@ -155,7 +154,7 @@ flashtile_score_tensor to_score(const Tensor& tensor, const Dims& dims, void* da
           .stride_k = stride(dims[3]),
           .seqlen_q = size(dims[2]),
           .seqlen_k = size(dims[3]),
-          .dtype = is_mask ? FLASHTILE_BOOL : to_dtype(tensor.scalar_type()).value()};
+          .dtype = to_dtype(tensor.scalar_type()).value_or(FLASHTILE_BOOL)};  // of a mask
 }
 
 // A tensor of no numbers may have no memory, and NULL would say that there is no tensor.
@@ -180,17 +179,20 @@ flashtile_score_tensor read_score(const OptionalTensor& tensor, Dims (*dims)(con
   return to_score(*tensor, dims(*tensor), memory_of(*tensor), tensor->strides());
 }
 
+// What a gradient is of, null where none is wanted.
 struct Gradient {
-  const OptionalTensor& of;
-  bool wanted;
+  const Tensor* of;
   Dims (*dims)(const Tensor&);
 };
 using Gradients = std::array<Gradient, 4>;  // in the order of ScoreGradients
 Gradients gradients_of(const ScoreOptions& options, const WantedGradients& wanted) {
-  return {{{options.alibi_slopes, wanted.alibi_slopes, head_dims},
-           {options.bias, wanted.bias, bias_dims},
-           {options.bias2, wanted.bias2, bias_dims},
-           {options.sink, wanted.sink, head_dims}}};
+  const auto of = [](const OptionalTensor& tensor, bool is_wanted) {
+    return is_wanted && tensor.has_value() ? &*tensor : nullptr;
+  };
+  return {{{of(options.alibi_slopes, wanted.alibi_slopes), head_dims},
+           {of(options.bias, wanted.bias), bias_dims},
+           {of(options.bias2, wanted.bias2), bias_dims},
+           {of(options.sink, wanted.sink), head_dims}}};
 }
 
 // Whether entries are one number because a dimension of them has stride 0.
@@ -227,11 +229,16 @@ std::string refusal(const ScoreOptions& options, const ScoreSizes& sizes) {
 }
 
 std::string refusal(const WantedGradients& wanted, const ScoreOptions& options) {
-  const char* const names[] = {"alibi_slopes", "bias", "bias2", "sink"};
-  const Gradients gradients = gradients_of(options, wanted);
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    if (!gradients[i].wanted || gradients[i].of.has_value()) continue;
-    return sentence("wants_", names[i], " is True and ", names[i], " is None; allowed: False");
+  const struct {
+    const char* name;
+    bool is_wanted, is_there;
+  } tensors[] = {{"alibi_slopes", wanted.alibi_slopes, options.alibi_slopes.has_value()},
+                 {"bias", wanted.bias, options.bias.has_value()},
+                 {"bias2", wanted.bias2, options.bias2.has_value()},
+                 {"sink", wanted.sink, options.sink.has_value()}};
+  for (const auto& [name, is_wanted, is_there] : tensors) {
+    if (!is_wanted || is_there) continue;
+    return sentence("wants_", name, " is True and ", name, " is None; allowed: False");
   }
   return {};
 }
@@ -256,7 +263,8 @@ ScoreOptions separated(ScoreOptions options, const WantedGradients& wanted) {
        {std::pair(&options.alibi_slopes, wanted.alibi_slopes),
         std::pair(&options.bias, wanted.bias), std::pair(&options.bias2, wanted.bias2),
         std::pair(&options.sink, wanted.sink)}) {
-    if (is_wanted && repeats(**tensor)) *tensor = torch::stable::contiguous(**tensor);
+    if (is_wanted && tensor->has_value() && repeats(tensor->value()))
+      *tensor = torch::stable::contiguous(tensor->value());
   }
   return options;
 }
@@ -267,8 +275,8 @@ void set_copies(const ScoreOptions& options, const WantedGradients& wanted,
                                             &scores.sink};
   const Gradients gradients = gradients_of(options, wanted);
   for (size_t i = 0; i < gradients.size(); ++i) {
-    const auto& [of, is_wanted, dims] = gradients[i];
-    if (!is_wanted || of->numel() == 0 || !repeats(*of)) continue;
+    const auto& [of, dims] = gradients[i];
+    if (of == nullptr || of->numel() == 0 || !repeats(*of)) continue;
     *places[i] = to_score(*of, dims(*of), stand_in_memory(9 + i), contiguous_strides(*of));
   }
 }
@@ -278,9 +286,9 @@ ScoreGradients new_gradients(const ScoreOptions& options, const WantedGradients&
   ScoreGradients tensors;
   const Gradients gradients = gradients_of(options, wanted);
   for (size_t i = 0; i < gradients.size(); ++i) {
-    const auto& [of, is_wanted, dims] = gradients[i];
-    tensors[i] = is_wanted ? torch::stable::new_empty(*of, of->sizes())
-                           : torch::stable::new_empty(like, {0});
+    const Tensor* const of = gradients[i].of;
+    tensors[i] = of == nullptr ? torch::stable::new_empty(like, {0})
+                               : torch::stable::new_empty(*of, of->sizes());
   }
   return tensors;
 }
@@ -291,8 +299,8 @@ void set_stand_ins(const ScoreOptions& options, const WantedGradients& wanted, u
                                             &params.dbias[1], &params.dsink};
   const Gradients gradients = gradients_of(options, wanted);
   for (size_t i = 0; i < gradients.size(); ++i) {
-    const auto& [of, is_wanted, dims] = gradients[i];
-    if (!is_wanted || of->numel() == 0) continue;
+    const auto& [of, dims] = gradients[i];
+    if (of == nullptr || of->numel() == 0) continue;
     *places[i] = to_score(*of, dims(*of), stand_in_memory(first + i), contiguous_strides(*of));
   }
 }
