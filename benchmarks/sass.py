@@ -87,6 +87,8 @@ class Kernel:
         if not (match and head_dim and memory):
             return None
         kernel_pass = "prefill" if "CacheKeys" in self.symbol else match[1].lower()
+        if "ModifiedScores" in self.symbol:
+            kernel_pass += " scores"
         return kernel_pass, int(head_dim[1]), MEMORY_CLASSES[int(memory[1])]
 
     @property
@@ -95,13 +97,14 @@ class Kernel:
         if key is None:
             inner = re.search(r"run\w*?I\w*?NS_\d+(\w+?)I?L?i?\d*E", self.symbol)
             return inner[1] if inner else self.symbol
-        ordered = " deterministic" if key[0] == "backward" and "ELb1E" in self.symbol else ""
+        is_ordered = key[0].startswith("backward") and "ELb1E" in self.symbol
+        ordered = " deterministic" if is_ordered else ""
         return f"{key[0]} d{key[1]} {key[2]}{ordered}"
 
     @property
     def is_decode(self) -> bool:
         key = self.key()
-        return key is not None and key[0] == "decode"
+        return key is not None and key[0].startswith("decode")
 
     @property
     def dtype(self) -> str:

@@ -100,6 +100,9 @@ def shorten(demangled: str) -> str:
     name = found[1] if found else demangled
     for long, short in (
         ("flashtile::", ""),
+        (", (Variant)0", ""),
+        (", PlainScores", ""),
+        ("(Variant)1", "scores"),
         ("(Memory)0", "large"),
         ("(Memory)1", "small"),
         ("__half", "fp16"),

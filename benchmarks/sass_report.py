@@ -95,6 +95,13 @@ BUDGETS: dict[tuple[str, int, str], float] = {
     ("prefill", 192, "small"): 3.15,
     ("prefill", 256, "large"): 2.85,
     ("prefill", 256, "small"): 3.35,
+    # With scores, on the path where none of them is set.
+    ("forward scores", 64, "large"): 4.5,
+    ("forward scores", 128, "large"): 3.15,
+    ("forward scores", 256, "large"): 2.5,
+    ("backward scores", 64, "large"): 3.15,
+    ("backward scores", 128, "large"): 2.5,
+    ("backward scores", 256, "large"): 2.5,
 }
 DETERMINISTIC_EXTRA = 0.2  # waiting for a turn and passing it on
 
@@ -205,7 +212,7 @@ def make_many_rows(kernel: Kernel, row: Row, loop: Loop) -> Row:
     assert key
     other = make_row(kernel, loop, [], {})
     other.name = row.name.replace("decode", MANY_ROWS, 1)
-    other.budget = BUDGETS.get((MANY_ROWS, *key[1:]))
+    other.budget = BUDGETS.get((key[0].replace("decode", MANY_ROWS, 1), *key[1:]))
     return other
 
 

@@ -14,6 +14,12 @@ namespace flashtile {
 
 enum class Memory { kLarge, kSmall };
 
+// What a slice's kernels do between Q K^T and P V (tile/scores.cuh).
+enum class Variant {
+  kPlain,     // softmax_scale and the band
+  kModified,  // everything that flashtile_scores has, at run time
+};
+
 FLASHTILE_HOST_DEVICE int shared_memory_limit(Memory memory) {
   return memory == Memory::kLarge ? 163 * 1024 : 99 * 1024;
 }
@@ -53,8 +59,16 @@ inline constexpr ConfigRow<ForwardConfig> kForwardLarge[] = {
 inline constexpr ConfigRow<ForwardConfig> kForwardSmall[] = {
     {32, {128, 128, 4, 2, true}}, {64, {128, 64, 4, 2, true}},  {96, {128, 64, 4, 2, false}},
     {128, {64, 64, 4, 2, true}},  {192, {128, 64, 8, 1, true}}, {256, {64, 64, 4, 1, false}}};
-consteval ForwardConfig forward_config(Memory memory, int head_dim) {
-  return find_row(memory == Memory::kLarge ? kForwardLarge : kForwardSmall, head_dim);
+inline constexpr ConfigRow<ForwardConfig> kForwardLargeScores[] = {
+    {64, {128, 64, 4, 2, true}}, {128, {128, 32, 4, 2, false}}, {256, {128, 64, 8, 1, false}}};
+inline constexpr ConfigRow<ForwardConfig> kForwardSmallScores[] = {
+    {64, {128, 64, 4, 2, true}}, {128, {64, 64, 4, 2, true}}, {256, {64, 64, 4, 1, false}}};
+consteval ForwardConfig forward_config(Memory memory, int head_dim,
+                                       Variant variant = Variant::kPlain) {
+  const bool large = memory == Memory::kLarge;
+  return variant == Variant::kPlain
+             ? find_row(large ? kForwardLarge : kForwardSmall, head_dim)
+             : find_row(large ? kForwardLargeScores : kForwardSmallScores, head_dim);
 }
 
 // One thread block of decoding (decode/sm80.cuh): slots of 64 rows of K or V in shared memory, an
@@ -142,8 +156,22 @@ inline constexpr ConfigRow<BackwardConfig> kBackwardSmall[] = {
     {192, {64, 64, 4, 2, 2, true, true, true, 1, 1}},
     {256, {32, 64, 4, 2, 2, true, true, true, 1, 1, 2}},
 };
-consteval BackwardConfig backward_config(int head_dim, Memory memory) {
-  return find_row(memory == Memory::kLarge ? kBackwardLarge : kBackwardSmall, head_dim);
+inline constexpr ConfigRow<BackwardConfig> kBackwardLargeScores[] = {
+    {64, {64, 128, 4, 2, 4, false, true, false, 2, 2}},
+    {128, {64, 128, 4, 2, 2, true, false, false, 2, 2}},
+    {256, {64, 64, 2, 4, 2, true, false, true, 1, 1}},
+};
+inline constexpr ConfigRow<BackwardConfig> kBackwardSmallScores[] = {
+    {64, {64, 128, 4, 2, 4, false, false, false, 2, 2}},
+    {128, {32, 128, 8, 1, 2, false, true, false, 2, 2}},
+    {256, {32, 64, 4, 2, 2, true, true, true, 1, 1, 2}},
+};
+consteval BackwardConfig backward_config(int head_dim, Memory memory,
+                                         Variant variant = Variant::kPlain) {
+  const bool large = memory == Memory::kLarge;
+  return variant == Variant::kPlain
+             ? find_row(large ? kBackwardLarge : kBackwardSmall, head_dim)
+             : find_row(large ? kBackwardLargeScores : kBackwardSmallScores, head_dim);
 }
 
 // How dQ is added to the fp32 dQ on sm_90a.

@@ -1,8 +1,8 @@
 // START HERE: the forward and backward kernels of flashtile.
 //
-// CMake compiles this file once a slice: a pass, a family of kernels and a head dim, which four
-// macros name. FLASHTILE_PASS_HEADER is one of these, so that a change of one pass compiles its own
-// slices only:
+// CMake compiles this file once a slice: a pass, a family of kernels, a head dim and a variant,
+// which five macros name. FLASHTILE_PASS_HEADER is one of these, so that a change of one pass
+// compiles its own slices only:
 //
 //   forward/sm80.cuh            forward, cp.async + mma.sync (sm_80, sm_89 and all later ones)
 //   forward/sm90.cuh            forward, TMA + wgmma (sm_90a)
@@ -17,6 +17,7 @@
 //
 //   config.cuh       tuning table;  launch.cuh: the only __global__ function
 //   tile/, ptx/      the words the loops are written in; one function = one instruction
+//   tile/scores.cuh  what stands between Q K^T and P V in the variant kModified
 //   params.h         what a kernel is given;  cache.h: what a cache's lengths and tables mean
 //   api/             the C API: the caller's structs -> params.h, every refusal with its sentence
 //   cuda/            choose.cu: which slice serves a call;  tensor_map.h: what TMA takes
@@ -27,12 +28,13 @@
 
 namespace flashtile {
 
-using CompiledSlice = Slice<Pass::FLASHTILE_PASS, Family::FLASHTILE_FAMILY, FLASHTILE_HEAD_DIM>;
+using CompiledSlice = Slice<Pass::FLASHTILE_PASS, Family::FLASHTILE_FAMILY, FLASHTILE_HEAD_DIM,
+                            Variant::FLASHTILE_VARIANT>;
 
 template <>
-Status CompiledSlice::launch(const Params& params, const cuda::Device& device,
+Status CompiledSlice::launch(const Params& params, const Scores& scores, const cuda::Device& device,
                              CUstream_st* stream) {
-  return launch_slice(CompiledSlice(), params, device, stream);
+  return launch_slice(CompiledSlice(), params, scores, device, stream);
 }
 
 template <>

@@ -48,6 +48,7 @@ def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path
         f'-DFLASHTILE_PASS_HEADER="{HEADERS[mutant.kernel]}"',
         f"-DFLASHTILE_PASS=k{mutant.kernel.capitalize()}",
         "-DFLASHTILE_FAMILY=kSm80Large",
+        "-DFLASHTILE_VARIANT=kPlain",
         f"-DFLASHTILE_HEAD_DIM={mutant.head_dim}",
         *(f"-I{path}" for path in [kernel, *settings.include]),
         str(kernel / "flash.cu"),

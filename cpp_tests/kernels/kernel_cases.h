@@ -32,6 +32,13 @@ inline int slice_of(const HeadDims& head_dims) {
   return smallest;
 }
 
+// The same of the kernels with scores, whose slices are 64, 128 and 256; 0 in a build without them.
+inline int scores_slice_of(const HeadDims& head_dims) {
+  const int slice = slice_of(head_dims);
+  if (slice == 0) return 0;
+  return slice <= 64 ? 64 : slice <= 128 ? 128 : 256;
+}
+
 // Whether TMA takes a tensor: rows of whole 16 bytes that start at multiples of 16 bytes, none of
 // them twice.
 inline bool tma_takes(const HostTensor& tensor) {
@@ -45,7 +52,15 @@ inline bool tma_takes(const HostTensor& tensor) {
          takes(s.head, e.heads) && takes(s.batch, e.batch);
 }
 
+// Whether a pass runs the kernels with scores. The largest logits are the forward's alone.
+inline bool has_scores(const std::string& pass, const Setup& setup) {
+  ScoreSpec scores = setup.spec.scores;
+  if (pass == "backward") scores.max_logit = false;
+  return scores.exist();
+}
+
 inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Schedule& schedule) {
+  if (has_scores(pass, setup)) return false;
   const bool takes_inputs =
       schedule.has_sm90 && tma_takes(setup.q) && tma_takes(setup.k) && tma_takes(setup.v);
   if (pass == "backward") return takes_inputs && tma_takes(setup.dout);
@@ -57,7 +72,9 @@ inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Sche
 inline bool is_decoded(const Setup& setup) {
   const Extents &q = setup.extents_q, &k = setup.extents_k;
   const int64_t rows = q.seq * (q.heads / k.heads);
+  if (setup.spec.keys_in_cache) return rows <= 64 || !setup.used_q.empty();
   if (setup.spec.is_varlen() || rows == 0 || rows > 64) return false;
+  if (setup.spec.scores.dropout_p > 0) return false;
   int64_t first = k.seq, last = -1;
   for (int64_t i = 0; i < q.seq; ++i) {
     for (int64_t j = 0; j < k.seq; ++j) {
@@ -71,8 +88,11 @@ inline bool is_decoded(const Setup& setup) {
 
 inline std::string expected_plan(const std::string& pass, const Setup& setup,
                                  const Schedule& schedule) {
-  const int slice = slice_of({setup.head_dim, setup.head_dim_v});
-  const std::string end = std::string("_") + name_of(setup.dtype) + "_" + kind_of(setup.mask);
+  const HeadDims dims = {setup.head_dim, setup.head_dim_v};
+  const bool scores = has_scores(pass, setup);
+  const int slice = scores ? scores_slice_of(dims) : slice_of(dims);
+  const std::string end = std::string("_") + name_of(setup.dtype) + "_" + kind_of(setup.mask) +
+                          (scores ? "_scores" : "");
   const auto sm80 = [&](const std::string& kernel) {
     return kernel + "_sm80_" + memory_class(schedule) + "_d" + std::to_string(slice) + end;
   };

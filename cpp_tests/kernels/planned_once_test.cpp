@@ -19,29 +19,31 @@ Counts counts;
 #define FLASHTILE_CONVERT \
   "_ZN9flashtile15convert_problemEPK17flashtile_problemRNS_6TargetERNS_7ProblemE"
 #define FLASHTILE_CHOOSE_FORWARD \
-  "_ZN9flashtile4cuda6chooseERKNS_13ForwardParamsERNS0_11DeviceScopeERNS_4PlanIS1_EE"
-#define FLASHTILE_CHOOSE_BACKWARD \
-  "_ZN9flashtile4cuda6chooseERKNS_14BackwardParamsERNS0_11DeviceScopeERNS_4PlanIS1_EE"
+  "_ZN9flashtile4cuda6chooseERKNS_13ForwardParamsERKNS_6ScoresERNS0_11DeviceScopeERNS_4PlanIS1_EE"
+#define FLASHTILE_CHOOSE_BACKWARD                                                                 \
+  "_ZN9flashtile4cuda6chooseERKNS_14BackwardParamsERKNS_6ScoresERNS0_11DeviceScopeERNS_4PlanIS1_" \
+  "EE"
 
 using ThreePointers = flashtile_status(const void*, void*, void*);
 ThreePointers convert asm("__real_" FLASHTILE_CONVERT);
-ThreePointers choose_forward asm("__real_" FLASHTILE_CHOOSE_FORWARD);
-ThreePointers choose_backward asm("__real_" FLASHTILE_CHOOSE_BACKWARD);
+using FourPointers = flashtile_status(const void*, const void*, void*, void*);
+FourPointers choose_forward asm("__real_" FLASHTILE_CHOOSE_FORWARD);
+FourPointers choose_backward asm("__real_" FLASHTILE_CHOOSE_BACKWARD);
 ThreePointers counted_convert asm("__wrap_" FLASHTILE_CONVERT);
-ThreePointers counted_forward asm("__wrap_" FLASHTILE_CHOOSE_FORWARD);
-ThreePointers counted_backward asm("__wrap_" FLASHTILE_CHOOSE_BACKWARD);
+FourPointers counted_forward asm("__wrap_" FLASHTILE_CHOOSE_FORWARD);
+FourPointers counted_backward asm("__wrap_" FLASHTILE_CHOOSE_BACKWARD);
 
 flashtile_status counted_convert(const void* user, void* target, void* problem) {
   ++counts.conversions;
   return convert(user, target, problem);
 }
-flashtile_status counted_forward(const void* params, void* scope, void* plan) {
+flashtile_status counted_forward(const void* params, const void* scores, void* scope, void* plan) {
   ++counts.plans;
-  return choose_forward(params, scope, plan);
+  return choose_forward(params, scores, scope, plan);
 }
-flashtile_status counted_backward(const void* params, void* scope, void* plan) {
+flashtile_status counted_backward(const void* params, const void* scores, void* scope, void* plan) {
   ++counts.plans;
-  return choose_backward(params, scope, plan);
+  return choose_backward(params, scores, scope, plan);
 }
 
 namespace {

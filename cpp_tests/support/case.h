@@ -68,6 +68,7 @@ struct Case {
   Values values = Values::kNormal;
   bool dlse = true;
   bool deterministic = false;
+  bool keys_in_cache = false;  // dense: k and v are a cache with a page for every sequence
   ScoreSpec scores = {};
 
   bool is_varlen() const { return !lengths_q.empty(); }

@@ -166,6 +166,10 @@ class Run {
       problem_.seqlen_q = setup_.extents_q.seq;
       problem_.seqlen_k = setup_.extents_k.seq;
     }
+    if (setup_.spec.keys_in_cache) {
+      problem_.page_size = setup_.extents_k.seq;
+      problem_.num_pages = setup_.batch;
+    }
   }
 
   void fill_params() {

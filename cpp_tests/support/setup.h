@@ -50,8 +50,8 @@ struct Setup {
   ScoreInput scores;
 
   bool forward_only() const {
-    return spec.values == Values::kHuge || spec.values == Values::kMixedHuge ||
-           spec.values == Values::kNan;
+    return spec.keys_in_cache || spec.values == Values::kHuge ||
+           spec.values == Values::kMixedHuge || spec.values == Values::kNan;
   }
   std::string name() const {
     const std::string lengths =

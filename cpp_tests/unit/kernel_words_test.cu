@@ -182,17 +182,20 @@ void check_rows(Memory memory, int dim, const ForwardConfig& forward,
   CHECK_EQ(backward.warps() % backward.dq_warps_q, 0);
 }
 
-template <Memory kMemory, int... kDims>
+template <Memory kMemory, Variant kVariant, int... kDims>
 void check_tables() {
-  (check_rows(kMemory, kDims, forward_config(kMemory, kDims), backward_config(kDims, kMemory)),
+  (check_rows(kMemory, kDims, forward_config(kMemory, kDims, kVariant),
+              backward_config(kDims, kMemory, kVariant)),
    ...);
 }
 
 }  // namespace
 
 TEST("rows of the tuning table are whole warps and fit their memory class") {
-  check_tables<Memory::kLarge, 32, 64, 96, 128, 192, 256>();
-  check_tables<Memory::kSmall, 32, 64, 96, 128, 192, 256>();
+  check_tables<Memory::kLarge, Variant::kPlain, 32, 64, 96, 128, 192, 256>();
+  check_tables<Memory::kSmall, Variant::kPlain, 32, 64, 96, 128, 192, 256>();
+  check_tables<Memory::kLarge, Variant::kModified, 64, 128, 256>();
+  check_tables<Memory::kSmall, Variant::kModified, 64, 128, 256>();
 }
 
 namespace {

@@ -9,14 +9,15 @@
 #include <bit>
 
 #include "backward/layout.cuh"
+#include "tile/scores.cuh"
 #include "tile/unpack.cuh"
 
 namespace flashtile {
 
 // Order: the main kernel's of dQ. kTurns: how many of TurnWords a block of keys has.
-template <class T, int kHeadDim, class Order, int kTurns>
+template <class T, int kHeadDim, class Order, int kTurns, class Policy = PlainScores>
 struct BackwardDelta {
-  using Params = BackwardLaunch;
+  using Params = typename Policy::template WithScores<BackwardLaunch>;
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
   static constexpr int kSharedBytes = 0;
@@ -53,6 +54,9 @@ struct BackwardDelta {
         }
         huge |= is_huge(lse);
         lse -= lse_margin(lse);
+        if constexpr (Policy::kModifies) {
+          delta /= launch.scores.kept_factor;  // the main kernel has the factor in P
+        }
       }
       if (thread % kLanes == 0) {
         statistics[Slot::lse(row)] = lse * kLog2e;

@@ -6,10 +6,12 @@
 #pragma once
 
 #include "backward/layout.cuh"
+#include "tile/scores.cuh"
 
 namespace flashtile {
 
-template <class T, int kHeadDim, class Order>
+// Policy: of the main kernel.
+template <class T, int kHeadDim, class Order, class Policy = PlainScores>
 struct BackwardDq {
   using Params = BackwardLaunch;
   static constexpr int kThreads = 256;

@@ -51,7 +51,7 @@ Status launch_backward(const BackwardParams& params, CUstream_st* stream) {
 
 template <int kHeadDim>
 Status launch_slice(Slice<Pass::kBackward, Family::kSm90, kHeadDim>, const BackwardParams& params,
-                    const cuda::Device&, CUstream_st* stream) {
+                    const Scores&, const cuda::Device&, CUstream_st* stream) {
   return with_dtype(params.problem, [&]<class T>(T) {
     return params.problem.deterministic ? launch_backward<kHeadDim, T, true>(params, stream)
                                         : launch_backward<kHeadDim, T, false>(params, stream);

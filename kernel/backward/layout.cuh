@@ -85,9 +85,9 @@ struct BackwardSlot {
 };
 
 // Where dQ's accumulators lie: [register][thread], for warps (row, column) of the dQ warp grid.
-template <int kHeadDim, Memory kMemory>
+template <int kHeadDim, Memory kMemory, Variant kVariant = Variant::kPlain>
 struct DqOrder {
-  static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory, kVariant);
   static constexpr int kBlockQ = kConfig.block_q;
   static constexpr int kWarpCols = kConfig.warps() / kConfig.dq_warps_q;
   static constexpr int kRows = kConfig.block_q / kConfig.dq_warps_q;  // of one warp

@@ -16,10 +16,11 @@
 
 namespace flashtile {
 
-template <class T, int kHeadDim, Memory kMemory, bool kDeterministic>
+template <class T, int kHeadDim, Memory kMemory, bool kDeterministic, class Policy = PlainScores>
 struct BackwardSm80 {
-  using Params = BackwardLaunch;
-  using Shape = BackwardShape<kHeadDim, kMemory>;
+  using ScorePolicy = Policy;
+  using Params = typename Policy::template WithScores<BackwardLaunch>;
+  using Shape = BackwardShape<kHeadDim, kMemory, Policy::kVariant>;
   using Smem = typename Shape::Smem;
   using Dq = typename Shape::Dq;
   using KeyTile = typename Shape::KeyTile;
@@ -136,6 +137,8 @@ struct BackwardSm80 {
     });
   }
 
+  struct Plain {};  // nothing of scores' elements is kept
+
   // The state of a thread block that walks over queries.
   struct State {
     Places<Shape> at;
@@ -145,6 +148,15 @@ struct BackwardSm80 {
     Gradient dk, dv;
     uint32_t notes;
   };
+
+  using Elements =
+      std::conditional_t<Policy::kModifies, TransposedElements<kKeys, kQueries>, Plain>;
+
+  static FLASHTILE_DEVICE TransposedTile place(const State& my, int query_block) {
+    const Warp warp(ptx::thread_index());
+    return {my.notes + Smem::kScoreNotes, warp.key * kKeys,
+            query_block * kBlockQ + warp.query * kQueries};
+  }
 
   // One block of queries, at `slot` of the workspace. kEdge: some scores may be hidden, and the
   // next block may be ragged or not exist.
@@ -165,10 +177,19 @@ struct BackwardSm80 {
 
     Scores scores;
     mma_ABt<T>(scores, SharedOperand<KeyRows, kKeys>{my.at.k_rows}, my.stage.rows);  // S^T = K Q^T
+    Elements elements;
+    if constexpr (Policy::kModifies) {
+      elements.to_logits(scores, launch.scores, place(my, slot - first_slot));
+    }
     probabilities(scores, my.stage, launch.scale_log2);
     if constexpr (kEdge) EdgeTest<Shape>::mask(scores, slot - first_slot, my.notes);
     Packed packed;
-    packed.template pack<T>(scores);
+    if constexpr (Policy::kModifies) {
+      elements.draw(scores, launch.scores, place(my, slot - first_slot));
+      elements.template pack_kept<T>(packed, scores, launch.scores.of.dropout);
+    } else {
+      packed.template pack<T>(scores);
+    }
     if constexpr (kConfig.split_head_dim) {
       packed.template store<ScoreTile>(my.at.scores + kExchange);
       share_scores();  // P^T of the warp's keys is complete
@@ -183,7 +204,14 @@ struct BackwardSm80 {
                  Smem::kDout + q * Shape::QueryTile::kPanelRowBytes, [&](int n) {
                    return my.stage.minus_delta(q / 8 + n);
                  });  // dP^T - delta = V dO^T - delta
+      if constexpr (Policy::kModifies) {
+        elements.keep_start(ds, q / 8, launch.scores.of.dropout,
+                            [&](int n) { return my.stage.minus_delta(q / 8 + n); });
+      }
       multiply<kEdge>(ds, scores, q / 8);
+      if constexpr (Policy::kModifies) {
+        elements.slope(ds, q / 8, launch.scores, place(my, slot - first_slot));
+      }
       packed.template pack<T>(ds, q / 16);
     }
     if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
@@ -213,6 +241,10 @@ struct BackwardSm80 {
     if (ptx::thread_index() == 0) {
       const int clean_end = huge ? slot : first_slot + min(range.full_end, whole_end - 1);
       write_notes(my.notes, QueryNotes{s.seqlen_q, range.end, clean_end});
+      if constexpr (Policy::kModifies) {
+        TransposedNotes::write(launch.params.problem, launch.scores, block, head,
+                               my.notes + Smem::kScoreNotes);
+      }
     }
     __syncthreads();  // the notes are there; nobody adds to dQ of the head before any more
     Turns::come_to(launch, slot, my.notes);
@@ -275,7 +307,7 @@ struct BackwardSm80 {
     } else {
       index = ptx::block_index();
     }
-    store_gradients<T, kHeadDim, kMemory>(launch, index, smem, my.dk, my.dv);
+    store_gradients<T, Smem>(launch, index, smem, my.dk, my.dv);
   }
 };
 

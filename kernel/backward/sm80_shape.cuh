@@ -6,10 +6,10 @@
 
 namespace flashtile {
 
-template <int kHeadDim, Memory kMemory>
+template <int kHeadDim, Memory kMemory, Variant kVariant = Variant::kPlain>
 struct BackwardShape {
-  using Smem = BackwardSmem<kHeadDim, kMemory>;
-  using Dq = DqOrder<kHeadDim, kMemory>;
+  using Smem = BackwardSmem<kHeadDim, kMemory, kVariant>;
+  using Dq = DqOrder<kHeadDim, kMemory, kVariant>;
   using QueryTile = typename Smem::QueryTile;
   using KeyTile = typename Smem::KeyTile;
   using ScoreTile = typename Smem::ScoreTile;

@@ -59,10 +59,9 @@ FLASHTILE_DEVICE void store_rows(const View& view, const RowFormat& format, cons
   }
 }
 
-template <class T, int kHeadDim, Memory kMemory, class Gradient>
+template <class T, class Smem, class Gradient>
 FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, uint32_t smem,
                                       Gradient& dk, Gradient& dv) {
-  using Smem = BackwardSmem<kHeadDim, kMemory>;
   using Tile = typename Smem::KeyTile;
   constexpr BackwardConfig kConfig = Smem::kConfig;
   constexpr bool kPartialSums = kConfig.warps_q > 1 && !kConfig.split_head_dim;
@@ -82,7 +81,7 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, u
   __syncthreads();  // no tile of the main loop is read any more
   if constexpr (kPartialSums) {
     static_assert(kConfig.warps_q == 2);
-    constexpr int kWarpBytes = kKeys * kHeadDim * 4;
+    constexpr int kWarpBytes = kKeys * Tile::kCols * 4;
     static_assert(kConfig.warps() * kWarpBytes <= Smem::kBytes);
     const uint32_t own = smem + warp * kWarpBytes, other = smem + (warp ^ 1) * kWarpBytes;
     if (warp_query == 0) {

@@ -3,6 +3,7 @@
 
 #include "backward/layout.cuh"
 #include "backward/notes.cuh"
+#include "backward/transposed_scores.cuh"
 #include "tile/product_sm80.cuh"
 
 namespace flashtile {
@@ -44,9 +45,9 @@ inline constexpr int kNotesBytes = 48;
 // Byte offsets of the tiles in shared memory. A stage holds one block of Q, dO and its statistics;
 // with two, the next block is copied into one while the other is read. Where only Q has two places,
 // dO and the statistics lie behind both.
-template <int kHeadDim, Memory kMemory>
+template <int kHeadDim, Memory kMemory, Variant kVariant = Variant::kPlain>
 struct BackwardSmem {
-  static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory);
+  static constexpr BackwardConfig kConfig = backward_config(kHeadDim, kMemory, kVariant);
   using KeyTile = SmemTile<kConfig.block_k, kHeadDim>;    // K, V
   using QueryTile = SmemTile<kConfig.block_q, kHeadDim>;  // Q, dO
   using ScoreTile = SmemTile<kConfig.block_k, 64>;        // P^T, dS^T: [key, query], 16 bit
@@ -56,7 +57,9 @@ struct BackwardSmem {
   static_assert(kTogether || (kConfig.stages_q == 2 && kConfig.stages_dout == 1));
   static constexpr int kStatisticsBytes = 12 * kConfig.block_q;
   static constexpr int kStatisticsPlace = 1024;  // tiles start at multiples of it
-  static_assert(kStatisticsBytes + kNotesBytes <= kStatisticsPlace);
+  static constexpr int kScoreNotesBytes =
+      kVariant == Variant::kModified ? TransposedNotes::kBytes : 0;
+  static_assert(kStatisticsBytes + kNotesBytes + kScoreNotesBytes <= kStatisticsPlace);
   // From Q of the first stage.
   static constexpr int kDout = (kTogether ? 1 : 2) * QueryTile::kBytes;
   static constexpr int kStatistics = kDout + QueryTile::kBytes;
@@ -76,6 +79,7 @@ struct BackwardSmem {
   static constexpr int kBytes = kOwnV + (kConfig.v_in_registers ? 0 : KeyTile::kBytes);
   // The notes below, in what the first stage's statistics leave free.
   static constexpr int kNotes = kStages + kStatistics + kStatisticsBytes;
+  static constexpr int kScoreNotes = kNotesBytes;  // from kNotes
   static_assert(!kConfig.v_in_registers || KeyTile::kBytes <= kAllStages);
   static_assert(kBytes + 1024 <= shared_memory_limit(kMemory));  // 1 KB is the driver's
 };

@@ -24,7 +24,9 @@ struct SliceRow {
   Pass pass;
   Family family;
   int head_dim;
-  Status (*launch)(const Params& params, const Device& device, CUstream_st* stream);
+  Variant variant;
+  Status (*launch)(const Params& params, const Scores& scores, const Device& device,
+                   CUstream_st* stream);
   size_t (*workspace_bytes)(const Problem& problem);
 };
 
@@ -33,18 +35,20 @@ namespace {
 using I64 = long long;
 
 constexpr int kLargestOfAll = 256;  // head dim of the family's largest slice
-constexpr int kMostSlices = 64;     // in a table
+constexpr int kMostSlices = 96;     // in a table
 
-// The slices of a build that take the same parameters; of a pass and family by ascending head dim.
+// The slices of a build that take the same parameters; of a pass, family and variant by ascending
+// head dim.
 template <class Params>
 struct SliceTable {
   SliceRow<Params> rows[kMostSlices] = {};
   int count = 0;
 
-  template <Pass kPass, Family kFamily, int... kHeadDims>
+  template <Pass kPass, Family kFamily, Variant kVariant = Variant::kPlain, int... kHeadDims>
   constexpr void add(std::integer_sequence<int, kHeadDims...>) {
-    ((rows[count++] = {kPass, kFamily, kHeadDims, &Slice<kPass, kFamily, kHeadDims>::launch,
-                       &Slice<kPass, kFamily, kHeadDims>::workspace_bytes}),
+    ((rows[count++] = {kPass, kFamily, kHeadDims, kVariant,
+                       &Slice<kPass, kFamily, kHeadDims, kVariant>::launch,
+                       &Slice<kPass, kFamily, kHeadDims, kVariant>::workspace_bytes}),
      ...);
   }
 };
@@ -59,6 +63,12 @@ constexpr SliceTable<ForwardParams> kForwardSlices = [] {
   table.add<Pass::kPrefill, Family::kSm90>(Sm90HeadDims());
   table.add<Pass::kDecode, Family::kSm80Large>(LargeHeadDims());
   table.add<Pass::kDecode, Family::kSm80Small>(SmallHeadDims());
+  table.add<Pass::kForward, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
+  table.add<Pass::kForward, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
+  table.add<Pass::kPrefill, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
+  table.add<Pass::kPrefill, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
+  table.add<Pass::kDecode, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
+  table.add<Pass::kDecode, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
   return table;
 }();
 
@@ -67,18 +77,27 @@ constexpr SliceTable<BackwardParams> kBackwardSlices = [] {
   table.add<Pass::kBackward, Family::kSm80Large>(LargeHeadDims());
   table.add<Pass::kBackward, Family::kSm80Small>(SmallHeadDims());
   table.add<Pass::kBackward, Family::kSm90>(Sm90HeadDims());
+  table.add<Pass::kBackward, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
+  table.add<Pass::kBackward, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
   return table;
 }();
 
+// What a slice is found by, besides the head dims.
+struct Kind {
+  Pass pass;
+  Family family;
+  Variant variant;
+};
+
 // The smallest slice that holds the head dims.
 template <class Params>
-Status find(const SliceTable<Params>& table, Pass pass, Family family, const Problem& problem,
+Status find(const SliceTable<Params>& table, const Kind& kind, const Problem& problem,
             const SliceRow<Params>*& found) {
   const int64_t wanted = problem.largest_head_dim();
   int largest = 0;
   for (int i = 0; i < table.count; ++i) {
     const SliceRow<Params>& row = table.rows[i];
-    if (row.pass != pass || row.family != family) continue;
+    if (row.pass != kind.pass || row.family != kind.family || row.variant != kind.variant) continue;
     found = &row;
     if (wanted <= row.head_dim) return FLASHTILE_OK;
     largest = row.head_dim;
@@ -139,9 +158,14 @@ Status check_forward_sizes(const Problem& problem) {
 }
 
 Status check_scores(const Scores& scores) {
-  if (!scores.exist()) return FLASHTILE_OK;
+  if (kHasScores || !scores.exist()) return FLASHTILE_OK;
   return fail(FLASHTILE_NOT_BUILT,
-              "scores is set; allowed on CUDA in this version: NULL, and no max_logit");
+              "scores is set; allowed on CUDA in this build (FLASHTILE_SCORES=OFF): NULL, and no "
+              "max_logit");
+}
+
+Variant variant_of(const Scores& scores) {
+  return scores.exist() ? Variant::kModified : Variant::kPlain;
 }
 
 // As check_blocks() for the two launches of decoding.
@@ -162,9 +186,14 @@ Family family_for_all(const Device& device) {
 // The kernels for sm_90a on compute capability 9.0 where TMA takes all tensors, else those for
 // sm_80 and later, which take everything. `note`: why not kSm90, on a device that has it.
 Family choose_family(const Device& device, std::initializer_list<MappedTensor> tensors,
-                     PlanName& name) {
+                     Variant variant, PlanName& name) {
   const Family general = family_for_all(device);
   if (!kHasSm90 || device.capability != 90) return general;
+  if (variant != Variant::kPlain) {
+    std::snprintf(name.note, sizeof name.note,
+                  "scores is set; the kernels for sm_90a take none, those for sm_80 run instead");
+    return general;
+  }
   TmaObstacle obstacle;
   for (const MappedTensor& tensor : tensors) {
     if (!obstacle) obstacle = tma_obstacle(tensor);
@@ -179,34 +208,37 @@ Family choose_family(const Device& device, std::initializer_list<MappedTensor> t
 // `last` is the fourth tensor that TMA moves: the others are read and written without it.
 template <class Params>
 Family choose_family(const Params& params, const MappedTensor& last, const Device& device,
-                     PlanName& name) {
+                     Variant variant, PlanName& name) {
   const Problem& p = params.problem;
   return choose_family(
       device,
       {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
        key_tensor("v", params.v, p, p.head_dim_v), last},
-      name);
+      variant, name);
 }
 
-void write_name(PlanName& name, const char* pass, Family family, int head_dim,
+template <class Params>
+void write_name(PlanName& name, const char* pass, const SliceRow<Params>& row,
                 const Problem& problem) {
   constexpr const char* kFamilies[] = {"_sm80_large", "_sm80_small", "_sm90"};
   char number[8];
-  const char* const end = std::to_chars(number, number + sizeof number, head_dim).ptr;
+  const char* const end = std::to_chars(number, number + sizeof number, row.head_dim).ptr;
   name.set_text({pass,
-                 kFamilies[static_cast<int>(family)],
+                 kFamilies[static_cast<int>(row.family)],
                  "_d",
                  {number, end},
                  problem.dtype == Dtype::kFloat16 ? "_fp16_" : "_bf16_",
-                 problem.mask_name()});
+                 problem.mask_name(),
+                 row.variant == Variant::kPlain ? "" : "_scores"});
 }
 
 // The forward's loop, over tensors or over a cache. The note says also why a cache is not read by
 // TMA alone.
-Status choose_loop(const ForwardParams& params, Pass pass, Plan<ForwardParams>& plan) {
+Status choose_loop(const ForwardParams& params, Pass pass, Variant variant,
+                   Plan<ForwardParams>& plan) {
   const Problem& p = params.problem;
   const MappedTensor out = query_tensor("out", params.out, p, p.head_dim_v);
-  const Family family = choose_family(params, out, plan.device, plan.name);
+  const Family family = choose_family(params, out, plan.device, variant, plan.name);
   if (pass == Pass::kPrefill && family == Family::kSm90) {
     if (const TmaObstacle obstacle = page_obstacle(p.cache)) {
       std::snprintf(plan.name.note, sizeof plan.name.note,
@@ -214,15 +246,15 @@ Status choose_loop(const ForwardParams& params, Pass pass, Plan<ForwardParams>& 
                     obstacle.text, obstacle.takes);
     }
   }
-  if (Status s = find(kForwardSlices, pass, family, p, plan.loop)) return s;
-  write_name(plan.name, "forward", family, plan.loop->head_dim, p);
+  if (Status s = find(kForwardSlices, {pass, family, variant}, p, plan.loop)) return s;
+  write_name(plan.name, "forward", *plan.loop, p);
   return FLASHTILE_OK;
 }
 
-Status choose_decode(const Problem& problem, Plan<ForwardParams>& plan) {
-  const Family family = family_for_all(plan.device);
-  if (Status s = find(kForwardSlices, Pass::kDecode, family, problem, plan.decode)) return s;
-  write_name(plan.name, "decode", family, plan.decode->head_dim, problem);
+Status choose_decode(const Problem& problem, Variant variant, Plan<ForwardParams>& plan) {
+  const Kind kind = {Pass::kDecode, family_for_all(plan.device), variant};
+  if (Status s = find(kForwardSlices, kind, problem, plan.decode)) return s;
+  write_name(plan.name, "decode", *plan.decode, problem);
   const size_t bytes = plan.decode->workspace_bytes(problem);
   plan.workspace = {bytes, bytes};
   return FLASHTILE_OK;
@@ -238,13 +270,13 @@ ForwardParams with_keys_in_cache(const ForwardParams& params) {
 // Keys in a cache: decoding where some sequence may have few queries, and the forward's loop for
 // the others in the same call. The name is that of decoding where there is some, the note that of
 // the loop.
-Status choose_over_cache(const ForwardParams& params, Plan<ForwardParams>& plan) {
+Status choose_over_cache(const ForwardParams& params, Variant variant, Plan<ForwardParams>& plan) {
   const DecodeForms forms = decode_forms(params.problem);
   if (Status s = forms.decode ? check_decode_blocks(params.problem) : FLASHTILE_OK) return s;
   if (forms.prefill) {
-    if (Status s = choose_loop(params, Pass::kPrefill, plan)) return s;
+    if (Status s = choose_loop(params, Pass::kPrefill, variant, plan)) return s;
   }
-  return forms.decode ? choose_decode(params.problem, plan) : FLASHTILE_OK;
+  return forms.decode ? choose_decode(params.problem, variant, plan) : FLASHTILE_OK;
 }
 
 }  // namespace
@@ -254,9 +286,11 @@ Status choose(const ForwardParams& params, const Scores& scores, DeviceScope& sc
   if (Status s = check_scores(scores)) return s;
   if (Status s = check_forward_sizes(params.problem)) return s;
   if (Status s = scope.enter(plan.device)) return s;
-  if (params.problem.cache.exists()) return choose_over_cache(params, plan);
-  if (is_dense_decode(params.problem)) return choose_over_cache(with_keys_in_cache(params), plan);
-  return choose_loop(params, Pass::kForward, plan);
+  const Variant variant = variant_of(scores);
+  if (params.problem.cache.exists()) return choose_over_cache(params, variant, plan);
+  if (is_dense_decode(params.problem) && !scores.dropout.exists())
+    return choose_over_cache(with_keys_in_cache(params), variant, plan);
+  return choose_loop(params, Pass::kForward, variant, plan);
 }
 
 Status choose(const BackwardParams& params, const Scores& scores, DeviceScope& scope,
@@ -268,34 +302,37 @@ Status choose(const BackwardParams& params, const Scores& scores, DeviceScope& s
   if (Status s = scope.enter(plan.device)) return s;
   const Family general = family_for_all(plan.device);
   const MappedTensor dout = query_tensor("dout", params.dout, p, p.head_dim_v);
-  const Family family = choose_family(params, dout, plan.device, plan.name);
+  const Variant variant = variant_of(scores);
+  const Family family = choose_family(params, dout, plan.device, variant, plan.name);
   // Enough for every family of the device: the family is known only with the tensors.
   size_t bytes = 0;
   for (const Family one : {general, Family::kSm90}) {
     if (one == Family::kSm90 && !(kHasSm90 && plan.device.capability == 90)) continue;
     const SliceRow<BackwardParams>* row = nullptr;
-    if (Status s = find(kBackwardSlices, Pass::kBackward, one, p, row)) return s;
+    if (one == Family::kSm90 && variant != Variant::kPlain) continue;
+    if (Status s = find(kBackwardSlices, {Pass::kBackward, one, variant}, p, row)) return s;
     bytes = std::max(bytes, row->workspace_bytes(p));
     if (one == family) plan.loop = row;
   }
   plan.workspace = {bytes, bytes};
-  write_name(plan.name, "backward", family, plan.loop->head_dim, p);
+  write_name(plan.name, "backward", *plan.loop, p);
   return FLASHTILE_OK;
 }
 
-Status run(const ForwardParams& params, const Scores&, const Plan<ForwardParams>& plan,
+Status run(const ForwardParams& params, const Scores& scores, const Plan<ForwardParams>& plan,
            CUstream_st* stream) {
   if (plan.loop != nullptr) {
-    if (Status s = plan.loop->launch(params, plan.device, stream)) return s;
+    if (Status s = plan.loop->launch(params, scores, plan.device, stream)) return s;
   }
   if (plan.decode == nullptr) return FLASHTILE_OK;
-  if (params.problem.cache.exists()) return plan.decode->launch(params, plan.device, stream);
-  return plan.decode->launch(with_keys_in_cache(params), plan.device, stream);
+  if (params.problem.cache.exists())
+    return plan.decode->launch(params, scores, plan.device, stream);
+  return plan.decode->launch(with_keys_in_cache(params), scores, plan.device, stream);
 }
 
-Status run(const BackwardParams& params, const Scores&, const Plan<BackwardParams>& plan,
+Status run(const BackwardParams& params, const Scores& scores, const Plan<BackwardParams>& plan,
            CUstream_st* stream) {
-  return plan.loop->launch(params, plan.device, stream);
+  return plan.loop->launch(params, scores, plan.device, stream);
 }
 
 const char* architectures() { return kArchitectureList; }

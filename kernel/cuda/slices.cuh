@@ -1,4 +1,5 @@
-// A slice: one pass, one family of kernels, one head dim. CMake compiles flash.cu once for each;
+// A slice: one pass, one family of kernels, one head dim, one variant. CMake compiles flash.cu once
+// for each;
 // the launchers of the passes (forward/, decode/, backward/) define what it instantiates, and
 // choose.cu has the table of all slices of a build.
 #pragma once
@@ -34,18 +35,20 @@ inline Memory memory_of(const cuda::Device& device) {
                                                                      : Memory::kSmall;
 }
 
-template <Pass kPass, Family kFamily, int kHeadDim>
+template <Pass kPass, Family kFamily, int kHeadDim, Variant kVariant = Variant::kPlain>
 struct Slice {
   using Params = std::conditional_t<kPass == Pass::kBackward, BackwardParams, ForwardParams>;
   // Picks dtype and mask at run time, launches, and returns. The device is the current one.
-  static Status launch(const Params& params, const cuda::Device& device, CUstream_st* stream);
+  // `scores` is for Variant::kModified.
+  static Status launch(const Params& params, const Scores& scores, const cuda::Device& device,
+                       CUstream_st* stream);
   // Bytes of params.workspace that launch() uses.
   static size_t workspace_bytes(const Problem& problem);
 };
 
 // Passes without a workspace.
-template <Pass kPass, Family kFamily, int kHeadDim>
-size_t slice_workspace(Slice<kPass, kFamily, kHeadDim>, const Problem&) {
+template <Pass kPass, Family kFamily, int kHeadDim, Variant kVariant>
+size_t slice_workspace(Slice<kPass, kFamily, kHeadDim, kVariant>, const Problem&) {
   return 0;
 }
 

@@ -4,15 +4,17 @@
 
 #include "config.cuh"
 #include "decode/plan.cuh"
+#include "tile/finish_scores.cuh"
 #include "tile/row_format.cuh"
 #include "tile/smem_tile.cuh"
 
 namespace flashtile {
 
 // kMemory: of the slice. The same code in both classes, but each has its own copy (launch.cuh).
-template <int kHeadDim, Memory kMemory, class T>
+template <int kHeadDim, Memory kMemory, class T, class Policy = PlainScores>
 struct DecodeCombine {
-  using Params = DecodeParams;
+  using ScorePolicy = Policy;
+  using Params = typename Policy::template WithScores<DecodeParams>;
   static constexpr int kThreads = kCombineWarps * 32;
   static constexpr int kBlocksPerSm = 8;
   static constexpr int kSharedBytes = 0;
@@ -61,12 +63,39 @@ struct DecodeCombine {
     for (int i = 0; i < kPasses; ++i) out[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     LogSum sum = log_sum_of_nothing();
     if (!empty) sum = add_parts(params, row, head, mask, out);
+    if constexpr (Policy::kModifies) {
+      const float sum_log2 = sum.value(params.scale_log2);
+      const float lse_log2 = join_sink(params, row, head, sum_log2, out);
+      store(params, row, head, out);
+      store_lse(params, row, head, lse_log2 * kLn2);
+      return;
+    }
     store(params, row, head, out);
     const RowView& lse = params.forward.lse;
     if (lse.data != nullptr && lane == 0) {
       *row_address(lse, sequence, sequence.row_q + row.query, head) =
           empty ? negative_infinity() : sum.value(params.scale_log2) * kLn2;
     }
+  }
+
+  FLASHTILE_DEVICE static void store_lse(const Params& params, const Row& row, int head,
+                                         float value) {
+    const RowView& lse = params.forward.lse;
+    if (lse.data == nullptr || ptx::thread_index() % 32 != 0) return;
+    *row_address(lse, row.sequence, row.sequence.row_q + row.query, head) = value;
+  }
+
+  // log2 of the row's sum with its sink.
+  FLASHTILE_DEVICE static float join_sink(const Params& params, const Row& row, int head,
+                                          float sum_log2, float4 (&out)[kPasses]) {
+    const RowBlock work = {.sequence = row.sequence, .head = head};
+    const float sink = sink_log2(params.scores.of.sink, work, row.query);
+    const JoinedSum whole(sum_log2, sink);
+    const bool hidden = sum_log2 == negative_infinity();  // all keys are
+    const auto joined = [&](float x) { return hidden ? 0.0f : x * whole.share; };
+    FLASHTILE_UNROLL
+    for (float4& x : out) x = make_float4(joined(x.x), joined(x.y), joined(x.z), joined(x.w));
+    return hidden ? sink : whole.log2;
   }
 
   // Lane p weighs part p; then all lanes add up the parts in order.

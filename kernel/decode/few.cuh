@@ -6,6 +6,7 @@
 // in a fixed order.
 #pragma once
 
+#include "decode/scores.cuh"
 #include "decode/stream.cuh"
 #include "decode/work.cuh"
 #include "tile/packed_edges.cuh"
@@ -13,8 +14,9 @@
 
 namespace flashtile {
 
-template <int kHeadDim, class T, int kSlots>
+template <int kHeadDim, class T, int kSlots, class Policy>
 struct DecodeFew {
+  using Params = typename Policy::template WithScores<DecodeParams>;
   static constexpr int kRows = kDecodeTile;
   static constexpr int kKeys = kDecodeStep / kDecodeWarps;  // of a warp
   static constexpr int kColBlocks = kHeadDim / 8;
@@ -34,8 +36,7 @@ struct DecodeFew {
   static constexpr int kSharedBytes = kRings + 3 * kVectorBytes;
   static_assert(QTile::kBytes <= KvTile::kBytes && kDecodeWarps * kOutputBytes <= kRings);
 
-  FLASHTILE_DEVICE static void run(const DecodeParams& params, const DecodeWork& work,
-                                   uint32_t rings) {
+  FLASHTILE_DEVICE static void run(const Params& params, const DecodeWork& work, uint32_t rings) {
     const DecodeParts& parts = work.parts;
     int part = work.first_part;
     Stream stream(params, work, rings + warp() * Stream::kRing);
@@ -45,10 +46,12 @@ struct DecodeFew {
     stream.begin(parts.first(part), parts.last(part));
     Rows rows(work, params.plan.group, rings);
     receive_q(params, rings, rows.q);
+    DecodeScores<Policy> scores(params, work, 0);
     for (;;) {
       Sums sums(params.scale_log2, rings + kRings + warp() * kRows * sizeof(float));
       for (int step = parts.first(part); step < parts.last(part); ++step)
-        attend(stream, rows, step, sums);
+        attend(stream, rows, step, sums, scores);
+      scores.end_part();
       finish(params, {params, work, 0, part, kHeadDim}, sums, rings);
       part += params.plan.part_blocks;
       if (part >= parts.count) return;
@@ -93,13 +96,16 @@ struct DecodeFew {
   }
 
   // One step: this warp's 16 keys.
-  FLASHTILE_DEVICE static void attend(Stream& stream, const Rows& rows, int step, Sums& sums) {
+  FLASHTILE_DEVICE static void attend(Stream& stream, const Rows& rows, int step, Sums& sums,
+                                      DecodeScores<Policy>& scores) {
     ptx::cp_async_wait<kSlots - 2>();
     __syncwarp();  // K has landed; nobody in the warp reads the V before it any more
     stream.order_k();
     Accumulator<kRows, kKeys> s;
     mma_ABt<T>(s, rows.q, rows.k.behind(stream.take_slot()));
+    if constexpr (Policy::kModifies) scores.to_logits(s, step * kDecodeStep + rows.first_key);
     if (rows.range.is_edge(step)) rows.edges.mask(s, step * kDecodeStep + rows.first_key);
+    if constexpr (Policy::kModifies) scores.keep_tops(s);
     sums.softmax.raise_maximum(s, sums.o);
     sums.softmax.exponentiate(s, 0);
     uint32_t p[1][4];

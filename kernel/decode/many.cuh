@@ -5,6 +5,7 @@
 // registers at head dim 256. Warps without a row in use load and wait, and compute nothing.
 #pragma once
 
+#include "decode/scores.cuh"
 #include "decode/stream.cuh"
 #include "decode/work.cuh"
 #include "tile/packed_edges.cuh"
@@ -12,8 +13,9 @@
 
 namespace flashtile {
 
-template <int kHeadDim, class T, int kSlots>
+template <int kHeadDim, class T, int kSlots, class Policy>
 struct DecodeMany {
+  using Params = typename Policy::template WithScores<DecodeParams>;
   static constexpr int kThreads = kDecodeWarps * 32;
   static constexpr int kKeys = kDecodeStep / 2;  // of a tile
   static constexpr int kKeyBlocks = kKeys / 16;
@@ -28,8 +30,7 @@ struct DecodeMany {
   static constexpr int kShifts = Stream::kRing + QTile::kBytes;
   static constexpr int kSharedBytes = kShifts + kDecodeLimit * sizeof(float);
 
-  FLASHTILE_DEVICE static void run(const DecodeParams& params, const DecodeWork& work,
-                                   uint32_t shared) {
+  FLASHTILE_DEVICE static void run(const Params& params, const DecodeWork& work, uint32_t shared) {
     const DecodeParts& parts = work.parts;
     int part = work.first_part;
     Stream stream(params, work, shared);
@@ -41,10 +42,12 @@ struct DecodeMany {
       negate(QTarget(shared + Stream::kRing, ptx::thread_index()));
     }
     const Rows rows(work, params.plan.group, shared);
+    DecodeScores<Policy> scores(params, work, first_row());
     for (;;) {
       Sums sums(params.scale_log2, shared + kShifts + first_row() * sizeof(float));
       for (int tile = 2 * parts.first(part); tile < 2 * parts.last(part); ++tile)
-        attend(stream, rows, tile, sums);
+        attend(stream, rows, tile, sums, scores);
+      scores.end_part();
       finish({params, work, first_row(), part, kHeadDim}, sums);
       part += params.plan.part_blocks;
       if (part >= parts.count) return;
@@ -71,17 +74,24 @@ struct DecodeMany {
           in_use(first_row() < work.rows) {}
   };
 
+  // What a tile of scores goes to.
+  struct To {
+    Sums& sums;
+    DecodeScores<Policy>& scores;
+  };
+
   FLASHTILE_DEVICE static int lane() { return ptx::thread_index() % 32; }
   FLASHTILE_DEVICE static int first_row() { return ptx::thread_index() / 32 * kDecodeTile; }
 
   // One tile of 32 keys. The wait for the first K is one for Q, too.
-  FLASHTILE_DEVICE static void attend(Stream& stream, const Rows& rows, int tile, Sums& sums) {
+  FLASHTILE_DEVICE static void attend(Stream& stream, const Rows& rows, int tile, Sums& sums,
+                                      DecodeScores<Policy>& scores) {
     ptx::cp_async_wait<kSlots - 2>();
     __syncthreads();  // K has landed; nobody reads the V before it any more
     stream.order_k();
     uint32_t p[kKeyBlocks][1][4];
     const LaneAddress<KvTile> k = rows.k.behind(stream.take_slot());
-    if (rows.in_use) compute_p(rows, k, tile, sums, p);
+    if (rows.in_use) compute_p(rows, k, tile, {sums, scores}, p);
     ptx::cp_async_wait<kSlots - 2>();
     __syncthreads();  // V has landed; nobody reads K any more
     stream.order_v();
@@ -92,14 +102,16 @@ struct DecodeMany {
   }
 
   FLASHTILE_DEVICE static void compute_p(const Rows& rows, const LaneAddress<KvTile>& k, int tile,
-                                         Sums& sums, uint32_t (&p)[kKeyBlocks][1][4]) {
+                                         const To& to, uint32_t (&p)[kKeyBlocks][1][4]) {
     Accumulator<kDecodeTile, kKeys> s;
     mma_ABt<T>(s, rows.q, k);
+    if constexpr (Policy::kModifies) to.scores.to_logits(s, tile * kKeys);
     if (rows.range.is_edge(tile / 2)) rows.edges.mask(s, tile * kKeys);
-    sums.softmax.raise_maximum(s, sums.o);
+    if constexpr (Policy::kModifies) to.scores.keep_tops(s);
+    to.sums.softmax.raise_maximum(s, to.sums.o);
     FLASHTILE_UNROLL
     for (int i = 0; i < kKeyBlocks; ++i) {
-      sums.softmax.exponentiate(s, i);
+      to.sums.softmax.exponentiate(s, i);
       to_operand<T>(p[i][0], s, 0, i);
     }
   }

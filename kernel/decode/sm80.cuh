@@ -12,15 +12,16 @@
 
 namespace flashtile {
 
-template <int kHeadDim, Memory kMemory, class T>
+template <int kHeadDim, Memory kMemory, class T, class Policy = PlainScores>
 struct DecodeSm80 {
-  using Params = DecodeParams;
+  using ScorePolicy = Policy;
+  using Params = typename Policy::template WithScores<DecodeParams>;
   static constexpr DecodeConfig kConfig = decode_config(kMemory, kHeadDim);
   static constexpr int kThreads = kDecodeWarps * 32;
   static constexpr int kBlocksPerSm = kConfig.blocks_per_sm;
 
-  using Few = DecodeFew<kHeadDim, T, kConfig.slots>;
-  using Many = DecodeMany<kHeadDim, T, kConfig.half_slots()>;
+  using Few = DecodeFew<kHeadDim, T, kConfig.slots, Policy>;
+  using Many = DecodeMany<kHeadDim, T, kConfig.half_slots(), Policy>;
   static constexpr int kSharedBytes = max_of(Few::kSharedBytes, Many::kSharedBytes);
   static_assert(kBlocksPerSm * (kSharedBytes + 1024) <= shared_memory_limit(kMemory) + 1024);
 

@@ -73,20 +73,15 @@ struct CacheKeys {
   }
 };
 
-template <int kHeadDim, Memory kMemory, class T>
-Status launch_prefill_kernel(const ForwardParams& params, CUstream_st* stream) {
-  using Kernel = ForwardSm80<kHeadDim, kMemory, T, CacheKeys>;
-  const PrefillSm80Params kernel_params{
-      forward_sm80_params<kHeadDim, Kernel::kQueries>(params),
-      Divisor(static_cast<uint32_t>(params.problem.cache.page_size)), decode_plan(params.problem)};
-  return launch<Kernel>(kernel_params, query_tile_count(params.problem, Kernel::kQueries), stream);
-}
-
-template <Family kFamily, int kHeadDim>
-Status launch_slice(Slice<Pass::kPrefill, kFamily, kHeadDim>, const ForwardParams& params,
-                    const cuda::Device&, CUstream_st* stream) {
+template <Family kFamily, int kHeadDim, Variant kVariant>
+Status launch_slice(Slice<Pass::kPrefill, kFamily, kHeadDim, kVariant>, const ForwardParams& params,
+                    const Scores& scores, const cuda::Device&, CUstream_st* stream) {
   return with_dtype(params.problem, [&]<class T>(T) {
-    return launch_prefill_kernel<kHeadDim, memory_of(kFamily), T>(params, stream);
+    using Kernel = ForwardSm80<kHeadDim, memory_of(kFamily), T, CacheKeys, ScorePolicyOf<kVariant>>;
+    const PrefillSm80Params base{forward_sm80_params<kHeadDim, Kernel::kQueries>(params),
+                                 Divisor(static_cast<uint32_t>(params.problem.cache.page_size)),
+                                 decode_plan(params.problem)};
+    return launch_forward_kernel<Kernel>(base, scores, stream);
   });
 }
 

@@ -38,7 +38,7 @@ Status launch_prefill_sm90_kernel(const ForwardParams& params, CUstream_st* stre
 
 template <int kHeadDim>
 Status launch_slice(Slice<Pass::kPrefill, Family::kSm90, kHeadDim>, const ForwardParams& params,
-                    const cuda::Device&, CUstream_st* stream) {
+                    const Scores&, const cuda::Device&, CUstream_st* stream) {
   return with_dtype(params.problem, [&]<class T>(T) {
     return launch_prefill_sm90_kernel<kHeadDim, T>(params, stream);
   });

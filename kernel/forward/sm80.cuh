@@ -15,11 +15,12 @@
 #include "params.h"
 #include "tile/band_edges.cuh"
 #include "tile/epilogue.cuh"
-#include "tile/finish_rows.cuh"
+#include "tile/finish_scores.cuh"
 #include "tile/load_sm80.cuh"
 #include "tile/mask.cuh"
 #include "tile/product_sm80.cuh"
 #include "tile/row_format.cuh"
+#include "tile/scores.cuh"
 #include "tile/softmax.cuh"
 #include "tile/work.cuh"
 
@@ -81,9 +82,11 @@ struct TensorKeys {
   }
 };
 
-template <int kHeadDim, Memory kMemory, class T, template <class, int> class Keys = TensorKeys>
+template <int kHeadDim, Memory kMemory, class T, template <class, int> class Keys = TensorKeys,
+          class Policy = PlainScores>
 struct ForwardSm80 {
-  static constexpr ForwardConfig kConfig = forward_config(kMemory, kHeadDim);
+  using ScorePolicy = Policy;
+  static constexpr ForwardConfig kConfig = forward_config(kMemory, kHeadDim, ScorePolicy::kVariant);
   static constexpr int kThreads = kConfig.warps * 32;
   static constexpr int kBlocksPerSm = kConfig.blocks_per_sm;
   static constexpr int kQueries = kConfig.block_q;
@@ -97,12 +100,15 @@ struct ForwardSm80 {
                                       SharedOperand<QRows, kRows>>;
   using QLoader = TileLoader<QTile, kThreads>;
   using KvStream = Keys<KvTile, kThreads>;
-  using Params = typename KvStream::Params;
+  using Params = typename ScorePolicy::template WithScores<typename KvStream::Params>;
 
-  // Shared memory: Q, later O; then K; then V; then the shifts of the softmax.
+  // Shared memory: Q, later O; then K; then V; then the shifts of the softmax and, with scores,
+  // their notes.
   static constexpr int kFromKToV = KvTile::kBytes;
   static constexpr int kFromQToShifts = QTile::kBytes + 2 * KvTile::kBytes;
-  static constexpr int kSharedBytes = kFromQToShifts + kQueries * sizeof(float);
+  static constexpr int kFromQToNotes = kFromQToShifts + kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes =
+      kFromQToNotes + (ScorePolicy::kModifies ? ScoreNotes::kBytes : 0);
   static_assert(kBlocksPerSm * (kSharedBytes + 1024) <= shared_memory_limit(kMemory) + 1024);
 
   FLASHTILE_DEVICE static void run(const Params& params, char* shared) {
@@ -119,6 +125,11 @@ struct ForwardSm80 {
     Accumulator<kRows, kHeadDim> o;  // not yet divided by the row sums
     clear(o);
     OnlineSoftmax<kRows> softmax(params.scale_log2, q_tile + kFromQToShifts + warp_row * 4);
+    if constexpr (ScorePolicy::kModifies) {
+      const ScoreTile tile{q_tile + kFromQToNotes, warp_row};
+      ScorePolicy::clear_top(tile);
+      if (thread == 0) ScorePolicy::note(params.forward.problem, params.scores, work, tile.notes);
+    }
 
     if (!range.empty()) {
       KvStream stream(params, work, range.end - 1, k_tile, thread);
@@ -137,11 +148,24 @@ struct ForwardSm80 {
         ptx::cp_async_wait<0>();
         __syncthreads();  // V_j has landed; nobody reads K_j any more
         if (j > range.begin) stream.load_previous_k(params);
+        if constexpr (ScorePolicy::kModifies) {
+          ScorePolicy::to_logits(s, params.scores, {q_tile + kFromQToNotes, warp_row}, j * kKeys);
+        }
         edges.mask(s, range, j);
+        if constexpr (ScorePolicy::kModifies) {
+          if (params.scores.of.max_logit.exists())
+            ScorePolicy::keep_top(s, {q_tile + kFromQToNotes, warp_row});
+        }
         softmax.raise_maximum(s, o);
         FLASHTILE_UNROLL
         for (int step = 0; step < kKeys / 16; ++step) {
           softmax.exponentiate(s, step);  // S -> P
+          if constexpr (ScorePolicy::kModifies) {
+            const Dropout& dropout = params.scores.of.dropout;
+            if (dropout.exists()) {
+              ScorePolicy::drop(s, step, dropout, {q_tile + kFromQToNotes, warp_row}, j * kKeys);
+            }
+          }
           uint32_t p[kRows / 16][4];
           FLASHTILE_UNROLL
           for (int m = 0; m < kRows / 16; ++m) to_operand<T>(p[m], s, m, step);
@@ -182,8 +206,18 @@ struct ForwardSm80 {
     const int lane = thread % 32;
     const int warp_row = thread / 32 * kRows;
     const ForwardParams& forward = params.forward;
-    const auto factors =
-        finish_rows(forward.problem, forward.lse, work, {warp_row, lane}, o, softmax);
+    const auto factors = [&] {
+      if constexpr (ScorePolicy::kModifies) {
+        const ScoreView& max_logit = params.scores.of.max_logit;
+        if (max_logit.exists()) {
+          ScorePolicy::raise_max_logit(max_logit, work.head, {q_tile + kFromQToNotes, warp_row});
+        }
+        return finish_rows(ScoredProblem{forward.problem, params.scores}, forward.lse, work,
+                           {warp_row, lane}, o, softmax);
+      } else {
+        return finish_rows(forward.problem, forward.lse, work, {warp_row, lane}, o, softmax);
+      }
+    }();
     store_shared<T, QTile>(q_tile, warp_row, lane, o, factors);  // this warp's own rows of Q
     __syncwarp();
     const View& out = forward.out;
@@ -210,18 +244,25 @@ ForwardSm80Params forward_sm80_params(const ForwardParams& params) {
           .negate_q = problem.softmax_scale < 0.0f};
 }
 
-template <int kHeadDim, Memory kMemory, class T>
-Status launch_forward_kernel(const ForwardParams& params, CUstream_st* stream) {
-  using Kernel = ForwardSm80<kHeadDim, kMemory, T>;
-  return launch<Kernel>(forward_sm80_params<kHeadDim, Kernel::kQueries>(params),
-                        query_tile_count(params.problem, Kernel::kQueries), stream);
+// `base`: what the plain kernel is given.
+template <class Kernel, class Base>
+Status launch_forward_kernel(const Base& base, const Scores& scores, CUstream_st* stream) {
+  const Problem& problem = base.forward.problem;
+  if constexpr (Kernel::ScorePolicy::kModifies) {
+    if (Status s = clear_max_logit<Kernel>(problem, scores, stream)) return s;
+  }
+  return launch<Kernel>(with_scores<Kernel>(base, problem, scores),
+                        query_tile_count(problem, Kernel::kQueries), stream);
 }
 
-template <Family kFamily, int kHeadDim>
-Status launch_slice(Slice<Pass::kForward, kFamily, kHeadDim>, const ForwardParams& params,
-                    const cuda::Device&, CUstream_st* stream) {
+template <Family kFamily, int kHeadDim, Variant kVariant>
+Status launch_slice(Slice<Pass::kForward, kFamily, kHeadDim, kVariant>, const ForwardParams& params,
+                    const Scores& scores, const cuda::Device&, CUstream_st* stream) {
   return with_dtype(params.problem, [&]<class T>(T) {
-    return launch_forward_kernel<kHeadDim, memory_of(kFamily), T>(params, stream);
+    using Kernel =
+        ForwardSm80<kHeadDim, memory_of(kFamily), T, TensorKeys, ScorePolicyOf<kVariant>>;
+    return launch_forward_kernel<Kernel>(forward_sm80_params<kHeadDim, Kernel::kQueries>(params),
+                                         scores, stream);
   });
 }
 

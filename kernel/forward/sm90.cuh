@@ -401,7 +401,7 @@ Status launch_forward_sm90_kernel(const ForwardParams& params, int device, CUstr
 
 template <int kHeadDim>
 Status launch_slice(Slice<Pass::kForward, Family::kSm90, kHeadDim>, const ForwardParams& params,
-                    const cuda::Device& device, CUstream_st* stream) {
+                    const Scores&, const cuda::Device& device, CUstream_st* stream) {
   return with_dtype(params.problem, [&]<class T>(T) {
     return launch_forward_sm90_kernel<kHeadDim, T>(params, device.index, stream);
   });

@@ -51,6 +51,13 @@ FLASHTILE_DEVICE float ex2(float x) {
   return y;
 }
 
+// 1 / x, to a unit of the last place; flushes denormals, rcp(+inf) = 0.
+FLASHTILE_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The smaller one, NaN if one of them is NaN.
 FLASHTILE_DEVICE float min_nan(float x, float y) {
   float z;

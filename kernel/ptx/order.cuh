@@ -19,6 +19,13 @@ FLASHTILE_DEVICE int atomic_add_acquire(int* address, int x) {
 FLASHTILE_DEVICE void red_max_release(int* address, int x) {
   asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
+// Keep the larger or the smaller one; nothing is ordered by it.
+FLASHTILE_DEVICE void red_max(int* address, int x) {
+  asm volatile("red.global.max.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+FLASHTILE_DEVICE void red_min(uint32_t* address, uint32_t x) {
+  asm volatile("red.global.min.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
 // Returns the old value.
 FLASHTILE_DEVICE int atomic_add(int* address, int x) {
   int old;
