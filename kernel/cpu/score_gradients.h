@@ -21,10 +21,7 @@ inline void set_number(const ScoreView& view, int64_t offset, double number) {
   });
 }
 
-// A row's log-sum-exp as it was given, and dot(out, dout) - dlse.
-struct RowSlope {
-  double lse, delta;
-};
+// The rows that a block of queries reads, and what their deltas are made of.
 template <class T>
 struct QueryRows {
   Rows<const T> q, out, dout;

@@ -136,7 +136,6 @@ class HeadScores {
         changes_(scores.changes_logits()),
         drops_(scores.dropout, seq.index, head) {}
 
-  const Scores& scores() const { return scores_; }
   bool changes_logits() const { return changes_; }
   bool hides_keys() const { return scores_.hides_keys(); }
   const DropMask& drops() const { return drops_; }
@@ -222,7 +221,6 @@ class HeadScores {
   bool has_slope() const { return scores_.alibi_slopes.exists(); }
   int64_t shift() const { return shift_; }
   C softcap() const { return static_cast<C>(scores_.softcap); }
-  C magnitude() const { return static_cast<C>(scale_.magnitude); }
 
   C query_scale(int64_t query) const {
     const ScoreView& scale = scores_.query_scale;
