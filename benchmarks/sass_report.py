@@ -97,12 +97,15 @@ BUDGETS: dict[tuple[str, int, str], float] = {
     ("prefill", 256, "small"): 3.35,
     # With scores, on the path where none of them is set.
     ("forward scores", 64, "large"): 4.5,
-    ("forward scores", 128, "large"): 3.15,
-    ("forward scores", 256, "large"): 2.5,
-    ("backward scores", 64, "large"): 3.15,
+    ("forward scores", 128, "large"): 3.2,
+    ("forward scores", 256, "large"): 2.55,
+    ("backward scores", 64, "large"): 3.25,
     ("backward scores", 128, "large"): 2.5,
     ("backward scores", 256, "large"): 2.5,
 }
+# Local-memory instructions of a hot loop, by the name's beginning: none but these. The registers of
+# 256 columns are all in use before a score is looked at.
+LOCAL_LIMITS = {"decode scores d256": 14, f"{MANY_ROWS} scores d256": 1}
 DETERMINISTIC_EXTRA = 0.2  # waiting for a turn and passing it on
 
 # Where an A100's shared memory must keep up with its tensor cores: percent of their time.
@@ -154,7 +157,8 @@ class Row:
     def failures(self) -> list[str]:
         where = f"{self.name} {'/'.join(self.dtypes)} {self.architecture}"
         found = []
-        if self.local_in_loop:
+        allowed = (n for name, n in LOCAL_LIMITS.items() if self.name.startswith(name))
+        if self.local_in_loop > next(allowed, 0):
             found.append(f"{where}: {self.local_in_loop} local-memory instructions in the hot loop")
         if self.budget is not None and self.per_hmma > self.budget:
             found.append(f"{where}: {self.per_hmma:.3f} instructions per HMMA, not {self.budget}")
