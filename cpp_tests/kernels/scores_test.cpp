@@ -74,8 +74,15 @@ void run(Dtype dtype, const HeadDims& dims, const std::vector<Mask>& masks) {
 TEST("scores fp16 d64") { run(Dtype::kFloat16, 64, {kFull, kCausal, {20, 5}}); }
 TEST("scores bf16 d40/64") { run(Dtype::kBFloat16, {40, 64}, {kCausal, kCausalTopLeft, kFull}); }
 
-TEST("scores fp16 d128") { run(Dtype::kFloat16, {128, 96}, {kFull, kCausal, {20, 5}}); }
-TEST("scores bf16 d256") { run(Dtype::kBFloat16, 256, {kCausal, kFull}); }
+// What takes minutes on the machine.
+TEST("scores fp16 d128") {
+  if (!is_nightly()) SKIP("make test-nightly has it");
+  run(Dtype::kFloat16, {128, 96}, {kFull, kCausal, {20, 5}});
+}
+TEST("scores bf16 d256") {
+  if (!is_nightly()) SKIP("make test-nightly has it");
+  run(Dtype::kBFloat16, 256, {kCausal, kFull});
+}
 // Many queries are the forward's loop over a cache, few are decoded, and of sequences with both in
 // one call each runs its own.
 TEST("scores over a cache") {
