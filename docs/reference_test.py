@@ -52,7 +52,7 @@ def without(text: str, opening: str) -> str:
 def fields(body: str) -> Iterator[str]:
     """Names that the declarations of a struct's body declare."""
     for declaration in body.split(";"):
-        declared = re.sub(r"<[^;]*>|\{[^}]*\}", "", declaration)
+        declared = re.sub(r"<[^;]*>|\{[^}]*\}|\[[^]]*\]", "", declaration)
         names = (re.search(r"(\w+)\s*(?:=.*)?$", part.strip()) for part in declared.split(","))
         yield from (name[1] for name in names if name)
 
