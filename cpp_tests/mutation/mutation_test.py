@@ -61,13 +61,13 @@ class Outcome:
 
 def forward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     """Header and functions."""
-    parameters = "const ForwardParams&, CUstream_st*"
     if mutant.memory == "sm90":
         parameters = "const ForwardParams&, int, CUstream_st*"
         function = f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>({parameters})"
         return "forward/sm90.cuh", [function]
-    arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}"
-    return "forward/sm80.cuh", [f"launch_forward_kernel<{arguments}, __half>({parameters})"]
+    kernel = f"ForwardSm80<{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}, __half>"
+    parameters = "const ForwardSm80Params&, const Scores&, CUstream_st*"
+    return "forward/sm80.cuh", [f"launch_forward_kernel<{kernel}>({parameters})"]
 
 
 def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
@@ -97,12 +97,14 @@ def cache_slice(mutant: Mutant) -> tuple[str, list[str]]:
     if mutant.memory == "sm90":
         function = f"launch_prefill_sm90_kernel<{mutant.head_dim}, __half>"
         return "forward/prefill_sm90.cuh", [f"{function}(const ForwardParams&, CUstream_st*)"]
-    header, launch = {
-        "decode": ("decode/launch_sm80.cuh", "launch_decode_kernels"),
-        "prefill": ("forward/prefill_sm80.cuh", "launch_prefill_kernel"),
-    }[mutant.kernel]
     arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}, __half"
-    return header, [f"{launch}<{arguments}>(const ForwardParams&, CUstream_st*)"]
+    rest = "const Scores&, CUstream_st*"
+    if mutant.kernel == "prefill":
+        function = f"launch_forward_kernel<ForwardSm80<{arguments}, CacheKeys>>"
+        return "forward/prefill_sm80.cuh", [f"{function}(const PrefillSm80Params&, {rest})"]
+    kernels = f"DecodeSm80<{arguments}>, DecodeCombine<{arguments}>"
+    function = f"launch_decode_kernels<{kernels}>(const ForwardParams&, {rest})"
+    return "decode/launch_sm80.cuh", [function]
 
 
 def slice_source(mutant: Mutant) -> str:
