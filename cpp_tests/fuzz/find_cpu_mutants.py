@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "mutation"))
 
 from find_mutants import Found, fuzz, print_all
 from mutant import Mutant
-from patching import apply
+from patching import apply, copy_sources
 
 # Truncated to bfloat16 where the tensors are of 16 bits.
 COARSE = "bit_cast<Vec<C>>(bit_cast<IntVec<C>>({}) & (sizeof(T) == 2 ? -0x10000 : -1))"
@@ -110,9 +110,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        for directory in ("kernel", "include", "cmake", "cpp_tests", "examples"):
-            shutil.copytree(arguments.source / directory, scratch / directory)
-        shutil.copy2(arguments.source / "CMakeLists.txt", scratch)
+        copy_sources(arguments.source, scratch)
         # The portable engines alone: they are the code of all others.
         options = ["-DFLASHTILE_CUDA=OFF", "-DFLASHTILE_TORCH=OFF", "-DFLASHTILE_CXX_HAS_AVX2=OFF"]
         subprocess.run(

@@ -4,6 +4,7 @@ a better comment or a wrapped line leaves every mutant as it was."""
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def patched(kernel: Path, patches: Iterable[Patch]) -> dict[str, str]:
         text = texts[file] if file in texts else (kernel / file).read_text()
         texts[file] = patch(text, old, new)
     return texts
+
+
+def copy_sources(source: Path, scratch: Path) -> None:
+    """What a build without torch needs of the repository, to be patched."""
+    for directory in ("kernel", "include", "cmake", "cpp_tests", "examples"):
+        shutil.copytree(source / directory, scratch / directory)
+    shutil.copy2(source / "CMakeLists.txt", scratch)
 
 
 def apply(kernel: Path, patches: Iterable[Patch]) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from patching import patch
+from patching import copy_sources, patch
 from score_mutants import MUTANTS, Switched
 
 DECLARED = "namespace flashtile { extern int mutant; }\n"
@@ -86,9 +85,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        for directory in ("kernel", "include", "cmake", "cpp_tests", "examples"):
-            shutil.copytree(arguments.source / directory, scratch / directory)
-        shutil.copy2(arguments.source / "CMakeLists.txt", scratch)
+        copy_sources(arguments.source, scratch)
         plant(scratch / "kernel")
         build = [arguments.cmake, "-G", "Ninja", "-S", name, "-B", f"{name}/build", *OPTIONS]
         subprocess.run(build, check=True, capture_output=True)

@@ -119,8 +119,11 @@ Status prepare(const UserParams* user, Call<Params>& call) {
   params.workspace = p.workspace;
   params.workspace_bytes = p.workspace_bytes;
   if (Status s = choose(call)) return s;
-  return check_memory(arguments.tensors, arguments.rows,
-                      score_arguments(params.problem, call.scores).all(), params.problem);
+  const auto check = [&](std::span<const ScoreArgument> scores) {
+    return check_memory(arguments.tensors, arguments.rows, scores, params.problem);
+  };
+  return call.scores.exist() ? check(score_arguments(params.problem, call.scores).all())
+                             : check({});  // a call without scores does not list them
 }
 
 template <class UserParams, class Params>

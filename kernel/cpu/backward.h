@@ -81,7 +81,9 @@ class Backward {
  private:
   void differentiate_all() {
     const int64_t pairs = problem_.batch * problem_.num_heads_kv;
-    for (int64_t i = 0; i < slope_part_count(problem_, scores_, extent_); ++i) slope_parts()[i] = 0;
+    const int64_t slopes = slope_part_count(problem_, scores_, extent_);
+    double* const of_slopes = slope_parts();
+    for (int64_t i = 0; i < slopes; ++i) of_slopes[i] = 0;
     if (parts_ == 1) {
       parallel_for(threads_, pairs, kFlush,
                    [&](int64_t pair, int thread) { differentiate(pair, thread); });

@@ -207,7 +207,7 @@ class TileBackward {
       const Differentials d = differentials(key, i, statistics);
       p = d.p;
       ds = d.ds;
-      if (scores_.has_slope()) add_slope_gradient(d.dlogit, key, i, seen);
+      if (scores_.wants_slope_gradient()) add_slope_gradient(d.dlogit, key, i, seen);
       tile_.scores.keep_gradient(key, i, masked_lanes<float>(d.dlogit, lanes_in<float>(seen, i)));
     } else {
       const Vec<float> above = load(tile_.s.row(key) + i) - load(statistics.base + i);

@@ -220,9 +220,10 @@ class VectorBackward {
       store(tile_.p.row(key) + i, d.p);
       store(tile_.ds.row(key) + i, d.ds);
       tile_.scores.keep_gradient(key, i, d.dlogit);
-      slope_gradient -= d.dlogit * HeadScores<C>::distances(distance, C{1}, i);
+      if (scores_.wants_slope_gradient())
+        slope_gradient -= d.dlogit * HeadScores<C>::distances(distance, C{1}, i);
     }
-    if (scores_.has_slope())
+    if (scores_.wants_slope_gradient())
       slope_gradient_ += static_cast<double>(sum_of_lanes<C>(slope_gradient));
   }
 

@@ -219,6 +219,7 @@ class HeadScores {
     return d < 0 ? -d : d;
   }
   bool has_slope() const { return scores_.alibi_slopes.exists(); }
+  bool wants_slope_gradient() const { return scores_.dalibi_slopes.exists(); }
   int64_t shift() const { return shift_; }
   C softcap() const { return static_cast<C>(scores_.softcap); }
 
