@@ -56,6 +56,8 @@ struct Arguments {
     sequences.visit(member);
     scores.visit(member);
   }
+  const Tensor& keys() const { return k; }
+  const Tensor& values() const { return v; }
   bool is_varlen() const { return sequences.cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_varlen() ? sequences.cu_seqlens_q->size(0) - 1 : q.size(0); }
   int64_t head_dim_v() const { return v.size(v.dim() - 1); }

@@ -83,17 +83,13 @@ Question read_question(Reader& reader) {
   return {std::move(append), std::move(read)};
 }
 
-ForwardCall to_call(const ReadArguments& args, const flashtile_problem& problem) {
-  return {args.q, args.cache.k_cache, args.cache.v_cache, args.out, problem, kCacheNames};
-}
-
 std::tuple<Tensor, Tensor> forward_kvcache(const ReadArguments& args) {
   raise_unless_empty(refusal(args));
   flashtile_scores scores;
   const flashtile_problem problem = to_problem(args, scores);
   const DeviceScope device(args.q);
   if (is_checked(args.check)) check_numbers(problem, device.stream());
-  auto [out, lse, max_logit] = run(to_call(args, problem), device.stream());
+  auto [out, lse, max_logit] = run(args, problem, /*wants_max_logit=*/false, device.stream());
   return {std::move(out), std::move(lse)};
 }
 
@@ -142,7 +138,7 @@ Answer read_answer(const ReadArguments& args) {
   const flashtile_problem problem = to_problem(args, scores);
   if (problem.device == FLASHTILE_CPU && is_checked(args.check)) text = numbers_refusal(problem);
   if (!text.empty()) return {false, "", text};
-  return answer(to_call(args, problem));
+  return answer(args, problem, /*wants_max_logit=*/false);
 }
 
 Answer can_run_kvcache(const Question& question) {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "arguments.h"
+#include "cache_checks.h"
 #include "options.h"
 #include "scores.h"
 
@@ -59,6 +60,9 @@ struct ReadArguments {
     member("bool check=False", check);
     scores.visit(member);
   }
+  const Tensor& keys() const { return cache.k_cache; }
+  const Tensor& values() const { return cache.v_cache; }
+  OpNames names() const { return kCacheNames; }
   bool is_packed() const { return cu_seqlens_q.has_value(); }
   int64_t batch() const { return is_packed() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
 };

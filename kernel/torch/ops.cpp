@@ -74,16 +74,12 @@ Question read_question(Reader& reader) {
   return question;
 }
 
-ForwardCall to_call(const Arguments& args, const flashtile_problem& problem, bool max_logit) {
-  return {args.q, args.k, args.v, args.out, problem, args.names(), max_logit};
-}
-
 ForwardResult run_forward(const Arguments& args, bool max_logit) {
   raise_unless_empty(refusal(args));
   const DeviceScope device(args.q);
   flashtile_scores scores;
   const flashtile_problem problem = to_problem(args, scores);
-  return run(to_call(args, problem, max_logit), device.stream());
+  return run(args, problem, max_logit, device.stream());
 }
 
 std::tuple<Tensor, Tensor> forward(const Arguments& args) {
@@ -197,7 +193,7 @@ Answer can_run(const Question& question) {
   const DeviceScope device(args.q);
   flashtile_scores scores;
   const flashtile_problem problem = to_problem(args, scores);
-  if (!question.backward) return answer(to_call(args, problem, question.max_logit));
+  if (!question.backward) return answer(args, problem, question.max_logit);
   set_copies(args.scores, question.wanted, scores);
   return answer_backward(question, problem);
 }
@@ -216,48 +212,6 @@ std::string build_info() {
 }
 
 }  // namespace
-
-// forward.h: the one forward, of tensors and of a cache.
-namespace {
-
-// A new out is a stand-in here.
-flashtile_forward_params to_params(const ForwardCall& call) {
-  flashtile_forward_params params;
-  flashtile_forward_init(&params);
-  params.problem = &call.problem;
-  params.q = read_view(call.q);
-  params.k = read_view(call.k);
-  params.v = read_view(call.v);
-  params.out =
-      call.out.has_value() ? write_view(*call.out) : contiguous_view(out_sizes(call.q, call.v), 0);
-  if (call.wants_max_logit) params.max_logit = static_cast<float*>(stand_in_memory(1));
-  return params;
-}
-
-}  // namespace
-
-ForwardResult run(const ForwardCall& call, CUstream_st* stream) {
-  OptionalTensor out = call.out, lse, max_logit;
-  const auto allocate = [&](Call<ForwardParams>& core) {
-    const ScalarType dtype = lse_dtype(call.q.scalar_type());
-    if (!out.has_value()) {
-      out = torch::stable::new_empty(call.q, out_sizes(call.q, call.v));
-      core.params.out = to_core(write_view(*out));
-    }
-    lse = torch::stable::new_empty(call.q, lse_sizes(call.q), dtype);
-    core.params.lse = {static_cast<float*>(lse->mutable_data_ptr()), lse_stride_batch(*lse),
-                       lse_stride_head(*lse)};
-    if (!call.wants_max_logit) return;
-    max_logit = torch::stable::new_empty(call.q, {call.q.size(call.q.dim() - 2)}, dtype);
-    core.scores.max_logit.data = max_logit->mutable_data_ptr();
-  };
-  run_call<ForwardParams>(to_params(call), call.q, stream, call.names, allocate);
-  return {*out, *lse, max_logit};
-}
-
-Answer answer(const ForwardCall& call) {
-  return ask_call<ForwardParams>(to_params(call), call.names);
-}
 
 STABLE_TORCH_LIBRARY(flashtile, m) {
   define_kvcache_ops(m);
