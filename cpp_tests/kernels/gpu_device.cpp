@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "../support/check.h"
 #include "device.h"
 
 namespace flashtile::test {
@@ -21,6 +22,11 @@ std::string device_unavailable() {
              ? ""
              : std::string(properties.name) + " has a compute capability below 8.0";
 }
+
+namespace {
+// No test of a program for GPUs begins without one.
+[[maybe_unused]] const auto asked_first = check::unavailable = device_unavailable;
+}  // namespace
 
 std::vector<Schedule> schedules() {
   cudaDeviceProp properties;

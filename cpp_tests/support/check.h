@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -27,6 +28,9 @@ struct Skipped {
 
 inline std::vector<Test> tests;
 inline int failures = 0;
+// Why no test of this program can run here, or ""; asked before each, so that none makes its
+// tensors in vain. Null: nothing is needed.
+inline std::string (*unavailable)() = nullptr;
 
 struct Registration {
   Registration(const char* name, void (*run)()) { tests.push_back({name, run}); }
@@ -64,6 +68,10 @@ enum class Outcome { kPassed, kFailed, kSkipped };
 inline Outcome run(const Test& test) {
   const int before = failures;
   try {
+    if (const std::string reason = unavailable ? unavailable() : ""; !reason.empty()) {
+      if (!gpu_is_required()) throw Skipped{reason};
+      throw std::runtime_error("GPU required: " + reason);
+    }
     test.run();
   } catch (const Skipped& skipped) {
     std::printf("SKIP %s: %s\n", test.name, skipped.reason.c_str());
