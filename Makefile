@@ -119,12 +119,10 @@ test-long: build
 	cmake --build --preset tsan --parallel $(JOBS)
 	ctest --preset tsan
 
-# More cases and seeds than a change waits for; the kernels' cases under every schedule, those for
-# 9.0 as nvcc compiles them for 9.0; the static analyzer over the tests.
+# More cases and seeds than a change waits for; the kernels' cases under every schedule; the static
+# analyzer over the tests.
 test-nightly: build
-	@$(CONFIGURE) -DFLASHTILE_TEST_PTX_90=ON
-	$(BUILD_ALL)
-	ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L nightly
+	@ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -L nightly
 	$(PIP) --requirement cmake/requirements-lint.txt
 	$(BIN)/python cmake/run_clang_tidy.py build --analyze-tests
 	FLASHTILE_TEST_NIGHTLY=1 ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS) -R "^(kernels/|kernels_scores/|traps_kernels/L1)"

@@ -108,3 +108,23 @@ endforeach()
 list(REMOVE_DUPLICATES FLASHTILE_LARGE_ARCHITECTURES)
 list(REMOVE_DUPLICATES FLASHTILE_SMALL_ARCHITECTURES)
 message(STATUS "flashtile: CUDA ${CUDAToolkit_VERSION}, 163 KB class: ${FLASHTILE_LARGE_ARCHITECTURES}; 99 KB class: ${FLASHTILE_SMALL_ARCHITECTURES}")
+
+# The mma.sync kernels are compiled to PTX once, for 8.0, and that becomes the machine code of every
+# architecture: nvcc makes the same PTX of them for 8.9 and 9.0. So what the tests execute is what
+# devices run. NN-virtual takes this PTX along, for whatever comes later.
+function(flashtile_compile_for target)
+  set(codes "")
+  foreach(arch IN LISTS ARGN)
+    string(REGEX MATCH "^[0-9]+" number "${arch}")
+    if(NOT arch MATCHES "-virtual$")
+      list(APPEND codes sm_${number})
+    endif()
+    if(NOT arch MATCHES "-real$")
+      list(APPEND codes compute_80)
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES codes)
+  list(JOIN codes "," codes)
+  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES OFF CUDA_RUNTIME_LIBRARY None)
+  target_compile_options(${target} PRIVATE "SHELL:--generate-code=arch=compute_80,code=[${codes}]")
+endfunction()

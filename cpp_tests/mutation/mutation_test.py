@@ -34,7 +34,8 @@ MUTANTS = FORWARD_MUTANTS + FORWARD_SM90_MUTANTS + BACKWARD_MUTANTS + BACKWARD_S
 MUTANTS += TURN_MUTANTS + DECODE_MUTANTS + PREFILL_SM90_MUTANTS + APPEND_MUTANTS
 # One source for every head dim and memory class.
 WITHOUT_SLICES = {"append": "cache_ops/append.cu", "check_cache": "cache_ops/check.cu"}
-CAPABILITY = {"large": "80", "small": "89", "sm90": "90a"}
+COMPILED_FOR = {"large": "80", "small": "80", "sm90": "90a"}
+DEVICE = {"large": "sm_80", "small": "sm_89", "sm90": "sm_90a"}
 RUN_SECONDS = 60
 
 
@@ -118,13 +119,13 @@ def slice_source(mutant: Mutant) -> str:
 
 
 def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path) -> None:
-    """Compiles the mutated slice for the compute capability of its memory class."""
+    """Compiles the mutated slice as the build does."""
     source = output.with_suffix(".cu")
     source.write_text(slice_source(mutant))
     command = [
         settings.nvcc,
         "-ptx",
-        f"-arch=compute_{CAPABILITY[mutant.memory]}",
+        f"-arch=compute_{COMPILED_FOR[mutant.memory]}",
         "-O3",
         "-lineinfo",
         "-DNDEBUG",
@@ -140,21 +141,21 @@ def compile_slice(settings: Settings, mutant: Mutant, kernel: Path, output: Path
 def write_manifest(settings: Settings, mutant: Mutant, ptx: Path, output: Path) -> None:
     """The build's lines for the head dim and memory class, with the mutant's PTX in place."""
     if mutant.kernel in WITHOUT_SLICES:
-        output.write_text(f"{CAPABILITY[mutant.memory]} {ptx}\n")
+        output.write_text(f"{COMPILED_FOR[mutant.memory]} {ptx}\n")
         return
-    capability = CAPABILITY[mutant.memory]
+    capability = COMPILED_FOR[mutant.memory]
     lines = []
     replaced = 0
     for line in settings.manifest.read_text().splitlines():
         # What brings new rows to a cache.
-        if "/flashtile_cache_append_ptx80.dir/" in line:
+        if "/flashtile_cache_append.ptx" in line:
             lines.append(line)
         # What sm_90a leaves to the kernels for sm_80.
-        if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large_ptx80.dir/" in line:
+        if mutant.memory == "sm90" and f"_d{mutant.head_dim}_large.ptx" in line:
             lines.append(line)
         for kernel in ("forward", "prefill", "decode", "backward"):
-            name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}_ptx{capability}"
-            if f"/{name}.dir/" not in line:
+            name = f"flashtile_{kernel}_d{mutant.head_dim}_{mutant.memory}"
+            if f"/{name}.ptx" not in line:
                 continue
             mutated = kernel == mutant.kernel
             replaced += mutated
@@ -173,7 +174,7 @@ def run_cases(settings: Settings, mutant: Mutant, manifest: Path) -> tuple[bool,
     """Runs the mutant's cases. Returns whether they failed and the first line that says how."""
     environment = os.environ | {
         "FLASHTILE_PTX_MANIFEST": str(manifest),
-        "FLASHTILE_TEST_DEVICE": f"sm_{CAPABILITY[mutant.memory]}",
+        "FLASHTILE_TEST_DEVICE": DEVICE[mutant.memory],
         "FLASHTILE_TEST_HEAD_DIM": str(mutant.head_dim),
     }
     environment.pop("FLASHTILE_ERROR_TABLE", None)
@@ -240,7 +241,7 @@ def main() -> int:
         arguments.runner,
         arguments.manifest,
     )
-    has_sm90 = "_sm90_ptx90a.dir/" in settings.manifest.read_text()
+    has_sm90 = "_sm90.ptx" in settings.manifest.read_text()
     chosen = [
         mutant
         for mutant in MUTANTS
