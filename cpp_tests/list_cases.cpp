@@ -1,11 +1,11 @@
 // Prints the test matrix as JSON, so that pytest runs the same cells: a list of objects whose
 // fields are those of Case and Cell. "cuda_refusal" is the sentence with which CUDA refuses the
-// cell.
+// cell. Cells of score_matrix.h have "scores", with the fields of ScoreSpec.
 #include <cstdio>
 #include <string>
 #include <vector>
 
-#include "support/matrix.h"
+#include "support/score_matrix.h"
 
 using namespace flashtile::test;
 
@@ -25,13 +25,63 @@ class Object {
   // Of characters that JSON need not escape.
   void text(const char* key, const std::string& value) { add(key, '"' + value + '"'); }
   std::string json() const { return "{" + fields_ + "}"; }
-
- private:
+  // `value`: JSON.
   void add(const char* key, const std::string& value) {
     fields_ += (fields_.empty() ? "\"" : ", \"") + std::string(key) + "\": " + value;
   }
+
+ private:
   std::string fields_;
 };
+
+std::string decimal(double x) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.17g", x);
+  return text;
+}
+
+void add_dims(const Dims& dims, Object& object) {
+  object.numbers("dims",
+                 {dims.batch ? 1 : 0, dims.head ? 1 : 0, dims.query ? 1 : 0, dims.key ? 1 : 0});
+}
+
+std::string json(const BiasSpec& bias) {
+  Object object;
+  add_dims(bias.dims, object);
+  object.text("dtype", name_of(bias.dtype));
+  object.flag("odd", bias.odd);
+  object.add("hidden", decimal(bias.hidden));
+  object.flag("hides_rows", bias.hides_rows);
+  return object.json();
+}
+
+std::string json(const MaskSpec& mask) {
+  Object object;
+  add_dims(mask.dims, object);
+  object.flag("bits", mask.kind == MaskKind::kBits);
+  object.add("hidden", decimal(mask.hidden));
+  object.flag("hides_rows", mask.hides_rows);
+  return object.json();
+}
+
+std::string json(const ScoreSpec& scores) {
+  constexpr const char* kSinks[] = {"", "heads", "batch and heads", "queries"};
+  Object object;
+  std::string biases;
+  for (const BiasSpec& bias : scores.bias) {
+    if (bias.exists) biases += (biases.empty() ? "" : ", ") + json(bias);
+  }
+  object.add("softcap", decimal(scores.softcap));
+  object.add("bias", "[" + biases + "]");
+  object.number("alibi", scores.alibi);
+  object.add("mask", scores.mask.kind == MaskKind::kNone ? "null" : json(scores.mask));
+  object.text("sink", kSinks[static_cast<int>(scores.sink)]);
+  object.text("sink_dtype", name_of(scores.sink_dtype));
+  object.add("dropout_p", decimal(scores.dropout_p));
+  object.flag("query_scale", scores.query_scale);
+  object.flag("max_logit", scores.max_logit);
+  return object.json();
+}
 
 std::string json(const Cell& cell) {
   const Case& spec = cell.spec;
@@ -60,6 +110,10 @@ std::string json(const Cell& cell) {
   object.flag("deterministic", spec.deterministic);
   object.flag("dlse", spec.dlse);
   object.text("cuda_refusal", expected_refusal(cell, true));
+  if (spec.scores.exist()) {
+    object.flag("keys_in_cache", spec.keys_in_cache);
+    object.add("scores", json(spec.scores));
+  }
   return object.json();
 }
 
@@ -67,9 +121,11 @@ std::string json(const Cell& cell) {
 
 int main() {
   bool first = true;
-  for (const Cell& cell : matrix()) {
-    std::printf("%s%s", first ? "[\n" : ",\n", json(cell).c_str());
-    first = false;
+  for (const std::vector<Cell>* const cells : {&matrix(), &score_matrix()}) {
+    for (const Cell& cell : *cells) {
+      std::printf("%s%s", first ? "[\n" : ",\n", json(cell).c_str());
+      first = false;
+    }
   }
   std::printf("\n]\n");
   return 0;

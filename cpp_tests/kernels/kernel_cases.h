@@ -125,13 +125,13 @@ inline Attempt attempt_under(const Schedule& schedule, const Setup& setup, const
 inline Attempt attempt_on_device(const std::vector<Schedule>& schedules, const Setup& setup,
                                  const Truth& truth, const Backend& backend) {
   Attempt all;  // the last, with the verdicts of all
-  AttentionOutput first;
+  RunResult first;
   for (size_t i = 0; i < schedules.size(); ++i) {
     const std::string where =
         " on " + schedules[i].device + ", seed " + std::to_string(schedules[i].seed) + ": ";
     Attempt attempt = attempt_under(schedules[i], setup, truth, backend);
-    if (i == 0) first = attempt.result.values;
-    if (attempt.passed() && setup.spec.deterministic && !identical(first, attempt.result.values))
+    if (i == 0) first = attempt.result;
+    if (attempt.passed() && setup.spec.deterministic && !identical(first, attempt.result))
       attempt.wrong = "not the bits of the first schedule";
     if (!attempt.passed()) attempt.wrong = setup.name() + where + attempt.wrong;
     attempt.verdicts.insert(attempt.verdicts.begin(), all.verdicts.begin(), all.verdicts.end());

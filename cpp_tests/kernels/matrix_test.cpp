@@ -24,7 +24,8 @@ void check_refusal(const Cell& cell, const std::string& reason, const Backend& b
       const std::string where = device.schedules.front().device + ", " + pass;
       CHECK_MESSAGE(sentence == reason, setup.name() + " on " + where + ": \"" + sentence +
                                             "\", not \"" + reason + '"');
-      device.report.add(cell, pass, sentence == reason ? Outcome::kRefused : Outcome::kFailed);
+      device.report.add(cell, pass, sentence == reason ? Outcome::kRefused : Outcome::kFailed,
+                        sentence);
     };
     check("forward", said.forward);
     check("backward", said.backward);

@@ -1,25 +1,12 @@
 // Scores on the compiled kernels: every option alone and all together against manual attention in
 // fp64, forward and backward, on every device model of the machine; and the mask of dropout, which
 // is the contract's bit for bit.
-#include "../support/compare_scores.h"
 #include "../support/score_cases.h"
 #include "kernel_cases.h"
 
 using namespace flashtile::test;
 
 namespace {
-
-std::string wrong_under(const Schedule& schedule, const Setup& setup, const Truth& truth,
-                        const Backend& backend) {
-  const Attempt attempt = attempt_under(schedule, setup, truth, backend);
-  std::string wrong = attempt.wrong;
-  if (!attempt.finished) return wrong;
-  const Comparison most = compare_max_logit(setup, truth, attempt.result.scores);
-  if (most.ratio > 1) wrong += "\n    max_logit: " + most.where;
-  const Comparison scores = compare_scores(setup, truth, attempt.result.scores);
-  if (!scores.passed()) wrong += "\n    " + scores.where;
-  return wrong;
-}
 
 // Under a schedule of every device, another one from case to case; where bits are promised, under
 // two, and they are the same.
@@ -33,7 +20,7 @@ void check_case(const Case& spec, Dtype dtype, const HeadDims& dims, const Mask&
     for (const Schedule& schedule : schedules_of_case(device.second, turn, spec.deterministic)) {
       const std::string where = setup.name() + " on " + schedule.device + ", seed " +
                                 std::to_string(schedule.seed) + ": ";
-      CHECK_EQ(where + wrong_under(schedule, setup, truth, backend), where);
+      CHECK_EQ(where + attempt_under(schedule, setup, truth, backend).wrong, where);
     }
   }
 }

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "compare.h"
+#include "compare_scores.h"
 #include "runner.h"
 #include "setup.h"
 
@@ -22,6 +22,16 @@ inline bool identical(const AttentionOutput& a, const AttentionOutput& b) {
   return same(a.out, b.out) && same(a.lse, b.lse) && same(a.dq, b.dq) && same(a.dk, b.dk) &&
          same(a.dv, b.dv);
 }
+inline bool identical(const ScoreResults& a, const ScoreResults& b) {
+  const auto same = [](const ScoreTensor& x, const ScoreTensor& y) {
+    return x.host.bytes() == y.host.bytes();
+  };
+  return same(a.dbias[0], b.dbias[0]) && same(a.dbias[1], b.dbias[1]) && same(a.dalibi, b.dalibi) &&
+         same(a.dsink, b.dsink);
+}
+inline bool identical(const RunResult& a, const RunResult& b) {
+  return identical(a.values, b.values) && identical(a.scores, b.scores);
+}
 
 struct Attempt {
   std::string wrong;      // what went wrong, "" when nothing did
@@ -32,26 +42,26 @@ struct Attempt {
 
   bool passed() const { return wrong.empty(); }
   bool forward_passed() const {
-    return finished && std::all_of(verdicts.begin(), verdicts.end(), [](const Verdict& v) {
-             return v.forward.passed() && v.lse.ratio <= 1.0;
-           });
+    return finished && std::all_of(verdicts.begin(), verdicts.end(),
+                                   [](const Verdict& v) { return v.forward_passed(); });
   }
   // Passed, or nothing is wrong but an error that is larger than the bound.
   bool has_comparable_values() const {
     if (passed()) return true;
     const Verdict& last = verdicts.empty() ? Verdict() : verdicts.back();
-    return wrong_values_only && last.lse.ratio <= 1.0 && std::isfinite(last.forward.ratio) &&
-           std::isfinite(last.backward.ratio);
+    return wrong_values_only && last.lse.ratio <= 1.0 && last.max_logit.ratio <= 1.0 &&
+           std::isfinite(largest_ratio());
   }
   double largest_ratio() const {
-    return std::max(verdicts.back().forward.ratio, verdicts.back().backward.ratio);
+    const Verdict& last = verdicts.back();
+    return std::max({last.forward.ratio, last.backward.ratio, last.scores.ratio});
   }
 };
 
 // Fills in the verdict of an attempt that has results.
 inline void judge(const Setup& setup, const Truth& truth, Attempt& attempt) {
   attempt.finished = true;
-  const Verdict verdict = compare(setup, truth, attempt.result.values);
+  const Verdict verdict = compare(setup, truth, attempt.result);
   attempt.verdicts = {verdict};
   attempt.wrong_values_only = attempt.wrong.empty() && !verdict.passed();
   attempt.wrong += verdict.text();
@@ -88,6 +98,7 @@ Attempt attempt_draws(uint64_t seed, const Draw& draw) {
       if (!again.has_comparable_values()) return again;
       pooled.forward.pool(again.verdicts.back().forward);
       pooled.backward.pool(again.verdicts.back().backward);
+      pooled.scores.pool(again.verdicts.back().scores);
     }
     attempt.wrong = "";
     if (!pooled.passed())
@@ -111,7 +122,7 @@ inline Attempt attempt_on_cpu(const Setup& setup, const Truth& truth) {
   for (const std::string& plan : {attempt.result.forward_plan, attempt.result.backward_plan}) {
     if (!plan.empty() && !plan.ends_with(kernel)) attempt.wrong += "ran " + plan + "; ";
   }
-  if (setup.spec.deterministic && !identical(attempt.result.values, Run(setup, backend)().values))
+  if (setup.spec.deterministic && !identical(attempt.result, Run(setup, backend)()))
     attempt.wrong += "not the bits of the first run; ";
   judge(setup, truth, attempt);
   return attempt;

@@ -227,15 +227,21 @@ struct Truth {
   }
 };
 
-// Compares what a backend computed: forward (out, lse), backward (dq, dk, dv) when there is one.
+// Compares what a backend computed: forward (out, lse), backward (dq, dk, dv) when there is one;
+// with scores also their gradients and the largest logits (compare_scores.h).
 struct Verdict {
-  Comparison forward, lse, backward;
-  bool passed() const { return forward.passed() && lse.ratio <= 1.0 && backward.passed(); }
+  Comparison forward, lse, backward, scores, max_logit;
+  bool forward_passed() const {
+    return forward.passed() && lse.ratio <= 1.0 && max_logit.ratio <= 1.0;
+  }
+  bool passed() const { return forward_passed() && backward.passed() && scores.passed(); }
   std::string text() const {
     std::string all;
     if (!forward.passed()) all += "\n    " + forward.where;
     if (lse.ratio > 1.0) all += "\n    " + lse.where;
+    if (max_logit.ratio > 1.0) all += "\n    max_logit: " + max_logit.where;
     if (!backward.passed()) all += "\n    " + backward.where;
+    if (!scores.passed()) all += "\n    " + scores.where;
     return all;
   }
 };

@@ -144,4 +144,13 @@ inline Comparison compare_max_logit(const Setup& setup, const Truth& truth,
   return compare_lse(setup.dtype, results.max_logit, truth.exact.max_logit);
 }
 
+// Everything that a run gave.
+inline Verdict compare(const Setup& setup, const Truth& truth, const RunResult& result) {
+  Verdict verdict = compare(setup, truth, result.values);
+  if (!setup.spec.scores.exist()) return verdict;
+  verdict.max_logit = compare_max_logit(setup, truth, result.scores);
+  if (!setup.forward_only()) verdict.scores = compare_scores(setup, truth, result.scores);
+  return verdict;
+}
+
 }  // namespace flashtile::test

@@ -23,7 +23,9 @@ class ErrorTable {
     const int dims = class_of(std::max(setup.head_dim, setup.head_dim_v));
     note(backend, setup.dtype, dims, "out", verdict.forward);
     note(backend, setup.dtype, dims, "lse", verdict.lse);
-    if (!setup.forward_only()) note(backend, setup.dtype, dims, "dq, dk, dv", verdict.backward);
+    if (setup.forward_only()) return;
+    note(backend, setup.dtype, dims, "dq, dk, dv", verdict.backward);
+    if (setup.spec.scores.exist()) note(backend, setup.dtype, dims, "of scores", verdict.scores);
   }
 
   void print() const {

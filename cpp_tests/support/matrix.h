@@ -115,6 +115,20 @@ inline bool matrix_allows(const Choice& row) {
   return all_rows || kMatrixLayouts[static_cast<size_t>(row[kFactorLayout])] != Layout::kBroadcast;
 }
 
+// What of a row is no level of a table, and the name of the cell.
+inline void set_options(const Choice& row, const Heads& heads, Layout layout, Cell& cell) {
+  cell.spec.heads = heads.q;
+  cell.spec.heads_kv = heads.kv;
+  cell.spec.layout = layout;
+  cell.spec.deterministic = row[kFactorDeterministic] == 1;
+  cell.spec.dlse = row[kFactorDlse] == 1;
+  cell.spec.masks = {cell.mask};
+  cell.spec.name = "cell " + std::to_string(cell.index) + ", " + cell.spec.name + ", heads " +
+                   std::to_string(heads.q) + "/" + std::to_string(heads.kv) + ", " +
+                   name_of(layout) + (cell.spec.deterministic ? ", deterministic" : "") +
+                   (cell.spec.dlse ? "" : ", without dLSE");
+}
+
 inline Cell cell_of(const Choice& row, int index, bool in_pairs) {
   const auto level = [&](Factor factor) { return static_cast<size_t>(row[factor]); };
   Cell cell = {.index = index,
@@ -123,17 +137,7 @@ inline Cell cell_of(const Choice& row, int index, bool in_pairs) {
                .dtype = static_cast<Dtype>(row[kFactorDtype]),
                .head_dims = matrix_head_dims()[level(kFactorHeadDims)],
                .mask = matrix_masks()[level(kFactorMask)]};
-  const Heads& heads = kMatrixHeads[level(kFactorHeads)];
-  cell.spec.heads = heads.q;
-  cell.spec.heads_kv = heads.kv;
-  cell.spec.layout = kMatrixLayouts[level(kFactorLayout)];
-  cell.spec.deterministic = row[kFactorDeterministic] == 1;
-  cell.spec.dlse = row[kFactorDlse] == 1;
-  cell.spec.masks = {cell.mask};
-  cell.spec.name = "cell " + std::to_string(index) + ", " + cell.spec.name + ", heads " +
-                   std::to_string(heads.q) + "/" + std::to_string(heads.kv) + ", " +
-                   name_of(cell.spec.layout) + (cell.spec.deterministic ? ", deterministic" : "") +
-                   (cell.spec.dlse ? "" : ", without dLSE");
+  set_options(row, kMatrixHeads[level(kFactorHeads)], kMatrixLayouts[level(kFactorLayout)], cell);
   return cell;
 }
 

@@ -21,9 +21,10 @@ class MatrixReport {
  public:
   explicit MatrixReport(std::string device) : device_(std::move(device)) {}
 
-  void add(const Cell& cell, const char* pass, Outcome outcome) {
+  // `sentence`: with which the cell is refused.
+  void add(const Cell& cell, const char* pass, Outcome outcome, const std::string& sentence = "") {
     lines_.push_back(device_ + "\t" + pass + "\t" + std::to_string(cell.index) + "\t" +
-                     kNames[static_cast<int>(outcome)]);
+                     kNames[static_cast<int>(outcome)] + "\t" + sentence);
     ++counts_[static_cast<int>(outcome)];
   }
 

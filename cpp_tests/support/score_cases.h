@@ -25,6 +25,23 @@ inline ScoreSpec with_bias(const BiasSpec& first, const BiasSpec& second = {}) {
   return spec;
 }
 
+// Both: of an option that both have, the first one's, but for a second bias.
+inline ScoreSpec joined(const ScoreSpec& a, const ScoreSpec& b) {
+  ScoreSpec both = a;
+  if (both.softcap == 0) both.softcap = b.softcap;
+  if (!b.bias[1].exists && b.bias[0].exists) both.bias[a.bias[0].exists ? 1 : 0] = b.bias[0];
+  if (both.alibi == 0) both.alibi = b.alibi;
+  if (both.mask.kind == MaskKind::kNone) both.mask = b.mask;
+  if (both.sink == SinkKind::kNone) {
+    both.sink = b.sink;
+    both.sink_dtype = b.sink_dtype;
+  }
+  if (both.dropout_p == 0) both.dropout_p = b.dropout_p;
+  both.query_scale |= b.query_scale;
+  both.max_logit |= b.max_logit;
+  return both;
+}
+
 // Every option alone, in the forms that it has.
 inline std::vector<NamedScores> single_options() {
   const Dims full = {}, by_head = {false, true, true, true}, keys = {true, false, false, true},

@@ -9,7 +9,7 @@
 #include "../support/cases.h"
 #include "../support/check.h"
 #include "../support/compare.h"
-#include "../support/matrix.h"
+#include "../support/score_matrix.h"
 #include "../support/setup.h"
 
 using namespace flashtile::test;
@@ -146,42 +146,62 @@ TEST("rows in use are a sequence of their own") {
   }
 }
 
-// Every allowed combination of the levels of `count` factors that some row does not have.
-TEST("the matrix covers every pair and every three of its factors") {
-  const std::vector<int> levels = matrix_levels();
-  std::vector<Choice> rows, pairs;
-  CoveringArray array(levels, matrix_allows);
-  array.extend(2);
-  pairs = array.rows();
-  array.extend(3);
-  rows = array.rows();
-  CHECK_EQ(rows.size(), matrix().size());
-  const auto has = [](const std::vector<Choice>& all, const Choice& wanted) {
-    return std::any_of(all.begin(), all.end(), [&](const Choice& row) {
+// How many allowed combinations of the levels of `count` factors no row has.
+size_t missing(const std::vector<int>& levels, const std::vector<Choice>& rows, int count,
+               const Allowed& allowed) {
+  const auto has = [&](const Choice& wanted) {
+    return std::any_of(rows.begin(), rows.end(), [&](const Choice& row) {
       for (size_t f = 0; f < wanted.size(); ++f) {
         if (wanted[f] >= 0 && row[f] != wanted[f]) return false;
       }
       return true;
     });
   };
-  size_t missing = 0;
+  size_t found = 0;
   Choice wanted(levels.size(), -1);
-  const auto count_missing = [&](auto&& self, const std::vector<Choice>& all, size_t first,
-                                 int left) -> void {
+  const auto count_missing = [&](auto&& self, size_t first, int left) -> void {
     if (left == 0) {
-      missing += matrix_allows(wanted) && !has(all, wanted);
+      found += allowed(wanted) && !has(wanted);
       return;
     }
     for (size_t f = first; f < levels.size(); ++f) {
       for (int level = 0; level < levels[f]; ++level) {
         wanted[f] = level;
-        self(self, all, f + 1, left - 1);
+        self(self, f + 1, left - 1);
       }
       wanted[f] = -1;
     }
   };
-  count_missing(count_missing, pairs, 0, 2);
-  CHECK_EQ(missing, size_t{0});
-  count_missing(count_missing, rows, 0, 3);
-  CHECK_EQ(missing, size_t{0});
+  count_missing(count_missing, 0, count);
+  return found;
+}
+
+TEST("the matrix covers every pair and every three of its factors") {
+  const std::vector<int> levels = matrix_levels();
+  CoveringArray array(levels, matrix_allows);
+  array.extend(2);
+  const std::vector<Choice> pairs = array.rows();
+  array.extend(3);
+  CHECK_EQ(array.rows().size(), matrix().size());
+  CHECK_EQ(missing(levels, pairs, 2, matrix_allows), size_t{0});
+  CHECK_EQ(missing(levels, array.rows(), 3, matrix_allows), size_t{0});
+}
+
+TEST("the axis of scores meets every three of the others, and every two options meet") {
+  const Allowed all = [](const Choice&) { return true; };
+  std::vector<int> levels = score_matrix_levels();
+  const std::vector<Choice> rows = rows_for_options(), of_options = rows_of_options();
+  CHECK_EQ(missing(levels, rows, 3, all), size_t{0});
+  levels.push_back(static_cast<int>(matrix_scores().size()));
+  CHECK_EQ(missing(levels, of_options, 2, all), size_t{0});
+  const size_t options = matrix_scores().size();
+  CHECK_EQ(score_matrix().size(), of_options.size() + rows.size() * options + rows.size());
+  CHECK(rows.size() >= matrix_score_pairs().size());
+  CHECK(matrix().size() <= static_cast<size_t>(kFirstScoreCell));
+  for (size_t i = 0; i < options; ++i) {
+    size_t cells = 0;
+    for (const Cell& cell : score_matrix())
+      cells += cell.spec.name.ends_with(", " + matrix_scores()[i].name);
+    CHECK_MESSAGE(cells > rows.size(), matrix_scores()[i].name);
+  }
 }
