@@ -8,16 +8,20 @@ transformers calls two functions, and both must be registered. The *mask functio
 forward pass and kind of layer. It gets the mask as a rule, such as "no key behind the query, none
 4096 or more in front of it". The *attention function* runs in every layer. An attention without a
 mask function of its own gets no mask at all: padding, windows and the empty rows of a static cache
-are then forgotten in silence. Here the mask function turns the rule into what flashtile takes (a
-window and the rows of every sequence), and refuses a rule for which there is no such thing.
+are then forgotten in silence. Here the mask function turns the rule into what flashtile takes: a
+window and the rows of every sequence. A rule that is no such thing (chunks, blocks, prefixes)
+becomes a boolean mask with an element for every query and key, a gap in the padding one for every
+key.
 
 Served, forward and backward: causal, bidirectional and sliding-window attention, with padding on
-either side or with sequences packed by position_ids; cross attention; GQA; any scaling. Without
-gradients also: padding on the left in front of a cache, and static caches. A causal query that is
-padding in front of its sequence gives 0; eager gives an average that has no meaning.
+either side or with sequences packed by position_ids; cross attention; GQA; any scaling; softcap,
+sinks, the position bias of T5, and dropout; a boolean or additive mask of four dimensions. Without
+gradients also: padding on the left in front of a cache, and static caches. A query that sees no
+key, such as padding in front of a causal sequence, gives 0; eager gives an average that has no
+meaning.
 
-Refused with NotImplementedError: dropout, softcap, sinks, biases, masks that are tensors, chunks,
-blocks and prefixes, gaps in the padding, attention weights, and every keyword not known here.
+Refused with NotImplementedError: attention weights, dropout over a static cache, a position bias
+over packed sequences, and every keyword not known here.
 
 torch.compile: a graph break where a rule with a window or packed sequences is read, and none where
 generate() makes the masks ahead. Without attention_mask and cache transformers always reads
@@ -27,7 +31,7 @@ position_ids for packed sequences. Gaps in the padding end a compiled graph whil
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -54,12 +58,12 @@ def refuse(what: str) -> NoReturn:
     raise NotImplementedError(REFUSAL.format(what))
 
 
-def require(condition: Tensor, otherwise: str) -> None:
-    """Refuses unless the condition holds; a compiled graph does so when it runs."""
+def holds(condition: Tensor, otherwise: str) -> bool:
+    """Whether the condition does; a compiled graph relies on it and refuses when it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, REFUSAL.format(otherwise))
-    elif not condition:
-        refuse(otherwise)
+        return True
+    return bool(condition)
 
 
 class Rule(NamedTuple):
@@ -93,12 +97,13 @@ class Cached(NamedTuple):
 class Mask:
     """What every layer gets as its attention_mask. Without `rows` and `cached` it is dense."""
 
-    window: tuple[int, int]
+    window: tuple[int, int] | None  # None: `seen` says everything
     q_length: int
     kv_length: int
     kv_used: int  # no query sees a key from this one on
     rows: Rows | None = None
     cached: Cached | None = None
+    seen: Tensor | None = None  # bool, (batch, 1, q_length or 1, kv_used); False hides a key
     ndim: int = 4  # transformers asks whether this is a 2-d mask that says what is padding: no
 
     def contiguous(self) -> Mask:
@@ -113,11 +118,15 @@ class Mask:
 
 
 @torch.compiler.disable(reason="the rule of a mask is read from the closure of its function")
-def read_rule(mask: Callable[..., Any]) -> Rule:
-    """The rule of a mask function; those of transformers are known by their names."""
-    name = mask.__qualname__.partition(".")[0]
+def read_rule(mask: Callable[..., Any]) -> Rule | None:
+    """The rule of a mask function, or None where Rule cannot say it.
+
+    Those of transformers are known by their names.
+    """
     if mask.__module__ != masking_utils.__name__:
-        refuse(f"the mask function {name}")
+        return None
+    name = mask.__qualname__.partition(".")[0]
+    rule = None
     cells = (cell.cell_contents for cell in mask.__closure__ or ())
     bound: dict[str, Any] = dict(zip(mask.__code__.co_freevars, cells, strict=True))
     if name == "causal_mask_function":
@@ -129,22 +138,30 @@ def read_rule(mask: Callable[..., Any]) -> Rule:
     elif name == "sliding_window_bidirectional_overlay":
         rule = Rule(bound["sliding_window"], bound["sliding_window"])
     elif name == "packed_sequence_mask_function":
-        rule = Rule(sequences=bound["packed_sequence_mask"])
+        ids = bound["packed_sequence_mask"]
+        rule = Rule(sequences=ids) if (ids.diff() >= 0).all() else None  # None: they lie in parts
     elif name == "remap_positions_for_packed_sequence":  # in a sequence positions rise as rows do
         rule = read_rule(bound["mask_function"])
     elif name == "and_masks":
-        left, right, sequences = zip(*map(read_rule, bound["mask_functions"]), strict=True)
-        left, right = (min((n for n in side if n != -1), default=-1) for side in (left, right))
-        packed = [ids for ids in sequences if ids is not None]
-        rule = Rule(left, right, *packed) if len(packed) < 2 else refuse("a packing in a packing")
-    else:
-        refuse(f"a mask made by {name}")
+        rule = intersection([read_rule(function) for function in bound["mask_functions"]])
     return rule
+
+
+def intersection(rules: list[Rule | None]) -> Rule | None:
+    """What all of them let a query see; None where Rule cannot say it."""
+    known = [rule for rule in rules if rule is not None]
+    packed = [rule.sequences for rule in known if rule.sequences is not None]
+    if len(known) < len(rules) or len(packed) > 1:
+        return None
+    left, right = (
+        min((side for side in sides if side != -1), default=-1)
+        for sides in ([rule.left for rule in known], [rule.right for rule in known])
+    )
+    return Rule(left, right, *packed)
 
 
 def packed_rows(sequences: Tensor) -> Rows | None:
     """Sequences that follow each other in every entry of the batch; None: each entry is one."""
-    require((sequences.diff() >= 0).all(), "packed sequences that lie in parts")
     begins = torch.ones_like(sequences, dtype=torch.bool)
     begins[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
     cu_seqlens = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
@@ -174,6 +191,35 @@ def padded_rows(
     return Rows(*cu_seqlens, pairs(zero, q_length - first_q), pairs(zero, count))
 
 
+def with_padding(mask: Mask, visible: Tensor | None, begin: int | Tensor, in_use: Tensor) -> Mask:
+    """The mask of keys that are padding, or of a static cache; begin is a tensor there."""
+    is_static = isinstance(begin, Tensor)
+    if visible is None:
+        return replace(mask, cached=Cached(in_use, None))
+    first, count = visible.int().argmax(1), visible.sum(1)
+    key = torch.arange(mask.kv_used, device=visible.device)
+    between = (key >= first[:, None]) & (key < (first + count)[:, None])
+    seen = visible[:, None, None, :]
+    whole = holds((between == visible).all(), "padding between the tokens of a sequence")
+    if whole and not is_static and begin == 0:
+        skip_q = mask.window != FULL
+        rows = padded_rows(first, count, mask.q_length, mask.kv_used, skip_q=skip_q)
+        return replace(mask, rows=rows, seen=seen)
+    newest = begin + mask.q_length
+    if whole and holds((first + count == newest).all(), "padding behind the newest key of a cache"):
+        return replace(mask, cached=Cached(in_use, first.int()))
+    return replace(mask, cached=Cached(in_use, None) if is_static else None, seen=seen)
+
+
+def looks_ahead_over_a_cache(
+    rule: Rule, offset: int | Tensor, q_length: int, kv_length: int
+) -> bool:
+    """Whether there is a window whose queries stand where flashtile does not put them."""
+    if (rule.left, rule.right) == FULL or rule.right == 0:
+        return False
+    return isinstance(offset, Tensor) or offset + q_length != kv_length
+
+
 def flashtile_mask(
     batch_size: int,
     q_length: int,
@@ -183,6 +229,7 @@ def flashtile_mask(
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | Mask | None = None,
     device: torch.device | str = "cpu",
+    use_vmap: bool = False,
     **_hints: object,
 ) -> Mask:
     """Query i stands at q_offset + i, key j at kv_offset + j.
@@ -194,14 +241,19 @@ def flashtile_mask(
         return attention_mask
     is_plain = mask_function is masking_utils.causal_mask_function
     rule = Rule(right=0) if is_plain else read_rule(mask_function)
-    window = (rule.left, rule.right)
-    if rule.sequences is not None:
+    if rule is not None and rule.sequences is not None:
+        window = (rule.left, rule.right)
         return Mask(window, q_length, kv_length, kv_length, packed_rows(rule.sequences))
+    offset = q_offset - kv_offset  # the key beside the first query
+    if rule is None or looks_ahead_over_a_cache(rule, offset, q_length, kv_length):
+        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+        how = {"allow_is_causal_skip": False, "use_vmap": use_vmap, "device": device}
+        seen = masking_utils.sdpa_mask(*sizes, mask_function, attention_mask, **how)
+        return Mask(None, q_length, kv_length, kv_length, seen=seen)
 
-    begin = 0 if window == FULL else q_offset - kv_offset  # the key beside the first query
+    window = (rule.left, rule.right)
+    begin = 0 if window == FULL else offset
     is_static = isinstance(begin, Tensor)
-    if window != FULL and rule.right != 0 and (is_static or begin + q_length != kv_length):
-        refuse("a window that looks ahead over a cache")
     kv_used = begin + q_length if rule.right == 0 and not is_static else kv_length
     if not 0 <= begin <= kv_used <= kv_length:
         refuse(f"queries {begin} to {kv_used - 1} over {kv_length} keys")
@@ -212,37 +264,29 @@ def flashtile_mask(
         visible = visible[:, kv_offset : kv_offset + kv_used]
         if not is_static and not torch.compiler.is_compiling() and visible.all():
             visible = None
+    mask = Mask(window, q_length, kv_length, kv_used)
     if visible is None and not is_static:
-        return Mask(window, q_length, kv_length, kv_used)
-
-    leftpad = None
-    if visible is not None:
-        first, count = visible.int().argmax(1), visible.sum(1)
-        key = torch.arange(kv_used, device=visible.device)
-        between = (key >= first[:, None]) & (key < (first + count)[:, None])
-        require((between == visible).all(), "padding between the tokens of a sequence")
-        if not is_static and begin == 0:
-            rows = padded_rows(first, count, q_length, kv_used, skip_q=window != FULL)
-            return Mask(window, q_length, kv_length, kv_used, rows)
-        newest = begin + q_length
-        require((first + count == newest).all(), "padding behind the newest key of a cache")
-        leftpad = first.int()
+        return mask
     in_use = torch.as_tensor(begin + q_length, dtype=torch.int32, device=device)
-    cached = Cached(in_use.repeat(batch_size), leftpad)
-    return Mask(window, q_length, kv_length, kv_used, cached=cached)
+    return with_padding(mask, visible, begin, in_use.repeat(batch_size))
 
 
 # --- The attention function: in every layer -----------------------------------------------------
 
 
-def check_options(module: torch.nn.Module, dropout: float, options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Refuses what would change the result; a keyword that is None asks for nothing."""
-    if dropout and module.training:
-        refuse(f"dropout={dropout} in training")
     for name, value in options.items():
         if value is None or name in IGNORED or (name == "output_attentions" and value is False):
             continue
         refuse(f"{name}={value}" if isinstance(value, (bool, int, float, str)) else name)
+
+
+def tensor_scores(mask: Tensor) -> dict[str, Tensor]:
+    """A mask of four dimensions that says everything: True sees, or numbers are added."""
+    if mask.dim() != 4:
+        refuse(f"an attention mask of {mask.dim()} dimensions")
+    return {"mask" if mask.dtype == torch.bool else "bias": mask}
 
 
 def fitting_mask(mask: object, q_length: int, kv_length: int, *, is_causal: bool | None) -> Mask:
@@ -252,9 +296,34 @@ def fitting_mask(mask: object, q_length: int, kv_length: int, *, is_causal: bool
     if (mask.q_length, mask.kv_length) != (q_length, kv_length):
         made = f"{mask.q_length} queries and {mask.kv_length} keys"
         refuse(f"a mask of {made} over {q_length} queries and {kv_length} keys")
-    if is_causal is not None and q_length > 1 and is_causal != (mask.window[1] == 0):
+    sees_all = mask.window is not None and mask.window[1] != 0
+    if is_causal is not None and q_length > 1 and mask.window and is_causal == sees_all:
         refuse(f"is_causal={is_causal} with a mask that says otherwise")
     return mask
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float | None, scores: dict[str, Any]
+) -> Tensor:
+    """The call of flashtile that a mask stands for; tensors are (batch, length, heads, ...)."""
+    options = {"window_size": mask.window or FULL, "softmax_scale": scaling}
+    bias = scores.pop("bias")
+    if mask.cached is not None:
+        if dropout := scores.pop("dropout_p"):
+            refuse(f"dropout={dropout} over a static cache")
+        options |= {"mask": mask.seen, "bias": bias, **mask.cached._asdict(), **scores}
+        return flashtile.attention_with_kvcache(q, k, v, **options)
+    k, v = k[:, : mask.kv_used], v[:, : mask.kv_used]
+    if mask.rows is not None and bias is None:
+        options |= {"causal_alignment": "top_left", **mask.rows._asdict(), **scores}
+        lengths = {"max_seqlen_q": q.shape[1], "max_seqlen_k": mask.kv_length}
+        rows = (t.flatten(0, 1) for t in (q, k, v))
+        return flashtile.attention_varlen(*rows, **lengths, **options).unflatten(0, q.shape[:2])
+    if mask.rows is not None and mask.seen is None:
+        refuse("a position bias over packed sequences")  # it has their places in the batch
+    if bias is not None:
+        bias = bias[..., : mask.kv_used]
+    return flashtile.attention(q, k, v, mask=mask.seen, bias=bias, **options, **scores)
 
 
 def flashtile_attention(
@@ -262,37 +331,41 @@ def flashtile_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Mask | None,
+    attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, None]:
     """Query (batch, heads, q_length, head_dim); key and value (batch, heads_kv, kv_length, ...).
+
+    s_aux (heads,) are sinks; position_bias (batch or 1, heads or 1, q_length or 1, kv_length) is
+    added to the scaled scores. Both get their gradients.
 
     Returns (batch, q_length, heads, head_dim_v) and no attention weights. Heads are not repeated.
     The transposes are views: flashtile reads any strides, so nothing is copied, unless padding or
     packing makes one long row of the whole batch.
     """
-    check_options(module, dropout, options)
+    check_options(options)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     q_length, kv_length = q.shape[1], k.shape[1]
+    scores = {"softcap": softcap or 0.0, "sink": s_aux, "bias": position_bias}
+    scores["dropout_p"] = dropout if module.training else 0.0
+    if isinstance(attention_mask, Tensor):  # as in eager, it says everything
+        given = tensor_scores(attention_mask)
+        biases = [b for b in (position_bias, given.get("bias")) if b is not None]
+        scores["bias"] = biases or None
+        return flashtile.attention(
+            q, k, v, softmax_scale=scaling, mask=given.get("mask"), **scores
+        ), None
     if attention_mask is None:  # as in eager, every query then sees every key
         attention_mask = Mask(FULL, q_length, kv_length, kv_length)
         is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     mask = fitting_mask(attention_mask, q_length, kv_length, is_causal=is_causal)
-    if mask.cached is not None:
-        return flashtile.attention_with_kvcache(
-            q, k, v, window_size=mask.window, softmax_scale=scaling, **mask.cached._asdict()
-        ), None
-    k, v = k[:, : mask.kv_used], v[:, : mask.kv_used]
-    if mask.rows is None:
-        return flashtile.attention(q, k, v, window_size=mask.window, softmax_scale=scaling), None
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    options = {"max_seqlen_q": q_length, "max_seqlen_k": kv_length, "window_size": mask.window}
-    options |= {"softmax_scale": scaling, "causal_alignment": "top_left", **mask.rows._asdict()}
-    out = flashtile.attention_varlen(q, k, v, **options)
-    return out.unflatten(0, (-1, q_length)), None
+    return attend(q, k, v, mask, scaling, scores), None
 
 
 AttentionInterface.register(FLASHTILE, flashtile_attention)

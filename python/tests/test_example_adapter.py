@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import flashtile
+
 pytest.importorskip("transformers", reason="transformers is not installed")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 if not EXAMPLES.is_dir():
@@ -45,14 +47,18 @@ BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
         "vocab_size": VOCABULARY, "max_position_embeddings": 64, "dropout": 0.0,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 IMAGE = {"image_size": 8, "patch_size": 4}
-T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1,
-      "num_heads": 4}  # fmt: skip
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2,
+      "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}  # fmt: skip
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 4}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**HYBRID, "attn_logit_softcapping": None}),
-    "gemma2 softcap": ("Gemma2Config", "Gemma2ForCausalLM", HYBRID),
+    "gemma2 softcap": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**HYBRID, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8},
+    ),
     "llama dropout": ("LlamaConfig", "LlamaForCausalLM", {**LLAMA, "attention_dropout": 0.25}),
     "llama encoder": ("LlamaConfig", "LlamaModel", {**LLAMA, "is_causal": False}),
     "bert": ("BertConfig", "BertModel", BERT),
@@ -81,11 +87,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-CAUSAL = ["llama", "mistral", "gpt2", "gemma2"]
+CAUSAL = ["llama", "mistral", "gpt2", "gemma2", "gemma2 softcap", "gpt-oss", "llama4"]
 PADDINGS = {  # tokens of padding in front and behind, for every entry of the batch
     "left": ([4, 0, 9], [0, 0, 0]),
     "right": ([0, 0, 0], [0, 5, 8]),
     "both": ([4, 0, 2], [0, 5, 3]),
+    "gap": ([1, 0, 0], [0, 0, 4]),  # and one token between the others
 }
 
 
@@ -120,6 +127,8 @@ def padding_mask(padding: str) -> Tensor:
     for entry, front, behind in zip(mask, *PADDINGS[padding], strict=True):
         entry[:front] = 0
         entry[SEQLEN - behind :] = 0
+    if padding == "gap":
+        mask[:, 4] = 0
     return mask
 
 
@@ -158,10 +167,15 @@ def test_causal_models_train_as_in_eager(adapter: Any, name: str, padding: str |
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", CAUSAL)
-def test_generation_is_as_in_eager(adapter: Any, name: str, cache: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [*((name, "left") for name in CAUSAL), ("llama", "right"), ("llama", "gap")],
+)
+def test_generation_is_as_in_eager(
+    adapter: Any, name: str, padding: str, cache: str | None
+) -> None:
     """Greedy tokens and all logits of prompts of different lengths, and beyond the window."""
-    model, tokens, mask = make_model(name), make_tokens(), padding_mask("left")
+    model, tokens, mask = make_model(name), make_tokens(), padding_mask(padding)
 
     def run() -> tuple[Tensor, ...]:
         made = model.generate(
@@ -222,8 +236,9 @@ def test_a_vision_model_without_a_mask_is_as_in_eager(adapter: Any) -> None:
     assert_as_eager(adapter, model, run)
 
 
-def test_cross_attention_is_as_in_eager(adapter: Any) -> None:
-    model, tokens, mask = make_model("bart"), make_tokens(), padding_mask("right")
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_cross_attention_is_as_in_eager(adapter: Any, name: str) -> None:
+    model, tokens, mask = make_model(name), make_tokens(), padding_mask("right")
     answer = make_tokens(7)
 
     def run() -> tuple[Tensor, ...]:
@@ -231,6 +246,44 @@ def test_cross_attention_is_as_in_eager(adapter: Any) -> None:
         options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "num_beams": 2}
         made = model.generate(tokens, **options)
         return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum()), made
+
+    assert_as_eager(adapter, model, run)
+
+
+def test_dropout_drops_what_flashtile_says(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager with the mask of the state that flashtile draws, which the same seed repeats."""
+    model, tokens = make_model("llama dropout").train(), make_tokens()
+
+    def drop(weights: Tensor, p: float, training: bool) -> Tensor:
+        assert training
+        state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
+        return weights * flashtile.dropout_mask(state, p, *weights.shape) / (1 - p)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop)
+
+    def run() -> tuple[Tensor, ...]:
+        torch.manual_seed(7)
+        logits = model(tokens).logits
+        return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum())
+
+    assert_as_eager(adapter, model, run)
+    model.set_attn_implementation(adapter.FLASHTILE)
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2 softcap", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_masks_that_are_tensors(adapter: Any, name: str, dtype: torch.dtype) -> None:
+    """Those of ones and zeros say what is seen, others are added, as the numbers in eager are."""
+    model, tokens = make_model(name), make_tokens()
+    seen = (torch.rand(BATCH, 1, SEQLEN, SEQLEN) < 0.6) | torch.eye(SEQLEN, dtype=torch.bool)
+    added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    is_eager = [True, False]
+
+    def run() -> tuple[Tensor, ...]:
+        mask = added if is_eager.pop(0) or dtype != torch.bool else seen
+        logits = model(tokens, attention_mask=mask).logits
+        return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum())
 
     assert_as_eager(adapter, model, run)
 
@@ -277,37 +330,22 @@ def test_left_padding_itself_gives_zeros(adapter: Any) -> None:
     assert torch.equal(is_zero, padding_mask("left") == 0)
 
 
-def refused(name: str, sentence: str, *, train: bool = False, **options: Any) -> Any:
-    return pytest.param(name, sentence, train, options, id=f"{name}: {sentence}")
-
-
-GAP = torch.ones(BATCH, SEQLEN).index_fill(1, torch.tensor([4]), 0)
+def refused(name: str, sentence: str, **options: Any) -> Any:
+    return pytest.param(name, sentence, options, id=f"{name}: {sentence}")
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence", "train", "options"),
+    ("name", "sentence", "options"),
     [
-        refused("gemma2 softcap", "softcap=50.0"),
-        refused("gpt-oss", "s_aux"),
-        refused("t5", "position_bias", decoder_input_ids=torch.ones(BATCH, 2, dtype=torch.long)),
-        refused("llama4", "a mask made by chunked_overlay"),
-        refused("llama dropout", "dropout=0.25 in training", train=True),
-        refused("bert", "padding between the tokens of a sequence", attention_mask=GAP),
-        refused("llama", "padding between the tokens of a sequence", attention_mask=GAP),
-        refused(
-            "llama",
-            "an attention mask that is a Tensor",
-            attention_mask=torch.zeros(BATCH, 1, SEQLEN, SEQLEN),
-        ),
         refused("llama", "output_attentions=True", output_attentions=True),
         refused("llama", "temperature=0.5", temperature=0.5),
         refused("llama", "cu_seq_lens_q", cu_seq_lens_q=torch.tensor([0, SEQLEN])),
     ],
 )
 def test_what_is_not_served_is_named(
-    adapter: Any, name: str, sentence: str, train: bool, options: dict[str, Any]
+    adapter: Any, name: str, sentence: str, options: dict[str, Any]
 ) -> None:
-    model = make_model(name).train(train)
+    model = make_model(name)
     model.set_attn_implementation(adapter.FLASHTILE)
     with pytest.raises(NotImplementedError) as error:
         model(make_tokens(), **options)
@@ -315,46 +353,54 @@ def test_what_is_not_served_is_named(
     assert str(error.value) == expected
 
 
-def test_right_padding_in_front_of_new_tokens_is_refused(adapter: Any) -> None:
-    """The first new token would be made from padding, and the second would follow a gap."""
-    model = make_model("llama")
-    model.set_attn_implementation(adapter.FLASHTILE)
-    for cache in (None, "static"):
-        with pytest.raises(NotImplementedError, match=r"padding (between|behind)"):
-            model.generate(
-                make_tokens(),
-                attention_mask=padding_mask("right"),
-                max_new_tokens=3,
-                pad_token_id=0,
-                cache_implementation=cache,
-            )
-
-
-def test_masks_of_ones_own_are_refused(adapter: Any) -> None:
-    masking_utils = importlib.import_module("transformers.masking_utils")
+def test_masks_of_ones_own_are_as_in_eager(adapter: Any) -> None:
+    """Rules that are neither a window nor sequences in their order; with padding, over a cache."""
+    rules = importlib.import_module("transformers.masking_utils")
 
     def my_rule(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key == query
+        return (key - query) % 3 == 0
 
-    causal = masking_utils.causal_mask_function
-    for name, mask in {
-        "the mask function test_masks_of_ones_own_are_refused": my_rule,
-        "a mask made by or_masks": masking_utils.or_masks(causal, my_rule),
-    }.items():
-        with pytest.raises(NotImplementedError, match=name):
-            adapter.flashtile_mask(1, 4, 4, mask_function=mask)
-        both = masking_utils.and_masks(causal, mask)
-        with pytest.raises(NotImplementedError, match=name):
-            adapter.flashtile_mask(1, 4, 4, mask_function=both)
+    causal, both_sides = rules.causal_mask_function, rules.bidirectional_mask_function
+    ids = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 2, 0, 1, 2]])
+    parts = rules.packed_sequence_mask_function(ids)
+    others = rules.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1, 1]] * 2))
+    looks_ahead = rules.sliding_window_bidirectional_mask_function(2)
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    padding[1, 0] = padding[1, 3] = False
+    for number, (rule, q_length, offset) in enumerate((
+        (my_rule, 6, 0),
+        (rules.and_masks(causal, my_rule), 6, 0),
+        (rules.or_masks(causal, my_rule), 4, 2),
+        (rules.and_masks(causal, parts), 6, 0),
+        (rules.and_masks(both_sides, parts, others), 6, 0),
+        (looks_ahead, 3, 1),
+        (rules.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)), 5, 1),
+    )):  # fmt: skip
+        sizes = {"batch_size": 2, "q_length": q_length, "kv_length": 6, "q_offset": offset}
+        options = {"mask_function": rule, "attention_mask": padding if number % 2 else None}
+        q, k, v = torch.randn(2, 4, q_length, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+        added = rules.eager_mask(**sizes, **options, allow_is_causal_skip=False)
+        scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5 + added
+        sees_a_key = (added == 0).any(-1, keepdim=True)
+        expected = scores.softmax(-1) @ v.repeat_interleave(2, 1) * sees_a_key
+        mask = adapter.flashtile_mask(**sizes, **options)
+        out, _ = adapter.flashtile_attention(torch.nn.Module(), q, k, v, mask)
+        torch.testing.assert_close(out.transpose(1, 2), expected)
 
 
-def test_packings_that_are_no_sequences_are_refused(adapter: Any) -> None:
+def test_what_scores_do_not_meet_is_refused(adapter: Any) -> None:
     masking_utils = importlib.import_module("transformers.masking_utils")
-    packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 1, 0, 0]]))
-    with pytest.raises(NotImplementedError, match="packed sequences that lie in parts"):
-        adapter.flashtile_mask(1, 4, 4, mask_function=packed)
-    with pytest.raises(NotImplementedError, match="a packing in a packing"):
-        adapter.flashtile_mask(1, 4, 4, mask_function=masking_utils.and_masks(packed, packed))
+    packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1]]))
+    q = torch.randn(1, 2, 4, 8)
+    mask = adapter.flashtile_mask(1, 4, 4, mask_function=packed)
+    bias = torch.zeros(1, 2, 4, 4)
+    with pytest.raises(NotImplementedError, match="a position bias over packed sequences"):
+        adapter.flashtile_attention(torch.nn.Module(), q, q, q, mask, position_bias=bias)
+    static = adapter.flashtile_mask(1, 4, 4, q_offset=torch.tensor(0))
+    with pytest.raises(NotImplementedError, match=r"dropout=0.5 over a static cache"):
+        adapter.flashtile_attention(torch.nn.Module(), q, q, q, static, dropout=0.5)
+    with pytest.raises(NotImplementedError, match="an attention mask of 2 dimensions"):
+        adapter.flashtile_attention(torch.nn.Module(), q, q, q, torch.ones(4, 4))
 
 
 def test_a_mask_must_fit(adapter: Any) -> None:
