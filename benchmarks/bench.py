@@ -1,8 +1,8 @@
 """What `make bench` runs: flashtile against torch's scaled_dot_product_attention, in one process.
 
 Every case times all contenders in turn (A B A B ...) on the same numbers, on one thread unless
-told otherwise. Writes results.json and results.md under benchmarks/results/<machine kind>/ when all
-is done, or with --lines each case to a file as it is done.
+told otherwise. Writes results.json and results.md under benchmarks/results/<machine kind>/ (with
+--kind: <machine kind>-<kind>/) when all is done, or with --lines each case to a file as it is done.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import bench_cases
 import bench_report
+import bench_scores
 import torch
 from bench_cases import OURS, Case
 from bench_timing import Result, peak_memory, time_case, untimed
@@ -41,12 +42,12 @@ def main() -> int:
 
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
-    all_cases = bench_cases.cuda_cases if device.type == "cuda" else bench_cases.cpu_cases
-    cases = [c for c in all_cases(options.full) if _selected(c, options)]
+    cases = [case for case in _all_cases(device, options) if _selected(case, options)]
     if options.tokens:
         cases.sort(key=lambda case: options.tokens.index(case.seqlen_k))
     if not cases:
-        print("no case is left; see --dtype, --pass, --kind and --tokens", file=sys.stderr)
+        filters = "--dtype, --pass, --kind, --score and --tokens"
+        print(f"no case is left; see {filters}", file=sys.stderr)
         return 2
     seconds = options.seconds or (4.0 if options.full else 1.5)
     if device.type == "cuda":
@@ -62,10 +63,12 @@ def main() -> int:
     if options.lines:
         return 0
     memory = []
-    if device.type == "cpu" and not (options.no_memory or options.dry_run):
+    without = options.no_memory or options.dry_run or options.kind == ["scores"]
+    if device.type == "cpu" and not without:
         memory = _memory_rows(options.full, options.threads)
 
-    folder = options.output or HERE / "results" / bench_report.machine_kind(facts)
+    name = "-".join([bench_report.machine_kind(facts), *(options.kind or [])])
+    folder = options.output or HERE / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
     markdown = bench_report.to_markdown(facts, results, memory)
     (folder / "results.json").write_text(bench_report.to_json(facts, results, memory) + "\n")
@@ -84,7 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="only this one, for example bfloat16")
     parser.add_argument("--pass", dest="direction", choices=("forward", "backward"))
     parser.add_argument(
-        "--kind", nargs="+", choices=("dense", "decode", "prefill", "features"), help="only these"
+        "--kind",
+        nargs="+",
+        choices=("dense", "decode", "prefill", "features", "scores"),
+        help="only these; scores on a CPU and on request alone",
+    )
+    parser.add_argument(
+        "--score",
+        nargs="+",
+        choices=sorted({score.partition(" ")[0] for score in bench_cases.SCORES}),
+        help="of the kind scores only these",
     )
     parser.add_argument(
         "--tokens",
@@ -113,11 +125,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _all_cases(device: torch.device, options: argparse.Namespace) -> list[Case]:
+    if device.type == "cuda":
+        return bench_cases.cuda_cases(options.full)
+    wanted = options.kind is not None and "scores" in options.kind
+    return bench_cases.cpu_cases(options.full) + (bench_scores.score_cases() if wanted else [])
+
+
 def _selected(case: Case, options: argparse.Namespace) -> bool:
     return (
         options.dtype in (None, case.dtype)
         and options.direction in (None, case.direction)
         and (options.kind is None or case.kind in options.kind)
+        and (options.score is None or case.score.partition(" ")[0] in options.score)
         and (options.tokens is None or case.seqlen_k in options.tokens)
     )
 

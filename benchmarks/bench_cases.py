@@ -9,6 +9,11 @@ from dataclasses import dataclass
 import torch
 
 OURS = "flashtile"
+PLAIN = "flashtile, no sink"
+EAGER, FLEX = "eager", "flex compiled"
+SCORES = ("bias (1, h, q, k)", "bias (1, 1, q, k)", "dbias (1, h, q, k)", "dbias (1, 1, q, k)",
+          "mask (1, h, q, k)", "mask (1, 1, q, k)", "softcap", "alibi", "dropout",
+          "sink")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,13 @@ class Case:
     window: int = 0  # keys that a query sees up to and including its own; 0: all
     lengths: Sequence[int] = ()  # of packed sequences, whose sum is seqlen_q and seqlen_k
     page_size: int = 0  # of the cache that holds k and v; 0: contiguous
+    score: str = ""  # one of SCORES
 
     @property
     def kind(self) -> str:
         """Which table it belongs to."""
+        if self.score:
+            return "scores"
         if self.is_decode:
             return "decode"
         if self.page_size:
@@ -42,7 +50,21 @@ class Case:
     @property
     def is_decode(self) -> bool:
         """Few queries on a long key/value cache, which lies (batch, heads_kv, seqlen, head_dim)."""
-        return self.seqlen_q < self.seqlen_k
+        return self.seqlen_q < self.seqlen_k and not self.score
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Of a case with scores. flex_attention has no backward on the CPU."""
+        if self.score == "sink":
+            return (PLAIN,)
+        if self.score in ("softcap", "alibi"):
+            return (EAGER, FLEX) if self.direction == "forward" else (EAGER,)
+        return ("sdpa",)
+
+    @property
+    def min_rounds(self) -> int:
+        """How many there are whatever they take; 0: enough for a rough number."""
+        return 7 if self.score else 0
 
     @property
     def flops(self) -> float:
@@ -70,7 +92,9 @@ class Case:
         heads = str(self.heads)
         if self.heads != self.heads_kv:
             heads += f"/{self.heads_kv}"
-        tokens = f"{self.seqlen_q} on {self.seqlen_k}" if self.is_decode else str(self.seqlen_k)
+        tokens = str(self.seqlen_k)
+        if self.seqlen_q < self.seqlen_k:
+            tokens = f"{self.seqlen_q} on {self.seqlen_k}"
         if self.lengths:
             tokens = f"{len(self.lengths)} of {min(self.lengths)}..{max(self.lengths)}"
         batch = f"{self.batch} x " if self.batch > 1 else ""

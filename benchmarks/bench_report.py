@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import OURS
+from bench_cases import OURS, SCORES
 from bench_table import table
 from bench_timing import Result, Timing
 
@@ -25,6 +25,12 @@ TITLES = {
     "decode": "Decode",
     "prefill": "Prefill over pages",
     "features": "Windows, packed sequences, head_dim_v, one head",
+}
+SCORE_TITLES = {
+    "Biases and masks": tuple(s for s in SCORES if s.endswith("q, k)")),
+    "Softcap and ALiBi": ("softcap", "alibi"),
+    "Dropout": ("dropout",),
+    "Sinks": ("sink",),
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,7 +113,8 @@ def to_line(result: Result) -> str:
         f"{n} {_milliseconds(result, n)} ms ({_number(result.ratio(n))})" for n in result.timings
     ]
     times += [f"{n}: {reason}" for n, reason in result.refused.items()]
-    return f"{case.direction} {case.mask} {case.label}: {', '.join(times)}"
+    what = f"{case.direction} {case.mask} {case.score}".rstrip()
+    return f"{what} {case.label}: {', '.join(times)}"
 
 
 def to_markdown(facts: dict[str, Any], results: list[Result], memory: list[Memory]) -> str:
@@ -125,7 +132,11 @@ def to_markdown(facts: dict[str, Any], results: list[Result], memory: list[Memor
         ),
     ]
     for kind, title in TITLES.items():
-        group = [r for r in results if r.case.kind == kind]
+        group = [r for r in results if r.case.kind == kind and not r.case.score]
+        if group:
+            parts += [f"## {title}", _timing_table(group, "gpu" in facts)]
+    for title, names in SCORE_TITLES.items():
+        group = [r for r in results if r.case.score in names]
         if group:
             parts += [f"## {title}", _timing_table(group, "gpu" in facts)]
     if memory:
@@ -137,14 +148,17 @@ def _timing_table(results: list[Result], on_gpu: bool) -> str:
     rivals = list(dict.fromkeys(n for r in results for n in [*r.timings, *r.refused] if n != OURS))
     unit = "TFLOP/s" if on_gpu else "GFLOP/s"
     speed = "GB/s" if results[0].case.is_decode else unit
-    header = ["shape", "dtype", "pass", "mask", "flashtile ms", speed]
+    scored = bool(results[0].case.score)
+    header = ["shape", "dtype", "pass", "mask", *(["scores"] if scored else [])]
+    header += ["flashtile ms", speed]
     for rival in rivals:
         header += [f"{rival} ms", "ratio", *([] if on_gpu else ["wall ratio"])]
     rows = []
     for result in results:
         case = result.case
-        row = [case.label, case.dtype, case.direction, case.mask, _milliseconds(result, OURS)]
-        row.append(_speed(result, on_gpu))
+        row = [case.label, case.dtype, case.direction, case.mask]
+        row += [case.score] if scored else []
+        row += [_milliseconds(result, OURS), _speed(result, on_gpu)]
         for rival in rivals:
             row += [_milliseconds(result, rival), _number(result.ratio(rival))]
             row += [] if on_gpu else [_number(_wall_ratio(result, rival))]

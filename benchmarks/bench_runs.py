@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from bench_cases import OURS, Case
+from bench_scores import score_runs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,6 +24,8 @@ FA3 = "fa3"  # FlashAttention-3, where its flash_attn_interface can be imported
 
 def contenders(case: Case, device: torch.device) -> tuple[str, ...]:
     """The names that make_runs gives, without making anything."""
+    if case.score:
+        return (OURS, *case.rivals)
     if case.is_decode:
         paged = ("gather + sdpa", "gather + folded") if case.page_size else ()
         return (OURS, "sdpa", "sdpa folded", *paged)
@@ -47,6 +50,8 @@ def make_runs(case: Case, device: torch.device) -> dict[str, Run]:
         torch.randn(case.batch, h, n, case.head_dim, device=device).to(dtype)
         for h, n in zip(heads, lengths, strict=True)
     )
+    if case.score:
+        return score_runs(case, [q, k, v, dout], _direction)
     if case.is_decode:
         return _decode_runs(case, q, k, v)
     if case.head_dim_v:

@@ -62,7 +62,8 @@ def time_case(case: Case, device: torch.device, seconds: float) -> Result:
             refused[name] = str(error).splitlines()[0]
     if device.type == "cuda":
         return Result(case, _cuda_rounds(runs, seconds), refused)
-    return Result(case, _cpu_rounds(runs, seconds, calls=2 if case.is_decode else 1), refused)
+    calls = 2 if case.is_decode else 1
+    return Result(case, _cpu_rounds(runs, seconds, calls, case.min_rounds), refused)
 
 
 def untimed(case: Case, device: torch.device, reason: str) -> Result:
@@ -70,14 +71,17 @@ def untimed(case: Case, device: torch.device, reason: str) -> Result:
     return Result(case, {}, dict.fromkeys(contenders(case, device), reason))
 
 
-def _cpu_rounds(runs: dict[str, Run], seconds: float, calls: int) -> dict[str, Timing]:
+def _cpu_rounds(
+    runs: dict[str, Run], seconds: float, calls: int, min_rounds: int
+) -> dict[str, Timing]:
     """The last of so many calls is timed: the one before clears away what a rival left behind."""
     timings = {name: Timing() for name in runs}
     end = time.perf_counter() + seconds
     for count in range(MAX_ROUNDS):
         now = time.perf_counter()
         # A case far over its budget (an SDPA path that collapses) stops after one round.
-        if now > end and (count >= MIN_ROUNDS or now > end + seconds):
+        enough = count >= MIN_ROUNDS or now > end + seconds
+        if now > end and enough and count >= min_rounds:
             break
         for name, run in runs.items():
             for _ in range(calls - 1):

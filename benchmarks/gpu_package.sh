@@ -48,7 +48,7 @@ take "$root" python/flashtile
 take "$build" python/flashtile/lib
 into=$to
 take "$root" pyproject.toml cpp_tests/ptx_machine/tests/conformance.txt \
-  benchmarks/{bench,bench_cases,bench_report,bench_runs,bench_table,bench_timing}.py \
+  benchmarks/{bench,bench_cases,bench_report,bench_runs,bench_scores,bench_table,bench_timing}.py \
   benchmarks/gpu_{facts,report,threads}.py benchmarks/gpu_{check,each}.sh \
   python/tests/{conftest,reference}.py \
   python/tests/test_{attention,varlen,kvcache,torch_integration,matrix}.py
