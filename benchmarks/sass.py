@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import pathlib
 import re
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 
 MEMORY_CLASSES = ("large", "small")  # flashtile::Memory
 
@@ -214,7 +216,12 @@ def read_kernels(cuobjdump: str, path: pathlib.Path) -> list[Kernel]:
     return kernels
 
 
-Option = tuple[tuple[int, int, int], list[int]]  # cost of a way through a loop, and its blocks
+Option = tuple[tuple[int, ...], list[int]]  # cost of a way through a loop, and its blocks
+Wanted = Callable[[list[Instruction]], int]  # how much of what a path looks for a block has
+
+
+def nothing(_block: list[Instruction]) -> int:
+    return 0
 
 
 class FlowGraph:
@@ -257,6 +264,7 @@ class FlowGraph:
             stack.extend(new)
         return found
 
+    @functools.cached_property
     def dominators(self) -> list[set[int]]:
         everything = set(range(len(self.blocks)))
         dominators = [everything.copy() for _ in self.blocks]
@@ -274,7 +282,7 @@ class FlowGraph:
 
     def loops(self) -> dict[int, set[int]]:
         """Header -> blocks of the natural loop."""
-        dominators = self.dominators()
+        dominators = self.dominators
         loops: dict[int, set[int]] = {}
         for tail in sorted(self.reachable):
             for header in self.successors[tail]:
@@ -289,44 +297,44 @@ class FlowGraph:
                         stack.extend(self.predecessors[block])
         return loops
 
-    def clean_path(self, header: int, body: set[int]) -> list[Instruction]:
-        """Header to back edge: most HMMA, then most copies, then fewest instructions."""
+    def clean_path(
+        self, header: int, body: set[int], wanted: Wanted = nothing
+    ) -> list[Instruction]:
+        """Header to back edge: most HMMA, then most of what is wanted, then most copies, then
+        fewest instructions. Loops inside of it are gone through once."""
         best: dict[int, Option | None] = {}
+        dominators = self.dominators
 
-        def cost(block: int) -> tuple[int, int, int]:
+        def cost(block: int) -> tuple[int, ...]:
             instructions = self.blocks[block]
             mma = sum(i.is_mma for i in instructions)
             copies = sum(i.is_copy for i in instructions)
-            return -mma, -copies, len(instructions)
+            return -mma, -wanted(instructions), -copies, len(instructions)
 
-        def visit(
-            block: int, active: frozenset[int]
-        ) -> tuple[tuple[int, int, int], list[int]] | None:
+        def visit(block: int) -> Option | None:
             if block in best:
                 return best[block]
             options: list[Option] = []
             for successor in self.successors[block]:
                 if successor == header:
-                    options.append(((0, 0, 0), []))
-                elif successor in body and successor not in active:
-                    rest = visit(successor, active | {successor})
+                    options.append(((0, 0, 0, 0), []))
+                elif successor in body and successor not in dominators[block]:
+                    rest = visit(successor)
                     if rest is not None:
                         options.append(rest)
-            if not options:
-                return None
-            rest_cost, rest_path = min(options)
-            own = cost(block)
-            total = (own[0] + rest_cost[0], own[1] + rest_cost[1], own[2] + rest_cost[2])
-            option = total, [block, *rest_path]
-            best[block] = option
-            return option
+            best[block] = None
+            if options:
+                rest_cost, rest_path = min(options)
+                total = tuple(a + b for a, b in zip(cost(block), rest_cost, strict=True))
+                best[block] = total, [block, *rest_path]
+            return best[block]
 
         sys.setrecursionlimit(100_000)
-        found = visit(header, frozenset({header}))
+        found = visit(header)
         return [i for block in found[1] for i in self.blocks[block]] if found else []
 
 
-def mma_loops(kernel: Kernel) -> list[Loop]:
+def mma_loops(kernel: Kernel, wanted: Wanted = nothing) -> list[Loop]:
     """The innermost loops with HMMA."""
     graph = FlowGraph(kernel.instructions)
 
@@ -341,17 +349,17 @@ def mma_loops(kernel: Kernel) -> list[Loop]:
     }
     loops = []
     for header, body in innermost.items():
-        path = graph.clean_path(header, body)
+        path = graph.clean_path(header, body, wanted)
         on_path = {i.address for i in path}
         blocks = [graph.blocks[n] for n in sorted(body)]
         loops.append(Loop(path, [block for block in blocks if block[0].address not in on_path]))
     return [loop for loop in loops if loop.mma]
 
 
-def hot_loop(kernel: Kernel) -> Loop | None:
+def hot_loop(kernel: Kernel, wanted: Wanted = nothing) -> Loop | None:
     """The innermost loop with the most HMMA; of equals (a masked twin) the shortest path. Of
     decoding that for up to 16 packed rows, whose step is 64 keys."""
-    loops = mma_loops(kernel)
+    loops = mma_loops(kernel, wanted)
     sign = 1 if kernel.is_decode else -1
     return min(loops, key=lambda loop: (sign * loop.mma, len(loop.path)), default=None)
 

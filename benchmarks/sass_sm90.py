@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 
-from sass import Kernel, Loop, mma_loops
+from sass import Instruction, Kernel, Loop, hot_loop, mma_loops
 
 # Instructions (clean path, with one edge of the mask) by (pass, head dim).
 BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
@@ -29,10 +29,28 @@ BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
 # FlashAttention-3's clean loops with the same tile, nvcc 12.8: published machine code.
 FA3 = {("forward", 128): 469}
 
+# With scores, on the path where none of them is set.
+BUDGETS |= {
+    ("forward scores", 64): (400, 535),
+    ("forward scores", 128): (415, 550),
+    ("forward scores", 256): (345, 430),
+}
+# The clean path with softcap alone and with ALiBi alone.
+OPTION_BUDGETS: dict[tuple[str, int], tuple[int, int]] = {
+    ("forward scores", 64): (660, 565),
+    ("forward scores", 128): (675, 575),
+    ("forward scores", 256): (510, 450),
+}
+
 # Over a key/value cache: the forward's loop with other sources of the keys.
 PREFILL = {"PageBoxKeys": "prefill", "PageRowKeys": "prefill rows"}
 for over_cache, dim in itertools.product(PREFILL.values(), (64, 96, 128, 192, 256)):
     BUDGETS[over_cache, dim] = BUDGETS["forward", dim]
+for over_cache, dim in itertools.product(PREFILL.values(), (64, 128, 256)):
+    BUDGETS[f"{over_cache} scores", dim] = BUDGETS["forward scores", dim]
+    OPTION_BUDGETS[f"{over_cache} scores", dim] = OPTION_BUDGETS["forward scores", dim]
+# Local-memory instructions of a kernel: none but these.
+LOCAL_LIMITS: dict[tuple[str, int], int] = {}
 
 SYMBOL = re.compile(r"\d(Forward|Backward)Sm90\w*?I\w*?Li(\d+)E")
 
@@ -50,20 +68,24 @@ class Row:
     edge: int
     registers: int
     local_in_kernel: int
+    softcap: int | None = None  # the clean path with this option alone
+    alibi: int | None = None
 
     def failures(self) -> list[str]:
         where = f"{self.name} {self.dtype}"
         found = []
-        if self.local_in_kernel:
+        if self.local_in_kernel > LOCAL_LIMITS.get(self.key, 0):
             found.append(f"{where}: {self.local_in_kernel} local-memory instructions")
-        budget = BUDGETS.get(self.key)
-        if budget is not None:
-            for what, count, most in (
-                ("clean", self.clean, budget[0]),
-                ("edge", self.edge, budget[1]),
-            ):
-                if count > most:
-                    found.append(f"{where}: {count} instructions on the {what} path, not {most}")
+        clean, edge = BUDGETS.get(self.key, (None, None))
+        softcap, alibi = OPTION_BUDGETS.get(self.key, (None, None))
+        for what, count, most in (
+            ("clean", self.clean, clean),
+            ("edge", self.edge, edge),
+            ("softcap", self.softcap, softcap),
+            ("ALiBi", self.alibi, alibi),
+        ):
+            if count is not None and most is not None and count > most:
+                found.append(f"{where}: {count} instructions on the {what} path, not {most}")
         return found
 
 
@@ -77,6 +99,16 @@ def edge_instructions(loop: Loop) -> int:
         len(block) for block in loop.skipped if sum(i.opcode == "FSEL" for i in block) >= 8
     ]
     return min(selecting, default=0)
+
+
+def with_option(kernel: Kernel, opcode: str, least: int) -> int:
+    """Instructions of the clean path through the block that has at least so many of an opcode."""
+
+    def wanted(block: list[Instruction]) -> int:
+        return int(sum(i.text.startswith(opcode) for i in block) >= least)
+
+    loop = hot_loop(kernel, wanted)
+    return len(loop.path) if loop else 0
 
 
 def longest(loops: list[Loop]) -> int:
@@ -99,6 +131,9 @@ def make_row(kernel: Kernel, loop: Loop) -> Row:
     for source, over_cache in PREFILL.items():
         if source in kernel.symbol:
             name = over_cache
+    has_scores = "ModifiedScores" in kernel.symbol
+    if has_scores:
+        name += " scores"
     key = (name, int(match[2]))
     clean, edge = len(loop.path), len(loop.path) + edge_instructions(loop)
     ordered = ""
@@ -106,16 +141,20 @@ def make_row(kernel: Kernel, loop: Loop) -> Row:
         clean, edge = backward_instructions(kernel)
         if "ELb1E" in kernel.symbol:
             ordered = " deterministic"
+    exponentials = loop.count("MUFU")
     return Row(
         name=f"{key[0]} d{key[1]} sm90{ordered}",
         dtype=kernel.dtype,
         key=(key[0] + ordered, key[1]),
         hgmma=loop.count("HGMMA"),
-        exponentials=loop.count("MUFU"),
+        exponentials=exponentials,
         clean=clean,
         edge=edge,
         registers=kernel.registers,
         local_in_kernel=kernel.local,
+        # Of the code for one option alone: a reciprocal, two multiply-adds a score.
+        softcap=with_option(kernel, "MUFU.RCP", exponentials) if has_scores else None,
+        alibi=with_option(kernel, "FFMA", 2 * exponentials) if has_scores else None,
     )
 
 
@@ -124,15 +163,19 @@ def print_table(rows: list[Row]) -> None:
         return
     print("\nsm_90a: instructions of a thread per block of keys\n")
     print(
-        "| kernel | dtype | HGMMA | MUFU | clean | edge | budget | FA3 | registers | local memory |"
+        "| kernel | dtype | HGMMA | MUFU | clean | edge | budget | FA3 | softcap | ALiBi | budget "
+        "| registers | local memory |"
     )
-    print("|" + " --- |" * 10)
+    print("|" + " --- |" * 13)
+
+    def pinned(budgets: dict[tuple[str, int], tuple[int, int]], row: Row) -> str:
+        budget = budgets.get(row.key)
+        return f"{budget[0]} / {budget[1]}" if budget else "-"
+
     for row in sorted(rows, key=lambda row: (row.key, row.dtype)):
-        budget = BUDGETS.get(row.key)
-        pinned = f"{budget[0]} / {budget[1]}" if budget else "-"
-        fa3 = FA3.get(row.key, "-")
         print(
-            f"| {row.name} | {row.dtype} | {row.hgmma} | {row.exponentials} "
-            f"| {row.clean} | {row.edge} | {pinned} | {fa3} | {row.registers} "
-            f"| {row.local_in_kernel} |"
+            f"| {row.name} | {row.dtype} | {row.hgmma} | {row.exponentials} | {row.clean} "
+            f"| {row.edge} | {pinned(BUDGETS, row)} | {FA3.get(row.key, '-')} "
+            f"| {row.softcap or '-'} | {row.alibi or '-'} | {pinned(OPTION_BUDGETS, row)} "
+            f"| {row.registers} | {row.local_in_kernel} |"
         )

@@ -108,18 +108,24 @@ inline constexpr ConfigRow<ForwardSm90Config> kForwardSm90[] = {
     {64, {128, 3, 2, 2, 32, 160}},  {96, {128, 2, 2, 2, 40, 232}}, {128, {128, 2, 2, 2, 40, 232}},
     {192, {112, 2, 2, 1, 40, 232}}, {256, {80, 2, 2, 1, 40, 232}},
 };
-consteval ForwardSm90Config forward_sm90_config(int head_dim) {
-  return find_row(kForwardSm90, head_dim);
+inline constexpr ConfigRow<ForwardSm90Config> kForwardSm90Scores[] = {
+    {64, {128, 2, 2, 2, 40, 232}},
+    {128, {128, 2, 2, 2, 24, 240}},
+    {256, {80, 2, 2, 1, 24, 240}},
+};
+consteval ForwardSm90Config forward_sm90_config(int head_dim, Variant variant = Variant::kPlain) {
+  return variant == Variant::kPlain ? find_row(kForwardSm90, head_dim)
+                                    : find_row(kForwardSm90Scores, head_dim);
 }
 
 // The same over a cache whose rows four warps copy one by one, for which they take more registers
 // where the computing ones can spare some. Blocks of keys are the forward's, so a row's bits are.
-consteval ForwardSm90Config page_rows_config(int head_dim) {
-  ForwardSm90Config config = forward_sm90_config(head_dim);
+consteval ForwardSm90Config page_rows_config(int head_dim, Variant variant = Variant::kPlain) {
+  ForwardSm90Config config = forward_sm90_config(head_dim, variant);
   config.consumers = 2;
-  if (head_dim > 192) return config;
-  config.producer_registers = head_dim == 64 ? 104 : 56;
-  config.consumer_registers = head_dim == 64 ? 200 : 224;
+  const bool spares = head_dim <= 192 && variant == Variant::kPlain;
+  config.producer_registers = head_dim == 64 ? 104 : spares ? 56 : 40;
+  config.consumer_registers = head_dim == 64 ? 200 : spares ? 224 : 232;
   return config;
 }
 

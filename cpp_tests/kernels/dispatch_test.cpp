@@ -26,6 +26,16 @@ Answer ask(const std::function<void(Call&)>& change, int driver_version = 13000)
   return {name, note};
 }
 
+Answer ask_backward(const std::function<void(BackwardCall&)>& change) {
+  BackwardCall call;
+  change(call);
+  ptx::machine().configure(ptx::kSm90);
+  char name[128] = "", note[256] = "";
+  CHECK_EQ(flashtile_plan_backward(&call.params, name, sizeof name), FLASHTILE_OK);
+  CHECK_EQ(flashtile_can_run_backward(&call.params, note, sizeof note), FLASHTILE_OK);
+  return {name, note};
+}
+
 void check_falls_back(const std::function<void(Call&)>& change, const std::string& obstacle) {
   const Answer answer = ask(change);
   CHECK_MESSAGE(answer.plan.find("forward_sm80_large_d") == 0, obstacle + ": " + answer.plan);
@@ -93,6 +103,30 @@ TEST("what TMA does not take is served by the kernels for sm_80, and can_run say
   check_falls_back([](Call& call) { call.problem.seqlen_k = 0; }, "k's number of rows is 0");
 }
 
+TEST("scores: the kernels for sm_90a serve the forward, those for sm_80 the backward with a note") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  if (scores_slice_of(64) == 0) SKIP("this build has no kernels with scores");
+  flashtile_scores scores = FLASHTILE_SCORES_INIT;
+  scores.softcap = 30;
+  const struct {
+    int64_t head_dim, slice;
+  } dims[] = {{8, 64}, {64, 64}, {72, 128}, {128, 128}};
+  for (const auto& [head_dim, slice] : dims) {
+    const auto change = [&, dim = head_dim](auto& call) {
+      call.problem.head_dim = call.problem.head_dim_v = dim;
+      call.problem.scores = &scores;
+    };
+    const std::string end = "_d" + std::to_string(slice) + "_bf16_full_scores";
+    const Answer forward = ask(change);
+    CHECK_EQ(forward.plan, "forward_sm90" + end);
+    CHECK_EQ(forward.note, std::string());
+    const Answer backward = ask_backward(change);
+    CHECK_EQ(backward.plan, "backward_sm80_large" + end);
+    CHECK_EQ(backward.note, std::string("scores is set; the backward for sm_90a takes none, that "
+                                        "for sm_80 runs instead"));
+  }
+}
+
 TEST("without cuTensorMapEncodeTiled the kernels for sm_80 run, and can_run says why") {
   if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
   const Answer answer = ask([](Call&) {}, /*driver_version=*/11080);
@@ -110,16 +144,6 @@ TEST("other devices have no note") {
 }
 
 namespace {
-
-Answer ask_backward(const std::function<void(BackwardCall&)>& change) {
-  BackwardCall call;
-  change(call);
-  ptx::machine().configure(ptx::kSm90);
-  char name[128] = "", note[256] = "";
-  CHECK_EQ(flashtile_plan_backward(&call.params, name, sizeof name), FLASHTILE_OK);
-  CHECK_EQ(flashtile_can_run_backward(&call.params, note, sizeof note), FLASHTILE_OK);
-  return {name, note};
-}
 
 size_t workspace(const std::function<void(BackwardCall&)>& change) {
   BackwardCall call;

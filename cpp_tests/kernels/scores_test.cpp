@@ -79,9 +79,13 @@ TEST("scores over a cache") {
   std::vector<Case> shapes = {
       {.name = "prefill", .heads = 4, .heads_kv = 2, .seqlen_q = 90, .seqlen_k = 150},
       {.name = "decode", .heads = 4, .heads_kv = 1, .seqlen_q = 3, .seqlen_k = 210},
-      {.name = "both", .heads = 2, .heads_kv = 1, .seqlen_q = 70, .seqlen_k = 140}};
+      {.name = "both", .heads = 2, .heads_kv = 1, .seqlen_q = 70, .seqlen_k = 140},
+      {.name = "prefill of pages", .heads = 2, .heads_kv = 1, .seqlen_q = 70, .seqlen_k = 144},
+      {.name = "prefill of odd pages", .heads = 2, .heads_kv = 1, .seqlen_q = 70, .seqlen_k = 140}};
   shapes[2].used_q = {70, 5};
   shapes[2].used_k = {140, 99};
+  shapes[3].page_rows = 16;
+  shapes[4].page_rows = 20;  // no multiple of 8 rows
   std::vector<NamedScores> options = single_options();
   options.push_back(all_options());
   for (NamedScores& scores : options) {

@@ -63,8 +63,9 @@ class Outcome:
 def forward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     """Header and functions."""
     if mutant.memory == "sm90":
-        parameters = "const ForwardParams&, int, CUstream_st*"
-        function = f"launch_forward_sm90_kernel<{mutant.head_dim}, __half>({parameters})"
+        parameters = "const ForwardParams&, const Scores&, int, CUstream_st*"
+        kernel = f"ForwardSm90<{mutant.head_dim}, __half>"
+        function = f"launch_forward_sm90_kernel<{kernel}>({parameters})"
         return "forward/sm90.cuh", [function]
     kernel = f"ForwardSm80<{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}, __half>"
     parameters = "const ForwardSm80Params&, const Scores&, CUstream_st*"
@@ -96,8 +97,9 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
 def cache_slice(mutant: Mutant) -> tuple[str, list[str]]:
     """Header and functions."""
     if mutant.memory == "sm90":
-        function = f"launch_prefill_sm90_kernel<{mutant.head_dim}, __half>"
-        return "forward/prefill_sm90.cuh", [f"{function}(const ForwardParams&, CUstream_st*)"]
+        function = f"launch_prefill_sm90_kernel<{mutant.head_dim}, __half, PlainScores>"
+        parameters = "const ForwardParams&, const Scores&, CUstream_st*"
+        return "forward/prefill_sm90.cuh", [f"{function}({parameters})"]
     arguments = f"{mutant.head_dim}, Memory::k{mutant.memory.capitalize()}, __half"
     rest = "const Scores&, CUstream_st*"
     if mutant.kernel == "prefill":

@@ -32,6 +32,7 @@ class Run {
         cu_k_(backend, setup.cu_seqlens_k.data(), setup.cu_seqlens_k.size() * sizeof(int32_t)),
         used_q_(backend, setup.used_q.data(), setup.used_q.size() * sizeof(int32_t)),
         used_k_(backend, setup.used_k.data(), setup.used_k.size() * sizeof(int32_t)),
+        block_table_(backend, setup.block_table.data(), setup.block_table.size() * sizeof(int32_t)),
         q_(backend, setup.q),
         k_(backend, setup.k),
         v_(backend, setup.v),
@@ -170,6 +171,12 @@ class Run {
       problem_.page_size = setup_.extents_k.seq;
       problem_.num_pages = setup_.batch;
     }
+    if (setup_.spec.page_rows > 0) {
+      problem_.page_size = setup_.spec.page_rows;
+      problem_.num_pages = static_cast<int64_t>(setup_.block_table.size());
+      problem_.block_table = reinterpret_cast<const int32_t*>(block_table_.data());
+      problem_.max_blocks = problem_.block_table_stride = problem_.num_pages / setup_.batch;
+    }
   }
 
   void fill_params() {
@@ -182,6 +189,10 @@ class Run {
     forward_.softmax_lse = reinterpret_cast<float*>(lse_.data());
     forward_.lse_stride_batch = lse_.host.strides().batch;
     forward_.lse_stride_head = lse_.host.strides().head;
+    if (setup_.spec.page_rows > 0) {
+      forward_.k.stride_batch = setup_.spec.page_rows * forward_.k.stride_seq;
+      forward_.v.stride_batch = setup_.spec.page_rows * forward_.v.stride_seq;
+    }
     scores_.fill(forward_);
     flashtile_backward_init(&backward_);
     scores_.fill(backward_);
@@ -204,7 +215,7 @@ class Run {
 
   const Setup& setup_;
   const Backend& backend_;
-  DeviceBytes cu_q_, cu_k_, used_q_, used_k_;
+  DeviceBytes cu_q_, cu_k_, used_q_, used_k_, block_table_;
   DeviceTensor q_, k_, v_, dout_, dlse_, lse_, out_, dq_, dk_, dv_;
   ScoreRun scores_;
   flashtile_problem problem_ = {};

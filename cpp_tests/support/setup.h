@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,7 @@ struct Setup {
   int64_t batch = 1;                                // sequences
   std::vector<int32_t> cu_seqlens_q, cu_seqlens_k;  // varlen, else empty
   std::vector<int32_t> used_q, used_k;              // rows in use, empty: all of a sequence
+  std::vector<int32_t> block_table;                 // pages in the order of their rows
   Extents extents_q, extents_k, extents_v, extents_out;
   HostTensor q, k, v, dout;
   HostTensor dlse;  // dim 1: seq runs fastest
@@ -225,6 +227,10 @@ inline void set_extents(Setup& setup) {
   setup.extents_q = setup.extents_out = q;
   setup.extents_k = setup.extents_v = k;
   setup.extents_out.dim = setup.extents_v.dim = setup.head_dim_v;
+  if (setup.spec.page_rows > 0) {
+    setup.block_table.resize(static_cast<size_t>(k.batch * k.seq / setup.spec.page_rows));
+    std::iota(setup.block_table.begin(), setup.block_table.end(), 0);
+  }
 }
 
 inline void fill_scores(Setup& setup, Normal& normal) {

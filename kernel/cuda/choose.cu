@@ -51,6 +51,11 @@ struct SliceTable {
                        &Slice<kPass, kFamily, kHeadDims, kVariant>::workspace_bytes}),
      ...);
   }
+  constexpr bool has(Family family, Variant variant) const {
+    return std::any_of(rows, rows + count, [=](const SliceRow<Params>& row) {
+      return row.family == family && row.variant == variant;
+    });
+  }
 };
 
 constexpr SliceTable<ForwardParams> kForwardSlices = [] {
@@ -67,6 +72,8 @@ constexpr SliceTable<ForwardParams> kForwardSlices = [] {
   table.add<Pass::kForward, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
   table.add<Pass::kPrefill, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
   table.add<Pass::kPrefill, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
+  table.add<Pass::kForward, Family::kSm90, Variant::kModified>(Sm90ScoresHeadDims());
+  table.add<Pass::kPrefill, Family::kSm90, Variant::kModified>(Sm90ScoresHeadDims());
   table.add<Pass::kDecode, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
   table.add<Pass::kDecode, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
   return table;
@@ -186,14 +193,9 @@ Family family_for_all(const Device& device) {
 // The kernels for sm_90a on compute capability 9.0 where TMA takes all tensors, else those for
 // sm_80 and later, which take everything. `note`: why not kSm90, on a device that has it.
 Family choose_family(const Device& device, std::initializer_list<MappedTensor> tensors,
-                     Variant variant, PlanName& name) {
+                     PlanName& name) {
   const Family general = family_for_all(device);
   if (!kHasSm90 || device.capability != 90) return general;
-  if (variant != Variant::kPlain) {
-    std::snprintf(name.note, sizeof name.note,
-                  "scores is set; the kernels for sm_90a take none, those for sm_80 run instead");
-    return general;
-  }
   TmaObstacle obstacle;
   for (const MappedTensor& tensor : tensors) {
     if (!obstacle) obstacle = tma_obstacle(tensor);
@@ -207,14 +209,20 @@ Family choose_family(const Device& device, std::initializer_list<MappedTensor> t
 }
 // `last` is the fourth tensor that TMA moves: the others are read and written without it.
 template <class Params>
-Family choose_family(const Params& params, const MappedTensor& last, const Device& device,
-                     Variant variant, PlanName& name) {
+Family choose_family(const SliceTable<Params>& slices, const Params& params,
+                     const MappedTensor& last, const Device& device, Variant variant,
+                     PlanName& name) {
   const Problem& p = params.problem;
+  if (kHasSm90 && device.capability == 90 && !slices.has(Family::kSm90, variant)) {
+    std::snprintf(name.note, sizeof name.note,
+                  "scores is set; the backward for sm_90a takes none, that for sm_80 runs instead");
+    return family_for_all(device);
+  }
   return choose_family(
       device,
       {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
        key_tensor("v", params.v, p, p.head_dim_v), last},
-      variant, name);
+      name);
 }
 
 template <class Params>
@@ -238,7 +246,7 @@ Status choose_loop(const ForwardParams& params, Pass pass, Variant variant,
                    Plan<ForwardParams>& plan) {
   const Problem& p = params.problem;
   const MappedTensor out = query_tensor("out", params.out, p, p.head_dim_v);
-  const Family family = choose_family(params, out, plan.device, variant, plan.name);
+  const Family family = choose_family(kForwardSlices, params, out, plan.device, variant, plan.name);
   if (pass == Pass::kPrefill && family == Family::kSm90) {
     if (const TmaObstacle obstacle = page_obstacle(p.cache)) {
       std::snprintf(plan.name.note, sizeof plan.name.note,
@@ -303,7 +311,8 @@ Status choose(const BackwardParams& params, const Scores& scores, DeviceScope& s
   const Family general = family_for_all(plan.device);
   const MappedTensor dout = query_tensor("dout", params.dout, p, p.head_dim_v);
   const Variant variant = variant_of(scores);
-  const Family family = choose_family(params, dout, plan.device, variant, plan.name);
+  const Family family =
+      choose_family(kBackwardSlices, params, dout, plan.device, variant, plan.name);
   // Enough for every family of the device: the family is known only with the tensors.
   size_t bytes = 0;
   for (const Family one : {general, Family::kSm90}) {

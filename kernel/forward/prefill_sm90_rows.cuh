@@ -92,7 +92,9 @@ struct PageRows : PageSource {
 struct PageRowKeys {
   template <class Tile>
   using Source = PageRows<Tile>;
-  static consteval ForwardSm90Config config(int head_dim) { return page_rows_config(head_dim); }
+  static consteval ForwardSm90Config config(int head_dim, Variant variant) {
+    return page_rows_config(head_dim, variant);
+  }
 };
 
 }  // namespace flashtile

@@ -17,10 +17,11 @@
 #include "ptx/hopper.cuh"
 #include "tile/band_edges.cuh"
 #include "tile/epilogue_sm90.cuh"
-#include "tile/finish_rows.cuh"
+#include "tile/finish_scores.cuh"
 #include "tile/mask.cuh"
 #include "tile/product_sm90.cuh"
 #include "tile/ring_sm90.cuh"
+#include "tile/score_hooks.cuh"
 #include "tile/softmax.cuh"
 #include "tile/tma_rows.cuh"
 #include "tile/work.cuh"
@@ -84,12 +85,15 @@ struct TensorBoxes {
 struct TensorKeys90 {
   template <class Tile>
   using Source = TensorBoxes<Tile>;
-  static consteval ForwardSm90Config config(int head_dim) { return forward_sm90_config(head_dim); }
+  static consteval ForwardSm90Config config(int head_dim, Variant variant) {
+    return forward_sm90_config(head_dim, variant);
+  }
 };
 
-template <int kHeadDim, class T, class Keys = TensorKeys90>
+template <int kHeadDim, class T, class Keys = TensorKeys90, class Policy = PlainScores>
 struct ForwardSm90 {
-  static constexpr ForwardSm90Config kConfig = Keys::config(kHeadDim);
+  using ScorePolicy = Policy;
+  static constexpr ForwardSm90Config kConfig = Keys::config(kHeadDim, ScorePolicy::kVariant);
   static constexpr int kThreads = kConfig.threads();
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kConsumers = kConfig.consumers;
@@ -102,7 +106,8 @@ struct ForwardSm90 {
   using QTile = WideTile<kQueries, kHeadDim>;
   using KvTile = WideTile<kKeys, kHeadDim>;
   using Source = typename Keys::template Source<KvTile>;
-  using Params = typename Source::Params;
+  using Hooks = ScoreHooks<ScorePolicy>;
+  using Params = typename Hooks::template Params<typename Source::Params>;
   using QRing = Ring<kConfig.q_stages>;
   using KvRing = Ring<kConfig.stages>;
   using Scores = Accumulator<16, kKeys>;
@@ -110,11 +115,15 @@ struct ForwardSm90 {
   using Softmax = OnlineSoftmax<16>;
 
   // Shared memory: the stages of Q, each later O; those of K; those of V; the shifts of the
-  // softmax; mbarriers.
+  // softmax; with scores, their notes, of every stage of Q; mbarriers.
   static constexpr int kFromQToK = kConfig.q_stages * QTile::kBytes;
   static constexpr int kFromQToV = kFromQToK + kConfig.stages * KvTile::kBytes;
   static constexpr int kFromQToShifts = kFromQToV + kConfig.stages * KvTile::kBytes;
-  static constexpr int kFromQToBarriers = kFromQToShifts + kQueries * sizeof(float);
+  static constexpr int kFromQToNotes = kFromQToShifts + kQueries * sizeof(float);
+  // A largest logit of every warp of the block.
+  static constexpr int kNoteBytes = ScoreNotes::kTops + (kThreads / 32 + 3) / 4 * 16;
+  static constexpr int kFromQToBarriers =
+      kFromQToNotes + (ScorePolicy::kModifies ? kConfig.q_stages * kNoteBytes : 0);
   static constexpr int kSharedBytes = kFromQToBarriers + QRing::kBytes + 2 * KvRing::kBytes;
   static_assert(kSharedBytes <= kSharedLimitSm90);
   static_assert(QTile::kPanelBytes % 1024 == 0 && KvTile::kPanelBytes % 1024 == 0);
@@ -158,6 +167,9 @@ struct ForwardSm90 {
       return first + kFromQToV + KvRing::stage(use) * KvTile::kBytes;
     }
     FLASHTILE_DEVICE uint32_t shifts(int row) const { return first + kFromQToShifts + row * 4; }
+    FLASHTILE_DEVICE uint32_t notes(int tile) const {
+      return first + kFromQToNotes + QRing::stage(tile) * kNoteBytes;
+    }
     FLASHTILE_DEVICE QRing q_ring() const { return {first + kFromQToBarriers}; }
     FLASHTILE_DEVICE KvRing k_ring() const { return {first + kFromQToBarriers + QRing::kBytes}; }
     FLASHTILE_DEVICE KvRing v_ring() const { return {k_ring().barriers + KvRing::kBytes}; }
@@ -196,6 +208,10 @@ struct ForwardSm90 {
   FLASHTILE_DEVICE static void load_q(const Params& params, const Shared& shared,
                                       const RowBlock& work, int tile) {
     const Sequence& sequence = work.sequence;
+    if constexpr (ScorePolicy::kModifies) {  // notes come and go with Q
+      shared.q_ring().wait_until_free(tile);
+      ScorePolicy::note(params.problem, params.scores, work, shared.notes(tile));
+    }
     shared.q_ring().acquire(tile, QTile::kBytes);
     load_tile<QTile>(shared.q(tile), params.q, shared.q_ring().full(tile),
                      {static_cast<int>(sequence.row_q) + work.row0, work.rows, work.head,
@@ -258,16 +274,19 @@ struct ForwardSm90 {
 
     // All blocks of a range that is not empty: O, not yet divided by the row sums.
     FLASHTILE_DEVICE void attend(Output& o, Softmax& softmax, uint32_t q, const BlockRange& range,
-                                 const BandEdges& edges) {
+                                 const BandEdges& edges, const Hooks& hooks) {
       Scores s;
       uint32_t p[kKeys / 16][4];
       shared.k_ring().wait(use);
       ptx::wgmma_fence();
       issue_scores(s, q, use);
       finish_scores<0>(s, use);
+      if constexpr (Hooks::kExist) hooks.to_logits(s, (range.end - 1) * kKeys);
       edges.mask(s, range, range.end - 1);
+      if constexpr (Hooks::kExist) hooks.keep_top(s);
       softmax.raise_maximum(s, [](int, int, float) {});
       exponentiate(softmax, s);
+      if constexpr (Hooks::kExist) hooks.drop(s, (range.end - 1) * kKeys);
       round(p, s);
       if (range.end - 1 > range.begin) shared.k_ring().wait(use + 1);
       FLASHTILE_ROLL
@@ -280,11 +299,14 @@ struct ForwardSm90 {
         issue_output(o, p, use);
         pass_turn();
         finish_scores<1>(s, use + 1);
+        if constexpr (Hooks::kExist) hooks.to_logits(s, j * kKeys);
         edges.mask(s, range, j);
+        if constexpr (Hooks::kExist) hooks.keep_top(s);
         float factor[2] = {1.0f, 1.0f};
         const bool rescales = softmax.raise_maximum(
             s, [&](int, int half, float row_factor) { factor[half] = row_factor; });
         exponentiate(softmax, s);
+        if constexpr (Hooks::kExist) hooks.drop(s, j * kKeys);
         // Here, so that ptxas does not move the exponentials behind the wait for O: it does not
         // move them across a branch.
         if (j > range.begin) shared.k_ring().wait(use + 2);
@@ -311,13 +333,16 @@ struct ForwardSm90 {
       Output o;
       clear(o);
       Softmax softmax(params.scale_log2, shared.shifts(warp_row));
+      const Hooks hooks(params, {shared.notes(tile), warp_row});
+      if constexpr (Hooks::kExist) ScorePolicy::clear_top(hooks.at);
       shared.q_ring().wait(tile);
       if (params.negate_q) negate_rows<QTile>(shared.q(tile), warpgroup, kOwnBarrier + warpgroup);
       if (!range.empty()) {
         const BandEdges edges(band_mask(params.problem, work.sequence), work.row0 + warp_row, lane);
         const uint32_t q = tile_descriptor<QTile>(shared.q(tile), warpgroup * kRows);
-        consumer.attend(o, softmax, q, range, edges);
+        consumer.attend(o, softmax, q, range, edges, hooks);
       }
+      if constexpr (Hooks::kExist) hooks.finish(softmax, work.head);
       finish(params, work, o, softmax, shared.q(tile), warpgroup);
       if (Consumer::is_first_lane()) shared.q_ring().release(tile);
       ++tile;
@@ -330,8 +355,14 @@ struct ForwardSm90 {
     const Sequence& sequence = work.sequence;
     const int lane = ptx::thread_index() % 32;
     const int warp_row = ptx::thread_index() / 32 * 16 - 64;
-    const auto factors =
-        finish_rows(params.problem, params.lse, work, {warp_row, lane}, o, softmax);
+    const auto factors = [&] {
+      if constexpr (ScorePolicy::kModifies) {
+        return finish_rows(ScoredProblem{params.problem, params.scores}, params.lse, work,
+                           {warp_row, lane}, o, softmax);
+      } else {
+        return finish_rows(params.problem, params.lse, work, {warp_row, lane}, o, softmax);
+      }
+    }();
     scale_rows(o, factors.of[0]);
     store_fragments<T, QTile>(tile, warp_row, lane, o);
     ptx::fence_proxy_async_shared();
@@ -382,9 +413,12 @@ inline Status set_key_boxes(const ForwardParams& params, int box_rows, TensorBox
        {key_tensor("v", params.v, problem, problem.head_dim_v), box_rows, p.v}});
 }
 
-template <int kHeadDim, class T>
-Status launch_forward_sm90_kernel(const ForwardParams& params, int device, CUstream_st* stream) {
-  using Kernel = ForwardSm90<kHeadDim, T>;
+template <class Kernel>
+Status launch_forward_sm90_kernel(const ForwardParams& params, const Scores& scores, int device,
+                                  CUstream_st* stream) {
+  if constexpr (Kernel::ScorePolicy::kModifies) {
+    if (Status s = clear_max_logit<Kernel>(params.problem, scores, stream)) return s;
+  }
   if (query_tile_count(params.problem, Kernel::kQueries) == 0) return FLASHTILE_OK;
   if (Status s = prepare<Kernel>()) return s;
   TensorBoxesParams p{};
@@ -396,14 +430,16 @@ Status launch_forward_sm90_kernel(const ForwardParams& params, int device, CUstr
     if (Status s = count_multiprocessors(device, multiprocessors)) return s;
     blocks = std::min<int64_t>(blocks, multiprocessors);
   }
-  return launch_prepared<Kernel>(p, blocks, stream);
+  return launch_prepared<Kernel>(with_hooks<Kernel>(p, p.problem, scores), blocks, stream);
 }
 
-template <int kHeadDim>
-Status launch_slice(Slice<Pass::kForward, Family::kSm90, kHeadDim>, const ForwardParams& params,
-                    const Scores&, const cuda::Device& device, CUstream_st* stream) {
+template <int kHeadDim, Variant kVariant>
+Status launch_slice(Slice<Pass::kForward, Family::kSm90, kHeadDim, kVariant>,
+                    const ForwardParams& params, const Scores& scores, const cuda::Device& device,
+                    CUstream_st* stream) {
   return with_dtype(params.problem, [&]<class T>(T) {
-    return launch_forward_sm90_kernel<kHeadDim, T>(params, device.index, stream);
+    using Kernel = ForwardSm90<kHeadDim, T, TensorKeys90, ScorePolicyOf<kVariant>>;
+    return launch_forward_sm90_kernel<Kernel>(params, scores, device.index, stream);
   });
 }
 
