@@ -1,8 +1,9 @@
-// The README's support table, printed from the dispatch: flashtile_can_run is asked about every
-// head dim, dtype and feature on each device, forward and backward. The test compares the file with
-// the answers.
+// The README's support tables, printed from the dispatch: flashtile_can_run is asked about every
+// head dim, dtype, feature and score on each device, forward, backward and over a cache. The tests
+// compare the file with the answers.
 #include <fstream>
 #include <functional>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -16,6 +17,14 @@ namespace {
 constexpr int kMostHeadDim = 256;    // of the kernels
 constexpr int kLastHeadDim = 65536;  // of anything
 constexpr int32_t kNoRows[2] = {};
+
+constexpr struct {
+  const char* name;
+  flashtile_dtype dtype;
+} kDtypes[] = {{"fp16", FLASHTILE_FLOAT16},
+               {"bf16", FLASHTILE_BFLOAT16},
+               {"fp32", FLASHTILE_FLOAT32},
+               {"fp64", FLASHTILE_FLOAT64}};
 
 struct Asked {
   flashtile_device device;
@@ -80,16 +89,15 @@ bool runs_backward(const Asked& asked, const Change& change = {}) {
   return flashtile_can_run_backward(&params, nullptr, 0) == FLASHTILE_OK;
 }
 
-// "1-256" or "64, 128": the head dims that `runs` accepts.
-template <class Runs>
-std::string head_dims(flashtile_device device, flashtile_dtype dtype, Runs runs) {
+// "1-256" or "64, 128": the head dims that `holds` is true of.
+std::string head_dims(const std::function<bool(int)>& holds) {
   std::string text;
   for (int first = 1; first <= kMostHeadDim; ++first) {
-    if (!runs(Asked{device, dtype, first}, {})) continue;
+    if (!holds(first)) continue;
     int last = first;
-    while (last < kMostHeadDim && runs(Asked{device, dtype, last + 1}, {})) ++last;
+    while (last < kMostHeadDim && holds(last + 1)) ++last;
     // What goes beyond the slices of the kernels goes to the end.
-    if (last == kMostHeadDim && runs(Asked{device, dtype, kLastHeadDim}, {})) last = kLastHeadDim;
+    if (last == kMostHeadDim && holds(kLastHeadDim)) last = kLastHeadDim;
     if (!text.empty()) text += ", ";
     text +=
         last == first ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(last);
@@ -110,20 +118,14 @@ std::string has(flashtile_device device, flashtile_dtype dtype, const Feature& f
 
 // The rows of one device: dtypes of which everything is the same share one.
 std::string rows(const std::string& name, flashtile_device device) {
-  const struct {
-    const char* name;
-    flashtile_dtype dtype;
-  } dtypes[] = {{"fp16", FLASHTILE_FLOAT16},
-                {"bf16", FLASHTILE_BFLOAT16},
-                {"fp32", FLASHTILE_FLOAT32},
-                {"fp64", FLASHTILE_FLOAT64}};
   std::string text, names, answers;
   const auto finish_row = [&] {
     if (!names.empty()) text += "| " + name + " | " + names + answers + " |\n";
   };
-  for (const auto& [dtype_name, dtype] : dtypes) {
-    std::string its = " | " + head_dims(device, dtype, runs_forward) + " | " +
-                      head_dims(device, dtype, runs_backward);
+  for (const auto& [dtype_name, dtype] : kDtypes) {
+    const auto forward = [&](int dim) { return runs_forward({device, dtype, dim}); };
+    const auto backward = [&](int dim) { return runs_backward({device, dtype, dim}); };
+    std::string its = " | " + head_dims(forward) + " | " + head_dims(backward);
     for (const Feature& feature : features()) its += " | " + has(device, dtype, feature);
     if (its == answers) {
       names += std::string(", ") + dtype_name;
@@ -137,32 +139,162 @@ std::string rows(const std::string& name, flashtile_device device) {
   return text;
 }
 
-std::string table() {
-  std::string text = "| device | dtype | head dims forward | backward",
-              line = "| --- | --- | --- | ---";
-  for (const Feature& feature : features()) {
-    text += std::string(" | ") + feature.name;
-    line += " | ---";
+// A score is a change of no scores, and in a backward of the gradients that are wanted with it.
+struct Score {
+  const char* name;
+  std::function<void(flashtile_scores&)> change;
+  std::function<void(flashtile_backward_params&)> want = {};
+};
+
+flashtile_score_tensor numbers(flashtile_dtype dtype) {
+  static float element = 0;
+  flashtile_score_tensor tensor = {};
+  tensor.data = &element;
+  tensor.dtype = dtype;
+  return tensor;
+}
+
+const std::vector<Score>& all_scores() {
+  static const int64_t state[2] = {};
+  using S = flashtile_scores;
+  using B = flashtile_backward_params;
+  static const std::vector<Score> all = {
+      {"softcap", [](S& s) { s.softcap = 50; }},
+      {"ALiBi", [](S& s) { s.alibi_slopes = numbers(FLASHTILE_FLOAT32); },
+       [](B& b) { b.dalibi_slopes = numbers(FLASHTILE_FLOAT32); }},
+      {"biases", [](S& s) { s.bias[0] = s.bias[1] = numbers(FLASHTILE_FLOAT16); },
+       [](B& b) { b.dbias[0] = b.dbias[1] = numbers(FLASHTILE_FLOAT16); }},
+      {"mask", [](S& s) { s.mask = numbers(FLASHTILE_BOOL); }},
+      {"sink", [](S& s) { s.sink = numbers(FLASHTILE_FLOAT32); },
+       [](B& b) { b.dsink = numbers(FLASHTILE_FLOAT32); }},
+      {"query scale", [](S& s) { s.query_scale = numbers(FLASHTILE_FLOAT32); }},
+      {"dropout",
+       [](S& s) {
+         s.dropout_p = 0.1;
+         s.rng_state = state;
+       }},
+  };
+  return all;
+}
+
+enum class Pass { kForward, kBackward, kPrefill, kDecode };
+
+// Whether a call with this score runs, and why, if not by the kernels that it has without scores.
+bool runs_score(Pass pass, const Asked& asked, const Score& score, std::string& why) {
+  flashtile_problem problem = problem_of(asked, {});
+  flashtile_scores scores = FLASHTILE_SCORES_INIT;
+  score.change(scores);
+  problem.scores = &scores;
+  if (pass == Pass::kPrefill || pass == Pass::kDecode) {
+    problem.page_size = 16;
+    problem.seqlen_q = pass == Pass::kDecode ? 1 : 100;
   }
-  text += " |\n" + line + " |\n" + rows("CPU", FLASHTILE_CPU);
+  char text[512] = "";
+  flashtile_status status;
+  if (pass == Pass::kBackward) {
+    flashtile_backward_params params;
+    flashtile_backward_init(&params);
+    params.problem = &problem;
+    if (score.want) score.want(params);
+    status = flashtile_can_run_backward(&params, text, sizeof text);
+  } else {
+    flashtile_forward_params params;
+    flashtile_forward_init(&params);
+    params.problem = &problem;
+    status = flashtile_can_run(&params, text, sizeof text);
+  }
+  why = text;
+  return status == FLASHTILE_OK;
+}
+
+// "yes", "no", or at which head dims a call is refused or kernels for sm_80 run because of scores.
+std::string has_score(Pass pass, flashtile_device device, flashtile_dtype dtype,
+                      const Score& score) {
+  std::set<int> runs, others;
+  for (int dim = 1; dim <= kMostHeadDim; ++dim) {
+    std::string why;
+    if (!runs_score(pass, {device, dtype, dim}, score, why)) continue;
+    runs.insert(dim);
+    if (why.starts_with("scores")) others.insert(dim);
+  }
+  if (runs.empty()) return "no";
+  const auto at = [](const std::set<int>& dims) {
+    if (dims.size() == kMostHeadDim) return std::string();
+    return " at " + head_dims([&](int dim) { return dims.contains(dim); });
+  };
+  const std::string text = "yes" + at(runs);
+  return others.empty() ? text : text + ", sm_80" + at(others);
+}
+
+// The rows of one device: passes of which everything is the same share one. All dtypes that run
+// there answer the same.
+std::string score_rows(const std::string& name, flashtile_device device) {
+  const std::pair<const char*, Pass> passes[] = {{"forward", Pass::kForward},
+                                                 {"backward", Pass::kBackward},
+                                                 {"prefill over a cache", Pass::kPrefill},
+                                                 {"decode", Pass::kDecode}};
+  std::string text, names, answers;
+  const auto finish_row = [&] {
+    if (!names.empty()) text += "| " + name + " | " + names + answers + " |\n";
+  };
+  for (const auto& [pass_name, pass] : passes) {
+    std::set<std::string> of_dtypes;
+    for (const auto& [dtype_name, dtype] : kDtypes) {
+      if (!runs_forward({device, dtype, kMostHeadDim})) continue;
+      std::string its;
+      for (const Score& score : all_scores()) its += " | " + has_score(pass, device, dtype, score);
+      of_dtypes.insert(its);
+    }
+    CHECK_EQ(of_dtypes.size(), 1u);
+    if (*of_dtypes.begin() == answers) {
+      names += std::string(", ") + pass_name;
+      continue;
+    }
+    finish_row();
+    names = pass_name;
+    answers = *of_dtypes.begin();
+  }
+  finish_row();
+  return text;
+}
+
+// Calls `rows` of each device.
+std::string by_device(const std::function<std::string(const char*, flashtile_device)>& rows) {
+  std::string text = rows("CPU", FLASHTILE_CPU);
   ptx::machine().configure(ptx::kSm80);
   text += rows("CUDA 8.0, 163 KB shared memory", FLASHTILE_CUDA);
   ptx::machine().configure(ptx::kSm89);
   text += rows("CUDA 8.9, 99 KB", FLASHTILE_CUDA);
   ptx::machine().configure(ptx::kSm90);
-  text += rows("CUDA 9.0, 227 KB", FLASHTILE_CUDA);
-  return text;
+  return text + rows("CUDA 9.0, 227 KB", FLASHTILE_CUDA);
+}
+
+// A table whose first columns are `header`, and whose others have the names of `all`.
+template <class All>
+std::string table(std::string header, std::string line, const All& all, const std::string& rows) {
+  for (const auto& column : all) {
+    header += std::string(" | ") + column.name;
+    line += " | ---";
+  }
+  return header + " |\n" + line + " |\n" + rows;
+}
+
+void check_readme(const std::string& expected) {
+  std::ifstream file(FLASHTILE_README);
+  std::stringstream readme;
+  readme << file.rdbuf();
+  const bool found = readme.str().find(expected) != std::string::npos;
+  if (!found) std::printf("the table should be:\n%s", expected.c_str());
+  CHECK(found);
 }
 
 }  // namespace
 
 TEST("support table in the README") {
-  std::ifstream file(FLASHTILE_README);
-  std::stringstream readme;
-  readme << file.rdbuf();
-  const std::string expected = table();
-  if (readme.str().find(expected) == std::string::npos) {
-    std::printf("the table should be:\n%s", expected.c_str());
-  }
-  CHECK(readme.str().find(expected) != std::string::npos);
+  check_readme(table("| device | dtype | head dims forward | backward", "| --- | --- | --- | ---",
+                     features(), by_device(rows)));
+}
+
+TEST("table of scores in the README") {
+  check_readme(table("| device | pass", "| --- | ---", all_scores(), by_device(score_rows)));
 }
