@@ -224,6 +224,11 @@ def nothing(_block: list[Instruction]) -> int:
     return 0
 
 
+def has_many(opcode: str, least: int) -> Wanted:
+    """Of a block: whether it has at least so many of an opcode."""
+    return lambda block: int(sum(i.text.startswith(opcode) for i in block) >= least)
+
+
 class FlowGraph:
     """Basic blocks of a kernel."""
 

@@ -200,8 +200,14 @@ inline constexpr ConfigRow<BackwardConfigSm90> kBackwardSm90[] = {
     {128, {64, 128, 2, DqPath::kBulkReduce}}, {192, {64, 64, 2, DqPath::kRedV4}},
     {256, {64, 64, 2, DqPath::kRedV4}},
 };
-consteval BackwardConfigSm90 backward_config_sm90(int head_dim) {
-  return find_row(kBackwardSm90, head_dim);
+inline constexpr ConfigRow<BackwardConfigSm90> kBackwardSm90Scores[] = {
+    {64, {64, 128, 2, DqPath::kBulkReduce}},
+    {128, {64, 128, 2, DqPath::kBulkReduce}},
+    {256, {64, 64, 2, DqPath::kRedV4}},
+};
+consteval BackwardConfigSm90 backward_config_sm90(int head_dim, Variant variant = Variant::kPlain) {
+  return variant == Variant::kPlain ? find_row(kBackwardSm90, head_dim)
+                                    : find_row(kBackwardSm90Scores, head_dim);
 }
 
 }  // namespace flashtile

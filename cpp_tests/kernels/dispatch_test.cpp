@@ -103,7 +103,7 @@ TEST("what TMA does not take is served by the kernels for sm_80, and can_run say
   check_falls_back([](Call& call) { call.problem.seqlen_k = 0; }, "k's number of rows is 0");
 }
 
-TEST("scores: the kernels for sm_90a serve the forward, those for sm_80 the backward with a note") {
+TEST("the forward with scores is served by the kernels for sm_90a") {
   if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
   if (scores_slice_of(64) == 0) SKIP("this build has no kernels with scores");
   flashtile_scores scores = FLASHTILE_SCORES_INIT;
@@ -112,18 +112,12 @@ TEST("scores: the kernels for sm_90a serve the forward, those for sm_80 the back
     int64_t head_dim, slice;
   } dims[] = {{8, 64}, {64, 64}, {72, 128}, {128, 128}};
   for (const auto& [head_dim, slice] : dims) {
-    const auto change = [&, dim = head_dim](auto& call) {
+    const Answer answer = ask([&, dim = head_dim](Call& call) {
       call.problem.head_dim = call.problem.head_dim_v = dim;
       call.problem.scores = &scores;
-    };
-    const std::string end = "_d" + std::to_string(slice) + "_bf16_full_scores";
-    const Answer forward = ask(change);
-    CHECK_EQ(forward.plan, "forward_sm90" + end);
-    CHECK_EQ(forward.note, std::string());
-    const Answer backward = ask_backward(change);
-    CHECK_EQ(backward.plan, "backward_sm80_large" + end);
-    CHECK_EQ(backward.note, std::string("scores is set; the backward for sm_90a takes none, that "
-                                        "for sm_80 runs instead"));
+    });
+    CHECK_EQ(answer.plan, "forward_sm90_d" + std::to_string(slice) + "_bf16_full_scores");
+    CHECK_EQ(answer.note, std::string());
   }
 }
 
@@ -169,6 +163,36 @@ TEST("the backward of aligned tensors is served by the kernels for sm_90a") {
     });
     CHECK_EQ(answer.plan, "backward_sm90_d" + std::to_string(slice) + "_bf16_full");
     CHECK_EQ(answer.note, std::string());
+  }
+}
+
+TEST("the backward with scores is served by the kernels for sm_90a, and its note is TMA's") {
+  if (!has_sm90()) SKIP("this build has no kernels for sm_90a");
+  if (scores_slice_of(64) == 0) SKIP("this build has no kernels with scores");
+  flashtile_scores scores = FLASHTILE_SCORES_INIT;
+  scores.softcap = 30;
+  const struct {
+    int64_t head_dim, slice;
+  } dims[] = {{8, 64}, {64, 64}, {72, 128}, {128, 128}, {136, 256}, {256, 256}};
+  for (const auto& [head_dim, slice] : dims) {
+    const auto with_scores = [&, dim = head_dim](BackwardCall& call) {
+      call.problem.scores = &scores;
+      call.problem.head_dim = call.problem.head_dim_v = dim;
+      flashtile_backward_params& p = call.params;
+      for (flashtile_tensor* tensor : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
+        *tensor = {tensor->data, 256 * kHeads * kRows, 256 * kHeads, 256};
+    };
+    const Answer answer = ask_backward(with_scores);
+    CHECK_EQ(answer.plan, "backward_sm90_d" + std::to_string(slice) + "_bf16_full_scores");
+    CHECK_EQ(answer.note, std::string());
+    const auto odd_dout = [&](BackwardCall& call) {
+      with_scores(call);
+      call.params.dout.stride_seq += 4;
+    };
+    const Answer odd = ask_backward(odd_dout);
+    CHECK_EQ(odd.plan, "backward_sm80_large_d" + std::to_string(slice) + "_bf16_full_scores");
+    CHECK(odd.note.find("dout.stride_seq is 1028; ") == 0);
+    CHECK_EQ(workspace(odd_dout), workspace(with_scores));
   }
 }
 

@@ -60,7 +60,6 @@ inline bool has_scores(const std::string& pass, const Setup& setup) {
 }
 
 inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Schedule& schedule) {
-  if (has_scores(pass, setup) && pass == "backward") return false;
   const bool takes_inputs =
       schedule.has_sm90 && tma_takes(setup.q) && tma_takes(setup.k) && tma_takes(setup.v);
   if (pass == "backward") return takes_inputs && tma_takes(setup.dout);

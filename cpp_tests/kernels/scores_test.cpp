@@ -56,10 +56,31 @@ void run(Dtype dtype, const HeadDims& dims, const std::vector<Mask>& masks) {
   for (const Mask& mask : masks) check_all(all_options(), dtype, dims, mask);
 }
 
+// Several whole tiles of queries and of keys: blocks without an edge follow one another, two heads
+// share the keys, and key blocks take turns at dQ.
+void run_many_tiles(int head_dim) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (scores_slice_of(head_dim) == 0) SKIP("this build has no kernels of this head dim");
+  Case spec = {.name = "many tiles, softcap",
+               .heads = 2,
+               .heads_kv = 1,
+               .seqlen_q = 256,
+               .seqlen_k = 256,
+               .deterministic = true,
+               .scores = {.softcap = 20}};
+  check_case(spec, Dtype::kFloat16, head_dim, kFull);
+  spec.name = "many tiles, all together";
+  spec.scores = all_options().spec;
+  check_case(spec, Dtype::kBFloat16, head_dim, kCausal);
+}
+
 }  // namespace
 
 TEST("scores fp16 d64") { run(Dtype::kFloat16, 64, {kFull, kCausal, {20, 5}}); }
 TEST("scores bf16 d40/64") { run(Dtype::kBFloat16, {40, 64}, {kCausal, kCausalTopLeft, kFull}); }
+
+TEST("scores of many tiles, in turns, d64") { run_many_tiles(64); }
 
 // What takes minutes on the machine.
 TEST("scores fp16 d128") {
@@ -69,6 +90,11 @@ TEST("scores fp16 d128") {
 TEST("scores bf16 d256") {
   if (!is_nightly()) SKIP("make test-nightly has it");
   run(Dtype::kBFloat16, 256, {kCausal, kFull});
+}
+TEST("scores of many tiles, in turns, d128 and d256") {
+  if (!is_nightly()) SKIP("make test-nightly has it");
+  run_many_tiles(128);
+  run_many_tiles(256);
 }
 // Many queries are the forward's loop over a cache, few are decoded, and of sequences with both in
 // one call each runs its own.

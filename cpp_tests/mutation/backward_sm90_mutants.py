@@ -129,7 +129,7 @@ PRODUCT_MUTANTS = [
     mutant(
         "S read while its product runs",
         HALVES,
-        "ptx::wgmma_wait<1>(); ptx::keep_in_order(p.d[0]);",
+        "ptx::wgmma_wait<kEarlyDp ? 1 : 0>(); ptx::keep_in_order(p.d[0]);",
         "ptx::wgmma_wait<2>(); ptx::keep_in_order(p.d[0]);",
     ),
     mutant(

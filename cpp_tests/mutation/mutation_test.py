@@ -79,7 +79,7 @@ def backward_slice(mutant: Mutant) -> tuple[str, list[str]]:
     if "turns" in mutant.cases:
         ordered.append("true")
     if mutant.memory == "sm90":
-        header, launch, order, counters = "launch_sm90", "LaunchSm90", f"DqOrderSm90<{dim}>", 2
+        header, launch, order, counters = "launch_sm90", "LaunchSm90<>", f"DqOrderSm90<{dim}>", 2
         main = [f"BackwardSm90<__half, {dim}, {flag}>" for flag in ordered]
     else:
         arguments = f"{dim}, Memory::k{mutant.memory.capitalize()}"

@@ -200,10 +200,10 @@ TEST("rows of the tuning table are whole warps and fit their memory class") {
 
 namespace {
 
-template <int kHeadDim>
+template <int kHeadDim, Variant kVariant = Variant::kPlain>
 void check_dq_order() {
-  using Order = DqOrderSm90<kHeadDim>;
-  using Slot = typename BackwardShapeSm90<kHeadDim>::Slot;
+  using Order = DqOrderSm90<kHeadDim, kVariant>;
+  using Slot = typename BackwardShapeSm90<kHeadDim, kVariant>::Slot;
   std::vector<int> used(static_cast<size_t>(Slot::kDq));
   for (int row = 0; row < Order::kBlockQ; ++row) {
     for (int col = 0; col < kHeadDim; ++col) {
@@ -222,6 +222,9 @@ TEST("dq of the backward for sm_90a: every element has a place of its own") {
   check_dq_order<128>();
   check_dq_order<192>();
   check_dq_order<256>();
+  check_dq_order<64, Variant::kModified>();
+  check_dq_order<128, Variant::kModified>();
+  check_dq_order<256, Variant::kModified>();
 }
 
 TEST("division by the size of a page is exact") {

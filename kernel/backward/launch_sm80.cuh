@@ -41,15 +41,6 @@ Status launch_backward(const LaunchParams& launch_params, CUstream_st* stream) {
   return launch<BackwardDq<T, kHeadDim, Order, Policy>>(launch_params, query_blocks, stream);
 }
 
-// What a backward with scores is given.
-inline ModifiedScores::WithScores<BackwardLaunch> with_scores(const BackwardLaunch& base,
-                                                              const Scores& scores) {
-  ModifiedScores::WithScores<BackwardLaunch> launch_params{
-      base, score_params(base.params.problem, scores)};
-  if (launch_params.scores.scales) launch_params.scale_log2 = 1.0f;
-  return launch_params;
-}
-
 template <Family kFamily, int kHeadDim, Variant kVariant>
 Status launch_slice(Slice<Pass::kBackward, kFamily, kHeadDim, kVariant>,
                     const BackwardParams& params, const Scores& scores, const cuda::Device&,
@@ -67,7 +58,7 @@ Status launch_slice(Slice<Pass::kBackward, kFamily, kHeadDim, kVariant>,
   return with_dtype(p, [&]<class T>(T) {
     using Policy = ScorePolicyOf<kVariant>;
     if constexpr (Policy::kModifies) {
-      const auto scored = with_scores(launch_params, scores);
+      const auto scored = with_scores<Policy>(launch_params, scores);
       if (Status s = launch_backward<T, kHeadDim, kMemory, Policy>(scored, stream)) return s;
       return launch_score_gradients<T, kHeadDim, DqOrder<kHeadDim, kMemory, kVariant>>(scored,
                                                                                        stream);

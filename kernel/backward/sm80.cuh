@@ -158,6 +158,40 @@ struct BackwardSm80 {
             query_block * kBlockQ + warp.query * kQueries};
   }
 
+  // With scores: S^T -> P^T as an operand, without what is dropped, and in `s` what makes dS^T of
+  // dP^T - delta. Where the cap is all that there is, in one pass, with no derivative to keep.
+  template <bool kEdge>
+  static FLASHTILE_DEVICE void weigh(Scores& s, Packed& packed, Elements& elements,
+                                     const Params& launch, const State& my, int query_block) {
+    if (!kEdge && launch.scores.cap_alone) return weigh_capped(s, packed, launch.scores, my.stage);
+    const TransposedTile tile = place(my, query_block);
+    elements.to_logits(s, launch.scores, tile);
+    probabilities(s, my.stage, launch.scale_log2);
+    if constexpr (kEdge) EdgeTest<Shape>::mask(s, query_block, my.notes);
+    elements.draw(s, launch.scores, tile);
+    elements.template pack_kept<T>(packed, s, launch.scores.of.dropout);
+    elements.slope(s, launch.scores);
+  }
+  static FLASHTILE_DEVICE void weigh_capped(Scores& s, Packed& packed, const ScoreParams& params,
+                                            const Stage<Shape>& stage) {
+    FLASHTILE_UNROLL
+    for (int k = 0; k < kQueries / 16; ++k) {
+      const float4 lse = stage.lse(k);
+      FLASHTILE_UNROLL
+      for (int m = 0; m < kKeys / 16; ++m) {
+        FLASHTILE_UNROLL
+        for (int a = 0; a < 4; ++a) {
+          float (&d)[4] = s.d[m][2 * k + a / 2];
+          const int i = a % 2 * 2;
+          const float first = flashtile::weigh_capped(d[i], a / 2 == 0 ? lse.x : lse.z, params);
+          const float second =
+              flashtile::weigh_capped(d[i + 1], a / 2 == 0 ? lse.y : lse.w, params);
+          packed.x[k][m][a] = ptx::pack<T>(first, second);
+        }
+      }
+    }
+  }
+
   // One block of queries, at `slot` of the workspace. kEdge: some scores may be hidden, and the
   // next block may be ragged or not exist.
   template <bool kEdge>
@@ -178,16 +212,12 @@ struct BackwardSm80 {
     Scores scores;
     mma_ABt<T>(scores, SharedOperand<KeyRows, kKeys>{my.at.k_rows}, my.stage.rows);  // S^T = K Q^T
     Elements elements;
-    if constexpr (Policy::kModifies) {
-      elements.to_logits(scores, launch.scores, place(my, slot - first_slot));
-    }
-    probabilities(scores, my.stage, launch.scale_log2);
-    if constexpr (kEdge) EdgeTest<Shape>::mask(scores, slot - first_slot, my.notes);
     Packed packed;
     if constexpr (Policy::kModifies) {
-      elements.draw(scores, launch.scores, place(my, slot - first_slot));
-      elements.template pack_kept<T>(packed, scores, launch.scores.of.dropout);
+      weigh<kEdge>(scores, packed, elements, launch, my, slot - first_slot);
     } else {
+      probabilities(scores, my.stage, launch.scale_log2);
+      if constexpr (kEdge) EdgeTest<Shape>::mask(scores, slot - first_slot, my.notes);
       packed.template pack<T>(scores);
     }
     if constexpr (kConfig.split_head_dim) {
@@ -210,7 +240,7 @@ struct BackwardSm80 {
       }
       multiply<kEdge>(ds, scores, q / 8);
       if constexpr (Policy::kModifies) {
-        elements.slope(ds, q / 8, launch.scores, place(my, slot - first_slot));
+        elements.scale(ds, q / 8, launch.scores, place(my, slot - first_slot));
       }
       packed.template pack<T>(ds, q / 16);
     }

@@ -17,10 +17,12 @@
 
 namespace flashtile {
 
-template <class T, int kHeadDim, bool kDeterministic>
+template <class T, int kHeadDim, bool kDeterministic, class Policy = PlainScores>
 struct BackwardSm90 {
-  using Params = BackwardLaunchSm90;
-  using Shape = BackwardShapeSm90<kHeadDim>;
+  using ScorePolicy = Policy;
+  using Params = BackwardLaunchSm90<Policy>;
+  using Shape = BackwardShapeSm90<kHeadDim, Policy::kVariant>;
+  using Launch = typename Shape::Launch;
   using Slot = typename Shape::Slot;
   using Ring = typename Shape::QueryRing;
   using Turns = std::conditional_t<kDeterministic, GroupTurns<Shape>, NoGroupTurns>;
@@ -39,6 +41,7 @@ struct BackwardSm90 {
     const uint32_t notes = my.smem + Shape::kNotes;
     const RangeNotes range = read_notes<RangeNotes>(notes);
     int slot = first_slot + range.begin;
+    if constexpr (Policy::kModifies) note_scores(my, first_slot);
     const float* const statistics = Slot::statistics(my.launch, slot);
     const bool huge = Slot::template has_huge_scores<32>(statistics, ptx::thread_index() % 32,
                                                          range.end - range.begin);
@@ -61,6 +64,21 @@ struct BackwardSm90 {
     }
   }
 
+  // The notes of the warp's scores, of the head that begins at `first_slot`: every warp has its
+  // own, for one may be a head ahead of another.
+  static FLASHTILE_DEVICE void note_scores(const Consumer& my, int first_slot) {
+    const Launch& launch = my.launch;
+    __syncwarp();  // nobody reads the notes of the head before any more
+    if (ptx::thread_index() % 32 == 0) {
+      const RowBlock block =
+          key_block(launch, read_notes<HeadNotes>(my.smem + Shape::kNotes).index);
+      TransposedNotes::write(launch.params.problem, launch.scores, block,
+                             first_slot / static_cast<int>(launch.slots_q),
+                             Consumer::Weights::Tile::notes(my.smem, ptx::thread_index()));
+    }
+    __syncwarp();  // the notes are there
+  }
+
   // One past the last head's first_slot.
   static FLASHTILE_DEVICE int end_of_heads(const BackwardLaunch& launch, uint32_t notes) {
     const Problem& p = launch.params.problem;
@@ -69,7 +87,7 @@ struct BackwardSm90 {
   }
 
   template <int kGroup>
-  static FLASHTILE_DEVICE void consume(const BackwardLaunch& launch, uint32_t smem) {
+  static FLASHTILE_DEVICE void consume(const Launch& launch, uint32_t smem) {
     Consumer my(launch, smem);
     const uint32_t notes = smem + Shape::kNotes;
     const RangeNotes range = read_notes<RangeNotes>(notes);
@@ -156,7 +174,7 @@ struct BackwardSm90 {
       if (warp == 1) {
         reducer.template run<0>();
       } else if (warp == 2) {
-        reducer.template run<1>();
+        if constexpr (Shape::dq_cols(1) > 0) reducer.template run<1>();
       }
     }
   }

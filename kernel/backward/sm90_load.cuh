@@ -12,7 +12,7 @@ struct BackwardProducer {
   using Tile = typename Shape::QueryTile;
   using Ring = typename Shape::QueryRing;
 
-  const BackwardLaunchSm90& launch;
+  const BackwardLaunchSm90<typename Shape::Policy>& launch;
   uint32_t smem;
 
   // K, V, then all blocks of queries of the heads that share them.

@@ -10,7 +10,7 @@
 // before, and the second had read P before it stored that dS.
 #pragma once
 
-#include "backward/sm90_scores.cuh"
+#include "backward/sm90_weights.cuh"
 #include "backward/store.cuh"
 #include "tile/product_sm90.cuh"
 #include "tile/unpack.cuh"
@@ -21,6 +21,7 @@ namespace flashtile {
 template <class T, class Shape, class Dq>
 struct BackwardRoles {
   using Words = BackwardScores<T, Shape>;
+  using Weights = BackwardWeights<T, Shape>;
   using KeyTile = typename Shape::KeyTile;
   using QueryTile = typename Shape::QueryTile;
   using ScoreTile = typename Shape::ScoreTile;
@@ -28,15 +29,16 @@ struct BackwardRoles {
   using Packed = typename Shape::Packed;
   using Gradient = typename Shape::Gradient;
   using Ring = typename Shape::QueryRing;
+  static constexpr bool kHasScores = Shape::Policy::kModifies;
 
-  const BackwardLaunch& launch;
+  const typename Shape::Launch& launch;
   uint32_t smem;
   TileDescriptors tiles;
   int thread;         // 0 to 255
   int use = 0;        // of the rings
   Gradient gradient;  // dV of the first warpgroup, dK of the second
 
-  FLASHTILE_DEVICE BackwardRoles(const BackwardLaunch& launch, uint32_t smem)
+  FLASHTILE_DEVICE BackwardRoles(const typename Shape::Launch& launch, uint32_t smem)
       : launch(launch), smem(smem), tiles(smem), thread(ptx::thread_index()) {
     clear(gradient);
   }
@@ -54,6 +56,39 @@ struct BackwardRoles {
     return smem + Shape::kExchange + thread % Shape::kGroupThreads * 16;
   }
   static constexpr int kExchangeStep = Shape::kGroupThreads * 16;
+  // To the second warpgroup.
+  FLASHTILE_DEVICE void send(const Packed& packed) const {
+    FLASHTILE_UNROLL
+    for (int k = 0; k < Shape::kBlockQ / 16; ++k) {
+      const uint32_t (&x)[4] = packed[k];
+      ptx::sts_u32x4(exchange() + k * kExchangeStep, make_uint4(x[0], x[1], x[2], x[3]));
+    }
+  }
+
+  // With scores: the bits of dropout go the same way, and instead of P the weights.
+  static_assert(sizeof(Weights::kept) == 4);
+  FLASHTILE_DEVICE uint32_t kept_place() const {
+    return smem + Shape::kKept + thread % Shape::kGroupThreads * 4;
+  }
+  FLASHTILE_DEVICE typename Weights::Tile weight_tile(int slot, int first_slot) const {
+    return {smem, (slot - first_slot) * Shape::kBlockQ, Ring::stage(use), thread};
+  }
+  // S^T -> P^T for dV; sends what makes dS of dP - delta.
+  template <QueryBlock kBlock>
+  FLASHTILE_DEVICE void weigh(Packed& packed, Scores& p, int slot, int first_slot) const {
+    Weights weights;
+    const auto seen_here = seen<kBlock>(slot, first_slot);
+    weights.template weigh<kBlock>(p, packed, launch, weight_tile(slot, first_slot), seen_here);
+    Packed sent;
+    Words::template pack<kBlock>(sent, p, seen_here);
+    send(sent);
+    if (launch.scores.of.dropout.exists()) ptx::sts_u32(kept_place(), weights.kept[0]);
+  }
+  FLASHTILE_DEVICE void change_dp(Scores& ds, int slot, int first_slot) const {
+    Weights weights;
+    weights.kept[0] = launch.scores.of.dropout.exists() ? ptx::lds_u32(kept_place()) : 0;
+    weights.change_dp(ds, launch.scores, weight_tile(slot, first_slot));
+  }
 
   template <QueryBlock kBlock>
   FLASHTILE_DEVICE typename Words::Seen seen(int slot, int first_slot) const {
@@ -81,14 +116,14 @@ struct BackwardRoles {
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(p.d[0]);
     if (is_first_lane()) q_ring().release(use);
-    Words::template probabilities<kBlock>(p, Words::statistics(smem, Ring::stage(use), thread),
-                                          launch.scale_log2);
     Packed packed;
-    Words::template pack<kBlock>(packed, p, seen<kBlock>(slot, first_slot));
-    FLASHTILE_UNROLL
-    for (int k = 0; k < Shape::kBlockQ / 16; ++k) {
-      const uint32_t (&x)[4] = packed[k];
-      ptx::sts_u32x4(exchange() + k * kExchangeStep, make_uint4(x[0], x[1], x[2], x[3]));
+    if constexpr (kHasScores) {
+      weigh<kBlock>(packed, p, slot, first_slot);
+    } else {
+      Words::template probabilities<kBlock>(p, Words::statistics(smem, Ring::stage(use), thread),
+                                            launch.scale_log2);
+      Words::template pack<kBlock>(packed, p, seen<kBlock>(slot, first_slot));
+      send(packed);
     }
     ptx::named_barrier_arrive(kProbabilitiesThere, Shape::kConsumers);
     ptx::wgmma_fence();
@@ -119,6 +154,9 @@ struct BackwardRoles {
     ptx::named_barrier_sync(kProbabilitiesThere, Shape::kConsumers);
     ptx::wgmma_wait<0>();
     ptx::keep_in_order(ds.d[0]);
+    if constexpr (kHasScores) {
+      if (launch.scores.changes_dp) change_dp(ds, slot, first_slot);
+    }
     if (is_first_lane()) dout_ring().release(use);
     FLASHTILE_UNROLL
     for (int k = 0; k < Shape::kBlockQ / 16; ++k) {

@@ -22,6 +22,14 @@ struct BackwardScores {
     return smem + Shape::kStatistics + stage * Shape::kStatisticsBytes + thread % 4 * 16;
   }
 
+  // Of 16 queries, and of eight.
+  static FLASHTILE_DEVICE float4 lse(uint32_t statistics, int n16) {
+    return ptx::lds_f32x4(statistics + n16 * 192);
+  }
+  static FLASHTILE_DEVICE float4 minus_delta(uint32_t statistics, int n8) {
+    return ptx::lds_f32x4(statistics + n8 / 2 * 192 + 64 + n8 % 2 * 64);
+  }
+
   // 2^x; of huge scores at most 1.
   template <QueryBlock kBlock>
   static FLASHTILE_DEVICE float exponential(float x) {
@@ -32,21 +40,22 @@ struct BackwardScores {
   static FLASHTILE_DEVICE void probabilities(Scores& s, uint32_t statistics, float scale_log2) {
     FLASHTILE_UNROLL
     for (int n16 = 0; n16 < kBlocks / 2; ++n16) {
-      const float4 lse = ptx::lds_f32x4(statistics + n16 * 192);
+      const float4 of_queries = lse(statistics, n16);
       FLASHTILE_UNROLL
       for (int i = 0; i < 4; ++i) {
         float& first = s.d[0][2 * n16][i];
         float& second = s.d[0][2 * n16 + 1][i];
-        first = exponential<kBlock>(first * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
-        second = exponential<kBlock>(second * scale_log2 - (i % 2 == 0 ? lse.z : lse.w));
+        first =
+            exponential<kBlock>(first * scale_log2 - (i % 2 == 0 ? of_queries.x : of_queries.y));
+        second =
+            exponential<kBlock>(second * scale_log2 - (i % 2 == 0 ? of_queries.z : of_queries.w));
       }
     }
   }
   // What dP^T starts from: -delta, in every row.
   static FLASHTILE_DEVICE void start_from_delta(Scores& ds, uint32_t statistics) {
     FLASHTILE_UNROLL
-    for (int n = 0; n < kBlocks; ++n)
-      assign(ds.d[0][n], ptx::lds_f32x4(statistics + n / 2 * 192 + 64 + n % 2 * 64));
+    for (int n = 0; n < kBlocks; ++n) assign(ds.d[0][n], minus_delta(statistics, n));
   }
   // dP^T - delta -> dS^T
   static FLASHTILE_DEVICE void multiply(Scores& ds, const Scores& p) {

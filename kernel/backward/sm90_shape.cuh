@@ -4,6 +4,7 @@
 
 #include "backward/layout.cuh"
 #include "backward/notes.cuh"
+#include "backward/transposed_scores.cuh"
 #include "cuda/tensor_map.h"
 #include "ptx/hopper.cuh"
 #include "tile/accumulator.cuh"
@@ -41,15 +42,19 @@ struct HeadNotes {
 };
 inline constexpr int kBackwardNotesBytes = 64;
 
-// The arguments of the main kernel.
+// The arguments of the main kernel. Policy: PlainScores or ModifiedScores.
+template <class Policy = PlainScores>
 struct BackwardLaunchSm90 {
-  BackwardLaunch base;
+  typename Policy::template WithScores<BackwardLaunch> base;
   TensorMap q, k, v, dout;  // boxes of 64 columns and a block of rows
 };
 
-template <int kHeadDim>
+template <int kHeadDimValue, Variant kVariant = Variant::kPlain>
 struct BackwardShapeSm90 {
-  static constexpr BackwardConfigSm90 kConfig = backward_config_sm90(kHeadDim);
+  static constexpr int kHeadDim = kHeadDimValue;
+  using Policy = ScorePolicyOf<kVariant>;
+  using Launch = typename Policy::template WithScores<BackwardLaunch>;
+  static constexpr BackwardConfigSm90 kConfig = backward_config_sm90(kHeadDim, kVariant);
   static constexpr int kBlockQ = kConfig.block_q;
   static constexpr int kBlockK = kConfig.block_k;
   static constexpr int kStages = kConfig.stages;
@@ -73,7 +78,8 @@ struct BackwardShapeSm90 {
   using Packed = uint32_t[kBlockQ / 16][4];    // P^T, dS^T: register operands, pairs of T
   using Gradient = Accumulator<16, kHeadDim>;  // dK, dV
 
-  // dQ: with 128 queries each warpgroup takes half of the rows, with 64 some panels of columns.
+  // dQ: with 128 queries each warpgroup takes half of the rows, with 64 some panels of columns; the
+  // second none where there is one panel.
   static constexpr bool kSplitRows = kBlockQ == 128;
   static constexpr int kFirstPanels = (kHeadDim / kPanelCols + 1) / 2;  // of the first warpgroup
   static_assert(kSplitRows || kBlockQ == 64);
@@ -107,7 +113,12 @@ struct BackwardShapeSm90 {
   static constexpr int kQRing = kKeysFull + kMbarrierBytes;
   static constexpr int kDoutRing = kQRing + QueryRing::kBytes;  // of dO and the statistics
   static constexpr int kNotes = (kDoutRing + QueryRing::kBytes + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + kBackwardNotesBytes;
+  // With scores: the notes of every warp that computes, and what roles exchange beside P^T, a
+  // lane's bits of dropout.
+  static constexpr int kScoreNotes = kNotes + kBackwardNotesBytes;
+  static constexpr int kKept = kScoreNotes + kConsumers / 32 * TransposedNotes::kBytes;
+  static constexpr int kBytes =
+      !Policy::kModifies ? kScoreNotes : kKept + (kRoles ? 4 * kGroupThreads : 0);
   static_assert(kStatisticsBytes % 16 == 0 && kBytes <= kSharedLimitSm90);
 };
 
@@ -122,9 +133,9 @@ enum BackwardBarrier {
 };
 
 // Where dQ's accumulators lie: [warpgroup][n8 block][thread][4], one float4 per thread.
-template <int kHeadDim>
+template <int kHeadDim, Variant kVariant = Variant::kPlain>
 struct DqOrderSm90 {
-  using Shape = BackwardShapeSm90<kHeadDim>;
+  using Shape = BackwardShapeSm90<kHeadDim, kVariant>;
   static constexpr int kBlockQ = Shape::kBlockQ;
   static constexpr int kBlockFloats = 4 * Shape::kGroupThreads;  // from n8 block to n8 block
 

@@ -71,6 +71,15 @@ struct TransposedTile {
   }
 };
 
+// Under a cap alone, of S and the LSE: returns P, and leaves in x what makes dS of dP - delta, P
+// times the derivative of the cap.
+FLASHTILE_DEVICE float weigh_capped(float& x, float lse, const ScoreParams& p) {
+  const float t = capped(x * p.factor, 1.0f, 1.0f);
+  const float probability = ptx::ex2(t * p.cap_log2 - lse);
+  x = probability * fmaf(-t, t, 1.0f);
+  return probability;
+}
+
 // A lane's elements of a tile, between the products: the slopes of the cap, and what dropout keeps.
 template <int kKeys, int kQueries>
 struct TransposedElements {
@@ -146,6 +155,11 @@ struct TransposedElements {
     return (kept[bit / 32] >> (bit % 32) & 1) != 0;
   }
 
+  // Ones where a pair of keys or queries of a register operand is kept: elements i and i + 1.
+  FLASHTILE_DEVICE uint32_t kept_pair(int m, int n, int i) const {
+    return (is_kept(m, n, i) ? 0xffffu : 0u) | (is_kept(m, n, i + 1) ? 0xffff0000u : 0u);
+  }
+
   // P as an operand, without what is dropped.
   template <class T, class Packed>
   FLASHTILE_DEVICE void pack_kept(Packed& packed, const Scores& p, const Dropout& dropout) const {
@@ -157,10 +171,7 @@ struct TransposedElements {
       for (int m = 0; m < kRowBlocks; ++m) {
         FLASHTILE_UNROLL
         for (int a = 0; a < 4; ++a) {
-          const int n = 2 * k + a / 2, i = a % 2 * 2;
-          const uint32_t low = is_kept(m, n, i) ? 0xffffu : 0u;
-          const uint32_t high = is_kept(m, n, i + 1) ? 0xffff0000u : 0u;
-          packed.x[k][m][a] &= low | high;
+          packed.x[k][m][a] &= kept_pair(m, 2 * k + a / 2, a % 2 * 2);
         }
       }
     }
@@ -185,24 +196,27 @@ struct TransposedElements {
     }
   }
 
-  // Gradients of logits -> gradients of softmax_scale * S.
-  template <int kSome>
-  FLASHTILE_DEVICE void slope(Accumulator<kKeys, kSome>& ds, int first, const ScoreParams& p,
-                              const TransposedTile& at) const {
-    if (p.of.softcap != 0) {
+  // P -> P times the derivative of the cap: what makes dS of dP - delta.
+  FLASHTILE_DEVICE void slope(Scores& p, const ScoreParams& params) const {
+    if (params.of.softcap == 0) return;
+    FLASHTILE_UNROLL
+    for (int m = 0; m < kRowBlocks; ++m) {
       FLASHTILE_UNROLL
-      for (int m = 0; m < kRowBlocks; ++m) {
+      for (int n = 0; n < kColBlocks; ++n) {
         FLASHTILE_UNROLL
-        for (int n = 0; n < kSome / 8; ++n) {
-          FLASHTILE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const float2 slope = unpack<__half>(slopes[m][first + n][half]);
-            ds.d[m][n][2 * half] *= slope.x;
-            ds.d[m][n][2 * half + 1] *= slope.y;
-          }
+        for (int half = 0; half < 2; ++half) {
+          const float2 slope = unpack<__half>(slopes[m][n][half]);
+          p.d[m][n][2 * half] *= slope.x;
+          p.d[m][n][2 * half + 1] *= slope.y;
         }
       }
     }
+  }
+
+  // dS of n8 blocks of queries from `first` on, times the query_scale.
+  template <int kSome>
+  static FLASHTILE_DEVICE void scale(Accumulator<kKeys, kSome>& ds, int first, const ScoreParams& p,
+                                     const TransposedTile& at) {
     if (p.of.query_scale.exists())
       scale_queries(ds, first, p.of.query_scale, at, at.place().seqlen_q);
   }

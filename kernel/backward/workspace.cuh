@@ -4,6 +4,7 @@
 #include "backward/delta.cuh"
 #include "backward/dq.cuh"
 #include "launch.cuh"
+#include "tile/scores.cuh"
 
 namespace flashtile {
 
@@ -54,6 +55,20 @@ inline BackwardLaunch backward_launch(const BackwardParams& params,
   launch.dk = key_format(params.dk, p, p.head_dim);
   launch.dv = key_format(params.dv, p, p.head_dim_v);
   return launch;
+}
+
+// The same of a kernel with scores, or as it is.
+template <class Policy>
+typename Policy::template WithScores<BackwardLaunch> with_scores(const BackwardLaunch& base,
+                                                                 const Scores& scores) {
+  if constexpr (Policy::kModifies) {
+    typename Policy::template WithScores<BackwardLaunch> launch{
+        base, score_params(base.params.problem, scores)};
+    if (launch.scores.scales) launch.scale_log2 = 1.0f;
+    return launch;
+  } else {
+    return base;
+  }
 }
 
 }  // namespace flashtile

@@ -51,11 +51,6 @@ struct SliceTable {
                        &Slice<kPass, kFamily, kHeadDims, kVariant>::workspace_bytes}),
      ...);
   }
-  constexpr bool has(Family family, Variant variant) const {
-    return std::any_of(rows, rows + count, [=](const SliceRow<Params>& row) {
-      return row.family == family && row.variant == variant;
-    });
-  }
 };
 
 constexpr SliceTable<ForwardParams> kForwardSlices = [] {
@@ -86,6 +81,7 @@ constexpr SliceTable<BackwardParams> kBackwardSlices = [] {
   table.add<Pass::kBackward, Family::kSm90>(Sm90HeadDims());
   table.add<Pass::kBackward, Family::kSm80Large, Variant::kModified>(LargeScoresHeadDims());
   table.add<Pass::kBackward, Family::kSm80Small, Variant::kModified>(SmallScoresHeadDims());
+  table.add<Pass::kBackward, Family::kSm90, Variant::kModified>(Sm90ScoresHeadDims());
   return table;
 }();
 
@@ -209,15 +205,9 @@ Family choose_family(const Device& device, std::initializer_list<MappedTensor> t
 }
 // `last` is the fourth tensor that TMA moves: the others are read and written without it.
 template <class Params>
-Family choose_family(const SliceTable<Params>& slices, const Params& params,
-                     const MappedTensor& last, const Device& device, Variant variant,
+Family choose_family(const Params& params, const MappedTensor& last, const Device& device,
                      PlanName& name) {
   const Problem& p = params.problem;
-  if (kHasSm90 && device.capability == 90 && !slices.has(Family::kSm90, variant)) {
-    std::snprintf(name.note, sizeof name.note,
-                  "scores is set; the backward for sm_90a takes none, that for sm_80 runs instead");
-    return family_for_all(device);
-  }
   return choose_family(
       device,
       {query_tensor("q", params.q, p, p.head_dim), key_tensor("k", params.k, p, p.head_dim),
@@ -246,7 +236,7 @@ Status choose_loop(const ForwardParams& params, Pass pass, Variant variant,
                    Plan<ForwardParams>& plan) {
   const Problem& p = params.problem;
   const MappedTensor out = query_tensor("out", params.out, p, p.head_dim_v);
-  const Family family = choose_family(kForwardSlices, params, out, plan.device, variant, plan.name);
+  const Family family = choose_family(params, out, plan.device, plan.name);
   if (pass == Pass::kPrefill && family == Family::kSm90) {
     if (const TmaObstacle obstacle = page_obstacle(p.cache)) {
       std::snprintf(plan.name.note, sizeof plan.name.note,
@@ -311,14 +301,12 @@ Status choose(const BackwardParams& params, const Scores& scores, DeviceScope& s
   const Family general = family_for_all(plan.device);
   const MappedTensor dout = query_tensor("dout", params.dout, p, p.head_dim_v);
   const Variant variant = variant_of(scores);
-  const Family family =
-      choose_family(kBackwardSlices, params, dout, plan.device, variant, plan.name);
+  const Family family = choose_family(params, dout, plan.device, plan.name);
   // Enough for every family of the device: the family is known only with the tensors.
   size_t bytes = 0;
   for (const Family one : {general, Family::kSm90}) {
     if (one == Family::kSm90 && !(kHasSm90 && plan.device.capability == 90)) continue;
     const SliceRow<BackwardParams>* row = nullptr;
-    if (one == Family::kSm90 && variant != Variant::kPlain) continue;
     if (Status s = find(kBackwardSlices, {Pass::kBackward, one, variant}, p, row)) return s;
     bytes = std::max(bytes, row->workspace_bytes(p));
     if (one == family) plan.loop = row;

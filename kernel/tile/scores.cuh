@@ -26,6 +26,8 @@ namespace flashtile {
 struct ScoreParams {
   Scores of;
   bool scales;        // S -> logits; else the softmax scales
+  bool cap_alone;     // nothing else changes logits, hides keys or drops
+  bool changes_dp;    // backward: dP - delta is not what the product leaves
   float factor;       // on S: to logits, or to what the cap's exponential takes
   float cap_log2;     // softcap * log2(e)
   float kept_factor;  // of what dropout keeps; 1 where it keeps nothing, so that 1 / it exists
@@ -39,6 +41,9 @@ inline ScoreParams score_params(const Problem& problem, const Scores& scores) {
   p.scales = is_capped || scores.bias[0].exists() || scores.bias[1].exists() ||
              scores.alibi_slopes.exists() || scores.query_scale.exists() ||
              scores.max_logit.exists();
+  p.cap_alone = is_capped && !scores.hides_keys() && !scores.alibi_slopes.exists() &&
+                !scores.query_scale.exists() && !scores.dropout.exists();
+  p.changes_dp = scores.query_scale.exists() || scores.dropout.exists();
   p.factor =
       static_cast<float>(problem.softmax_scale * log2e * (is_capped ? 2 / scores.softcap : 1.0));
   p.cap_log2 = static_cast<float>(scores.softcap * log2e);
