@@ -333,8 +333,8 @@ struct ForwardSm90 {
       Output o;
       clear(o);
       Softmax softmax(params.scale_log2, shared.shifts(warp_row));
-      const Hooks hooks(params, {shared.notes(tile), warp_row});
-      if constexpr (Hooks::kExist) ScorePolicy::clear_top(hooks.at);
+      const Hooks hooks(params, shared.notes(tile));
+      if constexpr (Hooks::kExist) ScorePolicy::clear_top(hooks.at());
       shared.q_ring().wait(tile);
       if (params.negate_q) negate_rows<QTile>(shared.q(tile), warpgroup, kOwnBarrier + warpgroup);
       if (!range.empty()) {

@@ -41,7 +41,7 @@ struct ScoreHooks {
   using Params = Base;
 
   template <class Base>
-  FLASHTILE_DEVICE ScoreHooks(const Base&, const ScoreTile&) {}
+  FLASHTILE_DEVICE ScoreHooks(const Base&, uint32_t) {}
 };
 
 template <>
@@ -52,11 +52,14 @@ struct ScoreHooks<ModifiedScores> {
     HookParams scores;
   };
   const HookParams& params;
-  ScoreTile at;
+  uint32_t notes;
 
   template <class Base>
-  FLASHTILE_DEVICE ScoreHooks(const Params<Base>& params, const ScoreTile& at)
-      : params(params.scores), at(at) {}
+  FLASHTILE_DEVICE ScoreHooks(const Params<Base>& params, uint32_t notes)
+      : params(params.scores), notes(notes) {}
+
+  // The rows of a warp behind the warpgroup that loads: kept, they would take a register.
+  FLASHTILE_DEVICE ScoreTile at() const { return {notes, ptx::thread_index() / 32 * 16 - 64}; }
 
   // S -> logits, or what the softmax scales to logits; hidden by the mask: -inf. `key`: the tile's
   // first one.
@@ -69,12 +72,12 @@ struct ScoreHooks<ModifiedScores> {
     } else if (params.logits_by == LogitsBy::kSlope) {
       add_slope(s, key);
     } else {
-      ModifiedScores::to_logits(s, params, at, key);
+      ModifiedScores::to_logits(s, params, at(), key);
     }
   }
   template <int kKeys>
   FLASHTILE_DEVICE void keep_top(const Accumulator<16, kKeys>& s) const {
-    if (params.of.max_logit.exists()) ModifiedScores::keep_top(s, at);
+    if (params.of.max_logit.exists()) ModifiedScores::keep_top(s, at());
   }
   // P -> P without what is dropped.
   template <int kKeys>
@@ -82,13 +85,13 @@ struct ScoreHooks<ModifiedScores> {
     const Dropout& dropout = params.of.dropout;
     if (!dropout.exists()) return;
     FLASHTILE_UNROLL
-    for (int step = 0; step < kKeys / 16; ++step) ModifiedScores::drop(p, step, dropout, at, key);
+    for (int step = 0; step < kKeys / 16; ++step) ModifiedScores::drop(p, step, dropout, at(), key);
   }
 
   // After the last tile: the largest logit, and the offset as the LSE wants it.
   FLASHTILE_DEVICE void finish(OnlineSoftmax<16>& softmax, int head) const {
     const ScoreView& max_logit = params.of.max_logit;
-    if (max_logit.exists()) ModifiedScores::raise_max_logit(max_logit, head, at);
+    if (max_logit.exists()) ModifiedScores::raise_max_logit(max_logit, head, at());
     if (params.logits_by == LogitsBy::kCap) {
       softmax.offset[0][0] += params.cap_log2;
       softmax.offset[0][1] += params.cap_log2;
@@ -98,6 +101,7 @@ struct ScoreHooks<ModifiedScores> {
  private:
   template <int kKeys>
   FLASHTILE_DEVICE void add_slope(Accumulator<16, kKeys>& s, int key) const {
+    const ScoreTile at = this->at();
     const ScoreNotes::Place place = at.place();
     const int first = place.distance + at.row - key, lane = ScoreTile::lane();
     const auto distance = static_cast<float>(first + lane / 4 - lane % 4 * 2);
