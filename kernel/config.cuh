@@ -200,6 +200,7 @@ inline constexpr ConfigRow<BackwardConfigSm90> kBackwardSm90[] = {
     {128, {64, 128, 2, DqPath::kBulkReduce}}, {192, {64, 64, 2, DqPath::kRedV4}},
     {256, {64, 64, 2, DqPath::kRedV4}},
 };
+// 64 queries at head dim 64, too: what scores do has no registers for 128.
 inline constexpr ConfigRow<BackwardConfigSm90> kBackwardSm90Scores[] = {
     {64, {64, 128, 2, DqPath::kBulkReduce}},
     {128, {64, 128, 2, DqPath::kBulkReduce}},
