@@ -200,6 +200,30 @@ TEST("flashtile/torch.h draws the state of dropout, and refuses scores that make
              "softcap is -1; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38");
   is_refused(flashtile::can_run(q, q, q, {.sink = at::zeros({3})}),
              "sink has shape (3,); allowed: (2,), (1, 2) or (1, 2, 64)");
+  const auto bias = [](at::ScalarType dtype) { return at::zeros({1, 1, 64, 64}, dtype); };
+  const std::pair<flashtile::AttentionOptions, const char*> wrong[] = {
+      {{.softcap = NAN}, "softcap is nan; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38"},
+      {{.alibi_slopes = at::zeros({2}, at::kHalf)},
+       "alibi_slopes has dtype float16; allowed: float32"},
+      {{.bias = bias(at::kLong)}, "bias[0] has dtype int64; allowed: float16, bfloat16, float32"},
+      {{.bias = bias(at::kFloat), .bias2 = at::zeros({64, 64})},
+       "bias[1] has shape (64, 64); allowed: (1, 2 or 1, 64 or 1, 64 or 1)"},
+      {{.mask = bias(at::kByte)}, "mask has dtype uint8; allowed: bool"},
+      {{.mask = bias(at::kBool).to(at::kMeta)}, "mask is on meta; allowed: cpu, the device of q"},
+      {{.dropout_p = 1.5}, "dropout_p is 1.5; allowed: 0 to 1"},
+      {{.dropout_p = NAN}, "dropout_p is nan; allowed: 0 to 1"},
+      {{.dropout_p = 0.5, .rng_state = at::zeros({2}, at::kInt)},
+       "rng_state has dtype int32; allowed: int64"},
+      {{.dropout_p = 0.5, .rng_state = at::zeros({4}, at::kLong).slice(0, 0, 4, 2)},
+       "rng_state has stride 2 in its last dimension; allowed: 1"},
+      {{.dropout_p = 0.5, .rng_state = at::zeros({2}, at::kLong).to(at::kMeta)},
+       "rng_state is on meta; allowed: cpu, the device of q"},
+  };
+  for (const auto& [options, sentence] : wrong) {
+    is_refused(flashtile::can_run(q, q, q, options), sentence);
+    is_refused(flashtile::can_run(q, q, q, options, /*backward=*/true), sentence);
+    throws([&] { flashtile::attention(q, q, q, options); }, sentence);
+  }
   const at::Tensor scale = at::ones({1, 64}).requires_grad_();
   is_refused(flashtile::can_run(q, q, q, {.query_scale = scale}),
              "query_scale requires grad; allowed: query_scale.detach(), as it has no gradient (q "
@@ -221,6 +245,11 @@ TEST("flashtile/torch.h has scores over a cache") {
   CHECK(difference(over.out, dense.out) < 1e-5);
   is_refused(flashtile::can_run_with_kvcache(q, cache, {.sink = at::zeros({3})}),
              "sink has shape (3,); allowed: (4,), (2, 4) or (2, 4, 3)");
+  const flashtile::KVCacheOptions far = {.mask = at::ones({1, 1, 3, 9}, at::kBool).to(at::kMeta)};
+  throws([&] { flashtile::attention_with_kvcache(q, cache, far); },
+         "mask is on meta; allowed: cpu, the device of q");
+  throws([&] { flashtile::attention(q, k.to(at::kMeta), k, {}); },
+         "k is on meta; allowed: cpu, the device of q");
   throws(
       [&] {
         torch::autograd::grad({flashtile::attention_with_kvcache(q, cache, {.sink = sink}).out},

@@ -110,6 +110,8 @@ const Refusal kRefusals[] = {
      "query_scale.stride_head is 4; allowed: 0, it has no such dimension"},
     {[](ScoredCall& c) { c.scores.query_scale.dtype = FLASHTILE_FLOAT16; },
      "query_scale.dtype is 0; allowed: FLASHTILE_FLOAT32, and FLOAT64 where q has it"},
+    {[](ScoredCall& c) { c.scores.softcap = INFINITY; },
+     "softcap is inf; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38"},
     {[](ScoredCall& c) { c.scores.dropout_p = 1.5; }, "dropout_p is 1.5; allowed: 0 to 1"},
     {[](ScoredCall& c) { c.scores.dropout_p = -0.1; }, "dropout_p is -0.1; allowed: 0 to 1"},
     {[](ScoredCall& c) { c.scores.dropout_p = std::nan(""); }, "dropout_p is nan; allowed: 0 to 1"},
@@ -168,11 +170,41 @@ const Refusal kBackwardRefusals[] = {
     {[](ScoredCall& c) { c.call.backward.dbias[0].dtype = FLASHTILE_BITS; },
      "dbias[0].dtype is 5; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, and FLOAT64 where q has "
      "it"},
+    {[](ScoredCall& c) { c.call.backward.dbias[0].dtype = FLASHTILE_BOOL; },
+     "dbias[0].dtype is 4; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, and FLOAT64 where q has "
+     "it"},
+    {[](ScoredCall& c) { c.call.backward.dalibi_slopes.dtype = FLASHTILE_FLOAT16; },
+     "dalibi_slopes.dtype is 0; allowed: FLASHTILE_FLOAT32, and FLOAT64 where q has it"},
+    {[](ScoredCall& c) { c.call.backward.dsink.stride_k = 1; },
+     "dsink.stride_k is 1; allowed: 0, it has no such dimension"},
     {[](ScoredCall& c) { c.call.backward.dbias[0].stride_q = 2; },
      "dbias[0].stride_q is 2 over 4 entries, which share memory; allowed: strides that keep them "
      "apart, they are written"},
     {[](ScoredCall& c) { c.call.backward.dbias[0].data = c.bias; },
      "dbias[0] shares memory with bias[0]; allowed: memory of its own"},
+};
+
+// Addresses that no number of the type has; the sentence begins with the name and ends so.
+struct Misaligned {
+  void (*break_it)(ScoredCall& c);
+  const char* name;
+  const char* allowed;
+};
+template <class T>
+T* one_byte_on(T* data) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(data) + 1);
+}
+const Misaligned kMisaligned[] = {
+    {[](ScoredCall& c) { c.scores.bias[0].data = one_byte_on(c.bias); }, "bias[0]",
+     "; allowed: a multiple of 4, a number's size"},
+    {[](ScoredCall& c) { c.scores.alibi_slopes.data = one_byte_on(c.slopes); }, "alibi_slopes",
+     "; allowed: a multiple of 4, a number's size"},
+    {[](ScoredCall& c) { c.scores.sink.data = one_byte_on(c.sink); }, "sink",
+     "; allowed: a multiple of 4, a number's size"},
+    {[](ScoredCall& c) { c.scores.query_scale.data = one_byte_on(c.query_scale); }, "query_scale",
+     "; allowed: a multiple of 4, a number's size"},
+    {[](ScoredCall& c) { c.scores.rng_state = one_byte_on(c.rng_state); }, "rng_state",
+     "; allowed: a multiple of 8, a number's size"},
 };
 
 enum class Pass { kForward, kBackward };
@@ -194,6 +226,18 @@ void check_refusal(const Refusal& refusal, Pass pass) {
   CHECK(c->is_untouched());
 }
 
+void check_misaligned(const Misaligned& misaligned) {
+  const auto c = std::make_unique<ScoredCall>();
+  misaligned.break_it(*c);
+  CHECK(flashtile_forward(&c->call.forward, nullptr) != FLASHTILE_OK);
+  const std::string forward = flashtile_last_error();
+  CHECK(forward.starts_with(misaligned.name));
+  CHECK(forward.ends_with(misaligned.allowed));
+  CHECK(flashtile_backward(&c->call.backward, nullptr) != FLASHTILE_OK);
+  CHECK_EQ(std::string(flashtile_last_error()), forward);
+  CHECK(c->is_untouched());
+}
+
 }  // namespace
 
 TEST("scores that the refusal tests break run as they are, dense and varlen") {
@@ -212,6 +256,7 @@ TEST("bad scores are refused with a sentence") {
     check_refusal(refusal, Pass::kForward);
     check_refusal(refusal, Pass::kBackward);
   }
+  for (const Misaligned& misaligned : kMisaligned) check_misaligned(misaligned);
   for (const Refusal& refusal : kForwardRefusals) check_refusal(refusal, Pass::kForward);
   for (const Refusal& refusal : kBackwardRefusals) check_refusal(refusal, Pass::kBackward);
 }

@@ -36,6 +36,10 @@ namespace detail {
 inline void check(TensorRef q, TensorRef k, TensorRef v, const AttentionOptions& options) {
   refuse_tangents({&q, &k, &v});
   for (const at::Tensor& tensor : score_tensors(options)) refuse_tangents({&tensor});
+  check_device("k", k, q);
+  check_device("v", v, q);
+  check_score_devices(q, options);
+  check_device("rng_state", options.rng_state, q);
   raise_unless(!options.query_scale.has_value() || !wants_gradient(*options.query_scale),
                "query_scale requires grad; allowed: query_scale.detach(), as it has no gradient (q "
                "has one: scale q instead)");

@@ -129,6 +129,7 @@ inline std::optional<at::Tensor> either(const char* name, OptionalRef value, Opt
 inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
   refuse_tangents({&q, &cache.k, &cache.v});
   for (const at::Tensor& tensor : score_tensors(options)) refuse_tangents({&tensor});
+  check_score_devices(q, options);
   if (options.append.has_value()) refuse_tangents({&options.append->k, &options.append->v});
   CacheCall call = {q, cache, options};
   call.cache.cache_seqlens = either("seqlens", cache.cache_seqlens, cache.seqlens);

@@ -122,6 +122,24 @@ Tensors score_tensors(const Options& options) {
   return given;
 }
 
+inline void check_device(const char* name, OptionalRef tensor, TensorRef q) {
+  if (!tensor.has_value() || tensor->device() == q.device()) return;
+  throw std::runtime_error(std::string(name) + " is on " + tensor->device().str() +
+                           "; allowed: " + q.device().str() + ", the device of q");
+}
+
+// The op would say it, too. But torch looks at all tensors for the op to call, and where it finds
+// none for a device (meta) it says so in words of its own.
+template <class Options>
+void check_score_devices(TensorRef q, const Options& options) {
+  check_device("alibi_slopes", options.alibi_slopes, q);
+  check_device("bias[0]", options.bias, q);
+  check_device("bias[1]", options.bias2, q);
+  check_device("mask", options.mask, q);
+  check_device("sink", options.sink, q);
+  check_device("query_scale", options.query_scale, q);
+}
+
 // With options.out. A mask cannot require grad.
 template <class Options>
 void refuse_score_gradients(const Options& options) {

@@ -84,6 +84,8 @@ TENSORS = [
     Refusal({"softcap": NAN}, "softcap is nan; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38"),
     Refusal({"softcap": 1e39},
             "softcap is 1e+39; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38"),
+    Refusal({"softcap": float("inf")},
+            "softcap is inf; allowed: 0 (none) and 1.17549e-38 to 3.40282e+38"),
     Refusal({"dropout_p": 1.5, "rng_state": STATE}, "dropout_p is 1.5; allowed: 0 to 1"),
     Refusal({"dropout_p": -0.1, "rng_state": STATE}, "dropout_p is -0.1; allowed: 0 to 1"),
     Refusal({"dropout_p": NAN, "rng_state": STATE}, "dropout_p is nan; allowed: 0 to 1"),
@@ -334,3 +336,16 @@ def test_backward_wants_what_is_there() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.ops.flashtile.backward_scores(*arguments, False, True)
     assert str(raised.value) == "wants_bias is True and bias is None; allowed: False"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+def test_no_gradient_of_numbers_that_have_none(dtype: torch.dtype) -> None:
+    """torch lets no such tensor require one; the op that computes them refuses it, too."""
+    call, bias = dense(), a_bias(1, 1, 5, 7, dtype=dtype)
+    out, lse = torch.ops.flashtile.forward(*call.values(), None, -1, -1)
+    scores = Scores(bias=bias)
+    arguments = (out, *call.values(), out, lse, None, *Options(), *Sequences(), *scores)
+    with pytest.raises(RuntimeError) as raised:
+        torch.ops.flashtile.backward_scores(*arguments, False, True)
+    name = str(dtype).removeprefix("torch.")
+    assert str(raised.value) == (f"bias[0] has dtype {name}; allowed: float16, bfloat16, float32")

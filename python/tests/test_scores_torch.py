@@ -56,11 +56,32 @@ def test_gradcheck(name: str, shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(call, (*inputs(grad=True), of_form(*shape)))
 
 
-def test_gradcheck_of_everything_in_varlen() -> None:
+def test_gradcheck_of_everything() -> None:
+    """With queries that see no key, a window, top-left alignment and a scale of every query."""
+    scale = torch.rand(BATCH, ROWS, dtype=torch.float64) + 0.5
+    seen = torch.rand(BATCH, 1, ROWS, COLUMNS) < 0.7
+    seen[:, :, :1] = False
+    band: Any = {"window_size": (1, 2), "causal_alignment": "top_left", "softcap": 0.7}
+    biases = (of_form(1, HEADS, ROWS, COLUMNS), of_form(BATCH, 1, ROWS, 1))
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor, bias2: Tensor, slopes: Tensor, sink: Tensor
+    ) -> Any:
+        what: Any = {"bias": [bias, bias2], "alibi_slopes": slopes, "sink": sink, "mask": seen}
+        return flashtile.attention(q, k, v, query_scale=scale, return_lse=True, **what, **band)
+
+    tensors = (*biases, of_form(BATCH, HEADS), of_form(BATCH, HEADS, ROWS))
+    assert torch.autograd.gradcheck(call, (*inputs(grad=True), *tensors))
+
+
+@pytest.mark.parametrize(
+    ("slopes", "sink"), [((3, HEADS), (1, HEADS, 6)), ((HEADS,), (3, HEADS)), ((HEADS,), (HEADS,))]
+)
+def test_gradcheck_of_everything_in_varlen(slopes: tuple[int, ...], sink: tuple[int, ...]) -> None:
     cu_q, cu_k = (torch.tensor(v, dtype=torch.int32) for v in ([0, 2, 2, 5], [0, 3, 4, 8]))
     q = of_form(6, HEADS, DIM)
     k, v = of_form(8, HEADS_KV, DIM), of_form(8, HEADS_KV, DIM)
-    tensors = (of_form(HEADS, 3, 4), of_form(3, 1, 3, 1), of_form(3, HEADS), of_form(1, HEADS, 6))
+    tensors = (of_form(HEADS, 3, 4), of_form(3, 1, 3, 1), of_form(*slopes), of_form(*sink))
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor, bias2: Tensor, slopes: Tensor, sink: Tensor
