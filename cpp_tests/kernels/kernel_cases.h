@@ -52,11 +52,16 @@ inline bool tma_takes(const HostTensor& tensor) {
          takes(s.head, e.heads) && takes(s.batch, e.batch);
 }
 
-// Whether a pass runs the kernels with scores. The largest logits are the forward's alone.
+// Whether a pass runs the kernels with scores. The largest logits are the forward's alone, and a
+// tensor without elements is none.
 inline bool has_scores(const std::string& pass, const Setup& setup) {
-  ScoreSpec scores = setup.spec.scores;
-  if (pass == "backward") scores.max_logit = false;
-  return scores.exist();
+  const ScoreInput& scores = setup.scores;
+  if (scores.spec.softcap != 0 || scores.spec.dropout_p > 0 || !scores.bytes.empty()) return true;
+  for (const ScoreTensor* const tensor :
+       {&scores.bias[0], &scores.bias[1], &scores.alibi, &scores.sink, &scores.query_scale}) {
+    if (tensor->exists()) return true;
+  }
+  return pass == "forward" && scores.spec.max_logit;
 }
 
 inline bool runs_on_sm90(const std::string& pass, const Setup& setup, const Schedule& schedule) {

@@ -3,7 +3,9 @@ catch them is for `make test-long`."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
@@ -11,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "fuzz"))
 
 import find_cpu_mutants
 import find_mutants
+import kernel_score_mutation_test
+import score_mutation_test
 from mutation_test import MUTANTS
 from patching import patch, patched, without_comments
 
@@ -92,6 +96,12 @@ class MutantsTest(unittest.TestCase):
                 for file, text in patched(KERNEL, mutant.patches).items():
                     assert code(text) != code((KERNEL / file).read_text()), "changes nothing"
         print(f"{len(mutants)} mutants tried")
+
+    def test_every_mutant_of_scores_applies(self) -> None:
+        for plant in (score_mutation_test.plant, kernel_score_mutation_test.plant):
+            with self.subTest(plant=plant.__module__), tempfile.TemporaryDirectory() as name:
+                shutil.copytree(KERNEL, Path(name) / "kernel")
+                plant(Path(name) / "kernel")
 
     def test_no_mutant_quotes_a_comment(self) -> None:
         for mutant in MUTANTS + find_cpu_mutants.MUTANTS + find_cpu_mutants.CACHE_MUTANTS:

@@ -35,19 +35,19 @@ OPTIONS = (
 )
 
 
-def switched(text: str, mutant: Switched, number: int) -> str:
-    """The text of the file with the bug behind its number."""
+def switched(text: str, mutant: Switched, number: int, chosen: str = "mutant") -> str:
+    """The text of the file with the bug behind its number; `chosen`: what is the number."""
     if mutant.around.count(mutant.old) != 1:
         raise ValueError(f"{mutant.name}: {mutant.old!r} is not once in {mutant.around!r}")
     # An operator alone has no value; so the choice is made of what it joins.
     if mutant.old in (">=", "==", "!="):
         new = mutant.around.replace(mutant.old, mutant.new)
-        return patch(text, mutant.around, f"(mutant == {number} ? {new} : {mutant.around})")
+        return patch(text, mutant.around, f"({chosen} == {number} ? {new} : {mutant.around})")
     old, new = mutant.old, mutant.new
     ending = ""
     if old.endswith(" *"):
         old, new, ending = old.removesuffix(" *"), new.removesuffix(" *"), " *"
-    choice = f"(mutant == {number} ? ({new}) : ({old})){ending}"
+    choice = f"({chosen} == {number} ? ({new}) : ({old})){ending}"
     return patch(text, mutant.around, mutant.around.replace(mutant.old, choice))
 
 

@@ -68,8 +68,9 @@ struct Case {
   Values values = Values::kNormal;
   bool dlse = true;
   bool deterministic = false;
-  bool keys_in_cache = false;  // dense: k and v are a cache with a page for every sequence
-  int page_rows = 0;           // or with so many rows a page, a divisor of seqlen_k, and a table
+  bool keys_in_cache = false;     // dense: k and v are a cache with a page for every sequence
+  int page_rows = 0;              // or with so many rows a page, a divisor of seqlen_k, and a table
+  std::vector<int> leftpad = {};  // of every sequence in the cache; empty: none
   ScoreSpec scores = {};
 
   bool is_varlen() const { return !lengths_q.empty(); }

@@ -2,10 +2,10 @@
 // sinks, each as a whole, and the largest logits.
 //
 // The floor: half a unit of the largest value; the noise of sums in fp32 (fp64 of fp64 problems),
-// 1e-5 (1e-13) times the largest sum of the absolute values of what is added up; and what rounding
-// out does. Every element of a row's dS has the same dot(out, dout) in it, so the errors that out's
-// rounding makes of it do not cancel in a sum over keys: a unit of the dtype times their root mean
-// square.
+// 1e-5 (1e-13) times the largest sum of the absolute values of what is added up, dS and the delta
+// in it, which may cancel dP; and what rounding out does. Every element of a row's dS has the same
+// dot(out, dout) in it, so the errors that out's rounding makes of it do not cancel in a sum over
+// keys: a unit of the dtype times their root mean square.
 #pragma once
 
 #include <algorithm>
@@ -51,6 +51,7 @@ SumOfTerms gradient_at(const AttentionInput& in, const AttentionOutput& of, cons
         const double miss =
             weight * of.delta_size[static_cast<size_t>((first_row + i) * in.heads + h)];
         sum.rounding_squared += miss * miss;
+        sum.size += std::fabs(miss);
       }
     }
   }

@@ -37,6 +37,7 @@ struct Matrix {
 // results are 0, its LSE -inf.
 struct Span {
   int64_t row_q = 0, seqlen_q = 0, row_k = 0, seqlen_k = 0;
+  int64_t first_key = 0;  // where biases and masks have the first key: behind the left padding
 };
 
 // Dense copies of the tensors: index (row * heads + head) * dim + d, where dim is head_dim for q
@@ -173,7 +174,7 @@ struct ScorePlace {
     return static_cast<double>(std::abs(i + shift - j));
   }
   bool shows(int64_t i, int64_t j, double logit) const {
-    return scores().shows(sequence, head, i, j) &&
+    return scores().shows(sequence, head, i, span.first_key + j) &&
            !(logit == -kInfinity && scores().spec.hides_keys());
   }
   // Scaled scores become logits; `slopes`: their derivatives.
@@ -189,7 +190,7 @@ struct ScorePlace {
           x = round_to(dtype, cap * capped);
         }
         for (int n = 0; n < 2; ++n)
-          x = round_to(dtype, x + scores().added(n, sequence, head, i, j));
+          x = round_to(dtype, x + scores().added(n, sequence, head, i, span.first_key + j));
         const double slope = scores().slope(sequence, head);
         if (slope != 0) x = round_to(dtype, x - slope * distance(i, j));
       }

@@ -33,6 +33,7 @@ class Run {
         used_q_(backend, setup.used_q.data(), setup.used_q.size() * sizeof(int32_t)),
         used_k_(backend, setup.used_k.data(), setup.used_k.size() * sizeof(int32_t)),
         block_table_(backend, setup.block_table.data(), setup.block_table.size() * sizeof(int32_t)),
+        leftpad_(backend, setup.leftpad.data(), setup.leftpad.size() * sizeof(int32_t)),
         q_(backend, setup.q),
         k_(backend, setup.k),
         v_(backend, setup.v),
@@ -170,6 +171,7 @@ class Run {
     if (setup_.spec.keys_in_cache) {
       problem_.page_size = setup_.extents_k.seq;
       problem_.num_pages = setup_.batch;
+      problem_.cache_leftpad = reinterpret_cast<const int32_t*>(leftpad_.data());
     }
     if (setup_.spec.page_rows > 0) {
       problem_.page_size = setup_.spec.page_rows;
@@ -215,7 +217,7 @@ class Run {
 
   const Setup& setup_;
   const Backend& backend_;
-  DeviceBytes cu_q_, cu_k_, used_q_, used_k_, block_table_;
+  DeviceBytes cu_q_, cu_k_, used_q_, used_k_, block_table_, leftpad_;
   DeviceTensor q_, k_, v_, dout_, dlse_, lse_, out_, dq_, dk_, dv_;
   ScoreRun scores_;
   flashtile_problem problem_ = {};

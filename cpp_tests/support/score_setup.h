@@ -19,15 +19,16 @@ void for_each_score(const std::vector<Span>& spans, int heads, const Dims& dims,
   int64_t most_q = 0, most_k = 0;
   for (const Span& span : spans) {
     most_q = std::max(most_q, span.seqlen_q);
-    most_k = std::max(most_k, span.seqlen_k);
+    most_k = std::max(most_k, span.first_key + span.seqlen_k);
   }
   for (int64_t b = 0; b < (dims.batch ? batch : 1); ++b) {
     const Span& span = spans[static_cast<size_t>(b)];
     const int64_t queries = dims.batch ? span.seqlen_q : most_q;
-    const int64_t keys = dims.batch ? span.seqlen_k : most_k;
+    const int64_t first = dims.batch ? span.first_key : 0;
+    const int64_t keys = dims.batch ? first + span.seqlen_k : most_k;
     for (int64_t h = 0; h < (dims.head ? heads : 1); ++h) {
       for (int64_t i = 0; i < (dims.query ? queries : 1); ++i) {
-        for (int64_t j = 0; j < (dims.key ? keys : 1); ++j) visit(b, h, i, j);
+        for (int64_t j = dims.key ? first : 0; j < (dims.key ? keys : 1); ++j) visit(b, h, i, j);
       }
     }
   }

@@ -2,6 +2,7 @@
 // of flashtile_scores.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -63,7 +64,9 @@ inline ScoreTensor make_score_tensor(const ScoreSizes& sizes, const Dims& dims, 
   const Extents e = {dims.batch ? sizes.batch : 1, dims.query ? sizes.queries : 1,
                      dims.head ? sizes.heads : 1, (dims.key ? sizes.keys : 1) * key_step};
   const int64_t gap = odd ? 3 : 0;
-  const int64_t row = odd ? e.dim + gap : (e.dim + 7) / 8 * 8, head = row * e.seq + (odd ? 5 : 8);
+  // A row is never 0 long: a stride of 0 would repeat it.
+  const int64_t row = odd ? e.dim + gap : std::max<int64_t>((e.dim + 7) / 8 * 8, 8),
+                head = row * e.seq + (odd ? 5 : 8);
   tensor.dims = dims;
   tensor.key_step = key_step;
   tensor.dtype = dtype;

@@ -46,6 +46,7 @@ struct Setup {
   std::vector<int32_t> cu_seqlens_q, cu_seqlens_k;  // varlen, else empty
   std::vector<int32_t> used_q, used_k;              // rows in use, empty: all of a sequence
   std::vector<int32_t> block_table;                 // pages in the order of their rows
+  std::vector<int32_t> leftpad;                     // of a cache; used_k counts it
   Extents extents_q, extents_k, extents_v, extents_out;
   HostTensor q, k, v, dout;
   HostTensor dlse;  // dim 1: seq runs fastest
@@ -178,6 +179,11 @@ inline std::vector<Span> spans_of(const Setup& setup) {
     }
     if (!setup.used_q.empty()) span.seqlen_q = setup.used_q[i];
     if (!setup.used_k.empty()) span.seqlen_k = setup.used_k[i];
+    if (!setup.leftpad.empty()) {
+      span.first_key = setup.leftpad[i];
+      span.row_k += span.first_key;
+      span.seqlen_k -= span.first_key;
+    }
     spans.push_back(span);
   }
   return spans;
@@ -214,6 +220,7 @@ inline void set_extents(Setup& setup) {
   setup.batch = spec.batch;
   setup.used_q.assign(spec.used_q.begin(), spec.used_q.end());
   setup.used_k.assign(spec.used_k.begin(), spec.used_k.end());
+  setup.leftpad.assign(spec.leftpad.begin(), spec.leftpad.end());
   Extents q = {spec.batch, spec.seqlen_q, spec.heads, setup.head_dim};
   Extents k = {spec.batch, spec.seqlen_k, spec.heads_kv, setup.head_dim};
   if (spec.is_varlen()) {
@@ -240,7 +247,7 @@ inline void fill_scores(Setup& setup, Normal& normal) {
   ScoreSizes sizes = {setup.batch, setup.spec.heads, 0, 0};
   for (const Span& span : spans) {
     sizes.queries = std::max(sizes.queries, span.seqlen_q);
-    sizes.keys = std::max(sizes.keys, span.seqlen_k);
+    sizes.keys = std::max(sizes.keys, span.first_key + span.seqlen_k);
   }
   if (!setup.spec.is_varlen()) {
     sizes.queries = setup.extents_q.seq;
