@@ -96,6 +96,27 @@ TEST("scores of many tiles, in turns, d128 and d256") {
   run_many_tiles(128);
   run_many_tiles(256);
 }
+
+// A mask alone leaves scores to be scaled later: what it hides stays hidden under any scale.
+TEST("scores that a mask hides, under a scale of 0 and below") {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (scores_slice_of(64) == 0) SKIP("this build has no kernels of this head dim");
+  for (const Values values : {Values::kZeroScale, Values::kNegativeScale}) {
+    for (const int queries : {2, 40}) {
+      const Case spec = {
+          .name = "hidden",
+          .heads = 2,
+          .heads_kv = 1,
+          .seqlen_q = queries,
+          .seqlen_k = 600,
+          .values = values,
+          .scores = ScoreSpec{.mask = {.kind = MaskKind::kBool, .hides_rows = true}}};
+      check_case(spec, Dtype::kFloat16, 64, kFull);
+    }
+  }
+}
+
 // Many queries are the forward's loop over a cache, few are decoded, and of sequences with both in
 // one call each runs its own.
 TEST("scores over a cache") {
@@ -122,6 +143,7 @@ TEST("scores over a cache") {
       spec.scores = scores.spec;
       spec.batch = 2;
       spec.keys_in_cache = true;
+      if (spec.seqlen_q < 90) spec.leftpad = {7, 12};
       check_case(spec, Dtype::kBFloat16, 64, spec.seqlen_q == 90 ? kFull : kCausal);
     }
   }

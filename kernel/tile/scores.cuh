@@ -4,7 +4,8 @@
 // PlainScores has nothing: the hooks are not compiled, and the scale is the softmax's.
 // ModifiedScores decides by run-time options, each a branch of a warp's whole tile. Its logits are
 // base 2, so its softmax has scale_log2 = 1; where nothing changes the logits (a mask or dropout
-// alone) they stay scores, and the softmax scales them as ever.
+// alone) they stay scores, and the softmax scales them as ever. A scale of 0 or below would not keep
+// -inf, what a mask hides, hidden: then they are scaled first.
 //
 // A main loop has no registers for where biases lie: one thread works it out once a block of
 // queries and notes it in shared memory (ScoreNotes).
@@ -40,7 +41,7 @@ inline ScoreParams score_params(const Problem& problem, const Scores& scores) {
   p.of = scores;
   p.scales = is_capped || scores.bias[0].exists() || scores.bias[1].exists() ||
              scores.alibi_slopes.exists() || scores.query_scale.exists() ||
-             scores.max_logit.exists();
+             scores.max_logit.exists() || (scores.mask.exists() && !(problem.softmax_scale > 0));
   p.cap_alone = is_capped && !scores.hides_keys() && !scores.alibi_slopes.exists() &&
                 !scores.query_scale.exists() && !scores.dropout.exists();
   p.changes_dp = scores.query_scale.exists() || scores.dropout.exists();
