@@ -4,6 +4,7 @@
 //   fuzz --backend machine --seed 123 --cases 1   one case again, as a failure prints it
 //   fuzz --backend cpu --plant all                how many cases it takes to find each planted bug
 //   fuzz --backend cpu --cache ...                cases of key/value caches instead
+//   fuzz --backend cpu --scores ...               cases with any subset of the options of scores
 //
 // Options: --head-dims LOW-HIGH narrows what is drawn, --device sm_80 the models of the machine; on
 // the CPU --device is an instruction set. --find ends at the first failure, successfully: a bug
@@ -18,18 +19,22 @@
 #include <vector>
 
 #include "plants.h"
+#include "random_scores.h"
 #include "target.h"
 
 using namespace flashtile::test;
 
 namespace {
 
+enum class Kind { kTensors, kCache, kScores };
+
 struct Options {
   std::string backend = "cpu", device, plant;
   double seconds = 1e9;
   uint64_t cases = UINT64_MAX, seed = 1;
   int least_head_dim = 1, largest_head_dim = 256;
-  bool find = false, cache = false;
+  bool find = false;
+  Kind kind = Kind::kTensors;
 };
 
 double now() {
@@ -58,13 +63,23 @@ bool read_option(Options& options, const std::string& key, const char* value) {
   return true;
 }
 
+bool read_flag(Options& options, const std::string& key) {
+  if (key == "--find") {
+    options.find = true;
+  } else if (key == "--cache") {
+    options.kind = Kind::kCache;
+  } else if (key == "--scores") {
+    options.kind = Kind::kScores;
+  } else {
+    return false;
+  }
+  return true;
+}
+
 bool read_options(int argc, char** argv, Options& options) {
   for (int i = 1; i < argc; ++i) {
     const std::string key = argv[i];
-    if (key == "--find" || key == "--cache") {
-      (key == "--find" ? options.find : options.cache) = true;
-      continue;
-    }
+    if (read_flag(options, key)) continue;
     ++i;
     if (i == argc || !read_option(options, key, argv[i])) {
       std::printf("unknown or incomplete option %s; fuzz.cpp says what there is\n", key.c_str());
@@ -109,28 +124,62 @@ Drawn draw_cache(uint64_t seed, const FuzzTarget& target, const std::string& pla
           }};
 }
 
+Drawn draw_scores(uint64_t seed, const FuzzTarget& target, const std::string& planted) {
+  const FuzzCase c = random_scored_case(seed, target.range);
+  return {[=] { return c.setup(seed).name() + name_of(c.spec); },
+          [=, &target] {
+            return attempt_draws(seed, [&](uint64_t values_seed) {
+              const Setup setup = c.setup(values_seed);
+              ScoreInput changed = setup.scores;
+              for (const ScorePlant& plant : score_plants()) {
+                if (plant.name == planted) plant.change(changed);
+              }
+              AttentionInput input = manual_input(setup);
+              input.scores = &changed;
+              return target.attempt(setup, Truth(setup, input), seed);
+            });
+          }};
+}
+
+Drawn draw_case(Kind kind, uint64_t seed, const FuzzTarget& target, const std::string& planted) {
+  switch (kind) {
+    case Kind::kCache: return draw_cache(seed, target, planted);
+    case Kind::kScores: return draw_scores(seed, target, planted);
+    default: return draw_tensors(seed, target, planted);
+  }
+}
+
 std::vector<std::string> plant_names(const Options& options) {
   std::vector<std::string> names;
   const auto add = [&](const char* name) {
     if (options.plant == "all" || options.plant == name) names.emplace_back(name);
   };
-  if (options.cache) {
-    for (const CachePlant& plant : cache_plants()) add(plant.name);
-  } else {
-    for (const Plant& plant : plants()) add(plant.name);
+  switch (options.kind) {
+    case Kind::kTensors:
+      for (const Plant& plant : plants()) add(plant.name);
+      break;
+    case Kind::kCache:
+      for (const CachePlant& plant : cache_plants()) add(plant.name);
+      break;
+    case Kind::kScores:
+      for (const ScorePlant& plant : score_plants()) add(plant.name);
+      break;
   }
   return names;
 }
 
 std::string place(const Options& options) {
   return options.backend + (options.device.empty() ? "" : " " + options.device) +
-         (options.cache ? " (caches)" : "");
+         (options.kind == Kind::kCache    ? " (caches)"
+          : options.kind == Kind::kScores ? " (scores)"
+                                          : "");
 }
 
 std::string reproducer(const Options& options, uint64_t seed) {
   std::string text =
       "fuzz --backend " + options.backend + " --seed " + std::to_string(seed) + " --cases 1";
-  if (options.cache) text += " --cache";
+  if (options.kind == Kind::kCache) text += " --cache";
+  if (options.kind == Kind::kScores) text += " --scores";
   if (!options.device.empty()) text += " --device " + options.device;
   if (options.least_head_dim != 1 || options.largest_head_dim != 256) {
     text += " --head-dims " + std::to_string(options.least_head_dim) + "-" +
@@ -151,8 +200,7 @@ Tally run_cases(const Options& options, const FuzzTarget& target, const std::str
   Tally tally;
   while (tally.cases < options.cases && tally.seconds < options.seconds) {
     const uint64_t seed = options.seed + tally.cases;
-    const Drawn drawn =
-        options.cache ? draw_cache(seed, target, plant) : draw_tensors(seed, target, plant);
+    const Drawn drawn = draw_case(options.kind, seed, target, plant);
     std::string wrong;
     try {
       wrong = drawn.attempt().wrong;
@@ -198,7 +246,7 @@ int main(int argc, char** argv) {
   if (!read_options(argc, argv, options)) return 2;
   FuzzTarget target =
       options.backend == "cpu" ? cpu_target(options.device) : machine_target(options.device);
-  if (options.cache && !target.cache.forward && target.unavailable.empty())
+  if (options.kind == Kind::kCache && !target.cache.forward && target.unavailable.empty())
     target.unavailable = "its caches are not fuzzed";
   if (!target.unavailable.empty()) {
     std::printf("SKIP fuzz on the %s: %s\n", place(options).c_str(), target.unavailable.c_str());
