@@ -179,8 +179,8 @@ const std::vector<Score>& all_scores() {
 
 enum class Pass { kForward, kBackward, kPrefill, kDecode };
 
-// Whether a call with this score runs, and why, if not by the kernels that it has without scores.
-bool runs_score(Pass pass, const Asked& asked, const Score& score, std::string& why) {
+// Whether a call with this score runs, on the kernels that it has without scores.
+bool runs_score(Pass pass, const Asked& asked, const Score& score) {
   flashtile_problem problem = problem_of(asked, {});
   flashtile_scores scores = FLASHTILE_SCORES_INIT;
   score.change(scores);
@@ -203,27 +203,16 @@ bool runs_score(Pass pass, const Asked& asked, const Score& score, std::string& 
     params.problem = &problem;
     status = flashtile_can_run(&params, text, sizeof text);
   }
-  why = text;
-  return status == FLASHTILE_OK;
+  return status == FLASHTILE_OK && !std::string(text).starts_with("scores");
 }
 
-// "yes", "no", or at which head dims a call is refused or kernels for sm_80 run because of scores.
+// "yes", "no", or at which head dims.
 std::string has_score(Pass pass, flashtile_device device, flashtile_dtype dtype,
                       const Score& score) {
-  std::set<int> runs, others;
-  for (int dim = 1; dim <= kMostHeadDim; ++dim) {
-    std::string why;
-    if (!runs_score(pass, {device, dtype, dim}, score, why)) continue;
-    runs.insert(dim);
-    if (why.starts_with("scores")) others.insert(dim);
-  }
-  if (runs.empty()) return "no";
-  const auto at = [](const std::set<int>& dims) {
-    if (dims.size() == kMostHeadDim) return std::string();
-    return " at " + head_dims([&](int dim) { return dims.contains(dim); });
-  };
-  const std::string text = "yes" + at(runs);
-  return others.empty() ? text : text + ", sm_80" + at(others);
+  const auto runs = [&](int dim) { return runs_score(pass, {device, dtype, dim}, score); };
+  int count = 0;
+  for (int dim = 1; dim <= kMostHeadDim; ++dim) count += runs(dim);
+  return count == kMostHeadDim ? "yes" : count == 0 ? "no" : "yes at " + head_dims(runs);
 }
 
 // The rows of one device: passes of which everything is the same share one. All dtypes that run

@@ -4,8 +4,8 @@
 // PlainScores has nothing: the hooks are not compiled, and the scale is the softmax's.
 // ModifiedScores decides by run-time options, each a branch of a warp's whole tile. Its logits are
 // base 2, so its softmax has scale_log2 = 1; where nothing changes the logits (a mask or dropout
-// alone) they stay scores, and the softmax scales them as ever. A scale of 0 or below would not keep
-// -inf, what a mask hides, hidden: then they are scaled first.
+// alone) they stay scores, and the softmax scales them as ever. A scale of 0 or below would show
+// what a mask hides, as -inf: then they are scaled first.
 //
 // A main loop has no registers for where biases lie: one thread works it out once a block of
 // queries and notes it in shared memory (ScoreNotes).
