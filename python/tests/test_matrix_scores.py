@@ -133,14 +133,17 @@ class Call:
             given["rng_state"] = STATE
         arguments: Any = {**given, **self.band, **self.numbers, "return_lse": True, **more}
         qkv = [arguments.pop(name) for name in "qkv"]
+        function: Any = flashtile.attention
         if self.cell["keys_in_cache"]:
-            lengths = torch.tensor(self.cell["used_k"], dtype=torch.int32)
-            return flashtile.attention_with_kvcache(*qkv, cache_seqlens=lengths, **arguments)
+            function = flashtile.attention_with_kvcache
+            arguments["cache_seqlens"] = torch.tensor(self.cell["used_k"], dtype=torch.int32)
+            return function(*qkv, **arguments)
         arguments["deterministic"] = self.cell["deterministic"]
         arguments["return_max_logit"] = self.cell["scores"]["max_logit"]
-        if self.packing is None:
-            return flashtile.attention(*qkv, **arguments)
-        return flashtile.attention_varlen(*qkv, **self.packing.arguments("cpu"), **arguments)
+        if self.packing is not None:
+            function = flashtile.attention_varlen
+            arguments |= self.packing.arguments("cpu")
+        return function(*qkv, **arguments)
 
     def manual(self, tensors: Tensors) -> Any:
         options: Any = {"keep": self.keep(), **self.numbers, **self.band}
@@ -163,11 +166,8 @@ class Call:
             [b * rows for b in starts], [b * columns for b in starts], None, self.cell["used_k"]
         )
         out, lse, most = manual_scores_varlen(flat, packing=packing, **options)
-        return (
-            out.unflatten(0, (batch, rows)),
-            lse.unflatten(1, (batch, rows)).transpose(0, 1),
-            most,
-        )
+        lse = lse.view(-1, batch, rows).transpose(0, 1)
+        return out.view(batch, rows, *out.shape[1:]), lse, most
 
     def run(self, function: Any, tensors: Tensors) -> Tensors:
         """Results and gradients by name; over a cache the results alone."""

@@ -117,7 +117,7 @@ def tensors_of(case: Usual, packing: Packing | None) -> Tensors:
     batch = 1 if rows * columns > 2**17 else 2
     if packing is not None:
         batch = len(packing.cu_q) - 1
-    shape = (batch,)
+    shape: tuple[int, ...] = (batch,)
     if packing is not None:
         rows, columns, shape = packing.cu_q[-1], packing.cu_k[-1], ()
 
