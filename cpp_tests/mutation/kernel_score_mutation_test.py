@@ -120,10 +120,10 @@ def compile_all(arguments: argparse.Namespace, scratch: Path) -> dict[str, str]:
 def manifest(lines: list[str], scratch: Path) -> str:
     """The build's lines of the slices of 64 for 8.0, with the mutated PTX for those with scores."""
     kept = [
-        line for line in lines if "_d64_large_ptx80.dir/" in line or "/flashtile_cache_" in line
+        line for line in lines if "_d64_large.ptx" in line or "/flashtile_cache_" in line
     ]
     for name, passes in PASSES.items():
-        built = [f"/flashtile_{one}_d64_large_scores_ptx80.dir/" for one in passes]
+        built = [f"/flashtile_{one}_d64_large_scores.ptx" for one in passes]
         if not all(any(part in line for line in lines) for part in built):
             raise ValueError(f"the build has no slices {', '.join(passes)} with scores")
         kept.append(f"80 {scratch / name}.ptx")
