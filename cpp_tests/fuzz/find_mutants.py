@@ -11,7 +11,6 @@ import concurrent.futures
 import dataclasses
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "mutation"))
 
 from mutant import Mutant
 from mutation_test import MUTANTS, Settings, write_manifest
-from patching import apply
+from patching import apply, copy_kernels
 
 PLANTED = [
     "keys past the end unmasked",
@@ -95,7 +94,7 @@ def find(settings: Settings, mutant: Mutant) -> Found:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         kernel = scratch / "kernel"
-        shutil.copytree(settings.source, kernel, ignore=shutil.ignore_patterns("cpu", "torch"))
+        copy_kernels(settings.source, kernel)
         apply(kernel, mutant.patches)
         compile_slice(settings, mutant, kernel, scratch / "mutant.ptx")
         write_manifest(settings, mutant, scratch / "mutant.ptx", scratch / "manifest.txt")

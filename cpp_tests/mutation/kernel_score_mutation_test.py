@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernel_score_mutants import GROUPS
+from patching import copy_kernels
 from score_mutation_test import switched
 
 RUN_SECONDS = 120
@@ -119,9 +119,7 @@ def compile_all(arguments: argparse.Namespace, scratch: Path) -> dict[str, str]:
 
 def manifest(lines: list[str], scratch: Path) -> str:
     """The build's lines of the slices of 64 for 8.0, with the mutated PTX for those with scores."""
-    kept = [
-        line for line in lines if "_d64_large.ptx" in line or "/flashtile_cache_" in line
-    ]
+    kept = [line for line in lines if "_d64_large.ptx" in line or "/flashtile_cache_" in line]
     for name, passes in PASSES.items():
         built = [f"/flashtile_{one}_d64_large_scores.ptx" for one in passes]
         if not all(any(part in line for line in lines) for part in built):
@@ -172,8 +170,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        ignored = shutil.ignore_patterns("cpu", "torch")
-        shutil.copytree(arguments.source, scratch / "kernel", ignore=ignored)
+        copy_kernels(arguments.source, scratch / "kernel")
         plant(scratch / "kernel")
         ptx = compile_all(arguments, scratch)
     if not all(str(PLACE) in text for text in ptx.values()):

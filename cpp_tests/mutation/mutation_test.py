@@ -13,7 +13,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from decode_mutants import DECODE_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
 from forward_sm90_mutants import FORWARD_SM90_MUTANTS
 from mutant import Mutant
-from patching import apply
+from patching import apply, copy_kernels
 from prefill_sm90_mutants import PREFILL_SM90_MUTANTS
 from turn_mutants import TURN_MUTANTS
 
@@ -205,7 +204,7 @@ def try_mutant(settings: Settings, mutant: Mutant) -> Outcome:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         kernel = scratch / "kernel"
-        shutil.copytree(settings.source, kernel, ignore=shutil.ignore_patterns("cpu", "torch"))
+        copy_kernels(settings.source, kernel)
         try:
             apply(kernel, mutant.patches)
             compile_slice(settings, mutant, kernel, scratch / "mutant.ptx")

@@ -57,6 +57,11 @@ def copy_sources(source: Path, scratch: Path) -> None:
     shutil.copy2(source / "CMakeLists.txt", scratch)
 
 
+def copy_kernels(source: Path, kernel: Path) -> None:
+    """What nvcc reads of kernel/, to be patched."""
+    shutil.copytree(source, kernel, ignore=shutil.ignore_patterns("cpu", "torch"))
+
+
 def apply(kernel: Path, patches: Iterable[Patch]) -> None:
     """Patches a copy of kernel/."""
     for file, text in patched(kernel, patches).items():
