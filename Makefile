@@ -8,6 +8,7 @@
 #   make model      what a performance model expects of GPUs
 #   make slices     what the linker could merge where the compiler inlines nothing
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
+#   make test-integrations  flashtile under the packages that call it
 #   make test-nightly  longer fuzzing, every kernel case under every schedule of the PTX machine
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
@@ -37,7 +38,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long test-nightly wheel bench lint docs format build operators sass-report slices model gpu-package clean
+.PHONY: help demo demo-engine test test-long test-integrations test-nightly wheel bench lint docs format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command". The demos stand
@@ -54,6 +55,11 @@ SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist worksteal")
 define SASS_REPORT
 $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 $(BIN)/python benchmarks/sass_report.py --json build/sass_report.json $(1)
+endef
+
+define INTEGRATIONS
+$(SAY) "installing the packages that flashtile runs under" -- $(PIP) --requirement cmake/requirements-integrations.txt
+OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) python/tests/integrations
 endef
 
 # What the linker could merge where the compiler inlines nothing.
@@ -97,7 +103,11 @@ test: build
 	grep -hE "^(cells:|traps:|fuzz on|planted |machine .*pages of)" build/Testing/Temporary/LastTest.log
 	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
-	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) python/tests
+	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --ignore python/tests/integrations python/tests
+
+# Shims and plug-ins, beside the packages that they serve.
+test-integrations: operators
+	@$(INTEGRATIONS)
 
 test-long: build
 	@if test -f build/ptx_manifest.txt; then # one thread, beside the tests
@@ -112,6 +122,7 @@ test-long: build
 	  cat build/sass_report.txt
 	  $(SLICES)
 	fi
+	$(INTEGRATIONS)
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers

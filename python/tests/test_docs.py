@@ -185,7 +185,7 @@ def check_results(page: str, names: dict[str, Any], printed: str) -> None:
         comment = re.search(r"print\(ok, reason\)  # (.*)", (ROOT / page).read_text())
         assert comment is not None
         assert printed.strip() == comment[1]
-    if page == "docs/guide/transformers.md":
+    if page == "docs/integrations/transformers.md":
         assert names["tokens"].shape == (2, 24)
         names["model"].set_attn_implementation("eager")
         options = {"attention_mask": names["padding"], "max_new_tokens": 4, "pad_token_id": 0}
