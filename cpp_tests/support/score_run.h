@@ -36,7 +36,7 @@ class ScoreRun {
     place(input_.alibi, scores_.alibi_slopes);
     place(input_.sink, scores_.sink);
     place(input_.query_scale, scores_.query_scale);
-    if (input_.mask.exists()) scores_.mask = mask_view();
+    if (input_.spec.mask.kind != MaskKind::kNone) scores_.mask = mask_view();  // of 0 rows, too
     for (int n = 0; n < 2; ++n) {
       if (input_.bias[n].exists()) dbias_[n].emplace(backend, gradient(input_.bias[n]));
     }
