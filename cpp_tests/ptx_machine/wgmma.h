@@ -1,6 +1,6 @@
 // wgmma: asynchronous products of a warpgroup. Four warps meet at each wgmma.mma_async; the product
 // is computed then, and delivered to a warp's registers when that warp waits for its group. Until
-// then the accumulators hold signalling NaNs, and nobody may touch them, nor the registers of A.
+// then the accumulators hold signalling NaNs, and no thread may touch them or the registers of A.
 #pragma once
 
 #include <array>

@@ -17,7 +17,7 @@ log = logging.getLogger("uvicorn.error")
 
 
 class EngineSupervisor:
-    """One engine at a time. Whoever asks for it while there is none gets EngineEndedError."""
+    """One engine at a time. A request while there is none raises EngineEndedError."""
 
     def __init__(self, executable: Path, model: Path, options: Sequence[str]) -> None:
         self._what = (executable, model, options)

@@ -208,7 +208,7 @@ class Server:
 
 
 def unavailable(error: EngineEndedError) -> ApiError:
-    """What requests get that have no engine any more, or not yet."""
+    """What requests get while there is no engine."""
     return ApiError(503, str(error), code="engine_ended")
 
 

@@ -30,7 +30,7 @@ Status launch_backward(const LaunchParams& launch_params, CUstream_st* stream) {
                                                                       stream)) {
     return s;
   }
-  // Without queries there is no dQ to take turns at, and nobody has set the turns to 0.
+  // Without queries there is no dQ to take turns at, and the turns have not been set to 0.
   const bool ordered = p.deterministic && query_blocks > 0;
   if (Status s = ordered ? launch<BackwardSm80<T, kHeadDim, kMemory, true, Policy>>(
                                launch_params, key_blocks, stream)

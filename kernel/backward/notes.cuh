@@ -1,5 +1,5 @@
 // Notes: what a main loop seldom needs, kept in shared memory, one 16-byte word per subject, since
-// registers are what the loop lacks. One thread writes a word; others read it where they need it.
+// the loop has no register to spare. One thread writes a word; others read it where they need it.
 #pragma once
 
 #include "ptx/common.cuh"

@@ -2,8 +2,8 @@
 // dS, which are computed again, P (dP - delta) from S = Q K^T and dP = dO V^T.
 //
 // One block for every 64 x 64 tile of the gradient, which adds up, in order, over everything that
-// the tensor repeats: batch, heads, tiles of queries and of keys. So no bits depend on who comes
-// first, nothing is added in memory, and the main launch is as it is without.
+// the tensor repeats: batch, heads, tiles of queries and of keys. So the bits do not depend on
+// which block comes first, nothing is added in memory, and the main launch stays as it is.
 #pragma once
 
 #include "backward/layout.cuh"
@@ -110,7 +110,7 @@ struct BackwardScoreGradients {
   // S or dP of the tiles that `load_both` brings.
   template <class Load>
   static FLASHTILE_DEVICE void product(uint32_t smem, const Load& load_both, Block& s) {
-    __syncthreads();  // nobody reads the tiles before
+    __syncthreads();  // all warps are done with the tiles before
     load_both();
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();

@@ -197,7 +197,7 @@ struct BackwardSm80 {
   template <bool kEdge>
   static FLASHTILE_DEVICE void step(const Params& launch, State& my, int slot, int first_slot) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // the block has landed; nobody reads the one before or its dS any more
+    __syncthreads();  // the block has landed; all warps are done with the one before and its dS
     Turns::come_to(launch, slot, my.notes);  // nor adds to the dQ of the one before
     my.stage.flip(my.loader.fill);
     my.at.opaque();
@@ -247,12 +247,12 @@ struct BackwardSm80 {
     if constexpr (kConfig.one_exchange) share_scores();  // P^T of the warp's keys has been read
     packed.template store<ScoreTile>(my.at.scores);
     Turns::wait(launch, slot, my.notes);
-    __syncthreads();  // dS of the block is complete; nobody reads its dO any more
+    __syncthreads();  // dS of the block is complete; all warps are done with its dO
     if constexpr (kConfig.stages_dout == 1)
       my.loader.template load<Loader::kDout>(launch, next, slot + 1);
     accumulate(my.dk, packed, my.stage.cols, 0, my.at.partner, 0);
     if constexpr (kConfig.stages_q == 1) {
-      __syncthreads();  // nobody reads Q of the block any more
+      __syncthreads();  // all warps are done with Q of the block
       my.loader.template load<Loader::kQ>(launch, next, slot + 1);
     }
     add_dq(Shape::Slot::dq(launch, slot) + ptx::thread_index(), my.at.dq_rows, my.at.k_cols);
@@ -276,10 +276,10 @@ struct BackwardSm80 {
                                my.notes + Smem::kScoreNotes);
       }
     }
-    __syncthreads();  // the notes are there; nobody adds to dQ of the head before any more
+    __syncthreads();  // the notes are there; dQ of the head before is complete
     Turns::come_to(launch, slot, my.notes);
     my.loader.start(launch, s, range.begin * kBlockQ, head);
-    // Into the stage that nobody reads: see step.
+    // Into the stage that is not read: see step.
     const auto first = RowsToCopy<Shape>::any(launch, range.begin, my.notes);
     my.loader.template load<Loader::kAll>(launch, first, slot);
 

@@ -68,7 +68,7 @@ struct BackwardSm90 {
   // own, for one may be a head ahead of another.
   static FLASHTILE_DEVICE void note_scores(const Consumer& my, int first_slot) {
     const Launch& launch = my.launch;
-    __syncwarp();  // nobody reads the notes of the head before any more
+    __syncwarp();  // all lanes are done with the notes of the head before
     if (ptx::thread_index() % 32 == 0) {
       const RowBlock block =
           key_block(launch, read_notes<HeadNotes>(my.smem + Shape::kNotes).index);
@@ -113,13 +113,13 @@ struct BackwardSm90 {
     const BackwardLaunch& launch = my.launch;
     const BackwardParams& p = launch.params;
     const uint32_t dk_tile = my.smem + Shape::kK, dv_tile = my.smem + Shape::kV;
-    ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // nobody reads K and V any more
+    ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // all are done with K and V
     my.template stage_gradients<kGroup>(dk_tile, dv_tile);
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);  // dK and dV are complete
     // Found again here, so that nothing of it was kept in registers during the main loop.
     const RowBlock block = key_block(launch, read_notes<HeadNotes>(my.smem + Shape::kNotes).index);
     const int thread = ptx::thread_index();
-    if (Copy::chunk(thread) * 8 >= kHeadDim) return;  // nobody has written there
+    if (Copy::chunk(thread) * 8 >= kHeadDim) return;  // not written
     store_rows<Copy, Tile>(p.dk, launch.dk, block, dk_tile, thread);
     store_rows<Copy, Tile>(p.dv, launch.dv, block, dv_tile, thread);
   }

@@ -149,8 +149,8 @@ struct BackwardHalves {
   FLASHTILE_DEVICE void step(int slot, int first_slot) {
     Packed ds;
     compute_scores<kGroup, kBlock>(ds, slot, first_slot);
-    // dS of the block is complete. Two blocks ago its place was read: by products that whoever
-    // stored dS of the last block had waited for.
+    // dS of the block is complete. The products that read its place two blocks ago are done:
+    // each warpgroup waited for them before it stored dS of the last block.
     ptx::named_barrier_sync(kAllConsumers, Shape::kConsumers);
 
     if constexpr (Shape::dq_cols(kGroup) > 0) {

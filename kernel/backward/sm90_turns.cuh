@@ -23,7 +23,7 @@ struct NoGroupTurns {
 template <class Shape>
 struct GroupTurns {
   static constexpr bool kOrdered = true;
-  // By all threads of the block, through a word of shared memory that nobody uses yet.
+  // By all threads of the block, through a word of shared memory that is not in use yet.
   static FLASHTILE_DEVICE int take_work(const BackwardLaunch& launch, char* shared) {
     return DqTurns::take_work(launch, shared);
   }
@@ -39,7 +39,7 @@ struct GroupTurns {
     while (ptx::atomic_add_acquire(launch.turns + before, 0) <= slot) {
     }
   }
-  // One thread: nothing is added to `slot` and what lies before it any more.
+  // One thread: all is added to `slot` and to what lies before it.
   template <int kGroup>
   static FLASHTILE_DEVICE void tell(const BackwardLaunch& launch, uint32_t notes, int slot) {
     const int own = word(read_notes<HeadNotes>(notes).index, kGroup);
@@ -56,7 +56,7 @@ struct GroupTurns {
     ptx::named_barrier_sync(kOwnGroup + kGroup, Shape::kGroupThreads);  // dQ has been added to
     if (is_first_thread()) tell<kGroup>(launch, notes, slot);
   }
-  // By one thread, when the warpgroup has passed its last block: it adds to nothing any more.
+  // By one thread, when the warpgroup has passed its last block and has added all.
   template <int kGroup>
   static FLASHTILE_DEVICE void finish(const BackwardLaunch& launch, int index) {
     ptx::red_max_release(launch.turns + word(index, kGroup), TurnWords::kPastAll);

@@ -78,7 +78,7 @@ FLASHTILE_DEVICE void store_gradients(const BackwardLaunch& launch, int index, u
   const uint32_t dk_tile = smem, dv_tile = smem + Tile::kBytes;
   const Scale scale = {p.problem.softmax_scale};
 
-  __syncthreads();  // no tile of the main loop is read any more
+  __syncthreads();  // all warps are done with the tiles of the main loop
   if constexpr (kPartialSums) {
     static_assert(kConfig.warps_q == 2);
     constexpr int kWarpBytes = kKeys * Tile::kCols * 4;

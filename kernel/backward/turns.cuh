@@ -2,8 +2,8 @@
 //
 // The last key block of a sequence comes first: under a causal mask it is the shortest, and each
 // one begins with a block of queries that none before it sees, so all walk side by side and none
-// waits. Every key block says how far it has come: below which slot of the workspace it adds to no
-// dQ any more. The next one adds to a slot only when its predecessor has come past it. The blocks
+// waits. Every key block says how far it has come: below which slot of the workspace it has added
+// all its dQ. The next one adds to a slot only when its predecessor has come past it. The blocks
 // of queries that a key block visits begin and end no later than its predecessor's; slots before
 // the predecessor's first are seen by none before, so what holds of the predecessor holds of all.
 //
@@ -46,7 +46,7 @@ struct NoTurns {
 // after one, which makes one thread's turn everybody's. Only thread 0 does anything, and it keeps
 // nothing in registers: what it needs are the notes.
 struct DqTurns {
-  // The key block of the thread block's ticket, through a word of shared memory that nobody uses
+  // The key block of the thread block's ticket, through a word of shared memory that is not in use
   // yet.
   static FLASHTILE_DEVICE int take_work(const BackwardLaunch& launch, char* shared) {
     int& ticket = *reinterpret_cast<int*>(shared);
@@ -70,7 +70,7 @@ struct DqTurns {
     while (ptx::atomic_add_acquire(before, 0) <= slot) {
     }
   }
-  // This block adds to nothing before `slot` any more.
+  // This block has added all that it adds before `slot`.
   static FLASHTILE_DEVICE void come_to(const BackwardLaunch& launch, int slot, uint32_t notes) {
     if (ptx::thread_index() != 0) return;
     ptx::red_max_release(launch.turns + TurnNotes::read_own(notes), slot);

@@ -99,7 +99,7 @@ struct DecodeFew {
   FLASHTILE_DEVICE static void attend(Stream& stream, const Rows& rows, int step, Sums& sums,
                                       DecodeScores<Policy>& scores) {
     ptx::cp_async_wait<kSlots - 2>();
-    __syncwarp();  // K has landed; nobody in the warp reads the V before it any more
+    __syncwarp();  // K has landed; all lanes are done with the V before it
     stream.order_k();
     Accumulator<kRows, kKeys> s;
     mma_ABt<T>(s, rows.q, rows.k.behind(stream.take_slot()));
@@ -111,7 +111,7 @@ struct DecodeFew {
     uint32_t p[1][4];
     to_operand<T>(p[0], s, 0, 0);
     ptx::cp_async_wait<kSlots - 2>();
-    __syncwarp();  // V has landed; nobody in the warp reads K any more
+    __syncwarp();  // V has landed; all lanes are done with K
     stream.order_v();
     mma_AB_step<T>(sums.o, p, rows.v.behind(stream.take_slot()), 0);
   }
@@ -126,7 +126,7 @@ struct DecodeFew {
       if (lane() % 4 == 0)
         store_log_sum(rings, warp(), half, sums.softmax.log_sum(0, half, sum[half]));
     }
-    __syncthreads();  // the warps' LogSums are there; nobody reads a ring any more
+    __syncthreads();  // the warps' LogSums are there; all are done with their rings
     LogSum merged[2];
     FLASHTILE_UNROLL
     for (int half = 0; half < 2; ++half) {

@@ -87,13 +87,13 @@ struct DecodeMany {
   FLASHTILE_DEVICE static void attend(Stream& stream, const Rows& rows, int tile, Sums& sums,
                                       DecodeScores<Policy>& scores) {
     ptx::cp_async_wait<kSlots - 2>();
-    __syncthreads();  // K has landed; nobody reads the V before it any more
+    __syncthreads();  // K has landed; all warps are done with the V before it
     stream.order_k();
     uint32_t p[kKeyBlocks][1][4];
     const LaneAddress<KvTile> k = rows.k.behind(stream.take_slot());
     if (rows.in_use) compute_p(rows, k, tile, {sums, scores}, p);
     ptx::cp_async_wait<kSlots - 2>();
-    __syncthreads();  // V has landed; nobody reads K any more
+    __syncthreads();  // V has landed; all warps are done with K
     stream.order_v();
     const LaneAddress<KvTile> v = rows.v.behind(stream.take_slot());
     if (!rows.in_use) return;

@@ -146,7 +146,7 @@ struct ForwardSm80 {
         Accumulator<kRows, kKeys> s;
         mma_ABt<T>(s, q, k);  // S = Q K_j^T
         ptx::cp_async_wait<0>();
-        __syncthreads();  // V_j has landed; nobody reads K_j any more
+        __syncthreads();  // V_j has landed; all warps are done with K_j
         if (j > range.begin) stream.load_previous_k(params);
         if constexpr (ScorePolicy::kModifies) {
           ScorePolicy::to_logits(s, params.scores, {q_tile + kFromQToNotes, warp_row}, j * kKeys);
@@ -173,7 +173,7 @@ struct ForwardSm80 {
         }
         if (j == range.begin) break;
         ptx::cp_async_wait<0>();
-        __syncthreads();  // K_{j-1} has landed; nobody reads V_j any more
+        __syncthreads();  // K_{j-1} has landed; all warps are done with V_j
         stream.load_previous_v(params);
       }
     }

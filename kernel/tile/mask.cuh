@@ -2,7 +2,7 @@
 //
 // Every mask is one band: query q sees the keys [q + lowest, q + highest), cut to [0, seqlen_k).
 // Full is a band without bounds, causal one without a lower bound. Blocks that are seen whole need
-// no test; blocks that nobody sees are never visited.
+// no test; blocks that no query sees are never visited.
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,8 @@ FLASHTILE_DEVICE uint32_t tile_descriptor(uint32_t tile, int row = 0) {
   return ptx::descriptor_low(tile + row * kPanelRowBytes, Tile::kPanelBytes);
 }
 
-// The same of tiles in one block of shared memory: what a tile has not in common with the block's
-// own word is a constant, but for the stage. One register for all.
+// The same of all tiles in one block of shared memory, in one register: a tile's word differs from
+// the block's own by a constant and by its stage.
 struct TileDescriptors {
   uint32_t origin;
 

@@ -2,8 +2,8 @@
 //
 // Every buffer has two mbarriers: `full` completes when its bytes have landed (where several warps
 // load: when each has arrived once), `empty` when each consumer has arrived once. Use n of the ring
-// has buffer n % stages; the loading thread waits for the consumers of use n - stages, which for
-// the first uses nobody needs to be.
+// has buffer n % stages; the loading thread waits for the consumers of use n - stages, and in the
+// first uses for none.
 #pragma once
 
 #include "../ptx/mbarrier.cuh"
@@ -27,7 +27,7 @@ struct Ring {
     return barriers + (kStages + stage(use)) * kMbarrierBytes;
   }
 
-  // By one thread, before anybody uses the ring.
+  // By one thread, before any thread uses the ring.
   FLASHTILE_DEVICE void init(int consumers, int loaders = 1) const {
     FLASHTILE_UNROLL
     for (int i = 0; i < kStages; ++i) {

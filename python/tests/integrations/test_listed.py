@@ -1,4 +1,4 @@
-"""Every integration has a page, and is imported by nobody but who asks for it."""
+"""Every integration has a page, and is imported only where it is asked for."""
 
 import subprocess
 import sys
