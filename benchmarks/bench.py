@@ -25,7 +25,7 @@ import bench_report
 import bench_scores
 import torch
 from bench_cases import OURS, Case
-from bench_timing import Result, peak_memory, time_case, untimed
+from bench_timing import DRY_RUN, NO_TIME, Result, peak_memory, time_case, untimed
 
 MEMORY_LENGTHS = {False: (2048, 8192), True: (2048, 4096, 8192, 16384)}
 HERE = Path(__file__).resolve().parent
@@ -148,9 +148,9 @@ def _results(
     end = time.monotonic() + options.time_limit
     for case in cases if options.lines else _progress(cases, "timing"):
         if options.dry_run:
-            yield untimed(case, device, "dry run")
+            yield untimed(case, device, DRY_RUN)
         elif time.monotonic() > end:
-            yield untimed(case, device, "no time left")
+            yield untimed(case, device, NO_TIME)
         else:
             yield time_case(case, device, seconds)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from bench_cases import OURS, SCORES
 from bench_table import table
-from bench_timing import Result, Timing
+from bench_timing import NOT_TIMED, Result, Timing
 
 import flashtile
 
@@ -179,7 +179,7 @@ def _memory_table(memory: list[Memory]) -> str:
 
 def _milliseconds(result: Result, name: str) -> str:
     if name in result.refused:
-        return "refused"
+        return "not timed" if result.refused[name] in NOT_TIMED else "refused"
     if name not in result.timings:
         return "-"
     return f"{statistics.median(result.timings[name].compared) * 1e3:.3f}"

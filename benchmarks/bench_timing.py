@@ -15,6 +15,9 @@ from bench_runs import Run, contenders, make_runs
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 L2_FLUSH_BYTES = 512 * 2**20  # beyond every L2; also hides the launch cost of what follows
+NO_TIME = "no time left"
+DRY_RUN = "dry run"
+NOT_TIMED = (NO_TIME, DRY_RUN)  # of a case, for all contenders
 
 
 @dataclasses.dataclass
@@ -67,7 +70,7 @@ def time_case(case: Case, device: torch.device, seconds: float) -> Result:
 
 
 def untimed(case: Case, device: torch.device, reason: str) -> Result:
-    """A case that is not run: every contender refused it."""
+    """A case that is not run, for one of the reasons NOT_TIMED."""
     return Result(case, {}, dict.fromkeys(contenders(case, device), reason))
 
 

@@ -23,16 +23,19 @@ def read_rows(directory: Path) -> dict[tuple[str, str, int, str], tuple[int, flo
 
 
 def main() -> int:
-    """Prints the table; 1 when there is nothing in it or a ratio is above 2."""
+    """Prints the table; 1 when a ratio is above 2, 77 (ctest: skipped) when there is none."""
     rows = read_rows(Path(sys.argv[1]))
+    if not rows:
+        print("no test that ran compares with manual attention")
+        return 77
     print(
         f"{'backend':18} {'dtype':6} {'dims to':>7}  {'result':12} {'runs':>7} {'ratio':>7}  error"
     )
     for (backend, dtype, dim, result), (runs, ratio, error) in sorted(rows.items()):
         print(f"{backend:18} {dtype:6} {dim:7}  {result:12} {runs:7} {ratio:7.3f}  {error:.2e}")
-    worst = max((ratio for _, ratio, _ in rows.values()), default=float("inf"))
+    worst = max(ratio for _, ratio, _ in rows.values())
     print(f"largest ratio {worst:.3f}; allowed 2 (lse: 1)")
-    return 0 if rows and worst <= 2 else 1
+    return 0 if worst <= 2 else 1
 
 
 if __name__ == "__main__":
