@@ -92,7 +92,10 @@ struct Problem {
   Dtype dtype = Dtype::kFloat16;
   bool deterministic = false;
   bool lse_is_double = false;
+  int8_t number_kv = 0;  // Dtype of k and v, in a byte that no kernel's parameters grow by
   Cache cache = {};
+
+  constexpr Dtype dtype_kv() const { return static_cast<Dtype>(number_kv); }
 
   // Whether q is packed; so are k and v, unless they are a cache.
   constexpr bool is_varlen() const { return cu_seqlens_q != nullptr; }

@@ -186,7 +186,7 @@ TEST("less workspace means fewer threads, too little is refused") {
   params.q = params.k = params.v = {qkv.data(), 0, 32, 32};
   params.out = {large.data(), 0, 32, 32};
   flashtile::Plan<flashtile::ForwardParams> plan;
-  CHECK_EQ(flashtile::cpu::choose(params, {}, plan), FLASHTILE_OK);
+  CHECK_EQ(flashtile::cpu::choose(params, {}, 0, plan), FLASHTILE_OK);
   const flashtile::WorkspaceSize size = plan.workspace;
   const size_t bytes = size.wanted;
   void* const workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -240,13 +240,13 @@ TEST("a workspace is no larger than the tensors") {
   for (const int64_t longest : {0, 1, 1000, 1000000}) {
     problem.seqlen_q = problem.seqlen_k = longest;
     flashtile::Plan<flashtile::ForwardParams> plan;
-    CHECK_EQ(flashtile::cpu::choose(forward, {}, plan), FLASHTILE_OK);
+    CHECK_EQ(flashtile::cpu::choose(forward, {}, 0, plan), FLASHTILE_OK);
     CHECK_MESSAGE(plan.workspace.wanted < tensors / 4,
                   "forward " + std::to_string(plan.workspace.wanted));
     flashtile::BackwardParams backward;
     backward.problem = problem;
     flashtile::Plan<flashtile::BackwardParams> backward_plan;
-    CHECK_EQ(flashtile::cpu::choose(backward, {}, backward_plan), FLASHTILE_OK);
+    CHECK_EQ(flashtile::cpu::choose(backward, {}, 0, backward_plan), FLASHTILE_OK);
     CHECK_MESSAGE(backward_plan.workspace.wanted < tensors / 4,
                   "backward " + std::to_string(backward_plan.workspace.wanted));
   }

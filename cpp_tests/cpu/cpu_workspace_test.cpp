@@ -211,3 +211,21 @@ TEST("one long sequence among many short ones does not multiply the workspace") 
   CHECK_MESSAGE(ratio <= 1.8, std::to_string(ratio));
   set_threads(2);
 }
+
+TEST("num_threads decides how many threads a call is planned for, and no bit") {
+  flashtile_problem problem = problem_of(FLASHTILE_FLOAT32, 300, 4, 2, 48);
+  set_threads(1);
+  const size_t one = forward_bytes(problem), one_back = backward_bytes(problem);
+  const Results expected = run(problem, 1, 1);
+  set_threads(8);
+  CHECK(forward_bytes(problem) > one && backward_bytes(problem) > one_back);
+  problem.num_threads = 1;
+  CHECK_EQ(forward_bytes(problem), one);
+  CHECK_EQ(backward_bytes(problem), one_back);
+  CHECK(run(problem, 8, 8) == expected);
+  set_threads(1);
+  problem.num_threads = 3;
+  CHECK(forward_bytes(problem) > one && backward_bytes(problem) > one_back);
+  CHECK(run(problem, 1, 1) == expected);
+  set_threads(2);
+}

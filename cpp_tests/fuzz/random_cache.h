@@ -110,7 +110,8 @@ inline FuzzCache random_cache(uint64_t seed, const FuzzRange& range) {
     appends |= s.added > 0;
   }
   spec.mask = random_mask(draw, longest);
-  if (appends && spec.dims.qk >= 2 && draw.chance(0.4)) {
+  if (spec.dtype == Dtype::kFloat32) spec.dtype_kv = narrow_keys(draw);
+  if (!spec.dtype_kv && appends && spec.dims.qk >= 2 && draw.chance(0.4)) {
     c.rotary_dim = draw.chance(0.4) ? spec.dims.qk / 2 * 2 : 2 * draw.between(1, spec.dims.qk / 2);
     c.rotary_flags = static_cast<uint32_t>(draw.between(0, 3));
     c.in_place = draw.chance(0.4);

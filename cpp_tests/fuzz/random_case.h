@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../support/setup.h"
@@ -157,6 +158,12 @@ struct FuzzCase {
   }
 };
 
+// Of an fp32 problem: 16 bits for k and v now and then.
+inline std::optional<Dtype> narrow_keys(Draw& draw) {
+  if (!draw.chance(0.25)) return {};
+  return draw.one_of<Dtype>({Dtype::kFloat16, Dtype::kBFloat16});
+}
+
 inline FuzzCase random_case(uint64_t seed, const FuzzRange& range) {
   Draw draw(seed);
   FuzzCase c;
@@ -191,6 +198,7 @@ inline FuzzCase random_case(uint64_t seed, const FuzzRange& range) {
     c.spec.layout_seed = draw.next();
     c.spec.repeats_rows = all_rows;
   }
+  if (c.dtype == Dtype::kFloat32) c.spec.dtype_kv = narrow_keys(draw);
   return c;
 }
 

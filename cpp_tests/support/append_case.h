@@ -237,7 +237,7 @@ inline void check_append(const CacheSpec& spec, const AppendRun& run) {
   Appending what = {CacheCall(spec)};
   HostTensor k = what.call.k, v = what.call.v;
   expect_rows(what.call, k, v);
-  HostTensor v_new(spec.dtype, what.call.v_new.extents(), Layout::kHeadMajor);
+  HostTensor v_new(spec.of_keys(), what.call.v_new.extents(), Layout::kHeadMajor);
   v_new.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) {
     v_new.set(b, s, h, d, what.call.v_new.get(b, s, h, d));
   });

@@ -118,7 +118,8 @@ inline Attempt attempt_on_cpu(const Setup& setup, const Truth& truth) {
   info.struct_size = sizeof info;
   flashtile_get_build_info(&info);
   const std::string kernel =
-      std::string("_cpu_") + info.cpu_instruction_set_used + "_" + name_of(setup.dtype);
+      std::string("_cpu_") + info.cpu_instruction_set_used + "_" + name_of(setup.dtype) +
+      (setup.spec.dtype_kv ? std::string("_kv_") + name_of(*setup.spec.dtype_kv) : "");
   for (const std::string& plan : {attempt.result.forward_plan, attempt.result.backward_plan}) {
     if (!plan.empty() && !plan.ends_with(kernel)) attempt.wrong += "ran " + plan + "; ";
   }

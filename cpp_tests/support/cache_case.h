@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -47,12 +48,14 @@ struct CacheSpec {
   uint64_t layout_seed = 1;
   Layout layout_k =
       Layout::kOdd;  // of k, the new keys, out; kPadded: rows at multiples of 16 bytes
-  Layout layout_v = Layout::kPadded;  // of v
+  Layout layout_v = Layout::kPadded;   // of v
+  std::optional<Dtype> dtype_kv = {};  // of the cache and the new rows, where it is not that of q
 
+  Dtype of_keys() const { return dtype_kv.value_or(dtype); }
   int rows_of(const CacheSequence& s) const { return s.leftpad + s.keys + s.added; }
   std::string name() const {
-    return std::string(name_of(dtype)) + " d" + std::to_string(dims.qk) + "/" +
-           std::to_string(dims.v) + " heads " + std::to_string(heads) + "/" +
+    return std::string(name_of(dtype)) + "/" + name_of(of_keys()) + " d" + std::to_string(dims.qk) +
+           "/" + std::to_string(dims.v) + " heads " + std::to_string(heads) + "/" +
            std::to_string(heads_kv) + " page " + std::to_string(page_size) + " " + name_of(mask) +
            (packed ? " packed" : "") + (batch_idx ? " batch_idx" : "");
   }
@@ -76,6 +79,7 @@ class CacheCall {
   flashtile_problem problem() const {
     flashtile_problem p = FLASHTILE_PROBLEM_INIT;
     set_numbers(spec_.dtype, softmax_scale(), p);
+    p.dtype_kv = static_cast<int32_t>(spec_.of_keys());
     p.batch = static_cast<int64_t>(spec_.sequences.size());
     p.num_heads = spec_.heads;
     p.num_heads_kv = spec_.heads_kv;
@@ -266,13 +270,13 @@ class CacheCall {
       fresh.seq = added;
     }
     q = HostTensor(spec_.dtype, rows, Layout::kPadded);
-    k_new = HostTensor(spec_.dtype, fresh, spec_.layout_k);
+    const Dtype of_keys = spec_.of_keys();
+    k_new = HostTensor(of_keys, fresh, spec_.layout_k);
     fresh.dim = spec_.dims.v;
-    v_new = HostTensor(spec_.dtype, fresh, Layout::kPadded);
-    k = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.qk},
+    v_new = HostTensor(of_keys, fresh, Layout::kPadded);
+    k = HostTensor(of_keys, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.qk},
                    spec_.layout_k);
-    v = HostTensor(spec_.dtype, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.v},
-                   spec_.layout_v);
+    v = HostTensor(of_keys, {num_pages_, page_size_, spec_.heads_kv, spec_.dims.v}, spec_.layout_v);
   }
 
   void fill() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -72,6 +73,7 @@ struct Case {
   int page_rows = 0;              // or with so many rows a page, a divisor of seqlen_k, and a table
   std::vector<int> leftpad = {};  // of every sequence in the cache; empty: none
   ScoreSpec scores = {};
+  std::optional<Dtype> dtype_kv = {};  // of k and v, where it is not that of q
 
   bool is_varlen() const { return !lengths_q.empty(); }
 };

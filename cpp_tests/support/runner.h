@@ -150,6 +150,7 @@ class Run {
     problem_.flags = setup_.spec.deterministic ? FLASHTILE_DETERMINISTIC : 0;
     problem_.scores = scores_.scores();
     set_numbers(setup_.dtype, setup_.softmax_scale, problem_);
+    if (setup_.spec.dtype_kv) problem_.dtype_kv = static_cast<int32_t>(*setup_.spec.dtype_kv);
     if (setup_.spec.is_varlen()) {
       problem_.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_q_.data());
       problem_.cu_seqlens_k = reinterpret_cast<const int32_t*>(cu_k_.data());

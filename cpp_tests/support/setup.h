@@ -53,7 +53,7 @@ struct Setup {
   ScoreInput scores;
 
   bool forward_only() const {
-    return spec.keys_in_cache || spec.values == Values::kHuge ||
+    return spec.keys_in_cache || spec.dtype_kv.has_value() || spec.values == Values::kHuge ||
            spec.values == Values::kMixedHuge || spec.values == Values::kNan;
   }
   std::string name() const {
@@ -61,8 +61,8 @@ struct Setup {
         std::to_string(spec.seqlen_q) + " x " + std::to_string(spec.seqlen_k);
     const std::string dims = std::to_string(head_dim) + "/" + std::to_string(head_dim_v);
     return std::string(spec.name) + (spec.is_varlen() ? "" : " (" + lengths + ")") + ", " +
-           name_of(dtype) + " d" + (head_dim_v == head_dim ? std::to_string(head_dim) : dims) +
-           " " + name_of(mask);
+           name_of(dtype) + (spec.dtype_kv ? std::string("/") + name_of(*spec.dtype_kv) : "") +
+           " d" + (head_dim_v == head_dim ? std::to_string(head_dim) : dims) + " " + name_of(mask);
   }
 };
 
@@ -84,20 +84,21 @@ inline Layout layout_of(const Case& spec, Role role) {
 inline HostTensor make_tensor(const Setup& setup, Role role, const Extents& extents,
                               uint64_t index = 0) {
   const bool is_key = role == Role::kK || role == Role::kV;
+  const Dtype dtype = is_key ? setup.spec.dtype_kv.value_or(setup.dtype) : setup.dtype;
   if (setup.spec.layout == Layout::kRandom) {
     const bool is_input = role != Role::kOut && role != Role::kGradient;
     const uint64_t seed = setup.spec.layout_seed + 16 * static_cast<uint64_t>(role) + index;
     const Placement placement = random_placement(
         extents, seed, {.heads = is_input, .rows = is_input && setup.spec.repeats_rows});
-    return HostTensor(setup.dtype, extents, placement.strides, placement.start);
+    return HostTensor(dtype, extents, placement.strides, placement.start);
   }
   if (setup.spec.layout == Layout::kBroadcast && role == Role::kDout) {
-    return HostTensor(setup.dtype, extents, Strides{0, 0, 0}, 0);
+    return HostTensor(dtype, extents, Strides{0, 0, 0}, 0);
   }
   if (setup.spec.layout == Layout::kBroadcast && is_key) {
-    return HostTensor(setup.dtype, extents, Strides{extents.seq * extents.dim, extents.dim, 0}, 0);
+    return HostTensor(dtype, extents, Strides{extents.seq * extents.dim, extents.dim, 0}, 0);
   }
-  return HostTensor(setup.dtype, extents, layout_of(setup.spec, role));
+  return HostTensor(dtype, extents, layout_of(setup.spec, role));
 }
 
 // softmax_lse and dsoftmax_lse of q in `dtype`: [batch, heads, seq] with gaps after every head and

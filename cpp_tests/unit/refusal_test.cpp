@@ -44,8 +44,12 @@ const Refusal kProblemRefusals[] = {
      "dtype is 9; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64"},
     {[](SmallCall& c) { c.problem.dtype_kv = -1; }, kInvalid,
      "dtype_kv is -1; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64"},
-    {[](SmallCall& c) { c.problem.dtype_kv = FLASHTILE_FLOAT16; }, kUnsupported,
-     "dtype_kv is float16; allowed: float32, the dtype of q"},
+    {[](SmallCall& c) { c.problem.dtype_kv = FLASHTILE_FLOAT64; }, kUnsupported,
+     "dtype_kv is float64; allowed: float32, the dtype of q, float16 and bfloat16"},
+    {[](SmallCall& c) { c.problem.num_threads = -1; }, kInvalid,
+     "num_threads is -1; allowed: 0 to 65536"},
+    {[](SmallCall& c) { c.problem.num_threads = 65537; }, kInvalid,
+     "num_threads is 65537; allowed: 0 to 65536"},
     {[](SmallCall& c) { c.problem.dtype_out = FLASHTILE_BFLOAT16; }, kUnsupported,
      "dtype_out is bfloat16; allowed: float32, the dtype of q"},
     {[](SmallCall& c) { c.problem.batch = -1; }, kInvalid, "batch is -1; allowed: 0 to 2147483646"},
@@ -394,6 +398,13 @@ TEST("CUDA without a device") {
   CHECK_EQ(outcome.status, kUnsupported);
   CHECK_EQ(outcome.sentence, std::string("dtype is float32; allowed on CUDA: float16, bfloat16"));
   call->problem.dtype = call->problem.dtype_kv = call->problem.dtype_out = FLASHTILE_FLOAT16;
+  call->problem.dtype_kv = FLASHTILE_BFLOAT16;
+  CHECK_EQ(forward(*call).sentence,
+           std::string("dtype_kv is bfloat16; allowed: float16, the dtype of q"));
+  call->problem.dtype_kv = FLASHTILE_FLOAT16;
+  call->problem.num_threads = 2;
+  CHECK_EQ(forward(*call).sentence, std::string("num_threads is 2; allowed on CUDA: 0"));
+  call->problem.num_threads = 0;
   call->problem.batch = 1;
   call->problem.seqlen_q = INT32_MAX;
   call->forward.softmax_lse = nullptr;

@@ -181,8 +181,11 @@ typedef struct {
   int32_t device;       /* flashtile_device: where all pointers here and in the params live */
   int32_t device_index; /* CUDA device ordinal; -1: the calling thread's current device */
   int32_t dtype;        /* flashtile_dtype of q, dq, dout */
-  int32_t dtype_kv;     /* of k, v, dk, dv; must equal dtype in this version */
-  int32_t dtype_out;    /* of out; must equal dtype in this version */
+  /* Of k, v, dk, dv: dtype. In a forward on the CPU, beside a dtype of FLASHTILE_FLOAT32, also
+   * FLASHTILE_FLOAT16 or FLASHTILE_BFLOAT16: a cache of 16 bits under an fp32 model. Numbers are
+   * widened as they are read, and all arithmetic is fp32. */
+  int32_t dtype_kv;
+  int32_t dtype_out;    /* of out; must equal dtype */
   int64_t batch;        /* sequences; >= 0 */
   int64_t num_heads;    /* query heads; >= 1 */
   int64_t num_heads_kv; /* key/value heads; divides num_heads (GQA, MQA) */
@@ -245,6 +248,9 @@ typedef struct {
    * are double*, cast. Forward and backward agree on it. */
   int32_t lse_dtype;
   const flashtile_scores* scores; /* NULL: softmax_scale and the window are all */
+  /* Threads that the call uses at most, 1 to 65536; 0: as many as OpenMP gives. CPU only. No bit of
+   * a result depends on it. */
+  int64_t num_threads;
 } flashtile_problem;
 
 /* Reads q, k, v. Writes out and, unless softmax_lse is NULL, softmax_lse. */
@@ -342,7 +348,7 @@ typedef struct {
   { (uint32_t)sizeof(flashtile_problem), FLASHTILE_CPU, -1,                                      \
     FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, FLASHTILE_FLOAT16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL,    \
     0, 0, 0.0f, FLASHTILE_UNLIMITED, FLASHTILE_UNLIMITED, FLASHTILE_BOTTOM_RIGHT, 0, NULL, NULL,    \
-    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0, 0.0, 0, NULL }
+    0, 0, NULL, 0, 0, NULL, NULL, 0, NULL, 0, 0, 0.0, 0, NULL, 0 }
 /* No bias, mask or sink, no cap, no dropout. */
 #define FLASHTILE_SCORES_INIT                                                                    \
   { (uint32_t)sizeof(flashtile_scores), 0.0,                                                     \

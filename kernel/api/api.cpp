@@ -23,7 +23,7 @@ Status append_kv(const flashtile_append_kv_params* user, CUstream_st* stream) {
   AppendParams params;
   if (Status s = check_append_kv(user, target, params)) return s;
   if (Status s = check_stream(target, stream)) return s;
-  return target.device == FLASHTILE_CPU ? cpu::append_kv(params)
+  return target.device == FLASHTILE_CPU ? cpu::append_kv(params, target.threads)
                                         : cuda::append_kv(params, target.device_index, stream);
 }
 

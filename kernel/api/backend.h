@@ -49,17 +49,21 @@ struct Plan {
   PlanName name;
   WorkspaceSize workspace;
   const cpu::Engine* engine = nullptr;           // CPU: the code of an instruction set
+  int threads = 1;                               // CPU: at most
   cuda::Device device;                           // CUDA: as it was asked for this call
   const cuda::SliceRow<Params>* loop = nullptr;  // CUDA: the main loop; null where decoding is all
   const cuda::SliceRow<Params>* decode = nullptr;  // CUDA: few queries over a cache; null: none
 };
 
 namespace cpu {
-Status choose(const ForwardParams& params, const Scores& scores, Plan<ForwardParams>& plan);
-Status choose(const BackwardParams& params, const Scores& scores, Plan<BackwardParams>& plan);
+// threads: at most; 0: as OpenMP has them.
+Status choose(const ForwardParams& params, const Scores& scores, int threads,
+              Plan<ForwardParams>& plan);
+Status choose(const BackwardParams& params, const Scores& scores, int threads,
+              Plan<BackwardParams>& plan);
 Status run(const ForwardParams& params, const Scores& scores, const Plan<ForwardParams>& plan);
 Status run(const BackwardParams& params, const Scores& scores, const Plan<BackwardParams>& plan);
-Status append_kv(const AppendParams& params);
+Status append_kv(const AppendParams& params, int threads);
 const char* instruction_sets();      // "portable,avx2,avx512,amx": compiled in
 const char* instruction_set_used();  // "avx2": chosen on this machine
 }  // namespace cpu

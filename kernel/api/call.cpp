@@ -15,10 +15,11 @@ ForwardArguments arguments_of(const flashtile_forward_params& p, const Problem& 
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const int64_t batch_k = problem.cache.exists() ? problem.cache.num_pages : batch;
   const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
-  return {{{"q", p.q, q, problem.num_heads, batch, dim, false},
-           {"k", p.k, k, problem.num_heads_kv, batch_k, dim, false},
-           {"v", p.v, k, problem.num_heads_kv, batch_k, dim_v, false},
-           {"out", p.out, q, problem.num_heads, batch, dim_v, true}},
+  const Dtype dtype = problem.dtype, dtype_kv = problem.dtype_kv();
+  return {{{"q", p.q, q, problem.num_heads, batch, dim, false, dtype},
+           {"k", p.k, k, problem.num_heads_kv, batch_k, dim, false, dtype_kv},
+           {"v", p.v, k, problem.num_heads_kv, batch_k, dim_v, false, dtype_kv},
+           {"out", p.out, q, problem.num_heads, batch, dim_v, true, dtype}},
           {{"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, true}}};
 }
 
@@ -31,15 +32,16 @@ BackwardArguments arguments_of(const flashtile_backward_params& p, const Problem
   const int64_t heads = problem.num_heads, heads_kv = problem.num_heads_kv;
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
   const int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
+  const Dtype dtype = problem.dtype;
   return {
-      {{"q", p.q, q, heads, batch, dim, false},
-       {"k", p.k, k, heads_kv, batch, dim, false},
-       {"v", p.v, k, heads_kv, batch, dim_v, false},
-       {"out", p.out, q, heads, batch, dim_v, false},
-       {"dout", p.dout, q, heads, batch, dim_v, false},
-       {"dq", p.dq, q, heads, batch, dim, true},
-       {"dk", p.dk, k, heads_kv, batch, dim, true},
-       {"dv", p.dv, k, heads_kv, batch, dim_v, true}},
+      {{"q", p.q, q, heads, batch, dim, false, dtype},
+       {"k", p.k, k, heads_kv, batch, dim, false, dtype},
+       {"v", p.v, k, heads_kv, batch, dim_v, false, dtype},
+       {"out", p.out, q, heads, batch, dim_v, false, dtype},
+       {"dout", p.dout, q, heads, batch, dim_v, false, dtype},
+       {"dq", p.dq, q, heads, batch, dim, true, dtype},
+       {"dk", p.dk, k, heads_kv, batch, dim, true, dtype},
+       {"dv", p.dv, k, heads_kv, batch, dim_v, true, dtype}},
       {{"softmax_lse", "lse", p.softmax_lse, p.lse_stride_batch, p.lse_stride_head, false},
        {"dsoftmax_lse", "dlse", p.dsoftmax_lse, p.dlse_stride_batch, p.dlse_stride_head, false}}};
 }
@@ -74,10 +76,15 @@ Status convert(const flashtile_backward_params& p, BackwardParams& params) {
 
 Status check_pass(const ForwardParams&) { return FLASHTILE_OK; }
 Status check_pass(const BackwardParams& params) {
-  if (!params.problem.cache.exists()) return FLASHTILE_OK;
+  const Problem& problem = params.problem;
+  if (problem.dtype_kv() != problem.dtype) {
+    return fail(FLASHTILE_UNSUPPORTED, "dtype_kv is %s; allowed in a backward: %s, the dtype of q",
+                dtype_name(problem.dtype_kv()), dtype_name(problem.dtype));
+  }
+  if (!problem.cache.exists()) return FLASHTILE_OK;
   return fail(FLASHTILE_UNSUPPORTED,
               "page_size is %lld in a backward; allowed: 0, a key/value cache has no gradient",
-              static_cast<I64>(params.problem.cache.page_size));
+              static_cast<I64>(problem.cache.page_size));
 }
 
 // Of the first version of a struct.
@@ -100,7 +107,7 @@ Status convert_sizes(const UserParams* user, UserParams& p, Call<Params>& call) 
 template <class Params>
 Status choose(Call<Params>& call) {
   return call.target.device == FLASHTILE_CPU
-             ? cpu::choose(call.params, call.scores, call.plan)
+             ? cpu::choose(call.params, call.scores, call.target.threads, call.plan)
              : cuda::choose(call.params, call.scores, call.device, call.plan);
 }
 

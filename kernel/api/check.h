@@ -12,6 +12,7 @@ namespace flashtile {
 struct Target {
   flashtile_device device = FLASHTILE_CPU;
   int device_index = -1;  // CUDA ordinal; -1: current device
+  int threads = 0;        // CPU: at most; 0: as OpenMP has them
 };
 
 // The whole of flashtile_append_kv.

@@ -53,6 +53,13 @@ Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem)
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "q.data is set and rotary_cos is NULL; allowed: NULL, q is only rotated");
   }
+  if (problem.dtype_kv() != problem.dtype) {
+    return fail(
+        FLASHTILE_UNSUPPORTED,
+        "rotary_cos is set and dtype_kv is %s; allowed: NULL, or a dtype_kv of %s, the dtype "
+        "of q",
+        dtype_name(problem.dtype_kv()), dtype_name(problem.dtype));
+  }
   if (p.rotary_dim % 2 != 0 || p.rotary_dim < 2 || p.rotary_dim > problem.head_dim) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
                 "rotary_dim is %lld; allowed: even, 2 to head_dim, %lld",
@@ -61,9 +68,9 @@ Status check_rotary(const flashtile_append_kv_params& p, const Problem& problem)
   if (Status s = check_range("rotary_rows", p.rotary_rows, 1, INT32_MAX)) return s;
   if (p.q.data == nullptr) return FLASHTILE_OK;
   const int64_t batch = problem.is_varlen() ? 1 : problem.batch;
-  return check_tensor(
-      {"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch, problem.head_dim, true},
-      problem);
+  return check_tensor({"q_out", p.q_out, problem.rows_q(), problem.num_heads, batch,
+                       problem.head_dim, true, problem.dtype},
+                      problem);
 }
 
 // q and q_out, which may be one tensor, beside the other four.
@@ -76,8 +83,8 @@ Status check_q_memory(const flashtile_append_kv_params& p, const TensorArgument 
                                 others[1],
                                 others[2],
                                 others[3],
-                                {"q_out", p.q_out, rows, heads, batch, dim, true},
-                                {"q", p.q, rows, heads, batch, dim, false}};
+                                {"q_out", p.q_out, rows, heads, batch, dim, true, problem.dtype},
+                                {"q", p.q, rows, heads, batch, dim, false, problem.dtype}};
   const size_t count = p.q.data == p.q_out.data ? 5 : 6;
   return check_memory(std::span(all).first(count), {}, {}, problem);
 }
@@ -98,12 +105,13 @@ Status check_append_kv(const flashtile_append_kv_params* user, Target& target,
   const bool packed = cache.cu_seqlens_new != nullptr;
   const int64_t rows = packed ? cache.total_new : cache.seqlen_new;
   const int64_t batch = packed ? 1 : problem.batch;
-  const int64_t heads = problem.num_heads_kv;
+  const int64_t heads = problem.num_heads_kv, dim = problem.head_dim, dim_v = problem.head_dim_v;
+  const Dtype dtype = problem.dtype_kv();
   const TensorArgument arguments[] = {
-      {"k_new", p.k_new, rows, heads, batch, problem.head_dim, false},
-      {"v_new", p.v_new, rows, heads, batch, problem.head_dim_v, false},
-      {"k_cache", p.k_cache, cache.page_size, heads, cache.num_pages, problem.head_dim, true},
-      {"v_cache", p.v_cache, cache.page_size, heads, cache.num_pages, problem.head_dim_v, true}};
+      {"k_new", p.k_new, rows, heads, batch, dim, false, dtype},
+      {"v_new", p.v_new, rows, heads, batch, dim_v, false, dtype},
+      {"k_cache", p.k_cache, cache.page_size, heads, cache.num_pages, dim, true, dtype},
+      {"v_cache", p.v_cache, cache.page_size, heads, cache.num_pages, dim_v, true, dtype}};
   if (Status s = check_tensors(arguments, problem)) return s;
   if (Status s = check_rotary(p, problem)) return s;
   if (Status s = check_memory(arguments, {}, {}, problem)) return s;

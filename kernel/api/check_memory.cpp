@@ -54,9 +54,8 @@ void place(const void* data, const Area::Dim (&dims)[kDims], Area& area) {
 }
 
 Area area_of(const TensorArgument& argument, const Problem& problem) {
-  const auto& [name, t, rows, heads, batch, dim, written] = argument;
-  Area area = {
-      .name = name, .dot = ".", .dim = dim, .bytes = bytes_of(problem.dtype), .written = written};
+  const auto& [name, t, rows, heads, batch, dim, written, dtype] = argument;
+  Area area = {.name = name, .dot = ".", .dim = dim, .bytes = bytes_of(dtype), .written = written};
   if (rows == 0 || batch == 0 || problem.batch == 0 || t.data == nullptr) return area;
   place(t.data,
         {{"stride_batch", t.stride_batch, batch},
@@ -227,11 +226,12 @@ bool are_apart(std::span<const Reach> all) {
 
 Status check_memory(std::span<const TensorArgument> tensors, std::span<const RowArgument> rows,
                     std::span<const ScoreArgument> scores, const Problem& problem) {
-  const int64_t bytes = bytes_of(problem.dtype), lse_bytes = bytes_of_lse(problem);
+  const int64_t lse_bytes = bytes_of_lse(problem);
   Reach all[kMostArguments];
   size_t count = 0;
   bool is_usual = true;
-  for (const auto& [name, t, length, heads, batch, dim, written] : tensors) {
+  for (const auto& [name, t, length, heads, batch, dim, written, dtype] : tensors) {
+    const int64_t bytes = bytes_of(dtype);
     if (Status s = check_aligned(name, ".data", t.data, bytes)) return s;
     if (length == 0 || batch == 0 || problem.batch == 0 || t.data == nullptr) continue;
     Reach& reach = all[count++] = {.written = written};

@@ -20,6 +20,7 @@ struct TensorArgument {
   int64_t batch;  // entries that stride_batch runs over: 1 when varlen; cache: num_pages
   int64_t dim;
   bool written;
+  Dtype dtype;
 };
 
 // A number per query row: softmax_lse, dsoftmax_lse.

@@ -20,19 +20,23 @@ Status check_dtypes(const flashtile_problem& p) {
   const auto known = [](int32_t dtype) {
     return dtype >= FLASHTILE_FLOAT16 && dtype <= FLASHTILE_FLOAT64;
   };
+  const bool has_narrow = p.device == FLASHTILE_CPU && p.dtype == FLASHTILE_FLOAT32;
   const struct {
     const char* name;
     int32_t value;
-  } dtypes[] = {{"dtype", p.dtype}, {"dtype_kv", p.dtype_kv}, {"dtype_out", p.dtype_out}};
-  for (const auto& [name, value] : dtypes) {
+    bool may_be_narrow;
+  } dtypes[] = {{"dtype", p.dtype, false},
+                {"dtype_kv", p.dtype_kv, has_narrow},
+                {"dtype_out", p.dtype_out, false}};
+  for (const auto& [name, value, may_be_narrow] : dtypes) {
     if (!known(value)) {
       return fail(FLASHTILE_INVALID_ARGUMENT,
                   "%s is %d; allowed: FLASHTILE_FLOAT16, BFLOAT16, FLOAT32, FLOAT64", name, value);
     }
-    if (value != p.dtype) {
-      return fail(FLASHTILE_UNSUPPORTED, "%s is %s; allowed: %s, the dtype of q", name,
-                  dtype_name(static_cast<Dtype>(value)), dtype_name(static_cast<Dtype>(p.dtype)));
-    }
+    if (value == p.dtype || (may_be_narrow && value <= FLASHTILE_BFLOAT16)) continue;
+    return fail(FLASHTILE_UNSUPPORTED, "%s is %s; allowed: %s, the dtype of q%s", name,
+                dtype_name(static_cast<Dtype>(value)), dtype_name(static_cast<Dtype>(p.dtype)),
+                may_be_narrow ? ", float16 and bfloat16" : "");
   }
   return FLASHTILE_OK;
 }
@@ -181,6 +185,13 @@ Status check_options(const flashtile_problem& p) {
   return check_lse_dtype(p);
 }
 
+Status check_threads(const flashtile_problem& p) {
+  if (p.device == FLASHTILE_CPU) return check_range("num_threads", p.num_threads, 0, 65536);
+  if (p.num_threads == 0) return FLASHTILE_OK;
+  return fail(FLASHTILE_INVALID_ARGUMENT, "num_threads is %lld; allowed on CUDA: 0",
+              static_cast<I64>(p.num_threads));
+}
+
 Status check_target(const flashtile_problem& p, Target& target) {
   if (p.device != FLASHTILE_CPU && p.device != FLASHTILE_CUDA) {
     return fail(FLASHTILE_INVALID_ARGUMENT,
@@ -193,6 +204,7 @@ Status check_target(const flashtile_problem& p, Target& target) {
   }
   target.device = static_cast<flashtile_device>(p.device);
   target.device_index = p.device_index;
+  target.threads = static_cast<int>(p.num_threads);
   return FLASHTILE_OK;
 }
 
@@ -215,6 +227,7 @@ Status check_size(const flashtile_problem& p, const Problem& problem) {
 Status convert_problem(const flashtile_problem* user, Target& target, Problem& out) {
   flashtile_problem p = FLASHTILE_PROBLEM_INIT;
   if (Status s = read_struct(user, p, "problem", offsetof(flashtile_problem, seqused_q))) return s;
+  if (Status s = check_threads(p)) return s;
   if (Status s = check_target(p, target)) return s;
   if (Status s = check_dtypes(p)) return s;
   if (Status s = check_lengths(p)) return s;
@@ -256,6 +269,7 @@ Status convert_problem(const flashtile_problem* user, Target& target, Problem& o
   out.lse_is_double = p.lse_dtype == FLASHTILE_FLOAT64;
   out.band = {p.window_left, p.window_right, p.alignment == FLASHTILE_TOP_LEFT};
   out.dtype = static_cast<Dtype>(p.dtype);
+  out.number_kv = static_cast<int8_t>(p.dtype_kv);
   out.deterministic = (p.flags & FLASHTILE_DETERMINISTIC) != 0;
   return FLASHTILE_OK;
 }

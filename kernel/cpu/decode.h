@@ -28,7 +28,8 @@ constexpr int64_t kPartKeys = 256;  // of a part, at least: each costs an output
 template <class Few, class Many = Few>
 class Decode {
  public:
-  using T = typename Few::Storage;
+  using T = typename Few::Storage;     // of q and out
+  using K = typename Few::KeyStorage;  // of k and v
   using C = Compute<T>;
 
   Decode(const ForwardParams& params, const Scores& scores, const Extent& extent, int threads)
@@ -162,13 +163,13 @@ class Decode {
     const int64_t count = smaller_of(kDecodeKeys, seq.k_len - k0);
     const Visible visible = seq.visible.block(0, seq.q_len, k0, count);
     if (!problem_.cache.exists()) {
-      return products.attend(key_rows<const T>(params_.k, seq, head).from(k0),
-                             key_rows<const T>(params_.v, seq, head).from(k0), k0, visible);
+      return products.attend(key_rows<const K>(params_.k, seq, head).from(k0),
+                             key_rows<const K>(params_.v, seq, head).from(k0), k0, visible);
     }
-    const T *k[kDecodeKeys], *v[kDecodeKeys];
+    const K *k[kDecodeKeys], *v[kDecodeKeys];
     list_keys(problem_, params_.k, seq, head, {k0, k0 + count}, k);
     list_keys(problem_, params_.v, seq, head, {k0, k0 + count}, v);
-    products.attend(RowList<const T>{k}, RowList<const T>{v}, k0, visible);
+    products.attend(RowList<const K>{k}, RowList<const K>{v}, k0, visible);
   }
 
   void merge(int64_t batch, int64_t head) const {

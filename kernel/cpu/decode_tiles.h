@@ -11,6 +11,7 @@ namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 class TileDecode {
  public:
   using Storage = BFloat16;
+  using KeyStorage = BFloat16;
 
   struct Tile {
     TileRows q;              // [rows, head_dim]

@@ -102,10 +102,12 @@ FLASHTILE_INLINE void add_some_values(const C* weight, const Source& values, con
   }
 }
 
-template <class T>
+// T: of q and out. K: of k and v.
+template <class T, class K = T>
 class VectorDecode {
  public:
   using Storage = T;
+  using KeyStorage = K;
   using C = Compute<T>;
 
   // What a thread needs for a task.
@@ -228,17 +230,17 @@ class VectorDecode {
   void score(const Source& keys, const Range& wanted) const {
     for (int64_t j = round_down(wanted.begin, kLanes<C>); j < wanted.end; j += kLanes<C>) {
       prefetch(keys, vector_at(j + kLanes<C>, wanted), problem_.head_dim);
-      const T* list[kLanes<C>];
+      const K* list[kLanes<C>];
       for (int64_t i = 0; i < kLanes<C>; ++i) list[i] = keys.row(smaller_of(j + i, wanted.end - 1));
       int64_t r = 0;
       for (; r + kScoreRows<C> <= rows_; r += kScoreRows<C>)
-        score_rows<kScoreRows<C>>(RowList<const T>{list}, r, j);
-      for (; r < rows_; ++r) score_rows<1>(RowList<const T>{list}, r, j);
+        score_rows<kScoreRows<C>>(RowList<const K>{list}, r, j);
+      for (; r < rows_; ++r) score_rows<1>(RowList<const K>{list}, r, j);
     }
   }
 
   template <int kRows>
-  FLASHTILE_INLINE void score_rows(const RowList<const T>& keys, int64_t r, int64_t j) const {
+  FLASHTILE_INLINE void score_rows(const RowList<const K>& keys, int64_t r, int64_t j) const {
     for (int i = 0; i < kLanes<C>; i += kLanes<C> / kRows) {
       score_keys<kRows>(Matrix<C>{tile_.q.row(r), tile_.q.stride}, keys.from(i), problem_.head_dim,
                         Matrix<C>{tile_.scores.row(r) + j + i, tile_.scores.stride});

@@ -42,7 +42,9 @@ struct InstructionSet {
   bool (*runs_here)();
   bool only_by_name;
 
-  const Engine& engine(Dtype dtype) const {
+  // Of the dtypes of q and of k and v.
+  const Engine& engine(Dtype dtype, Dtype dtype_kv) const {
+    if (dtype != dtype_kv) return engines->narrow[static_cast<int>(dtype_kv)];
     if (dtype == Dtype::kBFloat16 && bfloat16 != nullptr) return *bfloat16;
     return engines->engine[static_cast<int>(dtype)];
   }
@@ -122,9 +124,11 @@ std::atomic<bool> is_forked = false;
     pthread_atfork(nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });
 #endif
 
-int max_threads() {
+// How many a call gets that wants so many; 0: all.
+int threads_for([[maybe_unused]] int wanted) {
 #if defined(_OPENMP)
-  return is_forked.load(std::memory_order_relaxed) ? 1 : omp_get_max_threads();
+  if (is_forked.load(std::memory_order_relaxed)) return 1;
+  return wanted > 0 ? wanted : omp_get_max_threads();
 #else
   return 1;
 #endif
@@ -158,14 +162,14 @@ int64_t clamp_hint(int64_t hint, int64_t total) { return hint <= 0 || hint > tot
 // not run.
 template <class Params>
 WorkspaceSize planned_bytes(const Pass<Params>& pass, const Problem& problem, const Scores& scores,
-                            int64_t most_queries = INT64_MAX) {
+                            int threads, int64_t most_queries = INT64_MAX) {
   const auto at_most = [&](int64_t max_q, int64_t max_k) {
     return Extent{max_q < most_queries ? max_q : most_queries, max_k};
   };
   const bool cache = problem.cache.exists(), varlen = problem.is_varlen();
   if (!varlen && !cache) {
     const Extent extent = at_most(problem.seqlen_q, problem.seqlen_k);
-    return {pass.scratch(problem, scores, extent, max_threads()).wanted,
+    return {pass.scratch(problem, scores, extent, threads).wanted,
             pass.scratch(problem, scores, extent, 1).minimum};
   }
   const int64_t most_q = varlen ? problem.total_q : problem.seqlen_q;
@@ -173,20 +177,19 @@ WorkspaceSize planned_bytes(const Pass<Params>& pass, const Problem& problem, co
   const Extent hint =
       at_most(clamp_hint(problem.seqlen_q, most_q), clamp_hint(problem.seqlen_k, most_k));
   const Extent most = at_most(most_q, most_k);
-  const size_t wanted = pass.scratch(problem, scores, hint, max_threads()).wanted;
+  const size_t wanted = pass.scratch(problem, scores, hint, threads).wanted;
   const size_t needed = pass.scratch(problem, scores, most, 1).minimum;
   return {wanted > needed ? wanted : needed, needed};
 }
 
 WorkspaceSize planned_decode_bytes(const Engine& engine, const Problem& problem,
-                                   const Scores& scores) {
-  return planned_bytes(engine.decode, problem, scores, decode_queries(problem));
+                                   const Scores& scores, int threads) {
+  return planned_bytes(engine.decode, problem, scores, threads, decode_queries(problem));
 }
 
 template <class Params>
-Status run_pass(const Pass<Params>& pass, const Params& params, const Scores& scores,
+Status run_pass(const Pass<Params>& pass, const Params& params, const Scores& scores, int threads,
                 const Extent& extent) {
-  int threads = max_threads();
   while (threads > 1 &&
          pass.scratch(params.problem, scores, extent, threads).minimum > params.workspace_bytes) {
     --threads;
@@ -210,7 +213,8 @@ int64_t queries_in_use(const Problem& problem, int64_t sequence) {
 
 // Sequences in a cache each take the pass that suits their own number of queries: which one it is
 // must not depend on the neighbours, because the two do not agree in every bit.
-Status run_cached(const Engine& engine, const ForwardParams& params, const Scores& scores) {
+Status run_cached(const Engine& engine, const ForwardParams& params, const Scores& scores,
+                  int threads) {
   const Problem& problem = params.problem;
   Extent few, many;
   many.min_q = decode_queries(problem) + 1;
@@ -221,16 +225,17 @@ Status run_cached(const Engine& engine, const ForwardParams& params, const Score
     if (k > extent.max_k) extent.max_k = k;
   }
   if (few.max_q > 0) {
-    if (Status s = run_pass(engine.decode, params, scores, few)) return s;
+    if (Status s = run_pass(engine.decode, params, scores, threads, few)) return s;
   }
-  return many.max_q > 0 ? run_pass(engine.forward, params, scores, many) : FLASHTILE_OK;
+  return many.max_q > 0 ? run_pass(engine.forward, params, scores, threads, many) : FLASHTILE_OK;
 }
 
-Status run_forward(const Engine& engine, const ForwardParams& params, const Scores& scores) {
-  if (params.problem.cache.exists()) return run_cached(engine, params, scores);
+Status run_forward(const Engine& engine, const ForwardParams& params, const Scores& scores,
+                   int threads) {
+  if (params.problem.cache.exists()) return run_cached(engine, params, scores, threads);
   const Extent extent = exact_extent(params.problem);
   return run_pass(is_decode(params.problem, extent) ? engine.decode : engine.forward, params,
-                  scores, extent);
+                  scores, threads, extent);
 }
 
 // Before the heads raise it.
@@ -245,60 +250,69 @@ void clear_max_logit(const Problem& problem, const ScoreView& to) {
 }
 
 // Names the pass; fails where the instruction set that was asked for does not run here.
-Status choose_engine(const char* pass, Dtype dtype, PlanName& name, const Engine*& engine) {
+template <class Params>
+Status choose_engine(const char* pass, const Problem& problem, int threads, Plan<Params>& plan) {
   const InstructionSet* set = choose_instruction_set();
   if (set == nullptr) return no_instruction_set();
-  name.set_text({pass, "_cpu_", set->name, "_", dtype_name(dtype)});
-  engine = &set->engine(dtype);
+  const Dtype dtype = problem.dtype, dtype_kv = problem.dtype_kv();
+  const bool is_narrow = dtype_kv != dtype;
+  plan.name.set_text({pass, "_cpu_", set->name, "_", dtype_name(dtype), is_narrow ? "_kv_" : "",
+                      is_narrow ? dtype_name(dtype_kv) : ""});
+  plan.engine = &set->engine(dtype, dtype_kv);
+  plan.threads = threads_for(threads);
   return FLASHTILE_OK;
 }
 
 }  // namespace
 
-Status choose(const ForwardParams& params, const Scores& scores, Plan<ForwardParams>& plan) {
+Status choose(const ForwardParams& params, const Scores& scores, int threads,
+              Plan<ForwardParams>& plan) {
   const Problem& problem = params.problem;
   const bool decode = is_decode(problem, {problem.seqlen_q, problem.seqlen_k});
   const char* const pass = decode ? "decode" : "forward";
-  if (Status s = choose_engine(pass, problem.dtype, plan.name, plan.engine)) return s;
+  if (Status s = choose_engine(pass, problem, threads, plan)) return s;
   const Engine& engine = *plan.engine;
   WorkspaceSize& workspace = plan.workspace;
-  workspace = decode ? planned_decode_bytes(engine, problem, scores)
-                     : planned_bytes(engine.forward, problem, scores);
+  workspace = decode ? planned_decode_bytes(engine, problem, scores, plan.threads)
+                     : planned_bytes(engine.forward, problem, scores, plan.threads);
   // The lengths may turn out to need the other pass. Sequences in a cache each get their own.
   if (problem.is_varlen() || (problem.cache.exists() && problem.seqused_q != nullptr)) {
-    const WorkspaceSize other = decode ? planned_bytes(engine.forward, problem, scores)
-                                       : planned_decode_bytes(engine, problem, scores);
+    const WorkspaceSize other = decode
+                                    ? planned_bytes(engine.forward, problem, scores, plan.threads)
+                                    : planned_decode_bytes(engine, problem, scores, plan.threads);
     if (other.wanted > workspace.wanted) workspace.wanted = other.wanted;
     if (other.least > workspace.least) workspace.least = other.least;
   }
   return FLASHTILE_OK;
 }
 
-Status choose(const BackwardParams& params, const Scores& scores, Plan<BackwardParams>& plan) {
+Status choose(const BackwardParams& params, const Scores& scores, int threads,
+              Plan<BackwardParams>& plan) {
   const Problem& problem = params.problem;
-  if (Status s = choose_engine("backward", problem.dtype, plan.name, plan.engine)) return s;
-  plan.workspace = planned_bytes(plan.engine->backward, problem, scores);
+  if (Status s = choose_engine("backward", problem, threads, plan)) return s;
+  plan.workspace = planned_bytes(plan.engine->backward, problem, scores, plan.threads);
   return FLASHTILE_OK;
 }
 
 Status run(const ForwardParams& params, const Scores& scores, const Plan<ForwardParams>& plan) {
   clear_max_logit(params.problem, scores.max_logit);
-  if (Status s = run_forward(*plan.engine, params, scores)) return s;
+  if (Status s = run_forward(*plan.engine, params, scores, plan.threads)) return s;
   clear_unused(params);
   return FLASHTILE_OK;
 }
 
 Status run(const BackwardParams& params, const Scores& scores, const Plan<BackwardParams>& plan) {
   const Extent extent = exact_extent(params.problem);
-  if (Status s = run_pass(plan.engine->backward, params, scores, extent)) return s;
+  if (Status s = run_pass(plan.engine->backward, params, scores, plan.threads, extent)) return s;
   clear_unused(params);
   return FLASHTILE_OK;
 }
 
-Status append_kv(const AppendParams& params) {
+Status append_kv(const AppendParams& params, int threads) {
   const InstructionSet* set = choose_instruction_set();
   if (set == nullptr) return no_instruction_set();
-  set->engine(params.problem.dtype).append_kv(params, max_threads());
+  const Dtype dtype = params.problem.dtype_kv();  // nothing of q where it differs
+  set->engine(dtype, dtype).append_kv(params, threads_for(threads));
   return FLASHTILE_OK;
 }
 

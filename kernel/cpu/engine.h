@@ -29,17 +29,20 @@ struct Pass {
   void (*run)(const Params& params, const Scores& scores, const Extent& extent, int threads);
 };
 
-// The passes for one dtype. `decode` is the forward pass for few query rows per key/value head.
+// The passes for one dtype of q and one of k and v. `decode` is the forward pass for few query rows
+// per key/value head.
 struct Engine {
   Pass<ForwardParams> forward;
   Pass<ForwardParams> decode;
   Pass<BackwardParams> backward;
-  void (*append_kv)(const AppendParams& params, int threads);
+  void (*append_kv)(const AppendParams& params, int threads);  // of the dtype of k and v
 };
 
-// One instruction set; engines are indexed by Dtype.
+// One instruction set; engines are indexed by Dtype. `narrow`: q is float32, k and v are float16 or
+// bfloat16; forward and decode alone.
 struct EngineTable {
   Engine engine[4];
+  Engine narrow[2];
 };
 
 namespace portable {

@@ -25,7 +25,8 @@ namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 template <class Products>
 class Forward {
  public:
-  using T = typename Products::Storage;
+  using T = typename Products::Storage;     // of q and out
+  using K = typename Products::KeyStorage;  // of k and v
   using Head = typename Products::Head;
 
   Forward(const ForwardParams& params, const Scores& scores, const Extent& extent, int threads)
@@ -113,14 +114,14 @@ class Forward {
     if (extent_.leaves_out(seq.q_len)) return;
     if (keys <= 0 || seq.visible.queries_of_group(k0, keys).empty()) return;
     if (problem_.cache.exists()) {
-      const T *k[Products::kBlockK], *v[Products::kBlockK];
+      const K *k[Products::kBlockK], *v[Products::kBlockK];
       list_keys(problem_, params_.k, seq, head, {k0, k0 + keys}, k);
       list_keys(problem_, params_.v, seq, head, {k0, k0 + keys}, v);
-      to.pack(problem_, at, keys, RowList<const T>{k}, RowList<const T>{v});
+      to.pack(problem_, at, keys, RowList<const K>{k}, RowList<const K>{v});
       return;
     }
-    to.pack(problem_, at, keys, key_rows<const T>(params_.k, seq, head).from(k0),
-            key_rows<const T>(params_.v, seq, head).from(k0));
+    to.pack(problem_, at, keys, key_rows<const K>(params_.k, seq, head).from(k0),
+            key_rows<const K>(params_.v, seq, head).from(k0));
   }
 
   // All queries of the key/value heads `pairs`, counted over all sequences. packed_block(pair, k0,

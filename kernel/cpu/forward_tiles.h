@@ -12,6 +12,7 @@ namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 class TileForward {
  public:
   using Storage = BFloat16;
+  using KeyStorage = BFloat16;
   static constexpr int64_t kBlockQ = 128;
   static constexpr int64_t kBlockK = 512;
 

@@ -10,10 +10,12 @@
 
 namespace flashtile::cpu::FLASHTILE_CPU_ISA {
 
-template <class T>
+// T: of q and out. K: of k and v.
+template <class T, class K = T>
 class VectorForward {
  public:
   using Storage = T;
+  using KeyStorage = K;
   using C = Compute<T>;
   // Tile sizes: the scores (96 KB in fp32), the packed key block and value block stay in a cache of
   // 512 KB. Both are multiples of every register tile.
