@@ -9,6 +9,7 @@
 #   make slices     what the linker could merge where the compiler inlines nothing
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
 #   make test-integrations  flashtile under the packages that call it
+#   make test-integrations-heavy  the same with large packages and many models
 #   make test-nightly  longer fuzzing, every kernel case under every schedule of the PTX machine
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
@@ -38,7 +39,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long test-integrations test-nightly wheel bench lint docs format build operators sass-report slices model gpu-package clean
+.PHONY: help demo demo-engine test test-long test-integrations test-integrations-heavy test-nightly wheel bench lint docs format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command". The demos stand
@@ -59,7 +60,7 @@ endef
 
 define INTEGRATIONS
 $(SAY) "installing the packages that flashtile runs under" -- $(PIP) --requirement cmake/requirements-integrations.txt
-OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) python/tests/integrations
+OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m $(1) python/tests/integrations
 endef
 
 # What the linker could merge where the compiler inlines nothing.
@@ -107,7 +108,10 @@ test: build
 
 # Shims and plug-ins, beside the packages that they serve.
 test-integrations: operators
-	@$(INTEGRATIONS)
+	@$(call INTEGRATIONS,"not heavy")
+
+test-integrations-heavy: operators
+	@$(call INTEGRATIONS,heavy)
 
 test-long: build
 	@if test -f build/ptx_manifest.txt; then # one thread, beside the tests
@@ -122,7 +126,7 @@ test-long: build
 	  cat build/sass_report.txt
 	  $(SLICES)
 	fi
-	$(INTEGRATIONS)
+	$(call INTEGRATIONS,"not heavy")
 	cmake --preset sanitizers -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build --preset sanitizers --parallel $(JOBS)
 	ctest --preset sanitizers

@@ -50,7 +50,7 @@ class Checks:
 def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None:
     """Parts 1 and 2; ImportError when the model's packages are not installed."""
     with progress("loading transformers"):
-        from demo_model import EAGER, FLASHTILE, ChatModel  # noqa: PLC0415, an optional part
+        from demo_model import EAGER, TILED, ChatModel  # noqa: PLC0415, an optional part
 
     print("\n1. A language model on flashtile attention", flush=True)
     start = time.perf_counter()
@@ -85,7 +85,7 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
         ids = torch.cat([prompt, torch.tensor([answer.tokens], device=device)], dim=1)
         with progress("logits"):
             expected_logits = chat.logits(ids)
-            chat.use(FLASHTILE)
+            chat.use(TILED)
             largest = (chat.logits(ids) - expected_logits).abs().max().item()
             scale = expected_logits.abs().max().item()
         checks.line(
@@ -98,7 +98,7 @@ def show_model(checks: Checks, device: torch.device, dtype: torch.dtype) -> None
     with progress("training steps"):
         chat.use(EAGER)
         eager = chat.training_step(ids)
-        chat.use(FLASHTILE)
+        chat.use(TILED)
         tiled = chat.training_step(ids)
     print(f"  one training step on a paragraph of {ids.shape[1]} tokens:")
     for name, a, b in zip(("loss", "gradient norm"), tiled, eager, strict=True):

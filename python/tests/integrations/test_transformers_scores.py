@@ -7,9 +7,7 @@ their attention modules' forward replaced. In the latter two the slopes are leav
 
 import copy
 import importlib
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 import flashtile
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-if not EXAMPLES.is_dir():
-    pytest.skip("no examples beside the tests: not a source checkout", allow_module_level=True)
+transformers = importlib.import_module("transformers")
+plugin = importlib.import_module("flashtile.integrations.transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,13 +85,6 @@ class InDouble(TorchFunctionMode):
         return func(*map(wide, args), **{n: wide(v) for n, v in (kwargs or {}).items()})
 
 
-@pytest.fixture(scope="module")
-def examples() -> Iterator[None]:
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
 class Model:
     """A model whose weights are large enough for attention to be far from uniform."""
 
@@ -125,11 +114,9 @@ class Model:
         tiled = copy.copy(self)
         tiled.model = copy.deepcopy(self.model)
         if self.name in ("bloom", "mpt"):
-            replaced = importlib.import_module("transformers_alibi").replace_attention(tiled.model)
-            assert replaced == LAYERS
+            assert plugin.replace_attention(tiled.model) == LAYERS
         else:
-            adapter = importlib.import_module("transformers_adapter")
-            tiled.model.set_attn_implementation(adapter.FLASHTILE)
+            tiled.model.set_attn_implementation(plugin.TILED)
         return tiled
 
     def with_slopes(self) -> None:
@@ -203,7 +190,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.usefixtures("examples")
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_every_gradient(
@@ -225,7 +211,6 @@ def test_loss_and_every_gradient(
         assert largest(expected) > 0, leaf
 
 
-@pytest.mark.usefixtures("examples")
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens(name: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache, of prompts of different lengths."""

@@ -1,31 +1,9 @@
-"""flashtile as an attention of Hugging Face transformers: as right as "eager", or refused by name.
+"""Masks of transformers as what flashtile takes: a window, the rows of sequences, lengths.
 
-    import transformers_adapter
-
-    model.set_attn_implementation(transformers_adapter.FLASHTILE)
-
-transformers calls two functions, and both must be registered. The *mask function* runs once per
-forward pass and kind of layer. It gets the mask as a rule, such as "no key behind the query, none
-4096 or more in front of it". The *attention function* runs in every layer. An attention without a
-mask function of its own gets no mask at all: padding, windows and the empty rows of a static cache
-are then forgotten in silence. Here the mask function turns the rule into what flashtile takes: a
-window and the rows of every sequence. A rule that is no such thing (chunks, blocks, prefixes)
-becomes a boolean mask with an element for every query and key, a gap in the padding one for every
-key.
-
-Served, forward and backward: causal, bidirectional and sliding-window attention, with padding on
-either side or with sequences packed by position_ids; cross attention; GQA; any scaling; softcap,
-sinks, the position bias of T5, and dropout; a boolean or additive mask of four dimensions. Without
-gradients also: padding on the left in front of a cache, and static caches. A query that sees no
-key, such as padding in front of a causal sequence, gives 0; eager gives an average that has no
-meaning.
-
-Refused with NotImplementedError: attention weights, dropout over a static cache, a position bias
-over packed sequences, and every keyword not known here.
-
-torch.compile: a graph break where a rule with a window or packed sequences is read, and none where
-generate() makes the masks ahead. Without attention_mask and cache transformers always reads
-position_ids for packed sequences. Gaps in the padding end a compiled graph while it runs.
+transformers gives a mask as a rule, such as "no key behind the query, none 4096 or more in front of
+it", once per forward pass and kind of layer. The mask function here turns it into a window and the
+rows of every sequence. A rule that is no such thing (chunks, blocks, prefixes) becomes a boolean
+mask with an element for every query and key, a gap in the padding one for every key.
 """
 
 from __future__ import annotations
@@ -37,20 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import masking_utils
 
-import flashtile
-
-# A name with "flash" in it would make transformers look for a package of the flash-attn family.
-FLASHTILE = "tiled"
-
-# Keywords that models hand through to their attention and that change nothing in it.
-# sliding_window is in the mask already.
-IGNORED = {"cache_position", "deterministic", "num_items_in_batch", "output_hidden_states",
-           "output_router_logits", "position_ids", "return_dict", "sliding_window",
-           "use_cache"}  # fmt: skip
 FULL = (-1, -1)  # the window without bounds
-REFUSAL = "flashtile's adapter does not serve {}; use eager attention"
+REFUSAL = "flashtile's plug-in does not serve {}; use eager attention"
 
 
 def refuse(what: str) -> NoReturn:
@@ -110,14 +78,21 @@ class Mask:
         """What generate() asks of a mask that it makes ahead."""
         return self
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, _types: Any, _args: tuple[Any, ...] = (), _kwargs: Any = None
+    ) -> NoReturn:
+        """An attention that computes by itself, such as BLOOM's, would take it for a tensor."""
+        name = getattr(func, "__name__", str(func)).strip("_")
+        refuse(f"a model that computes with its mask (torch's {name})")
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(REFUSAL.format(f"a model that computes with its mask (.{name})"))
 
 
-# --- The mask function: once per forward pass ---------------------------------------------------
-
-
-@torch.compiler.disable(reason="the rule of a mask is read from the closure of its function")
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="the rule of a mask is read from the closure of its function"
+)
 def read_rule(mask: Callable[..., Any]) -> Rule | None:
     """The rule of a mask function, or None where Rule cannot say it.
 
@@ -125,10 +100,17 @@ def read_rule(mask: Callable[..., Any]) -> Rule | None:
     """
     if mask.__module__ != masking_utils.__name__:
         return None
-    name = mask.__qualname__.partition(".")[0]
-    rule = None
     cells = (cell.cell_contents for cell in mask.__closure__ or ())
     bound: dict[str, Any] = dict(zip(mask.__code__.co_freevars, cells, strict=True))
+    try:
+        return named_rule(mask.__qualname__.partition(".")[0], bound)
+    except KeyError:
+        return None  # another release of transformers, with other names: the mask will be dense
+
+
+def named_rule(name: str, bound: dict[str, Any]) -> Rule | None:
+    """That of a mask function with these names in its closure."""
+    rule = None
     if name == "causal_mask_function":
         rule = Rule(right=0)
     elif name == "bidirectional_mask_function":
@@ -241,10 +223,13 @@ def flashtile_mask(
         return attention_mask
     is_plain = mask_function is masking_utils.causal_mask_function
     rule = Rule(right=0) if is_plain else read_rule(mask_function)
-    if rule is not None and rule.sequences is not None:
-        window = (rule.left, rule.right)
-        return Mask(window, q_length, kv_length, kv_length, packed_rows(rule.sequences))
     offset = q_offset - kv_offset  # the key beside the first query
+    if rule is not None and rule.sequences is not None:
+        is_whole = rule.sequences.shape == (batch_size, q_length) and q_length == kv_length
+        if is_whole and attention_mask is None and not q_offset:
+            window = (rule.left, rule.right)
+            return Mask(window, q_length, kv_length, kv_length, packed_rows(rule.sequences))
+        rule = None
     if rule is None or looks_ahead_over_a_cache(rule, offset, q_length, kv_length):
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
         how = {"allow_is_causal_skip": False, "use_vmap": use_vmap, "device": device}
@@ -254,7 +239,9 @@ def flashtile_mask(
     window = (rule.left, rule.right)
     begin = 0 if window == FULL else offset
     is_static = isinstance(begin, Tensor)
-    kv_used = begin + q_length if rule.right == 0 and not is_static else kv_length
+    kv_used = kv_length
+    if rule.right == 0 and not isinstance(begin, Tensor):
+        kv_used = begin + q_length
     if not 0 <= begin <= kv_used <= kv_length:
         refuse(f"queries {begin} to {kv_used - 1} over {kv_length} keys")
 
@@ -269,104 +256,3 @@ def flashtile_mask(
         return mask
     in_use = torch.as_tensor(begin + q_length, dtype=torch.int32, device=device)
     return with_padding(mask, visible, begin, in_use.repeat(batch_size))
-
-
-# --- The attention function: in every layer -----------------------------------------------------
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuses what would change the result; a keyword that is None asks for nothing."""
-    for name, value in options.items():
-        if value is None or name in IGNORED or (name == "output_attentions" and value is False):
-            continue
-        refuse(f"{name}={value}" if isinstance(value, (bool, int, float, str)) else name)
-
-
-def tensor_scores(mask: Tensor) -> dict[str, Tensor]:
-    """A mask of four dimensions that says everything: True sees, or numbers are added."""
-    if mask.dim() != 4:
-        refuse(f"an attention mask of {mask.dim()} dimensions")
-    return {"mask" if mask.dtype == torch.bool else "bias": mask}
-
-
-def fitting_mask(mask: object, q_length: int, kv_length: int, *, is_causal: bool | None) -> Mask:
-    """The mask, if it is one of ours and fits; is_causal is what the layer asks for, if it does."""
-    if not isinstance(mask, Mask):
-        refuse(f"an attention mask that is a {type(mask).__name__}")
-    if (mask.q_length, mask.kv_length) != (q_length, kv_length):
-        made = f"{mask.q_length} queries and {mask.kv_length} keys"
-        refuse(f"a mask of {made} over {q_length} queries and {kv_length} keys")
-    sees_all = mask.window is not None and mask.window[1] != 0
-    if is_causal is not None and q_length > 1 and mask.window and is_causal == sees_all:
-        refuse(f"is_causal={is_causal} with a mask that says otherwise")
-    return mask
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float | None, scores: dict[str, Any]
-) -> Tensor:
-    """The call of flashtile that a mask stands for; tensors are (batch, length, heads, ...)."""
-    options = {"window_size": mask.window or FULL, "softmax_scale": scaling}
-    bias = scores.pop("bias")
-    if mask.cached is not None:
-        if dropout := scores.pop("dropout_p"):
-            refuse(f"dropout={dropout} over a static cache")
-        options |= {"mask": mask.seen, "bias": bias, **mask.cached._asdict(), **scores}
-        return flashtile.attention_with_kvcache(q, k, v, **options)
-    k, v = k[:, : mask.kv_used], v[:, : mask.kv_used]
-    if mask.rows is not None and bias is None:
-        options |= {"causal_alignment": "top_left", **mask.rows._asdict(), **scores}
-        lengths = {"max_seqlen_q": q.shape[1], "max_seqlen_k": mask.kv_length}
-        rows = (t.flatten(0, 1) for t in (q, k, v))
-        return flashtile.attention_varlen(*rows, **lengths, **options).unflatten(0, q.shape[:2])
-    if mask.rows is not None and mask.seen is None:
-        refuse("a position bias over packed sequences")  # it has their places in the batch
-    if bias is not None:
-        bias = bias[..., : mask.kv_used]
-    return flashtile.attention(q, k, v, mask=mask.seen, bias=bias, **options, **scores)
-
-
-def flashtile_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Mask | Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **options: object,
-) -> tuple[Tensor, None]:
-    """Query (batch, heads, q_length, head_dim); key and value (batch, heads_kv, kv_length, ...).
-
-    s_aux (heads,) are sinks; position_bias (batch or 1, heads or 1, q_length or 1, kv_length) is
-    added to the scaled scores. Both get their gradients.
-
-    Returns (batch, q_length, heads, head_dim_v) and no attention weights. Heads are not repeated.
-    The transposes are views: flashtile reads any strides, so nothing is copied, unless padding or
-    packing makes one long row of the whole batch.
-    """
-    check_options(options)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    q_length, kv_length = q.shape[1], k.shape[1]
-    scores = {"softcap": softcap or 0.0, "sink": s_aux, "bias": position_bias}
-    scores["dropout_p"] = dropout if module.training else 0.0
-    if isinstance(attention_mask, Tensor):  # as in eager, it says everything
-        given = tensor_scores(attention_mask)
-        biases = [b for b in (position_bias, given.get("bias")) if b is not None]
-        scores["bias"] = biases or None
-        return flashtile.attention(
-            q, k, v, softmax_scale=scaling, mask=given.get("mask"), **scores
-        ), None
-    if attention_mask is None:  # as in eager, every query then sees every key
-        attention_mask = Mask(FULL, q_length, kv_length, kv_length)
-        is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    mask = fitting_mask(attention_mask, q_length, kv_length, is_causal=is_causal)
-    return attend(q, k, v, mask, scaling, scores), None
-
-
-AttentionInterface.register(FLASHTILE, flashtile_attention)
-AttentionMaskInterface.register(FLASHTILE, flashtile_mask)
