@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 import transformers
 
 TILED, FLASHTILE = "tiled", "flashtile"  # what attn_implementation may be
-OLDEST, NEWEST = "5.4.0", "5.24.0"  # the versions tested
+OLDEST, NEWEST = "5.20.0", "5.24.0"  # the versions tested
 
 __all__ = ["FLASHTILE", "TILED", "flashtile_attention", "flashtile_mask", "replace_attention"]
 
@@ -75,11 +75,11 @@ def missing_names(names: dict[str, tuple[str, ...]]) -> list[str]:
 
 def check_version() -> None:
     """Refuses a version of transformers that this module cannot plug into."""
-    missing = missing_names(NEEDED)
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < tuple(int(part) for part in OLDEST.split(".")[:2]):
-        missing.append("masks made from q_length and q_offset")
-    if missing:
+    versions = (transformers.__version__, OLDEST)
+    version, oldest = (tuple(int(n) for n in v.split(".")[:2]) for v in versions)
+    if version < oldest:
+        raise ImportError(f"{tested()} is older than what flashtile serves")
+    if missing := missing_names(NEEDED):
         raise ImportError(f"{tested()} has no {' and no '.join(missing)}, which flashtile needs")
 
 

@@ -124,7 +124,14 @@ class Model:
         slopes = self.slopes
         if self.name == "bloom":
             module = importlib.import_module("transformers.models.bloom.modeling_bloom")
-            self.monkeypatch.setattr(module, "_get_alibi_slopes", lambda *_: slopes)
+
+            def of_mask(mask: Tensor, _heads: int, dtype: torch.dtype) -> Tensor:
+                positions = (mask.cumsum(-1) - 1) * mask
+                return (positions[:, None] * slopes[:, None]).flatten(0, 1)[:, None].to(dtype)
+
+            # Where nothing is padding, newer releases ask for the slopes alone.
+            self.monkeypatch.setattr(module, "_get_alibi_slopes", lambda *_: slopes, raising=False)
+            self.monkeypatch.setattr(module, "build_alibi_tensor", of_mask)
         if self.name == "mpt":
             module = importlib.import_module("transformers.models.mpt.modeling_mpt")
 
