@@ -177,6 +177,8 @@ def flashtile_attention(
         ``(batch, q_length, heads, head_dim_v)``, and None instead of attention weights.
     """
     if cache is not None:
+        if type(cache).__name__ != "PagedAttentionCache":
+            refuse(f"a cache that is a {type(cache).__name__}")
         key, value = cache.update(key, value, module.layer_idx, kwargs=options)
     packed = take_packed(options)
     check_options(options)

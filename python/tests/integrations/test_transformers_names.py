@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import flashtile
+
 transformers = importlib.import_module("transformers")
 plugin = importlib.import_module("flashtile.integrations.transformers")
 masks = importlib.import_module("flashtile.integrations._transformers_masks")
@@ -158,6 +160,7 @@ def test_flash_attention_2_is_refused_before_any_import(monkeypatch: pytest.Monk
     assert "flash_attn" not in sys.modules
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there transformers looks for kernels")
 def test_models_with_a_list_of_kernels_need_the_other_name() -> None:
     """GPT-OSS: transformers puts the first name of its list in the place of "flashtile"."""
     model = make_model("GptOss", num_local_experts=2, num_experts_per_tok=1)
@@ -201,6 +204,38 @@ def test_lengths_of_a_vision_tower(window: int | None) -> None:
     torch.testing.assert_close(out.transpose(1, 2), scores.softmax(-1) @ v)
 
 
+def test_a_vision_tower_hands_over_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name with "flash" in it: one call a layer; else Pixtral makes a dense mask."""
+    sizes = {**OPTIONS, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(1)
+    model = transformers.PixtralVisionModel(transformers.PixtralVisionConfig(**sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    images, image_sizes = torch.randn(2, 3, 16, 16), torch.tensor([[16, 12], [8, 16]])
+    varlen, calls = flashtile.attention_varlen, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(options["cu_seqlens_q"].tolist())
+        return varlen(*args, **options)
+
+    monkeypatch.setattr(flashtile, "attention_varlen", counted)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        hidden = model(images, image_sizes=image_sizes).last_hidden_state
+        loss: Tensor = hidden.sin().sum()
+        loss.backward()
+        return hidden.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = run("eager")
+    assert_close(run(plugin.TILED), expected)
+    assert not calls
+    assert_close(run(plugin.FLASHTILE), expected)
+    assert calls == [[0, 12, 20]] * 2
+
+
 def test_what_packed_sequences_do_not_meet_is_refused() -> None:
     q, module = torch.randn(1, 2, 4, 8), torch.nn.Module()
     packed = lengths_of(torch.tensor([0, 1, 4]).int(), 3)
@@ -213,6 +248,7 @@ def test_what_packed_sequences_do_not_meet_is_refused() -> None:
         (masks.flashtile_mask(1, 4, 4), {"is_causal": False}, "a mask that says otherwise"),
         (None, {"position_bias": torch.zeros(1, 2, 4, 4)}, "a position bias over packed"),
         (None, {"block_table": torch.zeros(1, 1).int()}, "serve block_table;"),
+        (None, {"cache": transformers.DynamicCache()}, "serve a cache that is a DynamicCache;"),
     ):
         with pytest.raises(NotImplementedError, match=sentence):
             plugin.flashtile_attention(module, q, q, q, mask, **packed, **options)
@@ -272,7 +308,7 @@ def test_continuous_batching(window: int | None) -> None:
 
 
 def test_a_model_that_computes_with_its_mask_is_refused() -> None:
-    """GPT-J has attention modules of its own for every name that transformers knows."""
+    """BLOOM adds it to its scores."""
     mask = masks.flashtile_mask(1, 4, 4)
     for compute in (lambda: torch.zeros(1) + mask, lambda: torch.zeros(1).masked_fill(mask, 0)):
         with pytest.raises(NotImplementedError, match=r"computes with its mask \(torch's "):
@@ -282,6 +318,15 @@ def test_a_model_that_computes_with_its_mask_is_refused() -> None:
     model = transformers.BloomForCausalLM(bloom)
     with pytest.raises((NotImplementedError, AttributeError), match="computes with its mask"):
         model(torch.randint(3, 40, (1, 4)))
+
+
+def test_attention_that_cannot_be_exchanged_stays() -> None:
+    """transformers says so in its log."""
+    sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 40}
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+    for name in NAMES:
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == "eager"
 
 
 def test_replaced_modules_refuse_what_they_do_not_know() -> None:
