@@ -163,8 +163,8 @@ def flashtile_attention(
         s_aux: Sinks, ``(heads,)``. Differentiable.
         position_bias: ``(batch or 1, heads or 1, q_length or 1, kv_length)``, added to the scaled
             scores. Differentiable.
-        sliding_window: Read only where sequences are packed and there is no mask; else the mask has
-            it already.
+        sliding_window: Where there is a mask, it has this already. Else read for packed sequences,
+            and refused for others that are longer.
         cache: The paged cache of continuous batching, where it is the attention that updates it.
         **options: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``
             together say how sequences are packed, rather than the mask. Ignored, since they change
@@ -200,6 +200,8 @@ def flashtile_attention(
             q, k, v, softmax_scale=scaling, mask=given.get("mask"), **scores
         ), None
     if attention_mask is None:  # as in eager, every query then sees every key
+        if sliding_window is not None and sliding_window < kv_length:
+            refuse(f"sliding_window={sliding_window} over {kv_length} keys without a mask")
         attention_mask = Mask(FULL, q_length, kv_length, kv_length)
     mask = fitting_mask(attention_mask, q_length, kv_length, is_causal)
     return attend(q, k, v, mask, scaling, scores), None

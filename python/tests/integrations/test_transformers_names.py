@@ -254,6 +254,14 @@ def test_what_packed_sequences_do_not_meet_is_refused() -> None:
             plugin.flashtile_attention(module, q, q, q, mask, **packed, **options)
 
 
+def test_a_window_without_a_mask_is_refused() -> None:
+    q, module = torch.randn(1, 2, 4, 8), torch.nn.Module()
+    with pytest.raises(NotImplementedError, match="sliding_window=3 over 4 keys without a mask;"):
+        plugin.flashtile_attention(module, q, q, q, None, sliding_window=3)
+    out, _ = plugin.flashtile_attention(module, q, q, q, None, sliding_window=4)
+    assert torch.equal(out, plugin.flashtile_attention(module, q, q, q, None)[0])
+
+
 def test_padding_of_packed_sequences_is_not_forgotten() -> None:
     packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1]]))
     causal = masking_utils.causal_mask_function
