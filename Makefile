@@ -60,7 +60,8 @@ endef
 
 define INTEGRATIONS
 $(SAY) "installing the packages that flashtile runs under" -- $(PIP) --requirement cmake/requirements-integrations.txt
-OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m $(1) python/tests/integrations
+$(SAY) "building the C library" -- $(BUILD_ALL) --target flashtile_shared
+FLASHTILE_REQUIRE_INTEGRATIONS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m $(1) python/tests/integrations
 endef
 
 # What the linker could merge where the compiler inlines nothing.
