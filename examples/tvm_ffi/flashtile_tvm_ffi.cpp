@@ -117,7 +117,7 @@ struct Lse {
 // One attention: its problem, and what follows from the shapes of q, k and v for every tensor.
 class Attention {
  public:
-  Attention(TensorView q, TensorView k, TensorView v, Optional<double> softmax_scale,
+  Attention(TensorView q, TensorView k, TensorView v, const Optional<double>& softmax_scale,
             int64_t window_left, int64_t window_right)
       : dtype_(q.dtype()), device_(q.device()) {
     expect_dims("q", q, 4);
@@ -221,8 +221,8 @@ class Workspace {
 };
 
 void forward(TensorView q, TensorView k, TensorView v, TensorView out,
-             Optional<TensorView> softmax_lse, Optional<double> softmax_scale, int64_t window_left,
-             int64_t window_right) {
+             Optional<TensorView> softmax_lse, const Optional<double>& softmax_scale,
+             int64_t window_left, int64_t window_right) {
   const Attention attention(q, k, v, softmax_scale, window_left, window_right);
   const Lse lse = attention.lse("softmax_lse", softmax_lse);
   flashtile_forward_params params{};
@@ -243,7 +243,7 @@ void forward(TensorView q, TensorView k, TensorView v, TensorView out,
 
 void backward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView softmax_lse,
               TensorView dout, Optional<TensorView> dsoftmax_lse, TensorView dq, TensorView dk,
-              TensorView dv, Optional<double> softmax_scale, int64_t window_left,
+              TensorView dv, const Optional<double>& softmax_scale, int64_t window_left,
               int64_t window_right) {
   const Attention attention(q, k, v, softmax_scale, window_left, window_right);
   const Lse lse = attention.lse("softmax_lse", softmax_lse);
