@@ -19,6 +19,7 @@ from flashtile._kvcache import (  # noqa: E402
     raise_pending_checks,
 )
 from flashtile._merging import merge  # noqa: E402
+from flashtile._shared_prefix import shared_prefix_attention  # noqa: E402
 from flashtile.ops import attention, attention_varlen  # noqa: E402
 
 __version__: str = str(build_info()["version"])
@@ -36,4 +37,5 @@ __all__ = [
     "dropout_mask_varlen",
     "merge",
     "raise_pending_checks",
+    "shared_prefix_attention",
 ]
