@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 Check: TypeAlias = Callable[[], None]  # runs on every rank
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=30)  # of a rank that waits for others in vain
 
 
 def _main(rank: int, world: int, folder: str, checks: Callable[[], Mapping[str, Check]]) -> None:
@@ -32,7 +32,7 @@ def _main(rank: int, world: int, folder: str, checks: Callable[[], Mapping[str, 
     Path(f"{folder}/{rank}").write_bytes(pickle.dumps(failures))
     # Not a barrier: a check that failed on one rank may have left the others in the middle of it.
     store.set(f"done {rank}", "")
-    store.wait([f"done {other}" for other in range(world)], TIMEOUT)
+    store.wait([f"done {other}" for other in range(world)], 4 * TIMEOUT)
     dist.destroy_process_group()
 
 

@@ -172,24 +172,28 @@ class _Backward(NamedTuple):
 
 
 def _backward(k: Tensor, v: Tensor, work: _Backward) -> tuple[Tensor, Tensor]:
-    """The gradients of this rank's own keys and values."""
+    """The gradients of this rank's own keys and values: its own step's stay, the others' come."""
     ring, steps = _Ring(work.job.group), work.job.steps
-    travelling: _Transfer | None = None  # dk and dv of the keys that come next
-    gradients: list[Tensor] = []
+    own: list[Tensor] = []
+    travelling: _Transfer | None = None  # of the keys that are here in the next step
     for step, calls in enumerate(steps):
         is_last = step + 1 == len(steps)
         transfer = None if is_last else ring.send((k, v))
         gradients = work.step(k, v, calls)
-        if travelling is not None:
-            pairs = zip(gradients, travelling.wait(), strict=True)
-            gradients = [mine.add_(others) for mine, others in pairs]
+        if step == 0:
+            own = gradients
+        else:
+            if travelling is not None:
+                gradients = _sums(gradients, travelling.wait())
+            travelling = ring.send(gradients, -step if is_last else 1)
         if transfer is not None:
-            travelling = ring.send(gradients)
             k, v = transfer.wait()
-    if len(steps) > 1:
-        gradients = ring.send(gradients, -(len(steps) - 1)).wait()
-    dk, dv = gradients
+    dk, dv = own if travelling is None else _sums(own, travelling.wait())
     return dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _sums(mine: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [one.add_(other) for one, other in zip(mine, others, strict=True)]
 
 
 class RingAttention(torch.autograd.Function):

@@ -55,6 +55,7 @@ class Sizes:
 DENSE = Sizes()
 # An empty sequence, and rows behind the last one.
 VARLEN = Sizes(rows=72, lengths=(24, 0, 12, 24))
+EQUAL = Sizes(rows=48, lengths=(24, 24))  # a window cuts the same out of both: one call
 
 
 def rows_of(kind: str, sizes: Sizes, rank: int, world: int) -> Tensor:
@@ -219,8 +220,8 @@ def sends(mask: Mask) -> tuple[int, int]:
 
 def check_sends() -> None:
     """A window of no more than a rank's rows is served by the neighbour: one step, not two."""
-    assert sends({"causal": True}) == (4, 4 + 4 + 2)
-    assert sends({"causal": True, "window_size": (8, 0)}) == (2, 2 + 2 + 2)
+    assert sends({"causal": True}) == (4, 4 + 4)
+    assert sends({"causal": True, "window_size": (8, 0)}) == (2, 2 + 2)
     assert sends({"window_size": (0, 0)}) == (0, 0)
 
 
@@ -355,6 +356,8 @@ def checks() -> Mapping[str, Check]:
     for kind in KINDS:
         mask = {"causal": True, "window_size": (20, 0)}
         found[f"{kind}-group"] = partial(check_result, kind, of_two, torch.float32, two, mask)
+        mask = {"causal": True, "window_size": (5, 0)}
+        found[f"{kind}-equal"] = partial(check_result, kind, EQUAL, torch.float32, None, mask)
         for sizes in (DENSE, VARLEN):
             name = f"{kind}-{'varlen' if sizes.lengths else 'dense'}-packed"
             found[name] = partial(check_packed, kind, sizes)
@@ -379,7 +382,7 @@ CHECKS = (
 NAMES = [
     *(f"{k}-{s}-{n}" for k, n, s in product(KINDS, range(len(WINDOWS)), ("dense", "varlen"))),
     *(f"{k}-torch.{d}" for k, d in product(KINDS, ("float64", "bfloat16", "float16"))),
-    *(f"{k}-{s}" for k, s in product(KINDS, ("group", "dense-packed", "varlen-packed"))),
+    *(f"{k}-{s}" for k, s in product(KINDS, ("group", "equal", "dense-packed", "varlen-packed"))),
     *(check.__name__ for check in (*CHECKS, check_group_of_others)),
 ]
 
