@@ -86,6 +86,54 @@ def _merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) ->
     lse.copy_(total)
 
 
+class _Merged:
+    """What the steps have given so far. The first is kept as it is if it has all rows."""
+
+    def __init__(self, q: Tensor, head_dim_v: int) -> None:
+        self.dtype = _checks.lse_dtype(q.dtype)
+        self.shape = (*q.shape[:-1], head_dim_v)
+        self.q = q
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
+
+    def add(self, out: Tensor, lse: Tensor, rows: slice) -> None:
+        """What a call gave for these rows."""
+        if self.out is None and out.shape == self.shape:
+            self.out, self.lse = out.to(self.dtype), lse
+            return
+        merged, merged_lse = self.result()
+        _merge_into(merged[:, rows], merged_lse[:, :, rows], out, lse)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Rows that no call has seen are 0 and -inf."""
+        if self.out is None or self.lse is None:
+            batch, rows, num_heads, _ = self.shape
+            self.out = self.q.new_zeros(self.shape, dtype=self.dtype)
+            self.lse = self.q.new_full((batch, num_heads, rows), -torch.inf, dtype=self.dtype)
+        return self.out, self.lse
+
+
+class _Sum:
+    """A gradient that calls add to, in fp32 (fp64). The first is kept as it is if it is whole."""
+
+    def __init__(self, of: Tensor) -> None:
+        self.of, self.dtype = of, _checks.lse_dtype(of.dtype)
+        self.total: Tensor | None = None
+
+    def add(self, part: Tensor, rows: slice) -> None:
+        """To these rows."""
+        if self.total is None and part.shape == self.of.shape:
+            self.total = part.to(self.dtype)
+            return
+        self.result()[:, rows] += part
+
+    def result(self) -> Tensor:
+        """0 where no call has added anything."""
+        if self.total is None:
+            self.total = torch.zeros_like(self.of, dtype=self.dtype)
+        return self.total
+
+
 class _Ring:
     """Sends tensors around."""
 
@@ -120,43 +168,41 @@ class _Transfer(NamedTuple):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-    ring, dtype = _Ring(job.group), _checks.lse_dtype(q.dtype)
-    batch, rows, num_heads, _ = q.shape
-    out = q.new_zeros((batch, rows, num_heads, v.shape[-1]), dtype=dtype)
-    lse = q.new_full((batch, num_heads, rows), -torch.inf, dtype=dtype)
+    ring = _Ring(job.group)
+    merged = _Merged(q, v.shape[-1])
     for step, calls in enumerate(job.steps):
         is_last = step + 1 == len(job.steps)
         transfer = None if is_last else ring.send((k, v))
         for call in calls:
             place = _place(call, job, q.device)
-            part = _forward_call(q, k, v, place, job.options(call))
-            _merge_into(out[:, place.q], lse[:, :, place.q], *part)
+            merged.add(*_forward_call(q, k, v, place, job.options(call)), place.q)
         if transfer is not None:
             k, v = transfer.wait()
+    out, lse = merged.result()
     return out.to(q.dtype), lse
 
 
 class _Backward(NamedTuple):
-    """What the steps of a backward pass share. dq is added up in place."""
+    """What the steps of a backward pass share."""
 
     q: Tensor
     out: Tensor
     lse: Tensor
     dout: Tensor
     dlse: Tensor | None
-    dq: Tensor
+    dq: _Sum
     job: Job
 
     def step(self, k: Tensor, v: Tensor, calls: tuple[Call, ...]) -> list[Tensor]:
-        """A step's dk and dv, in the dtype of dq."""
-        gradients = [torch.zeros_like(t, dtype=self.dq.dtype) for t in (k, v)]
+        """A step's dk and dv, in the dtype in which they are added up."""
+        of_k, of_v = _Sum(k), _Sum(v)
         for call in calls:
             place = _place(call, self.job, k.device)
             dq, dk, dv = self._call(k, v, place, self.job.options(call))
-            self.dq[:, place.q] += dq
-            gradients[0][:, place.k] += dk
-            gradients[1][:, place.k] += dv
-        return gradients
+            self.dq.add(dq, place.q)
+            of_k.add(dk, place.k)
+            of_v.add(dv, place.k)
+        return [of_k.result(), of_v.result()]
 
     def _call(self, k: Tensor, v: Tensor, place: _Place, options: Options) -> list[Tensor]:
         dout, q, out = (t[:, place.q] for t in (self.dout, self.q, self.out))
@@ -213,6 +259,6 @@ class RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        dq = torch.zeros_like(q, dtype=lse.dtype)
+        dq = _Sum(q)
         dk, dv = _backward(k, v, _Backward(q, out, lse, dout, dlse, dq, ctx.job))
-        return dq.to(q.dtype), dk, dv, None
+        return dq.result().to(q.dtype), dk, dv, None
