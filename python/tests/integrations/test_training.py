@@ -137,11 +137,13 @@ def check_dtensor_of_scores() -> None:
     sink.requires_grad_()
     out, right = with_scores(mine, my_sink), with_scores(tensors, sink)
     assert isinstance(out, DTensor)
+    assert out.placements == (Shard(2),)
     torch.testing.assert_close(out.full_tensor(), right)
     total = out.square().sum()
     assert isinstance(total, DTensor)
     (actual,) = torch.autograd.grad(total.full_tensor(), my_sink)
     assert isinstance(actual, DTensor)
+    assert actual.placements == (Shard(0),)
     torch.testing.assert_close(
         actual.full_tensor(), torch.autograd.grad(right.square().sum(), sink)[0]
     )
