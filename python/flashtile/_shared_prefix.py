@@ -140,7 +140,8 @@ def shared_prefix_attention(
         ``out`` and ``lse`` with respect to q, k, v, k_prefix, v_prefix and sink, once. The gradient
         of the prefix adds up over the answers, in fp32 inside one kernel.
         ``torch.compile(fullgraph=True)`` traces it; autocast and ``FlopCounterMode`` are those of
-        :func:`attention_varlen`: pairs with the prefix count once for every query.
+        :func:`attention_varlen`: pairs with the prefix count once for every query. DTensors sharded
+        by heads need no communication.
 
     Numerics:
         Each of the two parts is rounded to the dtype of q; they are merged in float32 (float64 for

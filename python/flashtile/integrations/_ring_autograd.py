@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flashtile import _checks
+from flashtile import _checks, _registration
 from flashtile._options import Options, Sequences
 from flashtile.integrations._ring_plan import Call
 
@@ -254,11 +253,30 @@ class RingAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
+        return *_Gradients.apply(dout, dlse, q, k, v, out, lse, ctx.job), None  # type: ignore[no-untyped-call]
+
+
+class _Gradients(torch.autograd.Function):
+    """A function of its own, so that a second derivative is refused and not merely missing."""
+
+    @staticmethod
+    def forward(
+        _ctx: Any,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        job: Job,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
         dq = _Sum(q)
-        dk, dv = _backward(k, v, _Backward(q, out, lse, dout, dlse, dq, ctx.job))
-        return dq.result().to(q.dtype), dk, dv, None
+        dk, dv = _backward(k, v, _Backward(q, out, lse, dout, dlse, dq, job))
+        return dq.result().to(q.dtype), dk, dv
+
+    backward = staticmethod(_registration.refuse_second_derivative)  # type: ignore[assignment]

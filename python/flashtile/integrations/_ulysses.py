@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtile import _attend
 from flashtile._options import Options, Sequences
@@ -27,9 +26,8 @@ class _ToHeads(torch.autograd.Function):
         return _to_heads(tensor, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_rows(gradient, ctx.group), None
+        return _ToRows.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]
 
 
 class _ToRows(torch.autograd.Function):
@@ -41,9 +39,8 @@ class _ToRows(torch.autograd.Function):
         return _to_rows(tensor, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(gradient, ctx.group), None
+        return _ToHeads.apply(gradient, ctx.group), None  # type: ignore[no-untyped-call]
 
 
 def _to_heads(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

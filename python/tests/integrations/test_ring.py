@@ -245,6 +245,16 @@ def check_only_lse() -> None:
     assert not dv.any()
 
 
+def check_second_derivative() -> None:
+    """Refused, not missing: autograd.grad would leave out a branch that ends."""
+    q, k, v = (torch.randn(1, 4, 3, 16, requires_grad=True) for _ in range(3))
+    for kind in KINDS:
+        loss = function(kind, DENSE)(q, k, v).square().sum()
+        (dq,) = torch.autograd.grad(loss, q, create_graph=True)
+        with pytest.raises(RuntimeError, match="attention was differentiated twice; allowed"):
+            torch.autograd.grad(dq.sum() + q.sum(), q)
+
+
 def check_nan_is_kept() -> None:
     """A NaN of one rank's keys reaches the rows that see it, and only those."""
     q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
@@ -372,6 +382,7 @@ CHECKS = (
     check_sends,
     check_same_bits,
     check_only_lse,
+    check_second_derivative,
     check_nan_is_kept,
     check_compile,
     check_autocast,
