@@ -23,7 +23,7 @@ class _Options(TypedDict, total=False):
     sink: Tensor | None
 
 
-def _check_prefix(q: Tensor, k: Tensor, k_prefix: Tensor, v_prefix: Tensor, v: Tensor) -> None:
+def _check_prefix(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> None:
     """TypeError or ValueError unless the prefix goes with q, k and v."""
     tensors = {"q": q, "k": k, "v": v, "k_prefix": k_prefix, "v_prefix": v_prefix}
     for name, tensor in tensors.items():
@@ -156,7 +156,7 @@ def shared_prefix_attention(
     Windows, ALiBi, biases, masks and dropout are not offered: they go by positions, and a row's
     distance from the prefix is that in its own answer.
     """
-    _check_prefix(q, k, k_prefix, v_prefix, v)
+    _check_prefix(q, k, v, k_prefix, v_prefix)
     _checks.check_tensor_type("cu_seqlens", cu_seqlens)
     _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q)
     return_lse = _checks.flag("return_lse", return_lse)
