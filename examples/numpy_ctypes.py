@@ -59,6 +59,7 @@ class Problem(ctypes.Structure):
         ("softmax_scale_f64", ctypes.c_double),
         ("lse_dtype", _int32),
         ("scores", _pointer),
+        ("num_threads", _int64),
     ]
 
 
