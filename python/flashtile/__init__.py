@@ -20,6 +20,7 @@ from flashtile._kvcache import (  # noqa: E402
 )
 from flashtile._merging import merge  # noqa: E402
 from flashtile._shared_prefix import shared_prefix_attention  # noqa: E402
+from flashtile._use_as_sdpa import use_as_sdpa  # noqa: E402
 from flashtile.ops import attention, attention_varlen  # noqa: E402
 
 __version__: str = str(build_info()["version"])
@@ -38,4 +39,5 @@ __all__ = [
     "merge",
     "raise_pending_checks",
     "shared_prefix_attention",
+    "use_as_sdpa",
 ]
