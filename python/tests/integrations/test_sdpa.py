@@ -254,6 +254,20 @@ def test_backward_on_the_other_side(masked: bool, ours_first: bool) -> None:
     assert served.counts.served + handle.counts.served_backward == 1
 
 
+def test_restored() -> None:
+    """The dispatcher's own tables are as they were."""
+
+    def tables() -> list[str]:
+        names = [op.name for op in sdpa._OPS if "CPU" in op.keys]
+        return [torch._C._dispatch_dump(f"aten::{name}") for name in names]
+
+    before = tables()
+    for _ in range(2):
+        with flashtile.use_as_sdpa(), flashtile.use_as_sdpa():
+            assert not set(tables()) & set(before)
+        assert tables() == before
+
+
 def test_torchs_registry() -> None:
     q = torch.randn(1, 2, 4, 8)
     assert "FLASHTILE" in list_flash_attention_impls()

@@ -93,8 +93,10 @@ def inputs(batch: int, rows_q: int, rows_k: int) -> tuple[Tensor, Tensor, Tensor
     return q, torch.randn(batch, rows_k, 4, 16), torch.randn(batch, rows_k, 4, 8)
 
 
-def manual(q: Tensor, k: Tensor, v: Tensor, **tensors: Tensor) -> Tensor:
-    return manual_scores({"q": q, "k": k, "v": v, **tensors})[0]
+def manual(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **tensors: Tensor
+) -> Tensor:
+    return manual_scores({"q": q, "k": k, "v": v, **tensors}, softmax_scale=scale)[0]
 
 
 def check(attend: Any, expected: Any, tensors: tuple[Tensor, ...]) -> None:
@@ -119,8 +121,8 @@ def test_masks(name: str, shape: tuple[int, int]) -> None:
     seen = torch.tensor([[sees(i, j, m, n) for j in range(n)] for i in range(m)])
     assert torch.equal(bias.materialize(shape) == 0, seen)
     check(
-        lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=bias.to("cpu"), scale=0.25),
-        lambda q, k, v: manual(q, k, v, mask=seen.expand(2, 4, m, n)),
+        lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=bias.to("cpu"), scale=0.3),
+        lambda q, k, v: manual(q, k, v, 0.3, mask=seen.expand(2, 4, m, n)),
         inputs(2, m, n),
     )
 
@@ -159,8 +161,15 @@ def in_groups(tensor: Tensor) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], 2, 2, tensor.shape[3])
 
 
-def test_one_head_and_groups() -> None:
+def test_one_head_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three dimensions, and five: heads of a group that are one head are read once."""
+    heads: list[int] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        heads.append(k.shape[2])
+        return flashtile.attention(q, k, v, **options)
+
+    monkeypatch.setattr(ops, "attention", attention)
     q, k, v = inputs(2, 5, 7)
     bias = torch.randn(2, 5, 7)
     check(
@@ -181,6 +190,7 @@ def test_one_head_and_groups() -> None:
     out, lse = ops.memory_efficient_attention_forward_requires_grad(*whole)
     torch.testing.assert_close(out.flatten(2, 3), manual(q, k, v))
     assert lse.shape == (2, 2, 2, 5)
+    assert heads == [1, 2, 4]
 
 
 def test_dropout() -> None:
