@@ -144,7 +144,7 @@ def test_flops() -> None:
     with FlopCounterMode(display=False) as forward:
         out = flashtile.shared_prefix_attention(q, k, k, prefix, prefix, cu, 21)
     with FlopCounterMode(display=False) as backward:
-        out.sum().backward()  # type: ignore[no-untyped-call]
+        out.sum().backward()
     pairs = 4 * (30 * PREFIX + 9 * 9 + 21 * 21)
     assert forward.get_total_flops() == 4 * pairs * 32
     assert backward.get_total_flops() == 10 * pairs * 32
