@@ -10,6 +10,7 @@
 #   make gpu-package  .gpu: what benchmarks/gpu_check.sh needs on a machine that builds nothing
 #   make test-integrations  flashtile under the packages that call it
 #   make test-integrations-heavy  the same with large packages and many models
+#   make drop-in-wheels  dist/flash_attn*.whl, through which others import flashtile
 #   make test-nightly  longer fuzzing, every kernel case under every schedule of the PTX machine
 #   make build      everything that is compiled     make format     what lint asks for
 #   make operators  the Python package alone        make clean      removes .venv, build, dist
@@ -39,7 +40,7 @@ BUILD := $(CURDIR)/build
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(BUILD)/python
 
-.PHONY: help demo demo-engine test test-long test-integrations test-integrations-heavy test-nightly wheel bench lint docs format build operators sass-report slices model gpu-package clean
+.PHONY: help demo demo-engine test test-long test-integrations test-integrations-heavy test-nightly wheel drop-in-wheels bench lint docs format build operators sass-report slices model gpu-package clean
 .DEFAULT_GOAL := help
 
 # Around a command that says nothing for long: "$(SAY) 'what it does' -- command". The demos stand
@@ -147,6 +148,10 @@ wheel: $(VENV)/.stamp
 	@rm -rf dist
 	FLASHTILE_CUDA=$(CUDA) CMAKE_GENERATOR=Ninja PYTHONPATH=cmake/backend \
 	  $(BIN)/python -c 'import flashtile_build as b; print("dist/" + b.build_wheel("dist"))'
+
+# Pure Python: they delegate to the flashtile that is installed.
+drop-in-wheels: $(VENV)/.stamp
+	@$(BIN)/python cmake/drop_in_wheels.py dist
 
 .PHONY: demo-inside demo-engine-inside
 demo demo-engine:

@@ -13,6 +13,7 @@ _registration.register()
 from flashtile._build import build_info  # noqa: E402
 from flashtile._can_run import can_run, can_run_with_kvcache  # noqa: E402
 from flashtile._dropout import dropout_mask, dropout_mask_varlen  # noqa: E402
+from flashtile._install_as import install_as  # noqa: E402
 from flashtile._kvcache import (  # noqa: E402
     append_kv,
     attention_with_kvcache,
@@ -36,6 +37,7 @@ __all__ = [
     "can_run_with_kvcache",
     "dropout_mask",
     "dropout_mask_varlen",
+    "install_as",
     "merge",
     "raise_pending_checks",
     "shared_prefix_attention",

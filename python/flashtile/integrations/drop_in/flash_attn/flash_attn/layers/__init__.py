@@ -1,0 +1,5 @@
+"""Layers around attention."""
+
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)
