@@ -134,10 +134,7 @@ def attend(
         chunk: attention_chunk.
         num_splits: As in flashtile.attention_with_kvcache.
     """
-    at = {
-        n: flash.maybe_contiguous(t) if isinstance(t, Tensor) and t.dim() else t
-        for n, t in at.items()
-    }
+    at = {name: value if value is None else flash.laid_out(value) for name, value in at.items()}
     for name in ("cu_seqlens_k_new", "rotary_seqlens"):
         if at["k"] is None:
             flash.refuse(name, at[name], "None, as k is None")

@@ -24,28 +24,40 @@ def maybe_contiguous(x: Tensor | None) -> Any:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def readable(*tensors: Tensor) -> tuple[Any, ...]:
+def laid_out(x: Any) -> Any:
+    """The same of an argument that may be anything: what is no tensor flashtile refuses."""
+    return maybe_contiguous(x) if isinstance(x, Tensor) and x.dim() > 0 else x
+
+
+def readable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors, or copies where the last dimension has gaps; or TypeError."""
-    for name, tensor in zip(("q", "k", "v"), tensors, strict=False):
-        _checks.check_tensor_type(name, tensor)
-    return tuple(t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    try:
+        if q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1:
+            return q, k, v
+    except (AttributeError, IndexError, RuntimeError):  # no tensor, no dimension, a nested one
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _checks.check_tensor_type(name, tensor)
+        return q, k, v  # flashtile says what is wrong with the shape
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return q, k, v
 
 
-def window(window_size: Any) -> tuple[int, int]:
-    """A tuple, a list or a tensor of two as flashtile takes it; below 0 is no bound."""
+def window(window_size: Any) -> Any:
+    """A tuple, a list or a tensor of two as flashtile takes it; below 0 is no bound.
+
+    Whatever else comes is handed on to flashtile, which refuses it.
+    """
     if window_size is NO_WINDOW or window_size == NO_WINDOW:
         return NO_WINDOW
     sides = window_size.tolist() if isinstance(window_size, Tensor) else window_size
-    if isinstance(sides, (tuple, list)) and all(isinstance(side, Tensor) for side in sides):
-        sides = [side.item() for side in sides]
     if not isinstance(sides, (tuple, list)):
-        return _checks.window(sides)  # which says what is allowed
-    whole = [side if isinstance(side, Tensor) else _below_zero(side) for side in sides]
-    return _checks.window(tuple(whole))
+        return sides
+    return tuple(_below_zero(side) for side in sides)
 
 
 def _below_zero(side: Any) -> Any:
-    return UNLIMITED if isinstance(side, int) and side < 0 else side
+    number = side.item() if isinstance(side, Tensor) else side
+    return UNLIMITED if isinstance(number, int) and number < 0 else number
 
 
 def positive(softcap: float) -> float:

@@ -256,7 +256,7 @@ def flash_attn_with_kvcache(
     """
     _flash_3.refuse_descale(q_descale, k_descale, v_descale)
     flash.refuse("qv", qv, "None over a cache, of which it would need a copy")
-    (q,) = flash.readable(q)
+    q = flash.laid_out(q)
     how = flash.options(causal, window_size, softmax_scale, softcap, None, s_aux)
     at = {
         "k": k,

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import flashtile
 from flash_cases import (
     COMMON,
     DIM,
@@ -18,16 +21,17 @@ from flash_cases import (
     scores_of,
     wrong_signatures,
 )
-from torch import Tensor
-
-import flashtile
-from flashtile.integrations import flash_attn
-from flashtile.integrations.flash_attn import flash_attn_interface as interface
+from flashtile.integrations import flash_attn as module
+from flashtile.integrations.flash_attn import flash_attn_interface
 from reference import Packing, Recorder, assert_close
 from scores_reference import Tensors, check, manual_scores, manual_scores_varlen
 from test_kvcache import Cache, int32, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+flash_attn: Any = module  # what is returned depends on arguments
+interface: Any = flash_attn_interface
+dropout_mask_varlen: Any = flashtile.dropout_mask_varlen  # of a tuple of arguments
 
 OFFSETS = [0, 6, 6, 15]  # one sequence is empty
 OFFSETS_K = [0, 11, 11, 15]
@@ -251,8 +255,8 @@ def test_dropout_and_its_weights(name: str) -> None:
 def test_dropout_of_packed_sequences() -> None:
     case, p = OF_FA2["alibi"], 0.3
     tensors = packed_of(case, OFFSETS[-1], OFFSETS_K[-1], HEADS_KV, torch.float32)
-    given = (int32(OFFSETS), int32(OFFSETS_K), 9, 11)
-    keep = kept_of(lambda state: flashtile.dropout_mask_varlen(state, p, *given, HEADS))
+    given: Any = (int32(OFFSETS), int32(OFFSETS_K), 9, 11)
+    keep = kept_of(lambda state: dropout_mask_varlen(state, p, *given, HEADS))
 
     def call(t: Tensors) -> Any:
         torch.manual_seed(7)
@@ -386,7 +390,7 @@ class Below(torch.autograd.Function):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_functions_with_an_underscore(packed: bool, p: float) -> None:
     case = Case({}, {"causal": True, "window_size": (5, -1), "softcap": 3.0}, ("alibi_slopes",))
-    given: tuple[Any, ...] = (int32(OFFSETS), int32(OFFSETS_K), 9, 11) if packed else ()
+    given: Any = (int32(OFFSETS), int32(OFFSETS_K), 9, 11) if packed else ()
     tensors = (
         packed_of(case, OFFSETS[-1], OFFSETS_K[-1], HEADS_KV, torch.float32)
         if packed
@@ -395,7 +399,7 @@ def test_functions_with_an_underscore(packed: bool, p: float) -> None:
     slopes = tensors.pop("alibi_slopes")
     keep = None
     if p and packed:
-        keep = kept_of(lambda state: flashtile.dropout_mask_varlen(state, p, *given, HEADS))
+        keep = kept_of(lambda state: dropout_mask_varlen(state, p, *given, HEADS))
     elif p:
         keep = kept_of(lambda state: flashtile.dropout_mask(state, p, 2, HEADS, 9, 14))
     options = (p, DIM**-0.5, True, 5, -1, 3.0, slopes)
@@ -457,7 +461,11 @@ def test_classes_with_apply() -> None:
     how = (0.0, None, True, (-1, -1), 0.0, None, False, False)
     expected = flash_attn.flash_attn_func(q, k, v, causal=True)
     kv, qkv = torch.stack((k, v), 2), torch.stack((q, k, v), 2)
-    cu, flat = int32([0, 6, 12]), lambda t: t.flatten(0, 1)
+    cu = int32([0, 6, 12])
+
+    def flat(t: Tensor) -> Tensor:
+        return t.flatten(0, 1)
+
     results = [
         interface.FlashAttnFunc.apply(q, k, v, *how, True),
         interface.FlashAttnKVPackedFunc.apply(q, kv, *how, True),
@@ -481,7 +489,7 @@ def test_refusals_are_sentences() -> None:
     with pytest.raises(TypeError, match=r"window_size is 3; allowed: \(left, right\), two ints"):
         flash_attn.flash_attn_func(q, q, q, window_size=3)
     with pytest.raises(TypeError, match=r"k is a NoneType; allowed: torch\.Tensor"):
-        flash_attn.flash_attn_func(q, None, q)  # type: ignore[arg-type]
+        flash_attn.flash_attn_func(q, None, q)
     cu, rest = int32([0, 4]), (0.0, 1.0, False)
     with pytest.raises(ValueError, match="leftpad_k is a tensor; allowed: None"):
         interface._flash_attn_varlen_forward(

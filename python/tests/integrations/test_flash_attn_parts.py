@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from flash_cases import wrong_signatures
 from torch import Tensor
 
+from flash_cases import wrong_signatures
 from flashtile.integrations.flash_attn import bert_padding
 from flashtile.integrations.flash_attn.layers import rotary
 from test_kvcache import int32, rotate
@@ -104,9 +104,9 @@ def test_first_axis() -> None:
 
 
 def test_rearrange_is_that_of_einops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "einops", SimpleNamespace(rearrange=len))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "einops", SimpleNamespace(rearrange=len))
     assert bert_padding.rearrange is len
-    monkeypatch.setitem(sys.modules, "einops", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "einops", None)
     with pytest.raises(ModuleNotFoundError, match="einops"):
         _ = bert_padding.rearrange
     with pytest.raises(AttributeError, match="has no attribute 'arrange'"):
@@ -141,9 +141,10 @@ def test_rotary(interleaved: bool) -> None:
         cu_seqlens=int32([0, 5, 5, 10]), max_seqlen=5
     )  # fmt: skip
     assert torch.allclose(packed.view_as(x), turned(x, [7, 0], interleaved), atol=1e-14)
-    plain = rotary.apply_rotary_emb_torch(x, *(t[:5] for t in TABLES), interleaved)
+    plain = rotary.apply_rotary_emb_torch(x, TABLES[0][:5], TABLES[1][:5], interleaved)
     assert torch.allclose(plain, turned(x, [0, 0], interleaved), atol=1e-14)
-    half = rotary.apply_rotary_emb(x.bfloat16(), *(t.bfloat16() for t in TABLES), interleaved)
+    cos, sin = (t.bfloat16() for t in TABLES)
+    half = rotary.apply_rotary_emb(x.bfloat16(), cos, sin, interleaved)
     assert half.dtype == torch.bfloat16
     assert torch.allclose(half.double(), turned(x, [0, 0], interleaved), atol=0.05)
 
@@ -162,7 +163,7 @@ def test_rotary_gradients(interleaved: bool, inplace: bool) -> None:
 @FORMS
 def test_rotary_of_packed_tensors(interleaved: bool) -> None:
     q, k, v = (torch.randn(2, 5, h, 12, dtype=torch.float64) for h in (4, 4, 4))
-    k_tables = tuple(2 * t for t in TABLES)
+    k_tables = (2 * TABLES[0], 2 * TABLES[1])
     new_q, new_k = turned(q, [3, 3], interleaved), turned(k, [3, 3], interleaved)
     packed = torch.stack((q, k, v), 2)
     assert rotary.apply_rotary_emb_qkv_(packed, *TABLES, None, None, interleaved, 3) is packed

@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = sorted(
     path.stem
-    for path in (ROOT / "python/flashtile/integrations").glob("*.py")
-    if not path.stem.startswith("_")
+    for path in (ROOT / "python/flashtile/integrations").iterdir()
+    if (path.suffix == ".py" and not path.stem.startswith("_")) or (path / "__init__.py").is_file()
 )
 
 

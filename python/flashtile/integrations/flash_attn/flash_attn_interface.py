@@ -317,8 +317,8 @@ def flash_attn_with_kvcache(
     Returns:
         ``out``, or ``(out, softmax_lse)`` with return_softmax_lse.
     """
-    (q,) = flash.readable(q)
-    k, v, rotary_cos, rotary_sin = map(maybe_contiguous, (k, v, rotary_cos, rotary_sin))
+    q = flash.laid_out(q)
+    k, v, rotary_cos, rotary_sin = map(flash.laid_out, (k, v, rotary_cos, rotary_sin))
     how = flash.options(causal, window_size, softmax_scale, softcap, alibi_slopes, s_aux)
     result: Tensor | tuple[Tensor, Tensor] = flash.attention_with_kvcache(
         q,
@@ -330,9 +330,9 @@ def flash_attn_with_kvcache(
         rotary_sin=rotary_sin,
         rotary_interleaved=bool(rotary_interleaved),
         cache_seqlens=cache_seqlens,
-        cache_batch_idx=maybe_contiguous(cache_batch_idx),
-        cache_leftpad=maybe_contiguous(cache_leftpad),
-        block_table=maybe_contiguous(block_table),
+        cache_batch_idx=flash.laid_out(cache_batch_idx),
+        cache_leftpad=flash.laid_out(cache_leftpad),
+        block_table=flash.laid_out(block_table),
         num_splits=num_splits,
         return_lse=bool(return_softmax_lse),
         **how,
