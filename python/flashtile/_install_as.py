@@ -60,19 +60,18 @@ def _installed(drop_in: _DropIn) -> tuple[str, str] | None:
         spec = importlib.util.find_spec(drop_in.modules[0])
     except ValueError:  # a module without a spec, in sys.modules
         spec = None
-    if spec is None:
+    if spec is None or spec.origin is None:  # nothing, or a namespace, which stays one
         return None
     try:
         version = importlib.metadata.version(drop_in.distribution)
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    places = spec.submodule_search_locations or ()
-    return version, spec.origin or next(iter(places), "an unknown place")
+    return version, spec.origin
 
 
 def _activate(drop_in: _DropIn) -> None:
     found = _installed(drop_in)
-    if found is not None and found[0].endswith(_LOCAL):  # from our wheel
+    if found is not None and found[0].endswith(_LOCAL):  # activated already, or from our wheel
         return
     if found is not None:
         version, place = found
@@ -83,6 +82,7 @@ def _activate(drop_in: _DropIn) -> None:
             stacklevel=3,
         )
     sys.path.insert(0, drop_in.folder())
+    importlib.invalidate_caches()
 
 
 def install_as(name: str) -> None:
@@ -98,9 +98,9 @@ def install_as(name: str) -> None:
 
     Args:
         name: ``"flash_attn"``: FlashAttention 2, version 2.8.4; see
-            :mod:`flashtile.integrations.flash_attn`. ``"flash_attn_interface"`` or
+            ``flashtile.integrations.flash_attn``. ``"flash_attn_interface"`` or
             ``"flash_attn_3"``: FlashAttention 3, version 3.0.0; see
-            :mod:`flashtile.integrations.flash_attn_3`.
+            ``flashtile.integrations.flash_attn_3``.
 
     Warns:
         RuntimeWarning: the package itself is installed, too: with its version and its place. In
@@ -120,8 +120,6 @@ def install_as(name: str) -> None:
     drop_in = _DROP_INS[name]
     with _lock:
         _check_not_imported(drop_in)
-        if drop_in.folder() not in sys.path:
-            _activate(drop_in)
-            importlib.invalidate_caches()
+        _activate(drop_in)
         for module in drop_in.modules:
             importlib.import_module(module)

@@ -1,16 +1,19 @@
 """Options of flash_attn's functions, beside what the oracle calls them; caches with an oracle."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reference import assert_close, assert_lse_close
+from reference import Packing, assert_close, assert_lse_close
 from scores_reference import Tensors, manual_scores
 from test_kvcache import Cache
 
 HEADS, HEADS_KV, DIM = 4, 2, 16
+OFFSETS, OFFSETS_K = [0, 6, 6, 15], [0, 11, 11, 15]  # one sequence is empty
+PACKING = Packing(OFFSETS, OFFSETS_K)
 
 
 class Case(NamedTuple):
@@ -101,3 +104,24 @@ def check_rows(
         plain, _, _ = manual_scores(tensors, **case.oracle)
         assert_close("out", results[0][b][None], exact, plain)
         assert_lse_close(results[1][b][None], exact_lse)
+
+
+def tensors_of(case: Case, rows_q: int, rows_k: int, heads_kv: int, dtype: torch.dtype) -> Tensors:
+    """Two dense sequences."""
+    shapes = ((2, rows_q, HEADS, DIM), (2, rows_k, heads_kv, DIM), (2, rows_k, heads_kv, DIM))
+    tensors = {n: torch.randn(*s).to(dtype) for n, s in zip("qkv", shapes, strict=True)}
+    return {**tensors, **scores_of(case, 2)}
+
+
+def packed_of(case: Case, total_q: int, total_k: int, heads_kv: int, dtype: torch.dtype) -> Tensors:
+    """As many packed rows, of three sequences."""
+    shapes = ((total_q, HEADS, DIM), (total_k, heads_kv, DIM), (total_k, heads_kv, DIM))
+    tensors = {n: torch.randn(*s).to(dtype) for n, s in zip("qkv", shapes, strict=True)}
+    scores = scores_of(case, len(OFFSETS) - 1)
+    return {**tensors, **scores}
+
+
+def kept_of(draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """Which weights a call keeps that draws right after this seed."""
+    torch.manual_seed(7)
+    return draw(torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64))

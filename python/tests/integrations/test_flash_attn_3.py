@@ -12,6 +12,8 @@ from flash_cases import (
     DIM,
     HEADS,
     HEADS_KV,
+    OFFSETS,
+    OFFSETS_K,
     Case,
     check_rows,
     keywords,
@@ -27,7 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 flash_attn_3: Any = module  # what is returned depends on arguments
 
-OFFSETS, OFFSETS_K = [0, 6, 6, 15], [0, 11, 11, 15]
 USED_Q, USED_K = [5, 0, 9], [8, 0, 4]
 CHUNKS = {"chunk": 4, "chunk_one": 1}
 NAMES = [*COMMON, *CHUNKS]

@@ -1,9 +1,13 @@
 """flash_attn under its own name: in one process, beside the package itself, and from wheels."""
 
+import base64
+import csv
+import hashlib
 import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,13 +94,16 @@ def test_a_model_of_a_hub_starts_and_computes(tmp_path: Path) -> None:
     assert "drop_in/flash_attn/flash_attn" in output
 
 
-def test_names_and_metadata_in_one_process() -> None:
-    """Twice, and from threads; versions as hosts look for them."""
+def test_names_and_metadata_in_one_process(tmp_path: Path) -> None:
+    """Twice, from threads, and in a namespace with others; versions as hosts look for them."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("theirs = True\n")
     run(
         """
         import concurrent.futures, importlib.metadata, importlib.util, sys, warnings
         import flashtile
         assert importlib.util.find_spec("flash_attn") is None
+        sys.path.append(sys.argv[1])
         warnings.simplefilter("error")
         names = ("flash_attn", "flash_attn_interface", "flash_attn_3") * 8
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -124,7 +131,10 @@ def test_names_and_metadata_in_one_process() -> None:
             pass
         else:
             raise AssertionError("flash_attn.ops is half there")
-        """
+        import flash_attn.cute
+        assert flash_attn.cute.theirs
+        """,
+        str(tmp_path),
     )
 
 
@@ -179,6 +189,21 @@ def test_beside_the_package_itself(real: Path) -> None:
     )
 
 
+def check_record(wheel: Path) -> None:
+    """RECORD names every file of a wheel with its size and hash."""
+    with zipfile.ZipFile(wheel) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    (record,) = (name for name in contents if name.endswith(".dist-info/RECORD"))
+    rows = list(csv.reader(contents[record].decode().splitlines()))
+    assert sorted(row[0] for row in rows) == sorted(contents)
+    for name, digest, size in rows:
+        if name != record:
+            algorithm, _, value = digest.partition("=")
+            padded = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4))
+            assert hashlib.new(algorithm, contents[name]).digest() == padded
+            assert int(size) == len(contents[name])
+
+
 def test_wheels(tmp_path: Path) -> None:
     """pip installs both into a folder; every name is there, and install_as finds them."""
     wheels, target = tmp_path / "dist", tmp_path / "target"
@@ -189,6 +214,8 @@ def test_wheels(tmp_path: Path) -> None:
         "flash_attn-2.8.4+flashtile-py3-none-any.whl",
         "flash_attn_3-3.0.0+flashtile-py3-none-any.whl",
     ]
+    for wheel in wheels.iterdir():
+        check_record(wheel)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
            "--no-compile", "--target", str(target)]  # fmt: skip
     subprocess.run([*pip, *map(str, wheels.iterdir())], check=True, capture_output=True)
