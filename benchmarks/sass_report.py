@@ -28,6 +28,7 @@ import sass_sm90
 from sass import (
     Kernel,
     Loop,
+    Wanted,
     find_cuobjdump,
     has_many,
     hot_loop,
@@ -120,6 +121,23 @@ CAP_BUDGETS: dict[tuple[int, str], float] = {
     (64, "sm_90"): 4.65,
     (128, "sm_90"): 3.15,
     (256, "sm_90"): 2.79,
+}
+# The forward of the large class on sm_80 with one option alone, by option and head dim. With
+# softcap or a bias it takes what FlashAttention-2 takes without; ALiBi has two multiply-adds for
+# every score.
+OPTION_BUDGETS: dict[tuple[str, int], float] = {
+    ("softcap", 64): 6.65,
+    ("softcap", 128): 4.3,
+    ("softcap", 256): 3.15,
+    ("ALiBi", 64): 5.85,
+    ("ALiBi", 128): 4.05,
+    ("ALiBi", 256): 3.0,
+    ("bias fp32", 64): 6.15,
+    ("bias fp32", 128): 4.4,
+    ("bias fp32", 256): 3.2,
+    ("bias of 16 bits", 64): 6.7,
+    ("bias of 16 bits", 128): 4.5,
+    ("bias of 16 bits", 256): 3.3,
 }
 # Local-memory instructions of a hot loop, by the name's beginning: none but these. The registers of
 # 256 columns are all in use before a score is looked at.
@@ -242,21 +260,40 @@ def make_many_rows(kernel: Kernel, row: Row, loop: Loop) -> Row:
     return other
 
 
-def make_capped(kernel: Kernel, row: Row, loop: Loop) -> Row | None:
-    """The row of the path with softcap alone, which has a reciprocal for every score."""
+def options_of(kernel: Kernel, loop: Loop) -> dict[str, tuple[Wanted, float | None]]:
+    """The options whose code alone is looked for: by what it has, and its budget."""
     key = kernel.key()
-    if key is None or (key[0], key[2]) != ("backward scores", "large"):
-        return None
-    budget = CAP_BUDGETS.get((key[1], kernel.architecture))
-    capped = hot_loop(kernel, has_many("MUFU.RCP", loop.count("MUFU")))
-    if budget is None or capped is None:
-        return None
-    other = make_row(kernel, capped, [], {})
-    other.name = f"{row.name} softcap"
+    if key is None or key[2] != "large":
+        return {}
+    scores = loop.count("MUFU")  # of a lane
+    capped = has_many("MUFU.RCP", scores)
+    if key[0] == "backward scores":
+        return {"softcap": (capped, CAP_BUDGETS.get((key[1], kernel.architecture)))}
+    if key[0] != "forward scores" or kernel.architecture != "sm_80":
+        return {}
+    wanted = {
+        "softcap": capped,
+        "ALiBi": has_many("FFMA", 2 * scores),
+        "bias fp32": has_many("LDG.E.64", scores // 2),
+        "bias of 16 bits": has_many("LDG.E R", scores // 2 - 1),
+    }
+    return {name: (want, OPTION_BUDGETS.get((name, key[1]))) for name, want in wanted.items()}
+
+
+def make_options(kernel: Kernel, row: Row, loop: Loop) -> list[Row]:
+    """The rows of the paths with one option alone."""
+    rows = []
     extra = DETERMINISTIC_EXTRA if "deterministic" in kernel.name else 0
-    other.budget = round(budget + extra, 2)
-    other.shared_limit = None
-    return other
+    for name, (wanted, budget) in options_of(kernel, loop).items():
+        path = hot_loop(kernel, wanted)
+        if budget is None or path is None:
+            continue
+        other = make_row(kernel, path, [], {})
+        other.name = f"{row.name} {name}"
+        other.budget = round(budget + extra, 2)
+        other.shared_limit = None
+        rows.append(other)
+    return rows
 
 
 def make_row(kernel: Kernel, loop: Loop, fa2: list[dict[str, object]], plans: Plans) -> Row:
@@ -442,8 +479,8 @@ def read_report(arguments: argparse.Namespace, cuobjdump: str, files: list[pathl
             report.rows.append(make_row(kernel, loop, fa2, plans))
             if (many := many_rows_loop(kernel)) is not None:
                 report.rows.append(make_many_rows(kernel, report.rows[-1], many))
-            elif (capped := make_capped(kernel, report.rows[-1], loop)) is not None:
-                report.rows.append(capped)
+            else:
+                report.rows += make_options(kernel, report.rows[-1], loop)
         if arguments.dump:
             print(f"\n{kernel.name} {kernel.dtype} {kernel.architecture}")
             print("\n".join(f"  {i.address:05x}  {i.text}" for i in loop.path))

@@ -20,7 +20,7 @@
 #include "tile/mask.cuh"
 #include "tile/product_sm80.cuh"
 #include "tile/row_format.cuh"
-#include "tile/scores.cuh"
+#include "tile/score_hooks.cuh"
 #include "tile/softmax.cuh"
 #include "tile/work.cuh"
 
@@ -100,7 +100,8 @@ struct ForwardSm80 {
                                       SharedOperand<QRows, kRows>>;
   using QLoader = TileLoader<QTile, kThreads>;
   using KvStream = Keys<KvTile, kThreads>;
-  using Params = typename ScorePolicy::template WithScores<typename KvStream::Params>;
+  using Hooks = ScoreHooks<ScorePolicy, kRows, 0>;
+  using Params = typename Hooks::template Params<typename KvStream::Params>;
 
   // Shared memory: Q, later O; then K; then V; then the shifts of the softmax and, with scores,
   // their notes.
@@ -125,10 +126,10 @@ struct ForwardSm80 {
     Accumulator<kRows, kHeadDim> o;  // not yet divided by the row sums
     clear(o);
     OnlineSoftmax<kRows> softmax(params.scale_log2, q_tile + kFromQToShifts + warp_row * 4);
-    if constexpr (ScorePolicy::kModifies) {
-      const ScoreTile tile{q_tile + kFromQToNotes, warp_row};
-      ScorePolicy::clear_top(tile);
-      if (thread == 0) ScorePolicy::note(params.forward.problem, params.scores, work, tile.notes);
+    const Hooks hooks(params, q_tile + kFromQToNotes);
+    if constexpr (Hooks::kExist) {
+      ScorePolicy::clear_top(hooks.at());
+      if (thread == 0) ScorePolicy::note(params.forward.problem, params.scores, work, hooks.notes);
     }
 
     if (!range.empty()) {
@@ -148,24 +149,14 @@ struct ForwardSm80 {
         ptx::cp_async_wait<0>();
         __syncthreads();  // V_j has landed; all warps are done with K_j
         if (j > range.begin) stream.load_previous_k(params);
-        if constexpr (ScorePolicy::kModifies) {
-          ScorePolicy::to_logits(s, params.scores, {q_tile + kFromQToNotes, warp_row}, j * kKeys);
-        }
+        if constexpr (Hooks::kExist) hooks.to_logits(s, j * kKeys);
         edges.mask(s, range, j);
-        if constexpr (ScorePolicy::kModifies) {
-          if (params.scores.of.max_logit.exists())
-            ScorePolicy::keep_top(s, {q_tile + kFromQToNotes, warp_row});
-        }
+        if constexpr (Hooks::kExist) hooks.keep_top(s);
         softmax.raise_maximum(s, o);
         FLASHTILE_UNROLL
         for (int step = 0; step < kKeys / 16; ++step) {
           softmax.exponentiate(s, step);  // S -> P
-          if constexpr (ScorePolicy::kModifies) {
-            const Dropout& dropout = params.scores.of.dropout;
-            if (dropout.exists()) {
-              ScorePolicy::drop(s, step, dropout, {q_tile + kFromQToNotes, warp_row}, j * kKeys);
-            }
-          }
+          if constexpr (Hooks::kExist) hooks.drop_step(s, step, j * kKeys);
           uint32_t p[kRows / 16][4];
           FLASHTILE_UNROLL
           for (int m = 0; m < kRows / 16; ++m) to_operand<T>(p[m], s, m, step);
@@ -200,18 +191,15 @@ struct ForwardSm80 {
   // O / row sum and the LSE to global memory. Works out its tile again: kept across the main loop,
   // it would take registers there.
   FLASHTILE_DEVICE static void finish(const Params& params, Accumulator<kRows, kHeadDim>& o,
-                                      const OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
+                                      OnlineSoftmax<kRows>& softmax, uint32_t q_tile) {
     const RowBlock work = KvStream::query_block(params, kQueries);
     const int thread = ptx::thread_index();
     const int lane = thread % 32;
     const int warp_row = thread / 32 * kRows;
     const ForwardParams& forward = params.forward;
     const auto factors = [&] {
-      if constexpr (ScorePolicy::kModifies) {
-        const ScoreView& max_logit = params.scores.of.max_logit;
-        if (max_logit.exists()) {
-          ScorePolicy::raise_max_logit(max_logit, work.head, {q_tile + kFromQToNotes, warp_row});
-        }
+      if constexpr (Hooks::kExist) {
+        Hooks(params, q_tile + kFromQToNotes).finish(softmax, work.head);
         return finish_rows(ScoredProblem{forward.problem, params.scores}, forward.lse, work,
                            {warp_row, lane}, o, softmax);
       } else {
@@ -251,7 +239,7 @@ Status launch_forward_kernel(const Base& base, const Scores& scores, CUstream_st
   if constexpr (Kernel::ScorePolicy::kModifies) {
     if (Status s = clear_max_logit<Kernel>(problem, scores, stream)) return s;
   }
-  return launch<Kernel>(with_scores<Kernel>(base, problem, scores),
+  return launch<Kernel>(with_hooks<Kernel>(base, problem, scores),
                         query_tile_count(problem, Kernel::kQueries), stream);
 }
 

@@ -106,7 +106,7 @@ struct ForwardSm90 {
   using QTile = WideTile<kQueries, kHeadDim>;
   using KvTile = WideTile<kKeys, kHeadDim>;
   using Source = typename Keys::template Source<KvTile>;
-  using Hooks = ScoreHooks<ScorePolicy>;
+  using Hooks = ScoreHooks<ScorePolicy, 16, -64>;  // a warpgroup before the consumers loads
   using Params = typename Hooks::template Params<typename Source::Params>;
   using QRing = Ring<kConfig.q_stages>;
   using KvRing = Ring<kConfig.stages>;

@@ -99,9 +99,9 @@ FLASHTILE_DEVICE void turn_rows(Accumulator<kRows, kKeys>& s, const F& f) {
   }
 }
 
-// s += log2(e) * the numbers.
+// s += factor * the numbers.
 template <class N, int kRows, int kKeys, class Rows>
-FLASHTILE_DEVICE void add_pairs(Accumulator<kRows, kKeys>& s, const Rows& rows) {
+FLASHTILE_DEVICE void add_pairs(Accumulator<kRows, kKeys>& s, const Rows& rows, float factor) {
   FLASHTILE_UNROLL
   for (int r = 0; r < kRows / 8; ++r) {
     const char* const first = rows.first(r);
@@ -109,27 +109,30 @@ FLASHTILE_DEVICE void add_pairs(Accumulator<kRows, kKeys>& s, const Rows& rows) 
     for (int n = 0; n < s.kColBlocks; ++n) {
       const float2 x = number_pair<N>(first + n * 8 * static_cast<int>(sizeof(N)));
       float* const d = s.d[r / 2][n] + r % 2 * 2;
-      d[0] = fmaf(x.x, kLog2e, d[0]);
-      d[1] = fmaf(x.y, kLog2e, d[1]);
+      d[0] = fmaf(x.x, factor, d[0]);
+      d[1] = fmaf(x.y, factor, d[1]);
     }
   }
 }
 template <class N, int kRows, int kKeys, class Rows>
-FLASHTILE_DEVICE void add_row(Accumulator<kRows, kKeys>& s, const ScoreBlock<Rows>& block, int r) {
+FLASHTILE_DEVICE void add_row(Accumulator<kRows, kKeys>& s, const ScoreBlock<Rows>& block, int r,
+                              float factor) {
   const char* const first = block.rows.first(r);
   const int columns = block.rows.exists(r) ? block.columns : 0;
   for_row(s, 0, [&](float& x, int column) {
     const float y = number_or_zero<N>(first + column * block.column_bytes, column < columns);
-    x = fmaf(y, kLog2e, x);
+    x = fmaf(y, factor, x);
   });
 }
 template <int kRows, int kKeys, class Rows>
 FLASHTILE_DEVICE void add_bias(Accumulator<kRows, kKeys>& s, const ScoreView& view,
-                               const ScoreBlock<Rows>& block) {
+                               const ScoreBlock<Rows>& block, float factor = kLog2e) {
   if (block.has_pairs(static_cast<int>(number_bytes(view)))) {
-    with_numbers(view, [&]<class N>(N) { add_pairs<N>(s, block.rows); });
+    with_numbers(view, [&]<class N>(N) { add_pairs<N>(s, block.rows, factor); });
   } else {
-    turn_rows(s, [&](int r) { with_numbers(view, [&]<class N>(N) { add_row<N>(s, block, r); }); });
+    turn_rows(s, [&](int r) {
+      with_numbers(view, [&]<class N>(N) { add_row<N>(s, block, r, factor); });
+    });
   }
 }
 

@@ -195,15 +195,23 @@ struct ModifiedScores {
       const Slope<kRows, kKeys> slope(place, at, key);
       scale(s, p, at, slope);
       if (p.of.alibi_slopes.exists()) slope.add_columns(s);
-      FLASHTILE_ROLL
-      for (int i = 0; i < 2; ++i) {
-        const ScoreView& bias = p.of.bias[i];
-        if (!bias.exists()) continue;
-        const char* const first = load_address(at.notes + ScoreNotes::kBias + 8 * i);
-        add_bias(s, bias, block_of<kRows, kKeys>(bias, first, place, at, key));
-      }
+      add_biases(s, p, at, key, kLog2e);
     }
     if (p.of.mask.exists()) hide(s, p.of.mask, place, at, key);
+  }
+
+  // s += factor * the biases.
+  template <int kRows, int kKeys>
+  static FLASHTILE_DEVICE void add_biases(Accumulator<kRows, kKeys>& s, const ScoreParams& p,
+                                          const ScoreTile& at, int key, float factor) {
+    const ScoreNotes::Place place = at.place();
+    FLASHTILE_ROLL
+    for (int i = 0; i < 2; ++i) {
+      const ScoreView& bias = p.of.bias[i];
+      if (!bias.exists()) continue;
+      const char* const first = load_address(at.notes + ScoreNotes::kBias + 8 * i);
+      add_bias(s, bias, block_of<kRows, kKeys>(bias, first, place, at, key), factor);
+    }
   }
 
   // Keeps the largest logit of the warp; hidden ones are -inf.
@@ -288,7 +296,7 @@ struct ModifiedScores {
   static FLASHTILE_DEVICE void scale(Accumulator<kRows, kKeys>& s, const ScoreParams& p,
                                      const ScoreTile& at, const Slope<kRows, kKeys>& slope) {
     const ScoreView& scales = p.of.query_scale;
-    const bool is_capped = p.of.softcap != 0, has_slope = p.of.alibi_slopes.exists();
+    const bool is_capped = p.cap_log2 != 0.0f, has_slope = p.of.alibi_slopes.exists();
     const char* first = nullptr;  // of the lane
     int rows = 0;
     if (scales.exists()) {
