@@ -30,12 +30,12 @@ inline bool has_bias_alone(const Problem& problem, const Scores& scores) {
          !scores.max_logit.exists() && problem.softmax_scale >= 0x1p-6f;
 }
 
-inline HookParams hook_params(const Problem& problem, const Scores& scores) {
+inline HookParams hook_params(const Problem& problem, const Scores& scores, bool divides_bias) {
   HookParams p{score_params(problem, scores), LogitsBy::kAll, 0.0f};
   const bool has_slope = scores.alibi_slopes.exists();
   if (!p.scales && !scores.mask.exists()) {
     p.logits_by = LogitsBy::kSoftmax;
-  } else if (has_bias_alone(problem, scores)) {
+  } else if (divides_bias && has_bias_alone(problem, scores)) {
     p.logits_by = LogitsBy::kBias;
     p.bias_factor = 1.0f / problem.softmax_scale;
     p.scales = false;
@@ -68,6 +68,9 @@ struct ScoreHooks<ModifiedScores, kRows, kFirstRow> {
   struct Params : Base {
     HookParams scores;
   };
+  // Whether biases alone have code of their own. On sm_90a it would take registers that the loop
+  // does not have.
+  static constexpr bool kDividesBias = kFirstRow == 0;
   const HookParams& params;
   uint32_t notes;
 
@@ -90,7 +93,7 @@ struct ScoreHooks<ModifiedScores, kRows, kFirstRow> {
       for_each(s, [&](float& x, int, int, int) { x = ptx::rcp(1.0f + ptx::ex2(x * factor)); });
     } else if (is(LogitsBy::kSlope)) {
       add_slope(s, key);
-    } else if (is(LogitsBy::kBias)) {
+    } else if (kDividesBias && is(LogitsBy::kBias)) {
       ModifiedScores::add_biases(s, params, at(), key, params.bias_factor);
     } else {
       ModifiedScores::to_logits(s, params, at(), key);
@@ -158,7 +161,7 @@ struct ScoreHooks<ModifiedScores, kRows, kFirstRow> {
 template <class Kernel, class Base>
 typename Kernel::Params with_hooks(const Base& base, const Problem& problem, const Scores& scores) {
   if constexpr (Kernel::Hooks::kExist) {
-    typename Kernel::Params params{base, hook_params(problem, scores)};
+    typename Kernel::Params params{base, hook_params(problem, scores, Kernel::Hooks::kDividesBias)};
     if (params.scores.scales) {
       const bool is_cap = params.scores.logits_by == LogitsBy::kCap;
       params.scale_log2 = is_cap ? 2 * params.scores.cap_log2 : 1.0f;
