@@ -92,10 +92,10 @@ struct Problem {
   Dtype dtype = Dtype::kFloat16;
   bool deterministic = false;
   bool lse_is_double = false;
-  int8_t number_kv = 0;  // Dtype of k and v, in a byte that no kernel's parameters grow by
+  int8_t number_kv = -1;  // Dtype of k and v, a byte that takes no room; -1: that of q
   Cache cache = {};
 
-  constexpr Dtype dtype_kv() const { return static_cast<Dtype>(number_kv); }
+  constexpr Dtype dtype_kv() const { return number_kv < 0 ? dtype : static_cast<Dtype>(number_kv); }
 
   // Whether q is packed; so are k and v, unless they are a cache.
   constexpr bool is_varlen() const { return cu_seqlens_q != nullptr; }
