@@ -7,7 +7,7 @@ import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,11 +38,20 @@ def _check_positive(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} is {value}; allowed: {least} or more")
 
 
+def refuse_bias(bias: object) -> NoReturn:
+    """TypeError for what is no mask, the base of all masks included."""
+    kind = type(bias)
+    raise TypeError(
+        f"attn_bias is a {kind.__module__}.{kind.__qualname__}; allowed: None, torch.Tensor or "
+        "a mask of flashtile.integrations.xformers.attn_bias"
+    )
+
+
 class AttentionBias:
     """What ``attn_bias`` may be beside a tensor."""
 
     def _band(self) -> Band:
-        raise NotImplementedError
+        refuse_bias(self)
 
     def _seen(self, num_queries: int, num_keys: int, device: Device) -> Tensor:
         return self._band().seen(num_queries, num_keys, device)

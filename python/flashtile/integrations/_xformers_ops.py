@@ -13,6 +13,7 @@ from flashtile.integrations._xformers_bias import (
     LowerTriangularFromBottomRightMask,
     LowerTriangularMask,
     LowerTriangularMaskWithTensorBias,
+    refuse_bias,
 )
 from flashtile.ops import attention, attention_varlen
 
@@ -166,11 +167,7 @@ def _dense_keywords(bias: object, query: Tensor) -> dict[str, Any]:
     if isinstance(bias, Tensor):
         return {"bias": _additive(bias, query)}
     if not isinstance(bias, AttentionBias):
-        kind = type(bias)
-        raise TypeError(
-            f"attn_bias is a {kind.__module__}.{kind.__qualname__}; allowed: None, torch.Tensor or "
-            "a mask of flashtile.integrations.xformers.attn_bias"
-        )
+        refuse_bias(bias)
     band = bias._band()
     keywords: dict[str, Any] = {
         "window_size": (band.left, band.right),

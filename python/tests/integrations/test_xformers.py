@@ -250,6 +250,8 @@ def test_bad_input() -> None:
             memory_efficient_attention(**given)
     with pytest.raises(TypeError, match=r"attn_bias is a builtins.dict; allowed: None, torch.Tens"):
         memory_efficient_attention(q, k, v, attn_bias={})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"attn_bias is a flashtile.*AttentionBias; allowed: None"):
+        memory_efficient_attention(q, k, v, attn_bias=attn_bias.AttentionBias())
     with pytest.raises(ValueError, match=r"p is 0\.5; allowed: 0"):
         ops.memory_efficient_attention_forward_requires_grad(q, k, v, p=0.5)
     for refused, sentence in (
