@@ -1,14 +1,10 @@
 // The cases over a key/value cache that mutants run, as mutation_cases.cpp.
 #include "../kernels/cache_on_device.h"
+#include "slice.h"
 
 using namespace flashtile::test;
 
 namespace {
-
-int slice() {
-  const char* text = std::getenv("FLASHTILE_TEST_HEAD_DIM");
-  return text == nullptr ? 64 : std::stoi(text);
-}
 
 // Under every schedule of the device, until something is wrong.
 void run_specs(const std::vector<CacheSpec>& specs) {

@@ -1,14 +1,16 @@
 """Plants bugs in the scores of the kernels, all in one compilation, and looks whether the cases of
 scored_cases.cpp find each of them.
 
-The slices of 64 with scores become one PTX file each for the forwards and the backward, in which
-every bug stands behind a number. The number is one of the PTX, a constant that this program
-replaces: so a mutant costs a run of its cases and no compilation. With number 0 all cases pass.
+Slices with scores become one PTX file each for the forwards and the backward of a family of
+architectures, in which every bug stands behind a number. The number is one of the PTX, a
+constant that this program replaces: so a mutant costs a run of its cases and no compilation. With
+number 0 all cases pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernel_score_mutants import GROUPS
+from kernel_score_sm90_mutants import ALONE, BIAS_ALONE, OF_ROLES, TRAINING
 from patching import copy_kernels
+from score_mutants import Switched
 from score_mutation_test import switched
 
 RUN_SECONDS = 120
@@ -33,77 +37,143 @@ FLASHTILE_DEVICE int mutant() {{
 """
 INCLUDED_BY_ALL = "tile/accumulator.cuh"
 
-KERNEL = "64, Memory::kLarge, __half"
-ORDER = "DqOrder<64, Memory::kLarge, Variant::kModified>"
-SCORED = "ModifiedScores::WithScores<BackwardLaunch>"
 FORWARD = "const Scores&, CUstream_st*"
-BACKWARD = f"const {SCORED}&, int64_t, CUstream_st*"
-DECODE = f"DecodeSm80<{KERNEL}, ModifiedScores>, DecodeCombine<{KERNEL}, ModifiedScores>"
-SOURCES = {  # headers; functions and their parameters
-    "forward": (
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Slices that become one PTX file, in fp16."""
+
+    family: str  # of their names
+    head_dim: int
+    passes: tuple[str, ...]
+    headers: tuple[str, ...]
+    functions: tuple[tuple[str, str], ...]  # and their parameters
+
+
+def of_backward(
+    dim: int, order: str, counters: int, launch: str, kernel: str
+) -> tuple[tuple[str, str], ...]:
+    """The functions of a backward. `launch`: the kernel's parameters."""
+    base = "ModifiedScores::WithScores<BackwardLaunch>"
+    parameters = f"const {base}&, int64_t, CUstream_st*"
+    return (
+        (f"launch<BackwardDelta<__half, {dim}, {order}, {counters}, ModifiedScores>>", parameters),
+        (f"launch<{kernel}>", f"const {launch}&, int64_t, CUstream_st*"),
+        (
+            f"launch<BackwardDq<__half, {dim}, {order}, ModifiedScores>>",
+            "const BackwardLaunch&, int64_t, CUstream_st*",
+        ),
+        (f"launch_score_gradients<__half, {dim}, {order}>", f"const {base}&, CUstream_st*"),
+    )
+
+
+def backward_sm90(dim: int) -> Slices:
+    """The backward of sm_90a."""
+    functions = of_backward(
+        dim,
+        f"DqOrderSm90<{dim}, Variant::kModified>",
+        2,
+        "BackwardLaunchSm90<ModifiedScores>",
+        f"BackwardSm90<__half, {dim}, false, ModifiedScores>",
+    )
+    return Slices("sm90", dim, ("backward",), ("backward/launch_sm90.cuh",), functions)
+
+
+SM80 = "64, Memory::kLarge, __half"
+DECODE = f"DecodeSm80<{SM80}, ModifiedScores>, DecodeCombine<{SM80}, ModifiedScores>"
+SLICES = {  # by the name of the file
+    "forward_sm80": Slices(
+        "large",
+        64,
+        ("forward", "prefill", "decode"),
         ("forward/prefill_sm80.cuh", "decode/launch_sm80.cuh"),
         (
             (
-                f"launch_forward_kernel<ForwardSm80<{KERNEL}, TensorKeys, ModifiedScores>>",
+                f"launch_forward_kernel<ForwardSm80<{SM80}, TensorKeys, ModifiedScores>>",
                 f"const ForwardSm80Params&, {FORWARD}",
             ),
             (
-                f"launch_forward_kernel<ForwardSm80<{KERNEL}, CacheKeys, ModifiedScores>>",
+                f"launch_forward_kernel<ForwardSm80<{SM80}, CacheKeys, ModifiedScores>>",
                 f"const PrefillSm80Params&, {FORWARD}",
             ),
-            (
-                f"launch_decode_kernels<{DECODE}>",
-                f"const ForwardParams&, {FORWARD}",
-            ),
+            (f"launch_decode_kernels<{DECODE}>", f"const ForwardParams&, {FORWARD}"),
         ),
     ),
-    "backward": (
+    "backward_sm80": Slices(
+        "large",
+        64,
+        ("backward",),
         ("backward/launch_sm80.cuh",),
+        of_backward(
+            64,
+            "DqOrder<64, Memory::kLarge, Variant::kModified>",
+            1,
+            "ModifiedScores::WithScores<BackwardLaunch>",
+            "BackwardSm80<__half, 64, Memory::kLarge, false, ModifiedScores>",
+        ),
+    ),
+    "forward_sm90": Slices(
+        "sm90",
+        64,
+        ("forward",),
+        ("forward/sm90.cuh",),
         (
-            (f"launch<BackwardDelta<__half, 64, {ORDER}, 1, ModifiedScores>>", BACKWARD),
             (
-                "launch<BackwardSm80<__half, 64, Memory::kLarge, false, ModifiedScores>>",
-                BACKWARD,
-            ),
-            (
-                f"launch<BackwardDq<__half, 64, {ORDER}, ModifiedScores>>",
-                "const BackwardLaunch&, int64_t, CUstream_st*",
-            ),
-            (
-                f"launch_score_gradients<__half, 64, {ORDER}>",
-                f"const {SCORED}&, CUstream_st*",
+                "launch_forward_sm90_kernel<ForwardSm90<64, __half, TensorKeys90, ModifiedScores>>",
+                "const ForwardParams&, const Scores&, int, CUstream_st*",
             ),
         ),
     ),
+    **{f"backward_sm90_d{dim}": backward_sm90(dim) for dim in (64, 256)},
 }
-PASSES = {"forward": ("forward", "prefill", "decode"), "backward": ("backward",)}
+COMPILED_FOR = {"large": "80", "sm90": "90a"}
+DEVICE = {"large": "sm_80", "sm90": "sm_90a"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cases of scored_cases.cpp on slices, and the bugs that they must find."""
+
+    family: str
+    head_dim: int
+    cases: str
+    mutants: list[Switched]
+
+
+RUNS = [
+    *(Group("large", 64, cases, mutants) for cases, mutants in GROUPS.items()),
+    Group("large", 64, "scored alone", BIAS_ALONE),
+    Group("sm90", 64, "scored alone", ALONE),
+    Group("sm90", 64, "scored training", TRAINING),
+    Group("sm90", 256, "scored alone", OF_ROLES),
+]
+MUTANTS = [(group, mutant) for group in RUNS for mutant in group.mutants]
 
 
 def plant(kernel: Path) -> None:
     """All bugs into a copy of kernel/."""
     texts = {INCLUDED_BY_ALL: (kernel / INCLUDED_BY_ALL).read_text() + DEFINED}
-    number = 0
-    for mutants in GROUPS.values():
-        for mutant in mutants:
-            number += 1
-            if mutant.file not in texts:
-                texts[mutant.file] = (kernel / mutant.file).read_text()
-            texts[mutant.file] = switched(texts[mutant.file], mutant, number, "mutant()")
+    for number, (_, mutant) in enumerate(MUTANTS, 1):
+        if mutant.file not in texts:
+            texts[mutant.file] = (kernel / mutant.file).read_text()
+        texts[mutant.file] = switched(texts[mutant.file], mutant, number, "mutant()")
     for file, text in texts.items():
         (kernel / file).write_text(text)
 
 
 def compile_all(arguments: argparse.Namespace, scratch: Path) -> dict[str, str]:
-    """The PTX of each of SOURCES."""
+    """The PTX of each of SLICES."""
 
     def compile_one(name: str) -> str:
-        headers, functions = SOURCES[name]
-        declared = [f"template Status {function}({of});" for function, of in functions]
-        lines = [f'#include "{header}"' for header in headers]
+        slices = SLICES[name]
+        architecture = f"-arch=compute_{COMPILED_FOR[slices.family]}"
+        declared = [f"template Status {function}({of});" for function, of in slices.functions]
+        lines = [f'#include "{header}"' for header in slices.headers]
         lines += ["namespace flashtile {", *declared, "}", ""]
         source, output = scratch / f"{name}.cu", scratch / f"{name}.ptx"
         source.write_text("\n".join(lines))
-        command = [arguments.nvcc, "-ptx", "-arch=compute_80", "-O3", "-lineinfo", "-DNDEBUG"]
+        command = [arguments.nvcc, "-ptx", architecture, "-O3", "-lineinfo", "-DNDEBUG"]
         command += [*arguments.flags.split(), f"-I{scratch / 'kernel'}"]
         command += [f"-I{path}" for path in arguments.include]
         done = subprocess.run(
@@ -114,35 +184,44 @@ def compile_all(arguments: argparse.Namespace, scratch: Path) -> dict[str, str]:
         return output.read_text()
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SOURCES, pool.map(compile_one, SOURCES), strict=True))
+        return dict(zip(SLICES, pool.map(compile_one, SLICES), strict=True))
 
 
-def manifest(lines: list[str], scratch: Path) -> str:
-    """The build's lines of the slices of 64 for 8.0, with the mutated PTX for those with scores."""
-    kept = [line for line in lines if "_d64_large.ptx" in line or "/flashtile_cache_" in line]
-    for name, passes in PASSES.items():
-        built = [f"/flashtile_{one}_d64_large_scores.ptx" for one in passes]
-        if not all(any(part in line for line in lines) for part in built):
-            raise ValueError(f"the build has no slices {', '.join(passes)} with scores")
-        kept.append(f"80 {scratch / name}.ptx")
+def manifest(lines: list[str], group: Group, scratch: Path) -> str:
+    """The build's lines of the slices that a device takes, with the mutated PTX for those with
+    scores."""
+    family, dim = group.family, f"_d{group.head_dim}"
+    names = (f"{dim}_large.ptx", f"{dim}_large_scores.ptx", f"{dim}_{family}.ptx")
+    names += (f"{dim}_{family}_scores.ptx", "/flashtile_cache_")
+    kept = [line for line in lines if any(name in line for name in names)]
+    for name, slices in SLICES.items():
+        if (slices.family, slices.head_dim) != (family, group.head_dim):
+            continue
+        for one in slices.passes:
+            built = f"/flashtile_{one}{dim}_{family}_scores.ptx"
+            if not any(built in line for line in kept):
+                raise ValueError(f"the build has no {built}")
+            kept = [line for line in kept if built not in line]
+        kept.append(f"{COMPILED_FOR[family][:2]} {scratch / name}.ptx")
     return "\n".join(kept) + "\n"
 
 
-def run(arguments: argparse.Namespace, ptx: dict[str, str], group: str, number: int) -> bool:
+def run(arguments: argparse.Namespace, ptx: dict[str, str], group: Group, number: int) -> bool:
     """Whether the cases of a group pass with a bug."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         for part, text in ptx.items():
             (scratch / f"{part}.ptx").write_text(text.replace(str(PLACE), str(number)))
         listed = scratch / "manifest.txt"
-        listed.write_text(manifest(arguments.manifest.read_text().splitlines(), scratch))
+        listed.write_text(manifest(arguments.manifest.read_text().splitlines(), group, scratch))
         environment = os.environ | {
             "FLASHTILE_PTX_MANIFEST": str(listed),
-            "FLASHTILE_TEST_DEVICE": "sm_80",
+            "FLASHTILE_TEST_DEVICE": DEVICE[group.family],
+            "FLASHTILE_TEST_HEAD_DIM": str(group.head_dim),
         }
         try:
             done = subprocess.run(
-                [arguments.runner, group],
+                [arguments.runner, group.cases],
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -176,17 +255,16 @@ def main() -> int:
     if not all(str(PLACE) in text for text in ptx.values()):
         print("the PTX has no place for a bug's number")
         return 1
-    if not all(run(arguments, ptx, group, 0) for group in GROUPS):
+    if not all(run(arguments, ptx, group, 0) for group in RUNS):
         print("the cases fail without a bug")
         return 1
-    named = [(group, mutant) for group, mutants in GROUPS.items() for mutant in mutants]
-    numbers = range(1, len(named) + 1)
     with ThreadPoolExecutor(2) as pool:
-        passed = list(pool.map(lambda i: run(arguments, ptx, named[i - 1][0], i), numbers))
-    for (_, mutant), missed in zip(named, passed, strict=True):
+        numbered = enumerate(MUTANTS, 1)
+        passed = list(pool.map(lambda one: run(arguments, ptx, one[1][0], one[0]), numbered))
+    for (group, mutant), missed in zip(MUTANTS, passed, strict=True):
         if missed:
-            print(f"not found: {mutant.name} ({mutant.file})")
-    print(f"score mutants of the kernels caught {len(named) - sum(passed)} of {len(named)}")
+            print(f"not found: {mutant.name} ({mutant.file}, {DEVICE[group.family]})")
+    print(f"score mutants of the kernels caught {len(passed) - sum(passed)} of {len(passed)}")
     return 1 if any(passed) else 0
 
 

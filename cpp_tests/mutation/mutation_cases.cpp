@@ -1,26 +1,19 @@
 // The cases that mutants run, in groups: a mutant names the group that should notice it. Chosen so
 // that every mistake has a case that it breaks, small enough to run dozens of times, and stopped at
 // the first failure. fp16, whose small rounding errors hide less.
-//
-// FLASHTILE_TEST_HEAD_DIM: the slice. Head dims down to half of it belong to it.
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "../kernels/kernel_cases.h"
+#include "slice.h"
 
 using namespace flashtile::test;
 
 namespace {
 
 enum class Pass { kForward, kBackward };
-
-int slice() {
-  const char* text = std::getenv("FLASHTILE_TEST_HEAD_DIM");
-  return text == nullptr ? 64 : std::stoi(text);
-}
 
 // compare() without the gradients.
 Verdict compare_forward(const Setup& setup, const Truth& truth, const AttentionOutput& result) {

@@ -5,6 +5,7 @@
 
 #include "../kernels/kernel_cases.h"
 #include "../support/score_cases.h"
+#include "slice.h"
 
 using namespace flashtile::test;
 
@@ -21,7 +22,7 @@ void run_samples(const std::vector<Sample>& samples) {
   if (!reason.empty()) SKIP(reason);
   static const Backend backend = cuda_backend();
   for (const Sample& sample : samples) {
-    const Setup setup = make_setup(sample.spec, Dtype::kFloat16, 64, sample.mask);
+    const Setup setup = make_setup(sample.spec, Dtype::kFloat16, slice(), sample.mask);
     const Attempt attempt = attempt_under(schedules().front(), setup, Truth(setup), backend);
     CHECK_MESSAGE(attempt.passed(), setup.name() + ": " + attempt.wrong);
     if (!attempt.passed()) return;
@@ -80,6 +81,39 @@ std::vector<Sample> training() {
         .values = Values::kVeryNegative,
         .scores = ScoreSpec{.max_logit = true}},
        {10, 3}},
+  };
+}
+
+// One option and nothing else, which has code of its own; the bits of dropout over several heads.
+std::vector<Sample> alone() {
+  ScoreSpec dropped = {.dropout_p = 0.3};
+  dropped.query_scale = true;
+  return {
+      {{.name = "cap",
+        .heads = 4,
+        .heads_kv = 2,
+        .lengths_q = {33, 0, 100},
+        .lengths_k = {50, 7, 130},
+        .scores = ScoreSpec{.softcap = 1}},
+       kCausal},
+      {{.name = "slopes",
+        .heads = 4,
+        .heads_kv = 2,
+        .seqlen_q = 150,
+        .seqlen_k = 260,
+        .scores = ScoreSpec{.alibi = 1}}},
+      {{.name = "bias",
+        .heads = 4,
+        .heads_kv = 2,
+        .seqlen_q = 150,
+        .seqlen_k = 70,
+        .scores = with_bias(bias_of({}))}},
+      {{.name = "dropped",
+        .heads = 4,
+        .heads_kv = 1,
+        .seqlen_q = 90,
+        .seqlen_k = 150,
+        .scores = dropped}},
   };
 }
 
@@ -151,5 +185,6 @@ std::vector<Sample> prefill() {
 }  // namespace
 
 TEST("scored training") { run_samples(training()); }
+TEST("scored alone") { run_samples(alone()); }
 TEST("scored decoding") { run_samples(decoding()); }
 TEST("scored prefill") { run_samples(prefill()); }
