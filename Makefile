@@ -51,7 +51,7 @@ BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
 # What is imported is compiled to bytecode then; most of torch never is.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist.
-SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null || true)
+SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null || true)
 
 # Recipes of two targets. A recipe that says $(MAKE) would run even under make -n.
 define SASS_REPORT

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
@@ -19,10 +20,13 @@ struct Schedule {
   bool has_sm90 = false;  // the kernels for sm_90a are built and run on it
 };
 
+// Whether make test-nightly runs.
+inline bool is_nightly() { return std::getenv("FLASHTILE_TEST_NIGHTLY") != nullptr; }
+
 // Why nothing can run here; "" when it can.
 std::string device_unavailable();
 
-// The schedules that every case runs under: on the machine 3 seeds with each device model.
+// The schedules that every case runs under: on the machine 3 seeds or more with each device model.
 std::vector<Schedule> schedules();
 
 // `deterministic`: the machine demands order among all floating-point additions to one place.

@@ -152,8 +152,6 @@ inline std::map<std::string, std::vector<Schedule>> schedules_by_device() {
   return devices;
 }
 
-inline bool is_nightly() { return std::getenv("FLASHTILE_TEST_NIGHTLY") != nullptr; }
-
 // From case to case another one of a device's schedules; two where their bits are compared; all of
 // them for make test-nightly.
 inline std::vector<Schedule> schedules_of_case(const std::vector<Schedule>& all, uint64_t seed,

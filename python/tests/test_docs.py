@@ -153,9 +153,10 @@ def test_every_block_is_of_a_known_kind() -> None:
     ]
 
 
-def python_pages() -> list[str]:
+def python_pages(of_integrations: bool = False) -> list[str]:
+    """Those of docs/integrations, which run beside the tests of the same, or the others."""
     found = {block.page for block in all_blocks() if block.info.startswith("python")}
-    return sorted(found)
+    return sorted(p for p in found if p.startswith("docs/integrations/") == of_integrations)
 
 
 @pytest.mark.parametrize("page", python_pages())
