@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/check.h"
@@ -72,6 +73,40 @@ TEST("can_run of flashtile/torch.h says what the call says") {
   sequences = {.cu_seqlens_q = offsets, .cu_seqlens_k = keys, .max_seqlen_q = -1};
   is_refused(flashtile::can_run_varlen(q[0], k[0], v[0], sequences),
              "max_seqlen_q is -1; allowed: 0 to 2147483647");
+}
+
+TEST("flashtile/torch.h takes keys of 16 bits under fp32 queries, without a gradient") {
+  const at::Tensor q = at::randn({2, 5, 4, 16});
+  const at::Tensor keys = at::randn({2, 7, 4, 16}), values = at::randn({2, 7, 4, 24});
+  const auto heads_first = [](const at::Tensor& t) { return t.to(at::kDouble).transpose(1, 2); };
+  for (const auto& [dtype, name] : {std::pair(at::kHalf, "float16"), {at::kBFloat16, "bfloat16"}}) {
+    const at::Tensor k = keys.to(dtype), v = values.to(dtype);
+    const at::Tensor scores = at::matmul(heads_first(q), heads_first(k).transpose(2, 3)) * 0.25;
+    const at::Tensor exact = at::matmul(at::softmax(scores, -1), heads_first(v)).transpose(1, 2);
+    runs(flashtile::can_run(q, k, v));
+    const auto [out, lse] = flashtile::attention(q, k, v, {.return_lse = true});
+    CHECK(out.scalar_type() == at::kFloat && lse.scalar_type() == at::kFloat);
+    CHECK(difference(out, exact) < 5e-6);
+    CHECK(difference(lse, at::logsumexp(scores, -1)) < 5e-6);
+    const auto cached = flashtile::attention_with_kvcache(q, {.k = k, .v = v}).out;
+    CHECK(difference(cached, exact) < 5e-6);
+
+    const std::string sentence =
+        std::string("dtype_kv is ") + name + " in a backward; allowed: float32, the dtype of q";
+    is_refused(flashtile::can_run(q, k, v, {}, /*backward=*/true), sentence);
+    const at::Tensor trained = q.clone().requires_grad_();
+    const at::Tensor sink = at::zeros({4}).requires_grad_();
+    throws([&] { flashtile::attention(trained, k, v); }, sentence);
+    throws([&] { flashtile::attention(q, k, v, {.sink = sink}); }, sentence);
+    throws([&] { flashtile::attention_with_kvcache(trained, {.k = k, .v = v}); }, sentence);
+    is_refused(flashtile::can_run(trained, k, v), sentence);
+    is_refused(flashtile::can_run_with_kvcache(trained, {.k = k, .v = v}), sentence);
+    const at::NoGradGuard guard;
+    CHECK(at::equal(flashtile::attention(trained, k, v).out, out));
+  }
+  is_refused(flashtile::can_run(q, keys.to(at::kHalf), values),
+             "q, k, v have dtypes float32, float16, float32; allowed: one dtype for all three, and "
+             "on the CPU float32 q over float16 or bfloat16 k and v");
 }
 
 TEST("build_info of flashtile/torch.h") {

@@ -57,7 +57,7 @@ TEST("a backward and a rotation are refused") {
   CHECK_EQ(flashtile_can_run(&call->forward, why, sizeof why), FLASHTILE_OK);
   CHECK_EQ(flashtile_can_run_backward(&call->backward, why, sizeof why), FLASHTILE_UNSUPPORTED);
   CHECK_EQ(std::string(why),
-           std::string("dtype_kv is bfloat16; allowed in a backward: float32, the dtype of q"));
+           std::string("dtype_kv is bfloat16 in a backward; allowed: float32, the dtype of q"));
 
   Appending what = {
       CacheCall({.sequences = {{.keys = 3, .added = 1}}, .dtype_kv = Dtype::kFloat16}),

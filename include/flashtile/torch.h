@@ -15,6 +15,7 @@
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -60,34 +61,50 @@ inline bool wants_state(const AttentionOptions& options) {
   return options.dropout_p >= 0x1p-32 && options.dropout_p <= 1 && !options.rng_state.has_value();
 }
 
-inline AttentionResult attend(TensorRef q, TensorRef k, TensorRef v,
-                              std::optional<Sequences> sequences, const AttentionOptions& options) {
+struct Inputs {
+  at::Tensor q, k, v;
+};
+
+// q, k and v as the op gets them.
+inline Inputs checked_inputs(TensorRef q, TensorRef k, TensorRef v,
+                             const AttentionOptions& options) {
   check(q, k, v, options);
+  Inputs inputs = {autocast(q), autocast(k), autocast(v)};
+  Tensors tensors = tensors_with_gradients(options);
+  tensors.insert(tensors.end(), {q, k, v});
+  if (std::ranges::any_of(tensors, wants_gradient))
+    refuse_narrow_gradient(inputs.q, inputs.k, inputs.v);
+  return inputs;
+}
+
+inline AttentionResult attend(TensorRef q_given, TensorRef k_given, TensorRef v_given,
+                              std::optional<Sequences> sequences, const AttentionOptions& options) {
+  const auto [q, k, v] = checked_inputs(q_given, k_given, v_given, options);
   Call call = call_of(std::move(sequences), options);
   if (wants_state(options))
     call.options.rng_state = at::randint(0, INT64_MAX, {2}, q.options().dtype(at::kLong));
   AttentionResult result;
   if (options.out.has_value()) {
     result.out = *options.out;
-    result.softmax_lse = call_forward_out(autocast(q), autocast(k), autocast(v), result.out, call);
+    result.softmax_lse = call_forward_out(q, k, v, result.out, call);
   } else {
     const Tensors of_scores = tensors_with_gradients(call.options);
-    const Gradients both = ForwardFunction::apply(autocast(q), autocast(k), autocast(v), call,
-                                                  at::TensorList(of_scores));
+    const Gradients both = ForwardFunction::apply(q, k, v, call, at::TensorList(of_scores));
     result = {both[0], both[1]};
   }
   if (!options.return_lse) result.softmax_lse.reset();
   return result;
 }
 
-inline CanRun ask(TensorRef q, TensorRef k, TensorRef v, std::optional<Sequences> sequences,
-                  const AttentionOptions& options, bool backward) {
+inline CanRun ask(TensorRef q_given, TensorRef k_given, TensorRef v_given,
+                  std::optional<Sequences> sequences, const AttentionOptions& options,
+                  bool backward) {
   static const Op op("flashtile::can_run");
   return answer_of([&](Stack& stack) {
-    check(q, k, v, options);
+    const auto [q, k, v] = checked_inputs(q_given, k_given, v_given, options);
     raise_unless(!backward || !options.out.has_value(),
                  "out is a tensor and gradients are asked for; allowed: none");
-    torch::jit::push(stack, autocast(q), autocast(k), autocast(v), backward, options.out);
+    torch::jit::push(stack, q, k, v, backward, options.out);
     Call call = call_of(std::move(sequences), options);
     if (wants_state(options))  // nothing is drawn
       call.options.rng_state = at::zeros({2}, q.options().dtype(at::kLong));
@@ -131,7 +148,8 @@ inline std::vector<std::string> split(const std::string& list) {
 // q (batch, seqlen_q, num_heads, head_dim); k (batch, seqlen_k, num_heads_kv, head_dim) and v
 // (batch, seqlen_k, num_heads_kv, head_dim_v), where num_heads_kv divides num_heads and query head
 // h reads key head h / (num_heads / num_heads_kv). fp16, bf16, fp32, fp64 on the CPU, fp16 and bf16
-// on CUDA; any strides, 1 in the last dimension; nothing is copied. CUDA work goes to the current
+// on CUDA; any strides, 1 in the last dimension; nothing is copied. On the CPU k and v may have 16
+// bits, fp16 or bf16, under fp32 q, only where no gradient is wanted. CUDA work goes to the current
 // stream and is not waited for.
 //
 // Differentiable once in q, k, v, alibi_slopes, bias, bias2 and sink, through out and softmax_lse.

@@ -125,8 +125,23 @@ inline std::optional<at::Tensor> either(const char* name, OptionalRef value, Opt
   return earlier;
 }
 
+// Under autocast, with what meets the cache in its dtype.
+inline void cast_like_cache(CacheCall& call) {
+  const at::Tensor& cache = call.cache.k;
+  if (!is_autocast(cache)) return;
+  call.q = autocast_like(call.q, cache);
+  if (!call.options.append.has_value()) return;
+  NewKeys& added = *call.options.append;
+  added.k = autocast_like(added.k, cache);
+  added.v = autocast_like(added.v, cache);
+  for (std::optional<at::Tensor>* table : {&added.rotary_cos, &added.rotary_sin}) {
+    if (table->has_value()) *table = autocast_like(**table, cache);
+  }
+}
+
 // What no op can refuse, since it does not see it; then the call as the ops take it.
-inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions& options) {
+inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions& options,
+                         bool wants_gradient) {
   refuse_tangents({&q, &cache.k, &cache.v});
   for (const at::Tensor& tensor : score_tensors(options)) refuse_tangents({&tensor});
   check_score_devices(q, options);
@@ -142,15 +157,8 @@ inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions
     raise_unless(added.rotary_cos.has_value() == added.rotary_sin.has_value(),
                  "one of rotary_cos and rotary_sin is unset; allowed: both or neither");
   }
-  if (!is_autocast(cache.k)) return call;
-  call.q = autocast_like(q, cache.k);
-  if (!call.options.append.has_value()) return call;
-  NewKeys& added = *call.options.append;
-  added.k = autocast_like(added.k, cache.k);
-  added.v = autocast_like(added.v, cache.v);
-  for (std::optional<at::Tensor>* table : {&added.rotary_cos, &added.rotary_sin}) {
-    if (table->has_value()) *table = autocast_like(**table, cache.k);
-  }
+  cast_like_cache(call);
+  if (wants_gradient) refuse_narrow_gradient(call.q, cache.k, cache.v);
   return call;
 }
 
@@ -162,12 +170,15 @@ inline CacheCall checked(TensorRef q, const KVCache& cache, const KVCacheOptions
 // error on the CPU, before anything is written; on CUDA it is not written. The bits of a sequence's
 // result depend on num_splits and on the sequence alone. Without gradients: tensors may require
 // grad, but going backward throws. Under autocast q, new rows and tables take the cache's dtype.
+//
+// On the CPU the cache and what is appended may have 16 bits, fp16 or bf16, under fp32 q: without
+// rotation, and only where no gradient is wanted.
 inline AttentionResult attention_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                               const KVCacheOptions& options = {}) {
   const bool differentiable = detail::check_gradients(q, cache, options);
   const auto attend = [&] {
     const at::NoGradGuard guard;
-    return detail::append_and_read(detail::checked(q, cache, options));
+    return detail::append_and_read(detail::checked(q, cache, options, differentiable));
   };
   auto [out, lse] = attend();
   if (differentiable) {
@@ -189,9 +200,9 @@ inline CanRun can_run_with_kvcache(const at::Tensor& q, const KVCache& cache,
                                    const KVCacheOptions& options = {}) {
   static const detail::Op op("flashtile::can_run_kvcache");
   return detail::answer_of([&](detail::Stack& stack) {
-    detail::check_gradients(q, cache, options);
+    const bool differentiable = detail::check_gradients(q, cache, options);
     const at::NoGradGuard guard;
-    const detail::CacheCall call = detail::checked(q, cache, options);
+    const detail::CacheCall call = detail::checked(q, cache, options, differentiable);
     torch::jit::push(stack, call.q, cache.k, cache.v);
     if (call.options.append.has_value()) {
       const NewKeys& added = *call.options.append;

@@ -109,6 +109,17 @@ inline void refuse_gradients(const std::string& why, const std::string& where,
   }
 }
 
+// Keys and values of 16 bits under fp32 queries have no gradient: said by the call, in the words of
+// the backward of the C API, and not when the backward comes. CUDA does not take them at all, which
+// is the op's to say. The tensors are as the op gets them.
+inline void refuse_narrow_gradient(TensorRef q, TensorRef k, TensorRef v) {
+  const at::ScalarType dtype = k.scalar_type();
+  if (!q.is_cpu() || q.scalar_type() != at::kFloat || v.scalar_type() != dtype) return;
+  raise_unless(dtype != at::kHalf && dtype != at::kBFloat16,
+               std::string("dtype_kv is ") + (dtype == at::kHalf ? "float16" : "bfloat16") +
+                   " in a backward; allowed: float32, the dtype of q");
+}
+
 using Tensors = std::vector<at::Tensor>;
 
 // Those of the options that stand between q k^T and v, of either struct.

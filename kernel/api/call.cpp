@@ -78,7 +78,7 @@ Status check_pass(const ForwardParams&) { return FLASHTILE_OK; }
 Status check_pass(const BackwardParams& params) {
   const Problem& problem = params.problem;
   if (problem.dtype_kv() != problem.dtype) {
-    return fail(FLASHTILE_UNSUPPORTED, "dtype_kv is %s; allowed in a backward: %s, the dtype of q",
+    return fail(FLASHTILE_UNSUPPORTED, "dtype_kv is %s in a backward; allowed: %s, the dtype of q",
                 dtype_name(problem.dtype_kv()), dtype_name(problem.dtype));
   }
   if (!problem.cache.exists()) return FLASHTILE_OK;

@@ -23,9 +23,10 @@ namespace {
 // k and v against q. One sentence for all three dtypes: which of them is wrong is not ours to say.
 std::string dtypes_refusal(const Arguments& args) {
   const ScalarType q = args.q.scalar_type(), k = args.k.scalar_type(), v = args.v.scalar_type();
-  if (q == k && q == v) return {};
-  return sentence("q, k, v have dtypes ", dtype_name(q), ", ", dtype_name(k), ", ", dtype_name(v),
-                  "; allowed: one dtype for all three");
+  if (k == v && (k == q || narrow_dtype(args.k, args.q).has_value())) return {};
+  return sentence(
+      "q, k, v have dtypes ", dtype_name(q), ", ", dtype_name(k), ", ", dtype_name(v),
+      "; allowed: one dtype for all three, and on the CPU float32 q over float16 or bfloat16 k and v");
 }
 
 std::string kv_refusal(const Arguments& args) {
@@ -35,13 +36,14 @@ std::string kv_refusal(const Arguments& args) {
       args.is_varlen()
           ? shape_refusal("k", k, {"total_k", "num_heads_kv", head_dim})
           : shape_refusal("k", k, {args.q.size(0), "seqlen_k", "num_heads_kv", head_dim});
-  if (text.empty()) text = kind_refusal("k", k, args.q);
+  const std::optional<ScalarType> dtype_kv = narrow_dtype(k, args.q);
+  if (text.empty()) text = kind_refusal("k", k, args.q, dtype_kv);
   if (text.empty()) {
     text = args.is_varlen()
                ? shape_refusal("v", args.v, {k.size(0), k.size(1), "head_dim_v"})
                : shape_refusal("v", args.v, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
   }
-  if (text.empty()) text = kind_refusal("v", args.v, args.q);
+  if (text.empty()) text = kind_refusal("v", args.v, args.q, dtype_kv);
   // 0 means "as head_dim" in the C API.
   if (text.empty() && args.head_dim_v() == 0) text = "head_dim_v is 0; allowed: 1 to 65536";
   return text;
@@ -118,7 +120,7 @@ flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v
   problem.device = q.is_cuda() ? FLASHTILE_CUDA : FLASHTILE_CPU;
   problem.device_index = q.is_cuda() ? q.get_device_index() : -1;
   problem.dtype = to_dtype(q.scalar_type()).value();
-  problem.dtype_kv = problem.dtype;
+  problem.dtype_kv = to_dtype(k.scalar_type()).value();
   problem.dtype_out = problem.dtype;
   problem.lse_dtype = to_dtype(lse_dtype(q.scalar_type())).value();
   problem.num_heads = q.size(q.dim() - 2);

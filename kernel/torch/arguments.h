@@ -42,7 +42,8 @@ struct Sequences {
 };
 
 // Dense: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_kv, head_dim), v
-// and out the same with head_dim_v. Varlen: q and out (total_q, ...), k and v (total_k, ...).
+// and out the same with head_dim_v. Varlen: q and out (total_q, ...), k and v (total_k, ...). k and
+// v have the dtype of q or, under float32, 16 bits.
 struct Arguments {
   Tensor q, k, v;
   OptionalTensor out = std::nullopt;  // forward: written; unset: a new tensor
@@ -92,7 +93,7 @@ std::string out_refusal(const OptionalTensor& out, const NamedTensor& q, const N
 
 // `scores` is what the problem points to.
 flashtile_problem to_problem(const Arguments& args, flashtile_scores& scores);
-// The problem's device, dtypes and heads, for q of a dtype that q_refusal() lets pass; k and v may
+// The problem's device, dtypes and heads, for q and k of dtypes that passed the checks; k and v may
 // be a cache.
 flashtile_problem problem_like(const Tensor& q, const Tensor& k, const Tensor& v);
 flashtile_tensor to_view(const Tensor& tensor, void* data);

@@ -17,18 +17,20 @@ std::string int_refusal(const char* name, const OptionalTensor& tensor, int64_t 
   return text.empty() ? kind_refusal(name, *tensor, like, ScalarType::Int) : text;
 }
 
-// `like` is q, or k where there is no q.
-std::string cache_refusal(const CacheArguments& cache, const Tensor& like, int64_t batch) {
+// `like` is q, or k where there is no q: new rows have the dtype of the cache.
+std::string cache_refusal(const CacheArguments& cache, const Tensor& like, int64_t batch,
+                          bool has_q = true) {
   const Tensor& k = cache.k_cache;
   const int64_t head_dim = like.size(like.dim() - 1);
   std::string text =
       shape_refusal("k_cache", k, {"num_pages", "page_size", "num_heads_kv", head_dim});
-  if (text.empty()) text = kind_refusal("k_cache", k, like);
+  if (text.empty())
+    text = has_q ? keys_refusal("k_cache", k, like) : kind_refusal("k_cache", k, like);
   if (text.empty() && k.size(1) == 0) text = "page_size is 0; allowed: 1 and more";
   if (text.empty()) {
     text = shape_refusal("v_cache", cache.v_cache, {k.size(0), k.size(1), k.size(2), "head_dim_v"});
   }
-  if (text.empty()) text = kind_refusal("v_cache", cache.v_cache, like);
+  if (text.empty()) text = kind_refusal("v_cache", cache.v_cache, like, narrow_dtype(k, like));
   if (text.empty() && cache.v_cache.size(3) == 0) text = "head_dim_v is 0; allowed: 1 to 65536";
   if (text.empty()) text = int_refusal("cache_seqlens", cache.cache_seqlens, batch, like);
   if (text.empty()) text = int_refusal("cache_batch_idx", cache.cache_batch_idx, batch, like);
@@ -91,14 +93,15 @@ std::string new_rows_refusal(const AppendArguments& args) {
   const bool packed = args.is_packed();
   const int64_t heads = cache.k_cache.size(2), dim = cache.k_cache.size(3);
   const int64_t dim_v = cache.v_cache.size(3);
+  const std::optional<ScalarType> dtype = narrow_dtype(cache.k_cache, args.like());
   std::string text = packed ? shape_refusal("k", k, {"total_new", heads, dim})
                             : shape_refusal("k", k, {args.batch(), "seqlen_new", heads, dim});
-  if (text.empty()) text = kind_refusal("k", k, args.like());
+  if (text.empty()) text = kind_refusal("k", k, args.like(), dtype);
   if (text.empty()) {
     text = packed ? shape_refusal("v", v, {k.size(0), heads, dim_v})
                   : shape_refusal("v", v, {k.size(0), k.size(1), heads, dim_v});
   }
-  if (text.empty()) text = kind_refusal("v", v, args.like());
+  if (text.empty()) text = kind_refusal("v", v, args.like(), dtype);
   return text;
 }
 
@@ -151,8 +154,9 @@ std::string refusal(const ReadArguments& args) {
 }
 
 std::string refusal(const AppendArguments& args) {
-  std::string text = queries_refusal(args.like(), args.cu_seqlens_new, args.rotation ? "q" : "k");
-  if (text.empty()) text = cache_refusal(args.cache, args.like(), args.batch());
+  const bool has_q = args.rotation.has_value();
+  std::string text = queries_refusal(args.like(), args.cu_seqlens_new, has_q ? "q" : "k");
+  if (text.empty()) text = cache_refusal(args.cache, args.like(), args.batch(), has_q);
   if (text.empty()) text = new_rows_refusal(args);
   if (text.empty() && args.rotation.has_value()) text = rotary_refusal(*args.rotation);
   if (!text.empty()) return text;

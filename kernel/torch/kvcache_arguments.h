@@ -14,7 +14,7 @@
 namespace flashtile::ops {
 
 // Where the sequences' rows are. k_cache (num_pages, page_size, num_heads_kv, head_dim), v_cache
-// the same with head_dim_v.
+// the same with head_dim_v. Both and the new rows have the dtype of q or, under float32, 16 bits.
 struct CacheArguments {
   Tensor k_cache, v_cache;
   OptionalTensor cache_seqlens = std::nullopt;    // [batch]: rows in use before any new ones

@@ -135,9 +135,11 @@ inline std::string sizes_refusal(const char* name, const Tensor& tensor,
                   "; allowed: ", tuple_text(allowed));
 }
 
-// Device, dtype and the stride of the last dimension, against those of q.
+// Device, dtype and the stride of the last dimension, against those of q. `more`: what else the
+// dtype may be.
 inline std::string kind_refusal(const char* name, const Tensor& tensor, const Tensor& q,
-                                std::optional<ScalarType> dtype = std::nullopt) {
+                                std::optional<ScalarType> dtype = std::nullopt,
+                                const char* more = "") {
   if (device_name(tensor) != device_name(q)) {
     return sentence(name, " is on ", device_name(tensor), "; allowed: ", device_name(q),
                     ", the device of q");
@@ -145,7 +147,8 @@ inline std::string kind_refusal(const char* name, const Tensor& tensor, const Te
   const ScalarType wanted = dtype.value_or(q.scalar_type());
   if (tensor.scalar_type() != wanted) {
     return sentence(name, " has dtype ", dtype_name(tensor.scalar_type()),
-                    "; allowed: ", dtype_name(wanted), dtype.has_value() ? "" : ", the dtype of q");
+                    "; allowed: ", dtype_name(wanted), dtype.has_value() ? "" : ", the dtype of q",
+                    more);
   }
   const int64_t dims = tensor.dim();
   if (tensor.numel() > 1 && tensor.size(dims - 1) > 1 && tensor.stride(dims - 1) != 1) {
@@ -153,6 +156,21 @@ inline std::string kind_refusal(const char* name, const Tensor& tensor, const Te
                     " in its last dimension; allowed: 1");
   }
   return {};
+}
+
+// The dtype of keys where it has 16 bits under float32 queries; unset: they have that of q. Which
+// device takes such keys is the C API's to say.
+inline std::optional<ScalarType> narrow_dtype(const Tensor& keys, const Tensor& q) {
+  const ScalarType dtype = keys.scalar_type();
+  const bool has_16_bits = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  return q.scalar_type() == ScalarType::Float && has_16_bits ? std::optional(dtype) : std::nullopt;
+}
+
+// kind_refusal of keys, which may be narrow.
+inline std::string keys_refusal(const char* name, const Tensor& keys, const Tensor& q) {
+  const bool may_be_narrow = q.is_cpu() && q.scalar_type() == ScalarType::Float;
+  return kind_refusal(name, keys, q, narrow_dtype(keys, q),
+                      may_be_narrow ? ", float16 and bfloat16" : "");
 }
 
 // q, or what stands in its place where there is none.

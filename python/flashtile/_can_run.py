@@ -87,13 +87,16 @@ def can_run(
         _attend.refuse_tangents((q, k, v))
         if backward and out is not None:
             return False, "out is a tensor and gradients are asked for; allowed: None"
+        needed = {name: tensor.requires_grad for name, tensor in scores.tensors().items()}
+        wanting = any(needed.values()) or any(tensor.requires_grad for tensor in (q, k, v))
+        if wanting and torch.is_grad_enabled():
+            _checks.refuse_narrow_gradient(q, k, v)
         request = _attend.Request(options_, sequences, scores)
         if _checks.are_foreign((q, k, v, out, *tensors, *scores.tensors().values())):
             _attend.check_tensors(q, k, v, request, out)  # as the fake kernel does
             return True, ""
     except (TypeError, ValueError, RuntimeError) as error:
         return False, str(error)
-    needed = {name: tensor.requires_grad for name, tensor in scores.tensors().items()}
     wanted = _scores.wanted(scores, needed) if backward else ()
     arguments = (*options_, *sequences, *scores, max_logit, *wanted)
     ok, _, why = torch.ops.flashtile.can_run(q, k, v, backward, out, *arguments)

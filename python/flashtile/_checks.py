@@ -16,6 +16,7 @@ from torch import Tensor
 Extent: TypeAlias = int | str  # a size, or the name of a dimension where any size will do
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NARROW = (torch.float16, torch.bfloat16)  # of keys under float32 queries
 _DEVICES = ("cpu", "cuda", "meta")  # meta: shapes only, for tracing
 _MAX_HEAD_DIM = 65536
 _ALIGNMENTS = ("bottom_right", "top_left")  # in the order of flashtile_alignment
@@ -85,14 +86,49 @@ def check_shape(name: str, tensor: Tensor, allowed: tuple[Extent, ...]) -> None:
         )
 
 
-def check_kind(name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Device, dtype and the stride of the last dimension, against those of q."""
+def check_kind(
+    name: str, tensor: Tensor, q: Tensor, dtype: torch.dtype | None = None, more: str = ""
+) -> None:
+    """Device, dtype and the stride of the last dimension, against those of q.
+
+    Args:
+        name: Of the tensor.
+        tensor: What is checked.
+        q: Queries.
+        dtype: None: that of q.
+        more: What else the dtype may be.
+    """
     if not (tensor.is_cpu and q.is_cpu) and tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {q.device}, the device of q")
     if tensor.dtype != (dtype or q.dtype):
         allowed = f"{dtype_name(q.dtype)}, the dtype of q" if dtype is None else dtype_name(dtype)
-        raise ValueError(f"{name} has dtype {dtype_name(tensor.dtype)}; allowed: {allowed}")
+        raise ValueError(f"{name} has dtype {dtype_name(tensor.dtype)}; allowed: {allowed}{more}")
     _check_stride(name, tensor)
+
+
+def narrow_dtype(keys: Tensor, q: Tensor) -> torch.dtype | None:
+    """The dtype of keys where it has 16 bits under float32 queries; None: they have that of q."""
+    return keys.dtype if q.dtype == torch.float32 and keys.dtype in _NARROW else None
+
+
+def check_keys(name: str, keys: Tensor, q: Tensor) -> None:
+    """check_kind of keys, which may be narrow."""
+    may_be_narrow = q.is_cpu and q.dtype == torch.float32
+    more = ", float16 and bfloat16" if may_be_narrow else ""
+    check_kind(name, keys, q, narrow_dtype(keys, q), more)
+
+
+def refuse_narrow_gradient(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """RuntimeError for narrow keys and values, of a call in which a gradient is wanted.
+
+    There is none, and the call says so, not the backward. CUDA does not take such keys at all,
+    which is the op's to say.
+    """
+    dtype = narrow_dtype(k, q)
+    if dtype is not None and v.dtype == dtype and q.device.type != "cuda":
+        raise RuntimeError(
+            f"dtype_kv is {dtype_name(dtype)} in a backward; allowed: float32, the dtype of q"
+        )
 
 
 def _check_stride(name: str, tensor: Tensor) -> None:
@@ -115,10 +151,11 @@ def check_q(q: Tensor, *, is_varlen: bool, name: str = "q") -> None:
 
 def _check_kv(q: Tensor, k: Tensor, v: Tensor, *, is_varlen: bool) -> None:
     tail = ("num_heads_kv", q.shape[-1])
+    dtype = narrow_dtype(k, q)
     check_shape("k", k, ("total_k", *tail) if is_varlen else (q.shape[0], "seqlen_k", *tail))
-    check_kind("k", k, q)
+    check_kind("k", k, q, dtype)
     check_shape("v", v, (*k.shape[:-1], "head_dim_v"))
-    check_kind("v", v, q)
+    check_kind("v", v, q, dtype)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
@@ -157,9 +194,12 @@ def check_tensors(
     """ValueError unless the tensors fit together; varlen when cu_seqlens are given."""
     is_varlen = cu_seqlens_q is not None
     check_q(q, is_varlen=is_varlen)
-    if not q.dtype == k.dtype == v.dtype:
+    if v.dtype != k.dtype or k.dtype not in (q.dtype, narrow_dtype(k, q)):
         dtypes = ", ".join(dtype_name(t.dtype) for t in (q, k, v))
-        raise ValueError(f"q, k, v have dtypes {dtypes}; allowed: one dtype for all three")
+        raise ValueError(
+            f"q, k, v have dtypes {dtypes}; allowed: one dtype for all three, and on the CPU "
+            "float32 q over float16 or bfloat16 k and v"
+        )
     _check_kv(q, k, v, is_varlen=is_varlen)
     batch = q.shape[0]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:

@@ -33,8 +33,18 @@ def register(
     name: str,
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    check: Callable[..., None] | None = None,
 ) -> None:
-    """Registers a formula as ``torch.library.register_autograd`` takes it."""
+    """Registers a formula as ``torch.library.register_autograd`` takes it.
+
+    Args:
+        library: Of the op.
+        name: The op's.
+        setup_context: Saves what the formula reads.
+        backward: The formula.
+        check: Of the op's arguments, before it runs, where a gradient is wanted: raises if there is
+            none.
+    """
     op = getattr(torch.ops.flashtile, name).default
     parameters = op._schema.arguments
 
@@ -65,6 +75,8 @@ def register(
         if type(args[0]) is not Tensor:
             _sharding.prepare(args[0])
         requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if requires_grad and check is not None:
+            check(*args)
         if requires_grad or forward_ad._current_level >= 0:
             if not is_active():
                 return Formula.apply(keyset, *args)  # type: ignore[attr-defined]

@@ -95,15 +95,18 @@ def attention_with_kvcache(
             ``(total_q, num_heads, head_dim)``. On the CPU: float16, bfloat16, float32, float64.
             On CUDA: float16, bfloat16.
         k_cache: ``(batch_cache, seqlen_cache, num_heads_kv, head_dim)`` or ``(num_pages,
-            page_size, num_heads_kv, head_dim)``, any page size, any strides, the last one 1.
-        v_cache: The same with head_dim_v.
+            page_size, num_heads_kv, head_dim)``, any page size, any strides, the last one 1; device
+            and dtype of q. On the CPU under float32 q also float16 or bfloat16, without gradients
+            and without rotation: numbers are widened as they are read, and out is float32.
+        v_cache: The same with head_dim_v, in the dtype of k_cache.
         k: New keys, ``(batch, seqlen_new, num_heads_kv, head_dim)``, or with cu_seqlens_q
-            ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. Row i of
-            sequence b is written to row ``cache_seqlens[b] + i`` of k_cache **in place** before
-            anything is read; of a sequence with a negative length none is. Rows beyond the capacity
-            or on pages that do not exist have no place: on the CPU the call raises and writes
-            nothing, on CUDA they are not written (check reports them). Two sequences must not
-            append to one page, and k, v and whatever is rotated must not lie in the caches.
+            ``(total_q, num_heads_kv, head_dim)``: then every query brings its key. In the dtype of
+            the caches. Row i of sequence b is written to row ``cache_seqlens[b] + i`` of k_cache
+            **in place** before anything is read; of a sequence with a negative length none is. Rows
+            beyond the capacity or on pages that do not exist have no place: on the CPU the call
+            raises and writes nothing, on CUDA they are not written (check reports them). Two
+            sequences must not append to one page, and k, v and whatever is rotated must not lie in
+            the caches.
         v: New values, for v_cache.
         rotary_cos: ``(seqlen_rotary, rotary_dim / 2)``, dtype of q; rotary_dim is even and at most
             head_dim. With k: q and k are rotated by their position, which for k is the row that it
@@ -155,13 +158,14 @@ def attention_with_kvcache(
         ``lse`` is ``(batch, num_heads, seqlen_q)``, with cu_seqlens_q ``(num_heads, total_q)``,
         float32 (float64 for float64 inputs), natural logarithm.
 
-    Not differentiable: tensors may require grad, but going backward raises RuntimeError. A cache
-    that requires grad can be read and not written. Under ``torch.autocast`` q, k, v and the rotary
-    tables are cast to the dtype of the caches, which are never cast. The graphs of
-    ``torch.compile`` append by torch's own operations, to the rows that this call writes eagerly,
-    views with sizes that change included. DTensors and ``torch.vmap`` are refused. A call that
-    raises may have appended; making it again writes the same rows. Numerics and errors are those of
-    :func:`attention`; :func:`can_run_with_kvcache` gives the sentence without a call.
+    Not differentiable: tensors may require grad, but going backward raises RuntimeError; over
+    caches of fewer bits than q has, the call itself raises it. A cache that requires grad can be
+    read and not written. Under ``torch.autocast`` q, k, v and the rotary tables are cast to the
+    dtype of the caches, which are never cast. The graphs of ``torch.compile`` append by torch's own
+    operations, to the rows that this call writes eagerly, views with sizes that change included.
+    DTensors and ``torch.vmap`` are refused. A call that raises may have appended; making it again
+    writes the same rows. Numerics and errors are those of :func:`attention`;
+    :func:`can_run_with_kvcache` gives the sentence without a call.
     """
     how = {
         "causal": causal,

@@ -195,6 +195,8 @@ def checked(
     longest = 0 if longest is None else _checks.max_seqlen("max_seqlen_q", longest, q)
     autocast(tensors, k_cache)
     q = tensors["q"]
+    if wanting:
+        _checks.refuse_narrow_gradient(q, k_cache, v_cache)
     if options.softmax_scale is not None:
         _checks.check_finite(options.softmax_scale, q)  # the op would say so after the append
     _scores.check_numbers(scores, q)
@@ -266,7 +268,8 @@ def append_alone(
     batch = _kvcache_ops.check_queries(name, like, tensors["cu_seqlens_q"])
     seqlens = as_seqlens(cache_seqlens, like, batch)
     caches = (tensors["k_cache"], tensors["v_cache"])
-    _kvcache_ops.check_new_rows(k, tensors["v"], like, caches, is_packed=packed)
+    how = {"is_packed": packed, "has_q": q is not None}
+    _kvcache_ops.check_new_rows(k, tensors["v"], like, caches, **how)
     if q is None:
         append({**tensors, "q": k}, seqlens, None, check=flags["check"])
         return None

@@ -24,13 +24,16 @@ def _check_cache(
     batch: int,
     numbers: dict[str, Tensor | None],
     block_table: Tensor | None,
+    *,
+    has_q: bool = True,
 ) -> None:
+    """Q may stand for k where there is no q: new rows have the dtype of the cache."""
     _checks.check_shape("k_cache", k_cache, ("num_pages", "page_size", "num_heads_kv", q.shape[-1]))
-    _checks.check_kind("k_cache", k_cache, q)
+    (_checks.check_keys if has_q else _checks.check_kind)("k_cache", k_cache, q)
     if k_cache.shape[1] == 0:
         raise ValueError("page_size is 0; allowed: 1 and more")
     _checks.check_shape("v_cache", v_cache, (*k_cache.shape[:-1], "head_dim_v"))
-    _checks.check_kind("v_cache", v_cache, q)
+    _checks.check_kind("v_cache", v_cache, q, _checks.narrow_dtype(k_cache, q))
     for name, tensor in numbers.items():
         if tensor is not None:
             _check_int(name, tensor, q, (batch,))
@@ -61,10 +64,11 @@ def _check_new(
     rows: tuple[_checks.Extent, ...] = ("total_new",)
     if cu_seqlens is None:
         rows = (q.shape[0], "seqlen_new")
+    dtype = _checks.narrow_dtype(cache[0], q)
     _checks.check_shape("k", k, (*rows, *cache[0].shape[2:]))
-    _checks.check_kind("k", k, q)
+    _checks.check_kind("k", k, q, dtype)
     _checks.check_shape("v", v, (*k.shape[:-2], *cache[1].shape[2:]))
-    _checks.check_kind("v", v, q)
+    _checks.check_kind("v", v, q, dtype)
 
 
 def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
@@ -116,15 +120,26 @@ def check_append(
     where: tuple[Tensor | None, ...],
     rotary: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """What the fake kernels of the appends check; ``where`` is cache_seqlens and all behind it."""
+    """What the fake kernels of the appends check; ``where`` is cache_seqlens and all behind it.
+
+    Without rotation q is not looked at.
+    """
     seqlens, batch_idx, block_table, cu_seqlens = where
     cos, sin = rotary
-    batch = check_queries("q" if cos is not None else "k", q if cos is not None else k, cu_seqlens)
+    has_q = cos is not None
+    like = q if has_q else k
+    batch = check_queries("q" if has_q else "k", like, cu_seqlens)
     numbers = {"cache_seqlens": seqlens, "cache_batch_idx": batch_idx}
-    _check_cache(q, k_cache, v_cache, batch, numbers, block_table)
-    _check_new(k, v, q, (k_cache, v_cache), cu_seqlens)
+    _check_cache(like, k_cache, v_cache, batch, numbers, block_table, has_q=has_q)
+    _check_new(k, v, like, (k_cache, v_cache), cu_seqlens)
     if cos is not None and sin is not None:
         _check_rotary(cos, sin, q)
+        dtype = _checks.narrow_dtype(k_cache, q)
+        if dtype is not None:
+            raise ValueError(
+                f"rotary_cos is set and dtype_kv is {_checks.dtype_name(dtype)}; allowed: NULL, or "
+                "a dtype_kv of float32, the dtype of q"
+            )
 
 
 def _fake_append(
@@ -183,17 +198,27 @@ def register() -> None:
 
 
 def check_new_rows(
-    k: Tensor, v: Tensor, q: Tensor, cache: tuple[Tensor, Tensor], *, is_packed: bool
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    cache: tuple[Tensor, Tensor],
+    *,
+    is_packed: bool,
+    has_q: bool = True,
 ) -> None:
-    """K and v against q, of whose sequences they are, and the cache; the ops do not see q."""
+    """K and v against q, of whose sequences they are, and the cache; the ops do not see q.
+
+    Without it k stands for q, and the op compares it with the cache.
+    """
     shape, of_keys, of_values = q.shape, cache[0].shape, cache[1].shape
     heads = "num_heads_kv" if len(of_keys) != 4 else of_keys[2]
     tail: tuple[_checks.Extent, ...] = (heads, shape[-1])
     _checks.check_shape("k", k, (shape[0], *tail) if is_packed else (shape[0], "seqlen_new", *tail))
     dim_v = "head_dim_v" if len(of_values) != 4 else of_values[3]
     _checks.check_shape("v", v, (*k.shape[:-1], dim_v))
-    _checks.check_kind("k", k, q)
-    _checks.check_kind("v", v, q)
+    dtype = _checks.narrow_dtype(cache[0], q) if has_q else None
+    _checks.check_kind("k", k, q, dtype)
+    _checks.check_kind("v", v, q, dtype)
 
 
 def check_together(tensors: dict[str, Tensor | None], cache_seqlens: object) -> None:

@@ -90,6 +90,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(out, lse, q, k, v, *sequences.tensors(), *given.values())
 
 
+def _check_gradient(q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> None:
+    """RuntimeError if the forward ops have no gradient for such tensors."""
+    _checks.refuse_narrow_gradient(q, k, v)
+
+
 def _torch_is_deterministic() -> bool:
     return (
         torch.are_deterministic_algorithms_enabled()
@@ -189,8 +194,8 @@ def register() -> None:
     ours = library.Library("flashtile", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, fake in _FAKES.items():
         library.register_fake(f"flashtile::{name}", fake)
-    _functional.register(ours, "forward", setup_context, gradients)
-    _functional.register(ours, "forward_max_logit", setup_context, gradients)
+    for name in ("forward", "forward_max_logit"):
+        _functional.register(ours, name, setup_context, gradients, _check_gradient)
     # Without this a second derivative would only warn and be missing.
     _functional.register(ours, "backward", _keep_nothing, refuse_second_derivative)
     _functional.register(ours, "backward_scores", _keep_nothing, refuse_second_derivative)

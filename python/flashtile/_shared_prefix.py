@@ -23,8 +23,10 @@ class _Options(TypedDict, total=False):
     sink: Tensor | None
 
 
-def _check_prefix(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> None:
-    """TypeError or ValueError unless the prefix goes with q, k and v."""
+def _check_prefix(
+    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, sink: Tensor | None
+) -> None:
+    """TypeError, ValueError or RuntimeError unless the prefix goes with q, k and v."""
     tensors = {"q": q, "k": k, "v": v, "k_prefix": k_prefix, "v_prefix": v_prefix}
     for name, tensor in tensors.items():
         _checks.check_tensor_type(name, tensor)
@@ -36,8 +38,17 @@ def _check_prefix(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: T
     _checks.check_shape("v_prefix", v_prefix, (k_prefix.shape[0], *v.shape[1:]))
     device = q.device.type
     is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    for name in ("k", "v", "k_prefix", "v_prefix"):
-        _checks.check_kind(name, tensors[name], q, tensors[name].dtype if is_cast else None)
+    if is_cast:
+        for name in ("k", "v", "k_prefix", "v_prefix"):
+            _checks.check_kind(name, tensors[name], q, tensors[name].dtype)
+        return
+    _checks.check_keys("k", k, q)
+    for name in ("v", "k_prefix", "v_prefix"):
+        _checks.check_kind(name, tensors[name], q, _checks.narrow_dtype(k, q))
+    given = (t for t in (*tensors.values(), sink) if isinstance(t, Tensor))
+    wanting = any(tensor.requires_grad for tensor in given)
+    if wanting and torch.is_grad_enabled():  # of both parts, whichever needs it
+        _checks.refuse_narrow_gradient(q, k, v)
 
 
 @overload
@@ -116,7 +127,8 @@ def shared_prefix_attention(
             dtypes and strides as in :func:`attention`.
         k: Their keys, ``(total, num_heads_kv, head_dim)``.
         v: Their values, ``(total, num_heads_kv, head_dim_v)``.
-        k_prefix: Keys of the prefix, ``(prefix, num_heads_kv, head_dim)``; the prefix may be empty.
+        k_prefix: Keys of the prefix, ``(prefix, num_heads_kv, head_dim)``, in the dtype of k; the
+            prefix may be empty.
         v_prefix: Its values, ``(prefix, num_heads_kv, head_dim_v)``.
         cu_seqlens: Offsets of the answers in rows, ``(answers + 1,)``, int32, on the device of q,
             contiguous, from 0, never decreasing, the last at most ``total``. Always checked on the
@@ -156,7 +168,7 @@ def shared_prefix_attention(
     Windows, ALiBi, biases, masks and dropout are not offered: they go by positions, and a row's
     distance from the prefix is that in its own answer.
     """
-    _check_prefix(q, k, v, k_prefix, v_prefix)
+    _check_prefix(q, k, v, k_prefix, v_prefix, sink)
     _checks.check_tensor_type("cu_seqlens", cu_seqlens)
     _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q)
     return_lse = _checks.flag("return_lse", return_lse)

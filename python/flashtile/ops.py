@@ -106,10 +106,12 @@ def attention(
         q: Queries, ``(batch, seqlen_q, num_heads, head_dim)``. float16, bfloat16, float32 or
             float64 on the CPU; float16 or bfloat16 on CUDA. Any strides (no copy is made) as long
             as the last dimension has stride 1. Lengths may be 0.
-        k: Keys, ``(batch, seqlen_k, num_heads_kv, head_dim)``, device and dtype of q.
-            ``num_heads_kv`` divides ``num_heads``: query head h reads key head
-            ``h // (num_heads // num_heads_kv)`` (GQA, MQA), and no head is expanded in memory.
-        v: Values, ``(batch, seqlen_k, num_heads_kv, head_dim_v)``, device and dtype of q.
+        k: Keys, ``(batch, seqlen_k, num_heads_kv, head_dim)``, device and dtype of q; on the CPU
+            under float32 q also float16 or bfloat16, without gradients: numbers are widened as they
+            are read, and out is float32. ``num_heads_kv`` divides ``num_heads``: query head h reads
+            key head ``h // (num_heads // num_heads_kv)`` (GQA, MQA), and no head is expanded in
+            memory.
+        v: Values, ``(batch, seqlen_k, num_heads_kv, head_dim_v)``, device and dtype of k.
         causal: No query sees a key behind its own position: the right side of window_size becomes
             0, whatever it was.
         causal_alignment: Where query i stands among the keys. ``"bottom_right"``: at
@@ -178,7 +180,8 @@ def attention(
         ValueError: shapes, dtypes, devices or strides do not fit. The message names the argument,
             what it was and what is allowed.
         RuntimeError: this build or this GPU does not serve the problem, or out shares memory or is
-            given where a gradient is wanted. :func:`can_run` gives the same sentence.
+            given where a gradient is wanted, or one is wanted of k and v with fewer bits than q.
+            :func:`can_run` gives the same sentence.
 
     numpy's bools, ints and floats stand wherever Python's may; a side of window_size may also be a
     0-d integer tensor on the CPU.

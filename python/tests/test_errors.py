@@ -67,6 +67,9 @@ def last_stride_2(t: Tensor) -> Tensor:
 
 
 ANY_Q = "(batch, seqlen_q, num_heads, head_dim)"
+ALLOWED_DTYPES = (
+    "allowed: one dtype for all three, and on the CPU float32 q over float16 or bfloat16 k and v"
+)
 
 DENSE = [
     Refusal("q list", {"q": [1.0]}, "q is a list; allowed: torch.Tensor", TypeError, in_op=False),
@@ -87,17 +90,17 @@ DENSE = [
     Refusal(
         "k dtype",
         {"k": cast(torch.float16)},
-        "q, k, v have dtypes float32, float16, float32; allowed: one dtype for all three",
+        f"q, k, v have dtypes float32, float16, float32; {ALLOWED_DTYPES}",
     ),
     Refusal(
         "v dtype",
         {"v": cast(torch.bfloat16)},
-        "q, k, v have dtypes float32, float32, bfloat16; allowed: one dtype for all three",
+        f"q, k, v have dtypes float32, float32, bfloat16; {ALLOWED_DTYPES}",
     ),
     Refusal(
         "all dtypes",
         {"q": cast(torch.float16), "k": cast(torch.bfloat16)},
-        "q, k, v have dtypes float16, bfloat16, float32; allowed: one dtype for all three",
+        f"q, k, v have dtypes float16, bfloat16, float32; {ALLOWED_DTYPES}",
     ),
     Refusal("k device", {"k": meta}, "k is on meta; allowed: cpu, the device of q"),
     Refusal("v device", {"v": meta}, "v is on meta; allowed: cpu, the device of q"),

@@ -111,8 +111,10 @@ def poison(packing: Packing, rows: Tensor, keys: bool) -> None:
     rows[~seen.to(rows.device)] = torch.nan
 
 
-def tensors_of(cell: Cell, device: str) -> tuple[Triple, Tensor, Tensor | None]:
-    """q, k, v, dout and dlse; packed cells have one batch and a tail."""
+def tensors_of(
+    cell: Cell, device: str, dtype_kv: torch.dtype | None = None
+) -> tuple[Triple, Tensor, Tensor | None]:
+    """q, k, v, dout and dlse; packed cells have one batch and a tail. Keys may be narrower."""
     packing = packing_of(cell)
     batch, seqlen_q, seqlen_k = cell["batch"], cell["seqlen_q"], cell["seqlen_k"]
     if packing is not None:
@@ -128,7 +130,8 @@ def tensors_of(cell: Cell, device: str) -> tuple[Triple, Tensor, Tensor | None]:
     torch.manual_seed(cell["index"])
     placed_all: dict[str, Tensor] = {}
     for role, shape in shapes.items():
-        tensor = torch.randn(shape, dtype=torch.float64).to(device, DTYPES[cell["dtype"]])
+        dtype = (dtype_kv if role in "kv" else None) or DTYPES[cell["dtype"]]
+        tensor = torch.randn(shape, dtype=torch.float64).to(device, dtype)
         if packing is not None and cell["layout"] != "broadcast":
             poison(packing, tensor[0], keys=role in "kv")
         tensor = placed(tensor, cell["layout"], role)
@@ -173,10 +176,8 @@ def assert_within(
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: str(cell["index"]))
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cell(device: str, cell: Cell) -> None:
-    """Right, or refused with the sentence that the list says."""
+def calls_of(cell: Cell, device: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The function of the package, the manual one with its options, and these."""
     scale = torch.tensor(cell["head_dim"] ** -0.5, dtype=torch.float32).item()
     options: dict[str, Any] = {
         "window_size": (cell["window_left"], cell["window_right"]),
@@ -189,6 +190,14 @@ def test_cell(device: str, cell: Cell) -> None:
     if packing is not None:
         attend = partial(flashtile.attention_varlen, **packing.arguments(device))
         manual = partial(manual_varlen, packing=packing, **options)
+    return attend, manual, options
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: str(cell["index"]))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cell(device: str, cell: Cell) -> None:
+    """Right, or refused with the sentence that the list says."""
+    attend, manual, options = calls_of(cell, device)
     inputs, dout, dlse = tensors_of(cell, device)
     if device == "cuda" and cell["cuda_refusal"]:
         with pytest.raises(ValueError, match=re.escape(cell["cuda_refusal"])):
@@ -198,5 +207,25 @@ def test_cell(device: str, cell: Cell) -> None:
     actual = run(attend, inputs, dout, dlse)
     exact = run(manual, (inputs[0].double(), inputs[1].double(), inputs[2].double()), dout, dlse)
     plain = run(manual, inputs, dout, dlse)
-    floors = noise_floors(inputs, scale, exact.lse, exact.dv)
+    floors = noise_floors(inputs, options["softmax_scale"], exact.lse, exact.dv)
     assert_within(vars(actual), vars(exact), vars(plain), floors)
+
+
+@pytest.mark.parametrize(
+    "cell", [cell for cell in CELLS if cell["dtype"] == "fp32"], ids=lambda c: str(c["index"])
+)
+def test_cell_over_narrow_keys(cell: Cell) -> None:
+    """The forward of the fp32 cells, with 16 bits for k and v, on the CPU."""
+    attend, manual, options = calls_of(cell, "cpu")
+    dtype_kv = (torch.float16, torch.bfloat16)[cell["index"] % 2]
+    inputs, _, _ = tensors_of(cell, "cpu", dtype_kv)
+    wide, single = (
+        [tensor.to(dtype) for tensor in inputs] for dtype in (torch.float64, torch.float32)
+    )
+    actual, exact, plain = (
+        dict(zip(("out", "lse"), both, strict=True))
+        for both in (attend(*inputs, return_lse=True, **options), manual(*wide), manual(*single))
+    )
+    assert actual["out"].dtype == actual["lse"].dtype == torch.float32
+    floors = noise_floors(inputs, options["softmax_scale"], exact["lse"], None)
+    assert_within(actual, exact, plain, {"out": floors["out"]})

@@ -186,6 +186,8 @@ def numbers_of_cache(draw: Draw, call: Call) -> None:
 
 
 CACHES = ("k_cache", "v_cache")
+KEYS = (*CACHES, "k", "v")
+NARROW = (torch.float16, torch.bfloat16)
 
 
 def kvcache(draw: Draw) -> Call:
@@ -220,7 +222,10 @@ def kvcache(draw: Draw) -> Call:
 
 
 def with_faults(draw: Draw, call: Call) -> Call:
-    """The call with up to three tensors spoiled."""
+    """The call, or one with narrow keys, with up to three tensors spoiled."""
+    if draw.random() < 0.15:
+        dtype = draw.choice(NARROW)
+        call |= {n: call[n].to(dtype) for n in KEYS if n in call}
     tensors = [n for n, value in call.items() if isinstance(value, Tensor) and value.dim() > 0]
     for name in draw.sample(tensors, min(len(tensors), draw.choice((0, 0, 0, 1, 1, 2, 3)))):
         call[name] = spoiled(draw, call[name])
