@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashtile import _checks, _registration
+from flashtile._build import build_info
 from flashtile._options import Options, Sequences
 from flashtile.integrations._ring_plan import Call
 
 _TOP_LEFT = 1  # flashtile_alignment
+_BF16_PRODUCTS = ("amx", "avx512_bf16", "amx-emulated")  # instruction sets that have them
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ def _place(call: Call, job: Job, device: torch.device) -> _Place:
     offsets = [numbers(call.offsets(side)) for side in (0, 1)]
     sequences = Sequences(max(used[0]), max(used[1]), *offsets, *map(numbers, used))
     return _Place(slice(None), slice(None), sequences)
+
+
+def queries(q: Tensor) -> Tensor:
+    """Of a forward's steps: fp32 where that costs nothing, as their results then are, too.
+
+    On the CPU 16 bits are widened as they are read, so fp32 queries change no product and spare the
+    rounding of every step. bf16 stays where the processor has products of bf16: those are faster.
+    """
+    if not q.is_cpu or q.dtype not in (torch.float16, torch.bfloat16):
+        return q
+    if q.dtype == torch.bfloat16 and build_info()["cpu_instruction_set_used"] in _BF16_PRODUCTS:
+        return q
+    return q.float()
 
 
 def _forward_call(
@@ -168,13 +183,13 @@ class _Transfer(NamedTuple):
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, job: Job) -> tuple[Tensor, Tensor]:
     ring = _Ring(job.group)
-    merged = _Merged(q, v.shape[-1])
+    merged, asking = _Merged(q, v.shape[-1]), queries(q)
     for step, calls in enumerate(job.steps):
         is_last = step + 1 == len(job.steps)
         transfer = None if is_last else ring.send((k, v))
         for call in calls:
             place = _place(call, job, q.device)
-            merged.add(*_forward_call(q, k, v, place, job.options(call)), place.q)
+            merged.add(*_forward_call(asking, k, v, place, job.options(call)), place.q)
         if transfer is not None:
             k, v = transfer.wait()
     out, lse = merged.result()

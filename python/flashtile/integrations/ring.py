@@ -32,9 +32,11 @@ Args that all functions share:
     group: The ranks, in their order. None: all. gloo for tensors on the CPU, nccl on CUDA.
 
 Numerics:
-    The kernel rounds the result of a step to the dtype of q. Merging, lse, and the sums of dq, dk
-    and dv over the steps are fp32 (fp64 for fp64 inputs), rounded once at the end. A row that sees
-    no key has out 0, lse -inf and gradients 0.
+    Merging, lse, and the sums of dq, dk and dv over the steps are fp32 (fp64 for fp64 inputs),
+    rounded once at the end. The kernel rounds what a step adds to dq, dk and dv to the dtype of q,
+    and so the result of a step on CUDA and, of bf16, on CPUs with bf16 products (AMX, AVX512-BF16);
+    on the CPU all other results of steps are fp32. A row that sees no key has out 0, lse -inf and
+    gradients 0.
 
 Raises:
     TypeError: an argument has the wrong type.
