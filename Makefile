@@ -112,8 +112,22 @@ test: build
 test-integrations: operators
 	@$(call INTEGRATIONS,"not heavy")
 
-test-integrations-heavy: operators
+test-integrations-heavy: operators $(BUILD)/vllm-venv/.stamp $(BUILD)/sglang/.stamp
 	@$(call INTEGRATIONS,heavy)
+
+# vLLM pins torch, so it has an environment of its own (3.5 GB). The builds of torchvision and others
+# that it brings do not fit its torch.
+$(BUILD)/vllm-venv/.stamp: cmake/requirements-vllm.txt
+	@$(PYTHON) -m venv $(BUILD)/vllm-venv
+	in_venv="$(BUILD)/vllm-venv/bin/python -m pip"
+	$(SAY) "installing vLLM" -- $$in_venv install --quiet --requirement cmake/requirements-vllm.txt
+	$$in_venv uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+# SGLang's sources are read, and never imported.
+$(BUILD)/sglang/.stamp: cmake/requirements-sglang.txt $(VENV)/.stamp
+	@$(SAY) "unpacking SGLang" -- $(PIP) --no-deps --upgrade --target $(BUILD)/sglang --requirement cmake/requirements-sglang.txt
+	touch $@
 
 test-long: build
 	@if test -f build/ptx_manifest.txt; then # one thread, beside the tests
