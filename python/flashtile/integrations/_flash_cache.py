@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import flashtile
+from flashtile import _checks
 from flashtile.integrations import _flash_options as flash
 from flashtile.integrations.flash_attn.layers import rotary
 
@@ -42,6 +43,23 @@ def _used(q: Tensor, k_cache: Tensor, at: dict[str, Any]) -> Tensor:
         table = at["page_table"]
         seqlens = k_cache.shape[1] * (1 if table is None else table.shape[1])
     return torch.full((batch,), int(seqlens), dtype=torch.int32, device=q.device)
+
+
+def _own_pages(q: Tensor, at: dict[str, Any]) -> Tensor:
+    """The row of page_table of every sequence; the nearest, where there is no such row."""
+    table, index = at["page_table"], at["cache_batch_idx"]
+    shapes: dict[str, tuple[str, ...]] = {
+        "page_table": ("batch_cache", "max_blocks"),
+        "cache_batch_idx": ("batch",),
+    }
+    for name, shape in shapes.items():
+        _checks.check_tensor_type(name, at[name])
+        _checks.check_shape(name, at[name], shape)
+        _checks.check_kind(name, at[name], q, torch.int32)
+    if table.shape[0] == 0:
+        raise ValueError("page_table has 0 rows; allowed with cache_batch_idx: at least 1")
+    own: Tensor = table.index_select(0, index.clamp(0, table.shape[0] - 1))
+    return own
 
 
 def _new_rows(k: Tensor, cu_new: Tensor | None, used: Tensor) -> Tensor:
@@ -135,11 +153,12 @@ def attend(
         num_splits: As in flashtile.attention_with_kvcache.
     """
     at = {name: value if value is None else flash.laid_out(value) for name, value in at.items()}
-    for name in ("cu_seqlens_k_new", "rotary_seqlens"):
-        if at["k"] is None:
-            flash.refuse(name, at[name], "None, as k is None")
+    if at["k"] is None:
+        flash.refuse("cu_seqlens_k_new", at["cu_seqlens_k_new"], "None, as k is None")
     if at["rotary_cos"] is None:
-        flash.refuse("rotary_seqlens", at["rotary_seqlens"], "None, as rotary_cos is None")
+        at["rotary_seqlens"] = None  # nothing is turned
+    if at["page_table"] is not None and at["cache_batch_idx"] is not None:
+        at.update(page_table=_own_pages(q, at), cache_batch_idx=None)
     if not _is_usual(at):
         q = _append(q, k_cache, v_cache, at, how)
     if chunk > 0:

@@ -247,8 +247,10 @@ def flash_attn_with_kvcache(
 
     What is not described there: k and v may be packed by cu_seqlens_k_new, whatever q is;
     rotary_seqlens, ``(batch,)``, is the position of the first new row and the first query instead
-    of cache_seqlens; attention_chunk is that of :func:`flash_attn_func`. qv and descales are
-    refused; scheduler_metadata, pack_gqa and sm_margin are ignored. There is no backward.
+    of cache_seqlens, and ignored without rotary_cos; with page_table, cache_batch_idx says which of
+    its rows is that of every sequence; attention_chunk is that of :func:`flash_attn_func`. qv and
+    descales are refused; scheduler_metadata, pack_gqa and sm_margin are ignored. There is no
+    backward.
 
     Returns:
         ``out``, or with return_softmax_lse ``(out, softmax_lse, out_accum, softmax_lse_accum)``, of

@@ -332,6 +332,42 @@ def test_kvcache_appends(positions: bool, q_packed: bool, k_packed: bool, name: 
         assert_lse_close(lse[b][None], exact[1])
 
 
+@pytest.mark.parametrize("appends", [False, True], ids=["", "k"])
+def test_kvcache_rows_of_the_page_table(appends: bool) -> None:
+    """cache_batch_idx names the row of page_table of every sequence."""
+    before, new = (17, 3, 9), 2 if appends else 0
+    cache = Cache(before, 4, 24, HEADS_KV, DIM, DIM)
+    order = torch.randperm(5)[:3].int()
+    table = torch.full((5, cache.pages.shape[1]), -1, dtype=torch.int32)
+    table[order.long()] = cache.pages.int()
+    q = torch.randn(3, 2, HEADS, DIM)
+    k, v = (torch.randn(3, 2, HEADS_KV, DIM) for _ in range(2))
+    given = (k, v) if appends else ()
+    out, lse, *_ = flash_attn_3.flash_attn_with_kvcache(
+        *(q, cache.k, cache.v, *given),
+        cache_seqlens=int32(before),
+        cache_batch_idx=order,
+        page_table=table,
+        causal=True,
+        return_softmax_lse=True,
+    )
+    ends = tuple(length + new for length in before)
+    check_rows((out, lse), q, cache, ends, COMMON["causal"], {})
+
+
+def test_rotary_seqlens_without_tables_is_ignored() -> None:
+    """As the docstring says: nothing is turned."""
+    q, k, cache = (torch.randn(1, rows, HEADS, DIM) for rows in (2, 2, 8))
+    for given in ((), (k, k)):
+        results = [
+            flash_attn_3.flash_attn_with_kvcache(
+                *(q, cache.clone(), cache.clone(), *given), cache_seqlens=int32([4]), **how
+            )
+            for how in ({}, {"rotary_seqlens": int32([1])})
+        ]
+        assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_functions_with_an_underscore(packed: bool) -> None:
     q, k, v, dout = (torch.randn(1, 8, HEADS, DIM) for _ in range(4))
@@ -397,8 +433,17 @@ def test_refusals_are_sentences() -> None:
                 function(q, cache, cache, **{name: scale})
     with pytest.raises(ValueError, match="qv is a tensor; allowed: None over a cache"):
         flash_attn_3.flash_attn_with_kvcache(q, cache, cache, qv=q)
-    with pytest.raises(ValueError, match="rotary_seqlens is a tensor; allowed: None, as k is None"):
-        flash_attn_3.flash_attn_with_kvcache(q, cache, cache, rotary_seqlens=int32([1]))
+    with pytest.raises(ValueError, match="cu_seqlens_k_new is a tensor; allowed: None, as k is No"):
+        flash_attn_3.flash_attn_with_kvcache(q, cache, cache, cu_seqlens_k_new=int32([0, 4]))
+    pages = int32([[0]])
+    with pytest.raises(ValueError, match=r"cache_batch_idx has shape \(1, 1\); allowed: "):
+        flash_attn_3.flash_attn_with_kvcache(
+            q, cache, cache, page_table=pages, cache_batch_idx=pages
+        )
+    with pytest.raises(ValueError, match="page_table has 0 rows; allowed with cache_batch_idx: a"):
+        flash_attn_3.flash_attn_with_kvcache(
+            q, cache, cache, page_table=pages[:0], cache_batch_idx=int32([0])
+        )
     with pytest.raises(ValueError, match="cache_seqlens is None; allowed: a tensor or an int"):
         flash_attn_3.flash_attn_with_kvcache(
             q, cache, cache, q[0], q[0], cu_seqlens_k_new=int32([0, 4])

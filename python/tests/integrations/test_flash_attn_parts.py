@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,6 +178,38 @@ def test_rotary_of_packed_tensors(interleaved: bool) -> None:
     assert torch.allclose(packed, torch.stack((new_k, v), 2), atol=1e-14)
     with pytest.raises(ValueError, match="qkv has 8 heads and num_heads_q is 3; allowed: an even"):
         rotary.apply_rotary_emb_qkv_(torch.randn(1, 2, 8, 8), *TABLES, num_heads_q=3)
+
+
+def in_place(kind: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A tensor, and what turns it in place."""
+    if kind == "x":
+        return torch.randn(2, 5, 3, 12), lambda x: rotary.apply_rotary_emb(x, *TABLES, inplace=True)
+    if kind == "kv":
+        return torch.randn(2, 5, 2, 3, 12), lambda kv: rotary.apply_rotary_emb_kv_(kv, *TABLES)
+    if kind == "qkv":
+        return torch.randn(2, 5, 3, 3, 12), lambda x: rotary.apply_rotary_emb_qkv_(x, *TABLES)
+    return torch.randn(2, 5, 8, 12), (
+        lambda x: rotary.apply_rotary_emb_qkv_(x, *TABLES, num_heads_q=4)
+    )
+
+
+@pytest.mark.parametrize("kind", ["x", "kv", "qkv", "gqa"])
+def test_a_leaf_is_turned_in_place(kind: str) -> None:
+    """Torch refuses to change a leaf that requires grad, the peer does it: values and gradients."""
+    values, turn = in_place(kind)
+    other = values.clone().requires_grad_()
+    expected = turn(other * 1)  # not a leaf: torch itself follows what is written
+    leaf = values.clone().requires_grad_()
+    result = turn(leaf)
+    assert torch.equal(result, expected)
+    assert torch.equal(leaf, expected)
+    assert not torch.equal(leaf, values)
+    dout = torch.randn_like(values)
+    result.backward(dout)
+    expected.backward(dout)
+    assert leaf.grad is not None
+    assert other.grad is not None
+    assert torch.equal(leaf.grad, other.grad)
 
 
 def exact_tables(rows: int) -> tuple[Tensor, Tensor]:

@@ -58,10 +58,24 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool = False) -> Tensor:
     """x, ``(..., heads, head_dim)``, turned by angles of ``(..., 1, rotary_dim / 2)``."""
     turned = _turned(x, cos, sin, interleaved)
-    if not inplace:
-        return torch.cat((turned, x[..., turned.shape[-1] :]), -1)
+    if not inplace or _is_leaf(x):
+        result = torch.cat((turned, x[..., turned.shape[-1] :]), -1)
+        if inplace:
+            _write(x, result)
+        return result
     x[..., : turned.shape[-1]].copy_(turned)
     return x
+
+
+def _is_leaf(x: Tensor) -> bool:
+    """Whether autograd refuses to write into x, or into the tensor that x is a view of."""
+    base = x if x._base is None else x._base
+    return torch.is_grad_enabled() and base.requires_grad and base.is_leaf
+
+
+@torch.no_grad()
+def _write(x: Tensor, values: Tensor) -> None:
+    x.copy_(values)
 
 
 def positions_of(
@@ -113,7 +127,8 @@ def apply_rotary_emb(
         cos: ``(seqlen_rotary, rotary_dim / 2)``.
         sin: The same.
         interleaved: Pairs are ``(2 d, 2 d + 1)``; else ``(d, d + rotary_dim / 2)``.
-        inplace: Write into x and return it.
+        inplace: Write into x and return it. Where x is a leaf that requires grad, which torch
+            refuses to change, the result is another tensor of the same values.
         seqlen_offsets: The position of the first row: one int, or ``(batch,)``.
         cu_seqlens: Offsets of packed sequences, ``(batch + 1,)``.
         max_seqlen: A hint of the peer that is not needed here: ignored.
@@ -148,7 +163,7 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """Turns q and k of qkv **in place** and returns it.
+    """Turns q and k of qkv **in place** and returns it, or of a leaf a tensor of the same values.
 
     Args:
         qkv: ``(batch, seqlen, 3, num_heads, head_dim)``, or with num_heads_q ``(batch, seqlen,
@@ -161,11 +176,13 @@ def apply_rotary_emb_qkv_(
         seqlen_offsets: The position of the first row.
         num_heads_q: Query heads of the form with four dimensions.
     """
-    q, k, _ = split_heads(qkv, num_heads_q)
+    q, k, v = split_heads(qkv, num_heads_q)
     how: dict[str, Any] = {"interleaved": interleaved, "inplace": True}
-    apply_rotary_emb(q, cos, sin, seqlen_offsets=seqlen_offsets, **how)
+    q = apply_rotary_emb(q, cos, sin, seqlen_offsets=seqlen_offsets, **how)
     cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
-    apply_rotary_emb(k, cos_k, sin_k, seqlen_offsets=seqlen_offsets, **how)
+    k = apply_rotary_emb(k, cos_k, sin_k, seqlen_offsets=seqlen_offsets, **how)
+    if _is_leaf(qkv):
+        return torch.stack((q, k, v), 2) if qkv.dim() == 5 else torch.cat((q, k, v), 2)
     return qkv
 
 
@@ -199,9 +216,9 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
     """Turns k of kv, ``(batch, seqlen, 2, num_heads, head_dim)``, **in place** and returns it."""
-    k = kv[:, :, 0]
-    apply_rotary_emb(k, cos, sin, interleaved, inplace=True, seqlen_offsets=seqlen_offsets)
-    return kv
+    k, v = kv[:, :, 0], kv[:, :, 1]
+    k = apply_rotary_emb(k, cos, sin, interleaved, inplace=True, seqlen_offsets=seqlen_offsets)
+    return torch.stack((k, v), 2) if _is_leaf(kv) else kv
 
 
 class RotaryEmbedding(nn.Module):
