@@ -4,8 +4,8 @@ import pytest
 
 import test_docs
 
-# Whose modules are built first: test_beyond_torch.py.
-OTHERS = {"docs/integrations/beyond_torch.md"}
+# Whose modules are built first: test_beyond_torch.py, test_llama_cpp.py.
+OTHERS = {f"docs/integrations/{name}.md" for name in ("beyond_torch", "llama_cpp")}
 PAGES = test_docs.python_pages(of_integrations=True)
 
 
