@@ -107,7 +107,7 @@ def test_varlen(dtype: torch.dtype) -> None:
     for tensor, offsets, used in ((q, packing.cu_q, packing.used_q), (k, packing.cu_k,
                                   packing.used_k), (v, packing.cu_k, packing.used_k)):  # fmt: skip
         for begin, rows in zip(offsets, used or (), strict=False):
-            tensor[begin : begin + rows] = torch.randn(rows, *tensor.shape[1:]).to(dtype)
+            tensor[begin : begin + rows] = torch.randn(rows, *tensor.shape[1:])
     call = {**packing.arguments("cpu"), "causal": True, "return_lse": True}
     results: Any = flashtile.attention_varlen(q, k, v, **call)
     check(results, partial(manual_varlen, packing=packing, causal=True), (q, k, v))
