@@ -31,15 +31,15 @@ plugin = importlib.import_module("flashtile.integrations.vllm")
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = ROOT / "build/vllm-venv"
 LAYERS = 2
-# In bfloat16 two attentions round differently, and so do the layers behind them. Where vLLM's first
-# and second choice are as close as this, in logarithms of their probabilities, either may win: the
-# logits are about 20, of which a step of bfloat16 is 0.125.
-GAP = 0.5
+# In bfloat16 two attentions round differently, and the layers behind them carry that on. Where the
+# first and second choice of vLLM are as close as this, in logarithms of their probabilities, either
+# may win: a few steps of bfloat16, which are 1/32 and 1/16 for logits from 4 to 16.
+GAP = 0.25
 
 # Head dimensions are multiples of 32, which vLLM's own attention asks for.
 CASES = [
-    *("llama-float32", "llama-bfloat16", "window-float32", "window-bfloat16"),
-    *("softcap-float32", "sinks-bfloat16", "alibi-float32", "encoder-float32"),
+    *("llama-float32", "llama-bfloat16", "window-float32", "softcap-float32"),
+    *("sinks-float32", "alibi-float32", "encoder-float32"),
 ]
 REFUSED = ["fp8-bfloat16"]
 
@@ -68,6 +68,7 @@ def run_engine(folder: Path, models: Path, cases: list[str], switch: str) -> dic
         "PYTHONPATH": f"{BUILD / 'python'}{os.pathsep}{folder}",
         "FLASHTILE_VLLM": switch,
         "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles how it ranks tokens, which takes a minute
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -87,61 +88,40 @@ def run_engine(folder: Path, models: Path, cases: list[str], switch: str) -> dic
     return {"log": run.stdout, **json.loads(results.read_text())}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of vLLM's own attention, and of flashtile's."""
-    folder = tmp_path_factory.mktemp("vllm")
-    own = run_engine(folder / "own", folder / "models", CASES, "0")
-    ours = run_engine(folder / "flashtile", folder / "models", CASES + REFUSED, "1")
-    return own, ours
-
-
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", CASES)
-def test_tokens_are_those_of_vllm(
-    case: str, results: tuple[dict[str, Any], dict[str, Any]]
-) -> None:
-    own, ours = (result[case] for result in results)
-    assert "error" not in own, own["where"]
-    assert "error" not in ours, ours["where"]
-    assert own["served"] == 0
-    assert ours["served"] > LAYERS
+def test_tokens_are_those_of_vllm(tmp_path: Path) -> None:
+    """One test for all cases: pytest-xdist would start the engines in each of its processes."""
+    own = run_engine(tmp_path / "own", tmp_path / "models", CASES, "0")
+    ours = run_engine(tmp_path / "flashtile", tmp_path / "models", CASES + REFUSED, "1")
+    line = f"flashtile {flashtile.__version__} computes attention in this process"
+    assert line not in own["log"]
+    assert ours["log"].count(line) == 1
+    for case in CASES:
+        check_case(case, own[case], ours[case])
+    sentence = "kv_cache_dtype is 'fp8'; flashtile's backend for vLLM allows one of auto,"
+    assert ours["fp8-bfloat16"]["error"].startswith(f"NotImplementedError: {sentence}")
+
+
+def check_case(case: str, own: dict[str, Any], ours: dict[str, Any]) -> None:
+    assert "error" not in own, f"{case}: {own['where']}"
+    assert "error" not in ours, f"{case}: {ours['where']}"
+    assert own["served"] == 0, case
+    assert ours["served"] > LAYERS, case
+    assert ours["served"] % LAYERS == 0, case
+    assert len(own["result"]) == 16, case
     if case.startswith("encoder"):
         for vector, expected in zip(ours["result"], own["result"], strict=True):
-            assert vector == pytest.approx(expected, abs=1e-5)
-        return
-    assert ours["served"] % LAYERS == 0
-    assert len(own["result"]) == 16
-    if case.endswith("float32"):
-        assert ours["result"] == own["result"]
+            assert vector == pytest.approx(expected, abs=1e-5), case
         return
     pairs = list(zip(ours["result"], own["result"], own["runners_up"], strict=True))
-    assert sum(actual == expected for actual, expected, _ in pairs) >= 12
+    equal = sum(actual == expected for actual, expected, _ in pairs)
+    assert equal >= (16 if case.endswith("float32") else 12), case
     for actual, expected, runners_up in pairs:
         for token, own_token, (second, gap) in zip(actual, expected, runners_up, strict=True):
             if token != own_token:  # what follows has another text before it
-                assert token == second
-                assert gap <= GAP
+                assert token == second, case
+                assert gap <= GAP, case
                 break
-
-
-@pytest.mark.heavy
-def test_log_says_whose_attention_runs(
-    results: tuple[dict[str, Any], dict[str, Any]],
-) -> None:
-    own, ours = (result["log"] for result in results)
-    line = f"flashtile {flashtile.__version__} computes attention in this process"
-    assert line not in own
-    assert ours.count(line) == 1
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_cache_of_fp8_is_refused(
-    case: str, results: tuple[dict[str, Any], dict[str, Any]]
-) -> None:
-    sentence = "kv_cache_dtype is 'fp8'; flashtile's backend for vLLM allows one of auto,"
-    assert results[1][case]["error"].startswith(f"NotImplementedError: {sentence}")
 
 
 # Without vLLM: what register() decides, over a registry like vLLM's.
