@@ -121,10 +121,12 @@ def make_engine(model: Path, dtype: str, **options: Any) -> Any:
     return vllm.LLM(str(model), **{**settings, **options})
 
 
-def runner_up(step: dict[int, Any]) -> tuple[int, float]:
+def runner_up(step: dict[int, Any], chosen: int) -> tuple[int, float]:
     """The second choice, and how far its logarithmic probability is below the first."""
-    (_, first), (token, second) = sorted(step.items(), key=lambda item: item[1].rank)[:2]
-    return token, first.logprob - second.logprob
+    found = {token: one.logprob for token, one in step.items()}
+    first = found.pop(chosen)
+    token = max(found, key=lambda one: found[one])
+    return token, first - found[token]
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:
@@ -150,7 +152,10 @@ def run(case: str, folder: Path) -> dict[str, Any]:
             greedy.detokenize = False
             outputs = [o.outputs[0] for o in engine.generate(prompts(), greedy, use_tqdm=False)]
             result = [list(output.token_ids) for output in outputs]
-            others = [[runner_up(step) for step in output.logprobs] for output in outputs]
+            others = [
+                [runner_up(*step) for step in zip(output.logprobs, output.token_ids, strict=True)]
+                for output in outputs
+            ]
         return {"result": result, "runners_up": others, "served": plugin.counts.served}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()}
