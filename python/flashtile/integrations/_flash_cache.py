@@ -10,6 +10,10 @@ from flashtile import _checks
 from flashtile.integrations import _flash_options as flash
 from flashtile.integrations.flash_attn.layers import rotary
 
+_TENSORS = ("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx",
+            "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new",
+            "rotary_seqlens")  # fmt: skip
+
 
 def chunk_mask(
     chunk: int,
@@ -147,12 +151,14 @@ def attend(
         q: Queries, dense or packed.
         k_cache: Keys, entries or pages.
         v_cache: Values.
-        at: The peer's keywords about what is appended and where it lies.
+        at: The peer's keywords about what is appended and where it lies. Changed.
         how: flashtile's keywords.
         chunk: attention_chunk.
         num_splits: As in flashtile.attention_with_kvcache.
     """
-    at = {name: value if value is None else flash.laid_out(value) for name, value in at.items()}
+    for name in _TENSORS:
+        if at[name] is not None:
+            at[name] = flash.laid_out(at[name])
     if at["k"] is None:
         flash.refuse("cu_seqlens_k_new", at["cu_seqlens_k_new"], "None, as k is None")
     if at["rotary_cos"] is None:
@@ -163,23 +169,9 @@ def attend(
         q = _append(q, k_cache, v_cache, at, how)
     if chunk > 0:
         how = {**how, "mask": _with_chunks(q, k_cache, at, chunk)}
+    at["block_table"] = at.pop("page_table")
+    del at["cu_seqlens_k_new"], at["rotary_seqlens"]
     out, lse = flash.attention_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k=at["k"],
-        v=at["v"],
-        rotary_cos=at["rotary_cos"],
-        rotary_sin=at["rotary_sin"],
-        rotary_interleaved=at["rotary_interleaved"],
-        cache_seqlens=at["cache_seqlens"],
-        cache_batch_idx=at["cache_batch_idx"],
-        cache_leftpad=at["cache_leftpad"],
-        block_table=at["page_table"],
-        cu_seqlens_q=at["cu_seqlens_q"],
-        max_seqlen_q=at["max_seqlen_q"],
-        num_splits=num_splits,
-        return_lse=True,
-        **how,
+        q, k_cache, v_cache, num_splits=num_splits, return_lse=True, **at, **how
     )
     return out, lse

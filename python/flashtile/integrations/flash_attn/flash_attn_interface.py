@@ -318,7 +318,8 @@ def flash_attn_with_kvcache(
         ``out``, or ``(out, softmax_lse)`` with return_softmax_lse.
     """
     q = flash.laid_out(q)
-    k, v, rotary_cos, rotary_sin = map(flash.laid_out, (k, v, rotary_cos, rotary_sin))
+    if k is not None:
+        k, v, rotary_cos, rotary_sin = map(flash.laid_out, (k, v, rotary_cos, rotary_sin))
     how = flash.options(causal, window_size, softmax_scale, softcap, alibi_slopes, s_aux)
     result: Tensor | tuple[Tensor, Tensor] = flash.attention_with_kvcache(
         q,

@@ -188,10 +188,10 @@ def apply_rotary_emb_qkv_(
 
 def split_heads(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of a tensor that holds them beside each other, views."""
-    shape = _checks.tuple_text(tuple(qkv.shape))
     if qkv.dim() == 5 and qkv.shape[2] == 3:
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        return qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)
     if qkv.dim() != 4:
+        shape = _checks.tuple_text(tuple(qkv.shape))
         raise ValueError(
             f"qkv has shape {shape}; allowed: (batch, seqlen, 3, num_heads, head_dim) or (batch, "
             "seqlen, num_heads_q + 2 * num_heads_kv, head_dim)"
@@ -204,8 +204,10 @@ def split_heads(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, T
             "number of heads for k and v"
         )
     heads_kv = (qkv.shape[2] - num_heads_q) // 2
-    ends = (num_heads_q, num_heads_q + heads_kv)
-    return qkv[:, :, : ends[0]], qkv[:, :, ends[0] : ends[1]], qkv[:, :, ends[1] :]
+    begin_v = num_heads_q + heads_kv
+    # Not `split`: torch refuses to write into one of several views, which rotation does.
+    q, k = qkv.narrow(2, 0, num_heads_q), qkv.narrow(2, num_heads_q, heads_kv)
+    return q, k, qkv.narrow(2, begin_v, heads_kv)
 
 
 def apply_rotary_emb_kv_(
