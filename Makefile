@@ -50,8 +50,9 @@ CONFIGURE := cmake --preset $(PRESET) -DPython_EXECUTABLE=$(BIN)/python -DFLASHT
 BUILD_ALL := cmake --build --preset $(PRESET) --parallel $(JOBS)
 # What is imported is compiled to bytecode then; most of torch never is.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
-# Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist.
-SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null || true)
+# Of pytest: two processes, where the interpreter that .venv uses has pytest-xdist. They share the
+# tests of files, or whole files, whose fixtures are made once.
+SIDE_BY_SIDE = $$($(BIN)/python -c 'import xdist; print("-n 2 --dist $(1)")' 2>/dev/null || true)
 
 # Recipes of two targets. A recipe that says $(MAKE) would run even under make -n.
 define SASS_REPORT
@@ -62,7 +63,7 @@ endef
 define INTEGRATIONS
 $(SAY) "installing the packages that flashtile runs under" -- $(PIP) --requirement cmake/requirements-integrations.txt
 $(SAY) "building the C library" -- $(BUILD_ALL) --target flashtile_shared
-FLASHTILE_REQUIRE_INTEGRATIONS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m $(1) python/tests/integrations
+FLASHTILE_REQUIRE_INTEGRATIONS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(call SIDE_BY_SIDE,loadfile) -m $(1) python/tests/integrations
 endef
 
 # What the linker could merge where the compiler inlines nothing.
@@ -106,7 +107,7 @@ test: build
 	grep -hE "^(cells:|traps:|fuzz on|planted |machine .*pages of)" build/Testing/Temporary/LastTest.log
 	grep -q "^cells: .* 0 untested" build/Testing/Temporary/LastTest.log
 	$(BIN)/python cpp_tests/error_table.py build/error_table
-	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --ignore python/tests/integrations python/tests
+	FLASHTILE_MATRIX=build/matrix.json OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q $(call SIDE_BY_SIDE,worksteal) --ignore python/tests/integrations python/tests
 
 # Shims and plug-ins, beside the packages that they serve.
 test-integrations: operators

@@ -416,7 +416,6 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return failures_in_processes(3, checks, tmp_path_factory.mktemp("ring"))
 
 
-@pytest.mark.xdist_group("ring")
 @pytest.mark.parametrize("name", NAMES)
 def test_in_processes(failures: dict[str, str], name: str) -> None:
     assert name not in failures, failures[name]

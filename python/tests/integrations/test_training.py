@@ -171,7 +171,6 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return failures_in_processes(2, checks, tmp_path_factory.mktemp("training"))
 
 
-@pytest.mark.xdist_group("training")
 @pytest.mark.parametrize("name", checks())
 def test_in_processes(failures: dict[str, str], name: str) -> None:
     assert name not in failures, failures[name]
