@@ -24,9 +24,9 @@ namespace {
 std::string dtypes_refusal(const Arguments& args) {
   const ScalarType q = args.q.scalar_type(), k = args.k.scalar_type(), v = args.v.scalar_type();
   if (k == v && (k == q || narrow_dtype(args.k, args.q).has_value())) return {};
-  return sentence(
-      "q, k, v have dtypes ", dtype_name(q), ", ", dtype_name(k), ", ", dtype_name(v),
-      "; allowed: one dtype for all three, and on the CPU float32 q over float16 or bfloat16 k and v");
+  return sentence("q, k, v have dtypes ", dtype_name(q), ", ", dtype_name(k), ", ", dtype_name(v),
+                  "; allowed: one dtype for all three, and on the CPU float32 q over float16 or "
+                  "bfloat16 k and v");
 }
 
 std::string kv_refusal(const Arguments& args) {
