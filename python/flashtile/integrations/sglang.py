@@ -23,6 +23,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from flashtile.integrations import _host_names
+
 __all__ = ["Counts", "counts", "register"]
 
 NAME = "flashtile"
@@ -61,16 +63,7 @@ def tested() -> str:
 
 def check_names(names: dict[str, tuple[str, ...]]) -> None:
     """Refuses a SGLang that this module cannot plug into."""
-    version, missing = tested(), []
-    for module_name, attributes in names.items():
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            missing.append(module_name)
-            continue
-        missing += [f"{module_name}.{name}" for name in attributes if not hasattr(module, name)]
-    if missing:
-        raise ImportError(f"{version} has no {' and no '.join(missing)}, which flashtile needs")
+    _host_names.check_names(tested(), names)
 
 
 def refuse(what: str, allowed: str) -> NoReturn:

@@ -39,6 +39,8 @@ from typing import Any, NoReturn
 
 import transformers
 
+from flashtile.integrations._host_names import check_names, missing_names
+
 TILED, FLASHTILE = "tiled", "flashtile"  # what attn_implementation may be
 OLDEST, NEWEST = "5.20.0", "5.24.0"  # the versions tested
 
@@ -60,27 +62,13 @@ def tested() -> str:
     return f"transformers {transformers.__version__} (tested: {OLDEST} to {NEWEST})"
 
 
-def missing_names(names: dict[str, tuple[str, ...]]) -> list[str]:
-    """Those that this version of transformers does not have."""
-    missing = []
-    for module_name, attributes in names.items():
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            missing.append(module_name)
-            continue
-        missing += [f"{module_name}.{name}" for name in attributes if not hasattr(module, name)]
-    return missing
-
-
 def check_version() -> None:
     """Refuses a version of transformers that this module cannot plug into."""
     versions = (transformers.__version__, OLDEST)
     version, oldest = (tuple(int(n) for n in v.split(".")[:2]) for v in versions)
     if version < oldest:
         raise ImportError(f"{tested()} is older than what flashtile serves")
-    if missing := missing_names(NEEDED):
-        raise ImportError(f"{tested()} has no {' and no '.join(missing)}, which flashtile needs")
+    check_names(tested(), NEEDED)
 
 
 check_version()

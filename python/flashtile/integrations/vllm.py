@@ -33,6 +33,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from flashtile.integrations import _host_names
+
 __all__ = ["Counts", "counts", "register"]
 
 PLUGIN = "flashtile"  # the entry point
@@ -68,24 +70,9 @@ def tested() -> str:
     return f"vllm {version} (tested: {TESTED})"
 
 
-def missing_names(names: dict[str, tuple[str, ...]]) -> list[str]:
-    """Those that this version of vLLM does not have."""
-    missing = []
-    for module_name, attributes in names.items():
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            missing.append(module_name)
-            continue
-        missing += [f"{module_name}.{name}" for name in attributes if not hasattr(module, name)]
-    return missing
-
-
 def check_names(names: dict[str, tuple[str, ...]]) -> None:
     """Refuses a vLLM that this module cannot plug into."""
-    version = tested()
-    if missing := missing_names(names):
-        raise ImportError(f"{version} has no {' and no '.join(missing)}, which flashtile needs")
+    _host_names.check_names(tested(), names)
 
 
 def refuse(what: str, allowed: str) -> NoReturn:
