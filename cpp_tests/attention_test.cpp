@@ -7,6 +7,7 @@
 #include <flashtile/torch.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "support/compare.h"
 #include "support/error_table.h"
 #include "support/matrix.h"
+#include "support/numbers_of_problem.h"
 #if defined(FLASHTILE_TEST_MACHINE)
 #include "kernels/kernel_cases.h"
 #endif

@@ -1,6 +1,8 @@
 // Every cell of score_matrix.h on the CPU op: out, LSE, the largest logits and all gradients
 // against manual attention in fp64, or a refusal with the stated sentence.
+#include "support/check.h"
 #include "support/error_table.h"
+#include "support/score_matrix.h"
 #include "support/score_matrix_report.h"
 
 using namespace flashtile::test;

@@ -1,6 +1,7 @@
 // flashtile_append_kv on the CPU: every byte of the cache afterwards is the one that this file
 // says, and attention over it is right. Rotary embedding against its formula in fp64.
 #include "../support/append_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

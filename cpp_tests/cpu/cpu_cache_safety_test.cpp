@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <random>
 
 #include "../support/append_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

@@ -1,6 +1,7 @@
 // Reading through a key/value cache on the CPU: against manual attention over the gathered rows,
 // and bit for bit against itself. cache_case.h says what is poison.
 #include "../support/cache_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

@@ -3,6 +3,7 @@
 #include <functional>
 
 #include "../support/cache_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

@@ -7,9 +7,11 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../support/check.h"
+#include "../support/numbers_of_problem.h"
 #include "../support/setup.h"
 #include "../support/small_call.h"
 #include "flashtile/flashtile.h"

@@ -9,6 +9,7 @@
 
 #include "../support/attempt.h"
 #include "../support/cache_case.h"
+#include "../support/check.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif

@@ -1,8 +1,11 @@
 // fp32 queries over keys and values of 16 bits: against manual attention, in every way that keys
 // lie, and what is refused.
+#include <memory>
+
 #include "../support/append_case.h"
 #include "../support/attempt.h"
 #include "../support/cases.h"
+#include "../support/check.h"
 #include "../support/score_cases.h"
 #include "../support/small_call.h"
 

@@ -6,6 +6,7 @@
 
 #include "../support/attempt.h"
 #include "../support/cache_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

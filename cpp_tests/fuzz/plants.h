@@ -2,6 +2,7 @@
 // cases the fuzzer needs to find one. Each shows in some cases only.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>

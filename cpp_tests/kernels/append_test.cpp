@@ -3,6 +3,7 @@
 #include <random>
 
 #include "../support/append_case.h"
+#include "../support/check.h"
 #include "device.h"
 
 using namespace flashtile::test;

@@ -4,6 +4,7 @@
 #include <functional>
 #include <future>
 
+#include "../support/check.h"
 #include "cache_on_device.h"
 
 using namespace flashtile::test;

@@ -1,9 +1,11 @@
 // What the kernels do, counted by the machine and compared with formulas: products of visible
 // blocks only, every byte of global memory moved once, no bank conflict, nothing in local memory.
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
 #include "../support/append_case.h"
+#include "../support/check.h"
 #include "kernel_cases.h"
 #include "machine.h"
 

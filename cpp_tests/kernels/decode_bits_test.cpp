@@ -3,6 +3,7 @@
 // caller stay inside the tensors.
 #include <random>
 
+#include "../support/check.h"
 #include "cache_on_device.h"
 
 using namespace flashtile::test;

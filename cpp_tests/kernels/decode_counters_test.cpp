@@ -2,6 +2,7 @@
 // key/value head, whatever the pages; little for the partial results; no bank conflict.
 #include <cstdio>
 
+#include "../support/check.h"
 #include "cache_on_device.h"
 #include "machine.h"
 

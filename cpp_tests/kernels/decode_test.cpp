@@ -1,5 +1,6 @@
 // Forward over a key/value cache on CUDA, decoding and prefill, against manual attention over the
 // gathered rows. cache_case.h says what is poison.
+#include "../support/check.h"
 #include "cache_on_device.h"
 
 using namespace flashtile::test;

@@ -2,6 +2,7 @@
 // for sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
 #include <functional>
 
+#include "../support/check.h"
 #include "kernel_cases.h"
 #include "machine.h"
 #include "untouched_call.h"

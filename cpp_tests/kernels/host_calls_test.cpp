@@ -1,6 +1,7 @@
 // What a call asks of runtime and driver on compute capability 9.0, counted while nothing runs:
 // every tensor map once, what the device and the driver are once, nothing allocated, copied or
 // waited for.
+#include "../support/check.h"
 #include "kernel_cases.h"
 #include "machine.h"
 #include "untouched_call.h"

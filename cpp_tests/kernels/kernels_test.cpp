@@ -3,7 +3,10 @@
 // matrix_test.cpp combines the features; here are the shapes at block edges, values and rows in
 // use. One test is one process that runs dozens of cases, because loading the kernels takes longer
 // than running one.
+#include <algorithm>
+
 #include "../support/cases.h"
+#include "../support/check.h"
 #include "kernel_cases.h"
 
 using namespace flashtile::test;

@@ -1,5 +1,6 @@
 // More and longer cases of kernels_test.cpp, for make test-long.
 #include "../support/cases.h"
+#include "../support/check.h"
 #include "kernel_cases.h"
 
 using namespace flashtile::test;

@@ -1,6 +1,7 @@
 // Every row of matrix.h on the device models: out, LSE, dq, dk, dv against manual attention
 // in fp64, or a refusal with the stated sentence. Deterministic rows run under two schedules.
 #include "../support/matrix.h"
+#include "../support/check.h"
 #include "../support/matrix_report.h"
 #include "kernel_cases.h"
 

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "../support/append_case.h"
+#include "../support/check.h"
 #include "kernel_cases.h"
 #include "machine.h"
 

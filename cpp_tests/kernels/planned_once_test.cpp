@@ -1,6 +1,7 @@
 // A call of the C API converts its problem once, plans once and asks the device once, whatever it
 // is asked for. The linker puts the counters of this file in front of the library's own functions
 // (--wrap in CMakeLists.txt).
+#include "../support/check.h"
 #include "kernel_cases.h"
 #include "machine.h"
 #include "untouched_call.h"

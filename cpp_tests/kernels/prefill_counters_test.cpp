@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <numeric>
 
+#include "../support/check.h"
 #include "cache_on_device.h"
 #include "machine.h"
 

@@ -2,6 +2,8 @@
 // says: those of every option with every other level and head dims of the slice of 64; in make
 // test-nightly all cells there, and the others on every device model and in the slices of 128 and
 // 256, too.
+#include "../support/score_matrix.h"
+#include "../support/check.h"
 #include "../support/score_matrix_report.h"
 #include "kernel_cases.h"
 

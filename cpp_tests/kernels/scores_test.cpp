@@ -1,6 +1,7 @@
 // Scores on the compiled kernels: every option alone and all together against manual attention in
 // fp64, forward and backward, on every device model of the machine; and the mask of dropout, which
 // is the contract's bit for bit.
+#include "../support/check.h"
 #include "../support/score_cases.h"
 #include "kernel_cases.h"
 

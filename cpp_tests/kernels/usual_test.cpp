@@ -1,6 +1,9 @@
 // The parameters that users of FlashAttention-2 test (usual_cases.h), on the machine: head dim 64
 // and short lengths, each case on the device model that its number says; other head dims and longer
 // ones in make test-nightly. The CPU's turn is python/tests/test_usual_parameters.py.
+#include <cstdio>
+
+#include "../support/check.h"
 #include "../support/usual_cases.h"
 #include "kernel_cases.h"
 

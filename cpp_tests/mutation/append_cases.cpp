@@ -3,6 +3,7 @@
 
 #include "../kernels/device.h"
 #include "../support/append_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

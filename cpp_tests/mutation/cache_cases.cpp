@@ -1,5 +1,6 @@
 // The cases over a key/value cache that mutants run, as mutation_cases.cpp.
 #include "../kernels/cache_on_device.h"
+#include "../support/check.h"
 #include "slice.h"
 
 using namespace flashtile::test;

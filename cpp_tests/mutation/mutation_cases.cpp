@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../kernels/kernel_cases.h"
+#include "../support/check.h"
 #include "slice.h"
 
 using namespace flashtile::test;

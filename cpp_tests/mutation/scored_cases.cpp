@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../kernels/kernel_cases.h"
+#include "../support/check.h"
 #include "../support/score_cases.h"
 #include "slice.h"
 

@@ -1,9 +1,8 @@
 // Memory of a backend, the CPU, the machine or a GPU, with copies of what the host has.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 
 #include "flashtile/flashtile.h"
 #include "host_tensor.h"
@@ -20,26 +19,12 @@ struct Backend {
   void (*copy_out)(void* host, const void* device, size_t bytes) = nullptr;
 };
 
-inline Backend cpu_backend() {
-  return {
-      .device = FLASHTILE_CPU,
-      .allocate = [](size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); },
-      .release = [](void* memory) { std::free(memory); },
-      .copy_in = [](void* device, const void* host,
-                    size_t bytes) { std::memcpy(device, host, bytes); },
-      .copy_out = [](void* host, const void* device,
-                     size_t bytes) { std::memcpy(host, device, bytes); }};
-}
+Backend cpu_backend();
 
 // Memory of a backend with the bytes of a host vector; NULL when there are none.
 class DeviceBytes {
  public:
-  DeviceBytes(const Backend& backend, const void* host, size_t bytes)
-      : backend_(backend), bytes_(bytes) {
-    if (bytes == 0) return;
-    memory_ = backend.allocate(bytes);
-    backend.copy_in(memory_, host, bytes);
-  }
+  DeviceBytes(const Backend& backend, const void* host, size_t bytes);
   DeviceBytes(const DeviceBytes&) = delete;
   DeviceBytes& operator=(const DeviceBytes&) = delete;
   ~DeviceBytes() {
@@ -61,18 +46,14 @@ struct DeviceTensor {
   HostTensor host;
   DeviceBytes bytes;
 
-  DeviceTensor(const Backend& backend, const HostTensor& tensor)
-      : host(tensor), bytes(backend, tensor.bytes().data(), tensor.bytes().size()) {}
+  DeviceTensor(const Backend& backend, const HostTensor& tensor);
   uint8_t* data() const {
     return bytes.data() == nullptr ? nullptr : bytes.data() + host.start_byte();
   }
   flashtile_tensor view() const {
     return {data(), host.strides().batch, host.strides().seq, host.strides().head};
   }
-  const HostTensor& fetch() {
-    bytes.copy_out(host.bytes().data());
-    return host;
-  }
+  const HostTensor& fetch();
 };
 
 }  // namespace flashtile::test

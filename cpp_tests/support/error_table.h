@@ -3,11 +3,6 @@
 // holds the head dims (the larger of head_dim and head_dim_v) that one slice of the kernels serves.
 #pragma once
 
-#include <unistd.h>
-
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <string>
 #include <tuple>
@@ -19,25 +14,9 @@ namespace flashtile::test {
 
 class ErrorTable {
  public:
-  void add(const std::string& backend, const Setup& setup, const Verdict& verdict) {
-    const int dims = class_of(std::max(setup.head_dim, setup.head_dim_v));
-    note(backend, setup.dtype, dims, "out", verdict.forward);
-    note(backend, setup.dtype, dims, "lse", verdict.lse);
-    if (setup.forward_only()) return;
-    note(backend, setup.dtype, dims, "dq, dk, dv", verdict.backward);
-    if (setup.spec.scores.exist()) note(backend, setup.dtype, dims, "of scores", verdict.scores);
-  }
+  void add(const std::string& backend, const Setup& setup, const Verdict& verdict);
 
-  void print() const {
-    std::printf("%-18s %-6s %7s  %-12s %7s  %12s  %s\n", "backend", "dtype", "dims to", "result",
-                "runs", "ratio", "error");
-    for (const auto& [key, row] : rows_) {
-      const auto& [backend, dtype, dim, pass] = key;
-      std::printf("%-18s %-6s %7d  %-12s %7d  %12.3f  %.2e\n", backend.c_str(), dtype.c_str(), dim,
-                  pass.c_str(), row.runs, row.ratio, row.error);
-    }
-    write();
-  }
+  void print() const;
 
  private:
   struct Row {
@@ -45,34 +24,12 @@ class ErrorTable {
     double ratio = 0.0, error = 0.0;
   };
 
-  static int class_of(int head_dim) {
-    for (const int largest : {32, 64, 96, 128, 192, 256}) {
-      if (head_dim <= largest) return largest;
-    }
-    return 512;
-  }
+  static int class_of(int head_dim);
 
   void note(const std::string& backend, Dtype dtype, int dim, const char* pass,
-            const Comparison& comparison) {
-    Row& row = rows_[{backend, name_of(dtype), dim, pass}];
-    ++row.runs;
-    row.ratio = std::max(row.ratio, comparison.ratio);
-    row.error = std::max(row.error, comparison.error);
-  }
+            const Comparison& comparison);
 
-  void write() const {
-    const char* directory = std::getenv("FLASHTILE_ERROR_TABLE");
-    if (directory == nullptr || rows_.empty()) return;
-    const std::string path = std::string(directory) + "/" + std::to_string(getpid()) + ".tsv";
-    std::FILE* file = std::fopen(path.c_str(), "a");
-    if (file == nullptr) return;  // the directory is made by error_table/clear
-    for (const auto& [key, row] : rows_) {
-      const auto& [backend, dtype, dim, pass] = key;
-      std::fprintf(file, "%s\t%s\t%d\t%s\t%d\t%g\t%g\n", backend.c_str(), dtype.c_str(), dim,
-                   pass.c_str(), row.runs, row.ratio, row.error);
-    }
-    std::fclose(file);
-  }
+  void write() const;
 
   std::map<std::tuple<std::string, std::string, int, std::string>, Row> rows_;
 };

@@ -1,12 +1,10 @@
 // The CPU op's instruction sets, one after the other.
 #pragma once
 
-#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "flashtile/flashtile.h"
 #include "numbers.h"
 
 namespace flashtile::test {
@@ -30,25 +28,6 @@ class ForcedInstructionSet {
 };
 
 // Those that this build and this machine have, the emulated tiles included.
-inline std::vector<InstructionSet> instruction_sets() {
-  std::vector<InstructionSet> found;
-  for (const InstructionSet& set : std::vector<InstructionSet>{{"portable"},
-                                                               {"avx2"},
-                                                               {"avx512"},
-                                                               {"avx512_bf16", true},
-                                                               {"amx", true},
-                                                               {"amx-emulated", true}}) {
-    const ForcedInstructionSet forced(set.name);
-    flashtile_build_info info = {};
-    info.struct_size = sizeof info;
-    if (flashtile_get_build_info(&info) == FLASHTILE_OK &&
-        info.cpu_instruction_set_used == set.name) {
-      found.push_back(set);
-    } else {
-      std::printf("  not on this machine: %s\n", set.name.c_str());
-    }
-  }
-  return found;
-}
+std::vector<InstructionSet> instruction_sets();
 
 }  // namespace flashtile::test

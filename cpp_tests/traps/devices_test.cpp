@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../kernels/cache_on_device.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

@@ -2,8 +2,11 @@
 // lengths, other pages and longer sequences: everything that may change lies on the device. A test
 // is a process, so the first calls of all are captured, on a GPU on a stream of their own. The
 // machine, which has no graphs, repeats the calls.
+#include <algorithm>
+
 #include "../kernels/device.h"
 #include "../support/append_case.h"
+#include "../support/check.h"
 
 using namespace flashtile::test;
 

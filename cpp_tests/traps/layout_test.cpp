@@ -1,4 +1,5 @@
 // Strides (S), sizes (L; the full ones in gpu_sizes_test.cpp), masks (M) and determinism (D).
+#include <algorithm>
 #include <cmath>
 
 #include "target.h"

@@ -1,5 +1,6 @@
 // Values that broke other libraries (N) and tests that could not see it (X). Names begin with the
 // trap's id; what a comment leaves out of a trap's original size is said there.
+#include <algorithm>
 #include <cmath>
 
 #include "target.h"

@@ -1,5 +1,6 @@
 // Empty sequences (E), packed ones (V) and memory that is not the sequence's (P). Every buffer here
 // is NaN wherever no row in use lies: setup.h.
+#include <algorithm>
 #include <cstring>
 
 #include "target.h"

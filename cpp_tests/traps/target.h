@@ -2,6 +2,7 @@
 // on the PTX machine or on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <utility>
