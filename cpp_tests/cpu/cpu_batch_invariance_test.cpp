@@ -1,10 +1,10 @@
 // A sequence's bits depend on the sequence alone: not on its neighbours, where its rows lie, how
 // long its padding is, or how many threads compute. Bit for bit.
 #if defined(_OPENMP)
-#include <random>
-
 #include <omp.h>
 #endif
+
+#include <random>
 
 #include "../support/cache_case.h"
 #include "../support/check.h"

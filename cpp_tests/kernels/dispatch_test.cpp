@@ -1,6 +1,10 @@
 // Which kernel serves a call on compute capability 9.0, and what can_run says of it: the kernels
 // for sm_90a where TMA takes every tensor, else those for sm_80, and never without a word.
+#include <fstream>
 #include <functional>
+#include <iterator>
+#include <string>
+#include <vector>
 
 #include "../support/check.h"
 #include "kernel_cases.h"
@@ -15,10 +19,10 @@ struct Answer {
   std::string plan, note;
 };
 
-Answer ask(const std::function<void(Call&)>& change, int driver_version = 13000) {
+Answer ask(const std::function<void(Call&)>& change, int driver_version = 13000,
+           ptx::Device device = ptx::kSm90) {
   Call call;
   change(call);
-  ptx::Device device = ptx::kSm90;
   device.driver_version = driver_version;
   ptx::machine().configure(device);
   char name[128] = "", note[256] = "";
@@ -54,6 +58,20 @@ bool has_sm90() {
 }
 
 }  // namespace
+
+TEST("the header names kernels as they are called") {
+  std::ifstream file(FLASHTILE_HEADER);
+  const std::string header{std::istreambuf_iterator<char>(file), {}};
+  const auto causal = [](Call& call) {
+    call.problem.head_dim = call.problem.head_dim_v = 64;
+    call.problem.window_right = 0;
+  };
+  std::vector<std::string> plans = {ask(causal, 13000, ptx::kSm80).plan};
+  CHECK_EQ(plans[0], std::string("forward_sm80_large_d64_bf16_causal"));
+  if (has_sm90()) plans.push_back(ask(causal).plan);
+  for (const std::string& plan : plans)
+    CHECK_MESSAGE(header.find("\"" + plan + "\"") != std::string::npos, "no " + plan);
+}
 
 TEST("aligned tensors are served by the kernels for sm_90a") {
   if (!has_sm90()) SKIP("this build has no kernels for sm_90a");

@@ -84,8 +84,12 @@ void check_placed(const Setup& setup, int64_t batch, const Make& make) {
              .dk = dk.view(),
              .dv = dv.view(),
              .lse = static_cast<float*>(lse.view().data)});
-  const AttentionOutput result = {
-      .out = out.fetch(), .lse = lse.fetch(), .dq = dq.fetch(), .dk = dk.fetch(), .dv = dv.fetch()};
+  AttentionOutput result;
+  result.out = out.fetch();
+  result.lse = lse.fetch();
+  result.dq = dq.fetch();
+  result.dk = dk.fetch();
+  result.dv = dv.fetch();
   const Verdict verdict = compare(setup, Truth(setup), result);
   CHECK_MESSAGE(verdict.passed(), setup.name() + verdict.text());
 }

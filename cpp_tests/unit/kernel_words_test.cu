@@ -264,7 +264,8 @@ TEST("the parts of a tile's steps: each once, none empty, as many as there is ro
       }
       CHECK_EQ(next, begin + steps);
       CHECK(num_splits == 0 || parts.count <= num_splits);
-      Problem problem{.batch = 1, .num_heads = 1, .num_heads_kv = 1, .seqlen_q = 1};
+      Problem problem{};
+      problem.batch = problem.num_heads = problem.num_heads_kv = problem.seqlen_q = 1;
       problem.cache.page_size = int64_t{begin + steps} * kDecodeStep;
       problem.cache.num_pages = 1;
       problem.cache.num_splits = num_splits;
