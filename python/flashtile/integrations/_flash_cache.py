@@ -144,15 +144,15 @@ def attend(
     how: dict[str, Any],
     chunk: int,
     num_splits: int,
-) -> tuple[Tensor, Tensor]:
-    """Out and LSE over a cache, after appending to it.
+) -> Any:
+    """What flashtile.attention_with_kvcache returns over a cache, after appending to it.
 
     Args:
         q: Queries, dense or packed.
         k_cache: Keys, entries or pages.
         v_cache: Values.
         at: The peer's keywords about what is appended and where it lies. Changed.
-        how: flashtile's keywords.
+        how: flashtile's keywords; return_lse is one.
         chunk: attention_chunk.
         num_splits: As in flashtile.attention_with_kvcache.
     """
@@ -171,7 +171,4 @@ def attend(
         how = {**how, "mask": _with_chunks(q, k_cache, at, chunk)}
     at["block_table"] = at.pop("page_table")
     del at["cu_seqlens_k_new"], at["rotary_seqlens"]
-    out, lse = flash.attention_with_kvcache(
-        q, k_cache, v_cache, num_splits=num_splits, return_lse=True, **at, **how
-    )
-    return out, lse
+    return flash.attention_with_kvcache(q, k_cache, v_cache, num_splits=num_splits, **at, **how)

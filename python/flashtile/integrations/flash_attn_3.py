@@ -275,8 +275,9 @@ def flash_attn_with_kvcache(
         "max_seqlen_q": max_seqlen_q,
         "rotary_seqlens": rotary_seqlens,
     }
-    out, lse = _flash_cache.attend(q, k_cache, v_cache, at, how, attention_chunk, num_splits)
-    return (out, lse, *_flash_3.no_parts(q)) if return_softmax_lse else out
+    how["return_lse"] = bool(return_softmax_lse)
+    result = _flash_cache.attend(q, k_cache, v_cache, at, how, attention_chunk, num_splits)
+    return (*result, *_flash_3.no_parts(q)) if return_softmax_lse else result
 
 
 def get_scheduler_metadata(

@@ -127,16 +127,10 @@ def flash_attn_kvpacked_func(
     Nothing is copied on the way in; the gradient of kv is one tensor.
     """
     k, v = flash.unpacked("kv", kv, 2)
-    how: tuple[Any, ...] = (
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
+    return flash_attn_func(
+        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
+        *(alibi_slopes, deterministic, return_attn_probs, s_aux),
     )
-    rest: dict[str, Any] = {"return_attn_probs": return_attn_probs, "s_aux": s_aux}
-    return flash_attn_func(q, k, v, dropout_p, *how, **rest)
 
 
 def flash_attn_qkvpacked_func(
@@ -156,16 +150,10 @@ def flash_attn_qkvpacked_func(
     Nothing is copied on the way in; the gradient of qkv is one tensor.
     """
     q, k, v = flash.unpacked("qkv", qkv, 3)
-    how: tuple[Any, ...] = (
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
+    return flash_attn_func(
+        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
+        *(alibi_slopes, deterministic, return_attn_probs, s_aux),
     )
-    rest: dict[str, Any] = {"return_attn_probs": return_attn_probs, "s_aux": s_aux}
-    return flash_attn_func(q, k, v, dropout_p, *how, **rest)
 
 
 def flash_attn_varlen_func(
