@@ -41,7 +41,7 @@ def run_once(command: list[str], backend: Path | None) -> tuple[list[dict[str, A
         environment["GGML_BACKEND_PATH"] = str(backend.resolve())
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
+        raise SystemExit(f"{' '.join(command)}: {result.returncode}\n{result.stderr}")
     counts = re.findall(r"^FLASHTILE: (\d+) operations", result.stderr, re.MULTILINE)
     return json.loads(result.stdout), max(map(int, counts), default=0)
 
@@ -62,12 +62,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", default="f16", help="the type of k and v")
+    parser.add_argument(
+        "--repack",
+        choices=("0", "1"),
+        default="1",
+        help="of llama.cpp's weights; with 1 its AMX code, built by GCC 12, ends by SIGILL",
+    )
     options = parser.parse_args()
 
     command = [str(options.llama_cpp / "build" / "bin" / "llama-bench"), "-o", "json", "-r", "1"]
     command += ["-m", str(options.model or shipped_model()), "-fa", "1", "-p", "512", "-n", "32"]
     command += ["-d", options.depths, "-t", str(options.threads)]
-    command += ["-ctk", options.cache, "-ctv", options.cache]
+    command += ["-ctk", options.cache, "-ctv", options.cache, "--repack", options.repack]
     rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     computed = 0
     for round_ in range(options.rounds):
