@@ -40,9 +40,9 @@ FLASHTILE_INLINE void prefetch(const Source& rows, const Range& next, int64_t di
 template <class C>
 constexpr int kScoreRows = kLanes<C> < 4 ? kLanes<C> : 4;
 
-// kRows query rows, padded with zeros to whole vectors, against kLanes / kRows keys; every key is
+// kUsed query rows, padded with zeros to whole vectors, against kLanes / kRows keys; every key is
 // read and widened once. Score (r, i) is added up in the same order for every kRows.
-template <int kRows, class Source, class C>
+template <int kRows, int kUsed, class Source, class C>
 FLASHTILE_INLINE void score_keys(const Matrix<C>& queries, const Source& keys, int64_t dim,
                                  const Matrix<C>& scores) {
   constexpr int kWidth = kLanes<C>, kKeys = kWidth / kRows;
@@ -54,7 +54,7 @@ FLASHTILE_INLINE void score_keys(const Matrix<C>& queries, const Source& keys, i
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i) key[i] = read_key(keys.row(i) + d);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kUsed; ++r) {
       const Vec<C> query = load(queries.row(r) + d);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += query * key[i];
@@ -66,7 +66,7 @@ FLASHTILE_INLINE void score_keys(const Matrix<C>& queries, const Source& keys, i
   C all[kWidth];
   store(all, sums_of<C>(sum));
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kUsed; ++r)
     __builtin_memcpy(scores.row(r), all + r * kKeys, kKeys * sizeof(C));
 }
 
@@ -232,18 +232,22 @@ class VectorDecode {
       prefetch(keys, vector_at(j + kLanes<C>, wanted), problem_.head_dim);
       const K* list[kLanes<C>];
       for (int64_t i = 0; i < kLanes<C>; ++i) list[i] = keys.row(smaller_of(j + i, wanted.end - 1));
-      int64_t r = 0;
-      for (; r + kScoreRows<C> <= rows_; r += kScoreRows<C>)
+      for (int64_t r = 0; r < rows_; r += kScoreRows<C>)
         score_rows<kScoreRows<C>>(RowList<const K>{list}, r, j);
-      for (; r < rows_; ++r) score_rows<1>(RowList<const K>{list}, r, j);
     }
   }
 
-  template <int kRows>
+  // Of rows r to r + kUsed - 1, or of fewer where there are not so many.
+  template <int kUsed>
   FLASHTILE_INLINE void score_rows(const RowList<const K>& keys, int64_t r, int64_t j) const {
+    if constexpr (kUsed > 1) {
+      if (rows_ - r < kUsed) return score_rows<kUsed - 1>(keys, r, j);
+    }
+    constexpr int kRows = kUsed == 3 ? 4 : kUsed;  // what divides the lanes
     for (int i = 0; i < kLanes<C>; i += kLanes<C> / kRows) {
-      score_keys<kRows>(Matrix<C>{tile_.q.row(r), tile_.q.stride}, keys.from(i), problem_.head_dim,
-                        Matrix<C>{tile_.scores.row(r) + j + i, tile_.scores.stride});
+      const Matrix<C> scores{tile_.scores.row(r) + j + i, tile_.scores.stride};
+      score_keys<kRows, kUsed>(Matrix<C>{tile_.q.row(r), tile_.q.stride}, keys.from(i),
+                               problem_.head_dim, scores);
     }
   }
 
