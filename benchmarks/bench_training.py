@@ -17,20 +17,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bench_vllm import WIDTHS
 
 import flashtile
 
 ATTENTIONS = ("sdpa", "flashtile")
-SHAPES = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "use_cache": False,
-}
+SHAPES = {**WIDTHS, "vocab_size": 49152, "tie_word_embeddings": True, "use_cache": False}
 WANTED = {2048: 1.1, 4096: 1.25}
 
 

@@ -21,12 +21,6 @@ std::string append_under(const Schedule& schedule, CacheCall& call) {
 
 }  // namespace
 
-void need_device(const HeadDims& dims) {
-  const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
-  if (slice_of(dims) == 0) SKIP("this build has no kernels of this head dim");
-}
-
 CacheResult run_on(const Backend& backend, CacheCall& call, const flashtile_problem& problem) {
   const CacheSpec& spec = call.spec();
   const Extents& rows = call.q.extents();

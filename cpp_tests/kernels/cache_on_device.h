@@ -9,9 +9,6 @@
 
 namespace flashtile::test {
 
-// Skips the test where nothing can run.
-void need_device(const HeadDims& dims = 64);
-
 // The call with everything it reads and writes in the backend's memory.
 CacheResult run_on(const Backend& backend, CacheCall& call, const flashtile_problem& problem);
 

@@ -63,6 +63,12 @@ int slice_of(const HeadDims& head_dims) {
   return smallest;
 }
 
+void need_device(const HeadDims& dims) {
+  const std::string reason = device_unavailable();
+  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
+  if (slice_of(dims) == 0) SKIP("this build has no kernels of this head dim");
+}
+
 int scores_slice_of(const HeadDims& head_dims) {
   const int slice = slice_of(head_dims);
   if (slice == 0) return 0;
@@ -162,9 +168,7 @@ void run_case(uint64_t seed, const std::function<std::pair<Setup, Truth>(uint64_
 }
 
 void run_cases(const std::vector<Case>& cases, Dtype dtype, const HeadDims& head_dims) {
-  const std::string reason = device_unavailable();
-  if (!reason.empty()) SKIP_WITHOUT_GPU(reason);
-  if (slice_of(head_dims) == 0) SKIP("this build has no kernels of this head dim");
+  need_device(head_dims);
   const Backend backend = cuda_backend();
   ErrorTable table;
   uint64_t seed = 1;

@@ -22,6 +22,9 @@ int slice_of(const HeadDims& head_dims);
 // The same of the kernels with scores, whose slices are 64, 128 and 256; 0 in a build without them.
 int scores_slice_of(const HeadDims& head_dims);
 
+// Skips the test where nothing can run.
+void need_device(const HeadDims& dims = 64);
+
 // Whether TMA takes a tensor: rows of whole 16 bytes that start at multiples of 16 bytes, none of
 // them twice.
 bool tma_takes(const HostTensor& tensor);

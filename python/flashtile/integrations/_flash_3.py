@@ -131,7 +131,8 @@ def _flash_attn_forward(
             flash.refuse(name, value, "None over a cache")
         at.update(cache_seqlens=seqused_k, cu_seqlens_q=cu_seqlens_q)
         rest = {"max_seqlen_q": max_seqlen_q, "rotary_interleaved": bool(rotary_interleaved)}
-        q, how["return_lse"] = flash.laid_out(q), True
+        how["return_lse"] = True
+        q = flash.laid_out(q)
         out, lse = _flash_cache.attend(q, k, v, {**at, **rest}, how, attention_chunk, num_splits)
     else:
         for name, tensor in at.items():
